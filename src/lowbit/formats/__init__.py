@@ -1,0 +1,12 @@
+"""What a stored number means: grids, blocks, stores, formats, and quantized tensors."""
+
+from lowbit.formats.blocks import CHANNEL, TENSOR, Block, group
+from lowbit.formats.format import Format, Offset
+from lowbit.formats.grids import CodebookGrid, Fp8Grid, Grid, IntGrid, TableGrid, parse_grid
+from lowbit.formats.qtensor import QTensor, encode
+from lowbit.formats.text import NAMED, parse_format
+
+__all__ = [
+    "CHANNEL", "NAMED", "TENSOR", "Block", "CodebookGrid", "Format", "Fp8Grid", "Grid", "IntGrid", "Offset",
+    "QTensor", "TableGrid", "encode", "group", "parse_format", "parse_grid",
+]  # fmt: skip

@@ -1,0 +1,355 @@
+"""Grids: the real values that codes stand for, on a normalised axis.
+
+A grid answers three questions: which value does a code mean (`decode`), which code is
+nearest to a value (`encode`), and how far does the axis reach (`lo`, `hi`). Integer,
+floating-point and table grids differ only in that.
+
+Codes are unsigned bytes, `0 <= code < cardinality`. An integer grid counts up from its
+lowest level; the floating-point grids use the bit patterns of their standards (OCP FP8,
+OCP MX e2m1), so that an exporter only copies them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import FormatError, nearest
+
+
+class Grid(ABC):
+    """Levels on a normalised axis. Values are frozen and compare by content."""
+
+    name: str
+    bits: int
+
+    @property
+    def cardinality(self) -> int:
+        """How many codes there are; codes are packed in base 2**bits unless this is 3 (ternary)."""
+        return 1 << self.bits
+
+    @property
+    @abstractmethod
+    def levels(self) -> Tensor:
+        """float32 [cardinality]: the level of each code; NaN where a code means nothing."""
+
+    @property
+    @abstractmethod
+    def lo(self) -> float:
+        """The lowest level."""
+
+    @property
+    @abstractmethod
+    def hi(self) -> float:
+        """The highest level."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (uint8) of the levels nearest to `x` (float32, finite); out of range saturates."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Levels (float32) of `codes` (uint8)."""
+
+    def round(self, x: Tensor) -> Tensor:
+        """The level nearest to each `x`, float32: `decode(encode(x))`, without the codes."""
+        return self.decode(self.encode(x))
+
+    @property
+    def signed(self) -> bool:
+        """Whether the axis has negative levels."""
+        return self.lo < 0
+
+    @property
+    def extreme(self) -> float:
+        """The level of the largest magnitude, with its sign; the positive one if both ends are as far."""
+        return self.lo if -self.lo > self.hi else self.hi
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Consecutive integers. Ties go to the even integer.
+
+    `is_signed=True`: two's complement range [-2^(b-1), 2^(b-1) - 1], or without its lowest value
+    when `narrow` (symmetric around zero, as most hardware wants). `is_signed=False`: [0, 2^b - 1].
+    """
+
+    bits: int
+    is_signed: bool = True
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise FormatError(f"an integer grid has 1 to 8 bits, not {self.bits}")
+        if self.narrow and (not self.is_signed or self.bits < 2):
+            raise FormatError(f"'narrow' drops the lowest signed level, which {self.name!r} does not have")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{'int' if self.is_signed else 'uint'}{self.bits}"
+
+    @property
+    def cardinality(self) -> int:
+        return int(self.hi - self.lo) + 1
+
+    @property
+    def lo(self) -> float:
+        return float(-(1 << (self.bits - 1)) + self.narrow) if self.is_signed else 0.0
+
+    @property
+    def hi(self) -> float:
+        return float((1 << (self.bits - self.is_signed)) - 1)
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.arange(self.lo, self.hi + 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.round().clamp_(self.lo, self.hi).sub_(self.lo).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32).add_(self.lo)
+
+    def round(self, x: Tensor) -> Tensor:
+        return x.round().clamp_(self.lo, self.hi)
+
+
+@dataclass(frozen=True)
+class Fp8Grid(Grid):
+    """OCP FP8: e4m3 (no infinities, largest 448) or e5m2 (largest finite 57344).
+
+    Ties go to the even mantissa. Out of range saturates at the largest finite value.
+    Source: OCP 8-bit Floating Point Specification 1.0, section 5.
+    """
+
+    mantissa: int
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.mantissa not in (2, 3):
+            raise FormatError(f"fp8 has 2 (e5m2) or 3 (e4m3) mantissa bits, not {self.mantissa}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "e4m3" if self.mantissa == 3 else "e5m2"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.mantissa == 3 else torch.float8_e5m2
+
+    @property
+    def hi(self) -> float:
+        return 448.0 if self.mantissa == 3 else 57344.0
+
+    @property
+    def lo(self) -> float:
+        return -self.hi
+
+    @property
+    def levels(self) -> Tensor:
+        table = self.decode(torch.arange(256, dtype=torch.uint8))
+        return torch.where(table.isfinite(), table, math.nan)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.clamp(self.lo, self.hi).to(self.dtype).view(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes.contiguous().view(self.dtype).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class TableGrid(Grid):
+    """Any table of 2 to 256 distinct levels, given in the order of their codes.
+
+    Ties go to the even code; for e2m1 that is the even mantissa, as IEEE rounding wants.
+    A repeated level (e2m1 has two zeros) is reached through its lowest code.
+    """
+
+    name: str
+    table: tuple[float, ...]
+    bits: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.table) <= 256 or not all(map(math.isfinite, self.table)):
+            raise FormatError(f"grid {self.name!r} needs 2 to 256 finite levels, not {len(self.table)}")
+        object.__setattr__(self, "bits", max(1, math.ceil(math.log2(len(self.table)))))
+
+    @property
+    def cardinality(self) -> int:
+        return len(self.table)
+
+    @property
+    def lo(self) -> float:
+        return min(self.table)
+
+    @property
+    def hi(self) -> float:
+        return max(self.table)
+
+    @property
+    def levels(self) -> Tensor:
+        return torch.tensor(self.table)
+
+    def encode(self, x: Tensor) -> Tensor:
+        search = _search(self.table, str(x.device))
+        return search.codes[search(x)]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        levels = self.levels.to(codes.device)
+        return levels.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+
+    def round(self, x: Tensor) -> Tensor:
+        search = _search(self.table, str(x.device))
+        return search.sorted.index_select(0, search(x).reshape(-1)).view(x.shape)
+
+
+class NearestSearch:
+    """Position of the nearest level in a sorted table, by one lookup and one comparison.
+
+    The axis is cut into bins so fine that each holds at most one midpoint between levels; a bin then
+    names the level below its midpoint and one comparison decides. About eight times faster than a
+    binary search. Tables whose levels are too close for that use the binary search.
+    """
+
+    MAX_BINS = 1 << 16
+
+    def __init__(self, levels: Tensor, codes: Tensor) -> None:
+        """`levels` float32 [n] strictly ascending, `codes` uint8 [n]."""
+        self.sorted, self.codes = levels, codes
+        middle = (levels[1:].double() + levels[:-1].double()) / 2
+        tie_up = codes[1:] % 2 < codes[:-1] % 2  # the even code is above: the midpoint itself belongs to it
+        bounds = middle.to(torch.float32)
+        self.bounds = torch.where(tie_up, torch.nextafter(bounds, bounds - 1), bounds)
+        self.low = float(self.bounds[0])
+        span = float(self.bounds[-1]) - self.low
+        gap = float((self.bounds[1:] - self.bounds[:-1]).min()) if len(bounds) > 1 else math.inf
+        bins = 2 if math.isinf(gap) else 2 * math.ceil(span / max(gap, 1e-30)) + 2
+        self.bins = bins if bins <= self.MAX_BINS and span > 0 else 0
+        if self.bins:
+            self.per_bin = (self.bins - 1) / span
+            self.bounds_or_inf = torch.cat([self.bounds, self.bounds.new_full((1,), math.inf)])
+            # A bin one step early: the bin of a bound, as __call__ computes it, still names the level below it.
+            at = ((self.bounds - self.low) * self.per_bin).floor()
+            self.table = torch.searchsorted(
+                at.contiguous(), torch.arange(self.bins, device=levels.device, dtype=torch.float32)
+            ).to(torch.int32)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """int32 positions, of the shape of `x` (float32)."""
+        if not self.bins:
+            return torch.bucketize(x, self.bounds, out_int32=True)
+        bins = ((x - self.low) * self.per_bin).floor_().clamp_(0, self.bins - 1).to(torch.int32).view(-1)
+        position = self.table.index_select(0, bins)
+        above = x.reshape(-1) > self.bounds_or_inf.index_select(0, position)
+        return position.add_(above).view(x.shape)
+
+
+@lru_cache(maxsize=64)
+def _search(table: tuple[float, ...], device: str) -> NearestSearch:
+    order = sorted(range(len(table)), key=lambda code: (table[code], code))
+    distinct = [c for i, c in enumerate(order) if i == 0 or table[c] != table[order[i - 1]]]
+    levels = torch.tensor([table[c] for c in distinct], device=device)
+    return NearestSearch(levels, torch.tensor(distinct, dtype=torch.uint8, device=device))
+
+
+@dataclass(frozen=True)
+class CodebookGrid(Grid):
+    """Levels learned from the weights themselves; they are stored in the tensor, not here.
+
+    `block` of the codebook (tensor, channel or group) belongs to the format. On the normalised axis a
+    learned level is anything; `lo` and `hi` bound it to [-1, 1] for codebooks that come with a scale.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise FormatError(f"a learned codebook has 1 to 8 bits, not {self.bits}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"kmeans{self.bits}"
+
+    @property
+    def lo(self) -> float:
+        return -1.0
+
+    @property
+    def hi(self) -> float:
+        return 1.0
+
+    @property
+    def levels(self) -> Tensor:
+        raise FormatError(f"the levels of {self.name} are learned and stored in each tensor")
+
+    def encode(self, x: Tensor) -> Tensor:
+        raise FormatError(f"{self.name} has no codes before its levels are learned; use the kmeans solver")
+
+    def decode(self, codes: Tensor) -> Tensor:
+        raise FormatError(f"{self.name} has no levels of its own; they are stored in each tensor")
+
+
+def _e2m1() -> tuple[float, ...]:
+    """OCP MX 1.0, section 5.3.3: sign, two exponent bits (bias 1), one mantissa bit."""
+    positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    return positive + tuple(-v for v in positive)
+
+
+# QLoRA (Dettmers et al. 2023), appendix E: quantiles of N(0, 1) on [-1, 1] with an exact zero.
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# ggml's kvalues_iq4nl: sixteen int8 levels, denser in the middle, that a byte shuffle can look up.
+_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+TABLES: dict[str, TableGrid] = {
+    grid.name: grid
+    for grid in (
+        TableGrid("binary", (-1.0, 1.0)),
+        TableGrid("ternary", (-1.0, 0.0, 1.0)),
+        TableGrid("e2m1", _e2m1()),
+        TableGrid("nf4", _NF4),
+        TableGrid("iq4nl", tuple(float(v) for v in _IQ4NL)),
+    )
+}
+
+
+def grid_names() -> list[str]:
+    """Every grid name that `parse_grid` knows."""
+    ints = [f"{kind}{bits}" for kind in ("int", "uint", "kmeans") for bits in range(1, 9)]
+    return [*ints, "e4m3", "e5m2", *TABLES]
+
+
+def parse_grid(name: str, narrow: bool = False) -> Grid:
+    """The grid called `name`; FormatError with the nearest names if there is none."""
+    if name in TABLES:
+        grid: Grid = TABLES[name]
+    elif name in ("e4m3", "fp8"):
+        grid = Fp8Grid(3)
+    elif name == "e5m2":
+        grid = Fp8Grid(2)
+    elif name == "fp4":
+        grid = TABLES["e2m1"]
+    elif name[-1:].isdigit() and name[:-1] in ("int", "uint", "kmeans"):
+        bits = int(name[-1])
+        if name.startswith("kmeans"):
+            grid = CodebookGrid(bits)
+        else:
+            return IntGrid(bits, is_signed=name.startswith("int"), narrow=narrow)
+    else:
+        raise FormatError(f"unknown grid {name!r}{nearest(name, grid_names())}")
+    if narrow:
+        raise FormatError(f"'narrow' is for signed integer grids, not for {name!r}")
+    return grid

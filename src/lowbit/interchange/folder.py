@@ -1,0 +1,269 @@
+"""A local Hugging Face folder as a source: config.json and safetensors, in one file or in shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.conversion import Conversion, plan_conversion
+from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
+from lowbit.interchange.source import Source, TensorSpec, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ASSETS = (
+    "tokenizer*", "*tokenizer.json", "vocab.*", "vocab-*.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
+_NEVER = ("*.py", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.gguf", "*.pkl")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def claims(model: Any) -> bool:
+    """Whether `model` is the path of a folder."""
+    return isinstance(model, (str, Path)) and Path(model).is_dir()
+
+
+def open_model(model: Any, tokenizer: Any = None) -> Source:
+    """Open the folder `model`: reads config.json and the safetensors headers."""
+    return FolderSource(model, tokenizer=tokenizer)
+
+
+def quantization_method(folder: str | Path) -> str | None:
+    """The `quant_method` that the folder's config.json declares, None for a float model.
+
+    SourceError when there is no readable config.json.
+    """
+    config = read_json(Path(folder) / "config.json")
+    for holder in (config, config.get("text_config")):
+        section = holder.get("quantization_config") if isinstance(holder, dict) else None
+        if section:
+            method = section.get("quant_method") if isinstance(section, dict) else None
+            return str(method or "an unnamed method")
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. SourceError when it is absent or no object."""
+    if not path.is_file():
+        raise SourceError(
+            f"{path.parent}: there is no {path.name}; a model folder needs config.json beside its safetensors files"
+        )
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not readable as JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: holds no JSON object; download it again")
+    return value
+
+
+def load_config(folder: Path, **options: Any) -> PretrainedConfig:
+    """The transformers config of a folder, never running code from it. SourceError when transformers refuses."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds for a bad config
+        raise SourceError(
+            f"{folder / options.get('gguf_file', '')}: transformers cannot use this config ({one_line(error)}); a model type that needs code from its "
+            "folder is not supported, and a newer transformers may know a new one"
+        ) from error
+
+
+def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
+    """The tokenizer of a folder. SourceError when there is none or it needs code from the folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:
+        raise SourceError(
+            f"{label}: no tokenizer could be loaded ({one_line(error)}); put tokenizer.json into the folder or pass tokenizer=..."
+        ) from error
+
+
+def described(
+    conversion: Conversion, inventory: Inventory, unknown: Mapping[str, TensorSpec] | None = None
+) -> tuple[dict[str, TensorSpec], Inventory]:
+    """Model tensors followed by the `unknown` ones of the checkpoint, and the inventory of exactly these."""
+    unknown = unknown or {}
+    tensors = {**conversion.specs, **unknown}
+    params = {name: inventory.params[name] for name in conversion.specs}
+    for name, spec in unknown.items():
+        params[name] = Param(name, spec.shape, "other", "", keep="not known to the model")
+    return tensors, dataclasses.replace(inventory, params=params)
+
+
+def untie(config: PretrainedConfig, inventory: Inventory, untied: frozenset[str]) -> None:
+    """Tell the config that nothing is tied, when the checkpoint holds every tied tensor with its own values."""
+    if untied and not inventory.tied:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+
+
+class FolderSource(Source):
+    """Weights read by byte range from the safetensors files of a folder."""
+
+    def __init__(self, folder: str | Path, label: str | None = None, tokenizer: Any = None) -> None:
+        self.folder = Path(folder)
+        self.label = label or str(folder)
+        self._tokenizer = tokenizer
+        method = quantization_method(self.folder)
+        if method is not None:
+            raise SourceError(
+                f"{self.label} is already quantized with {method}; give the original float model to quantize it anew"
+            )
+        self.config = load_config(self.folder)
+        self._headers = {file: read_header(file) for file in weight_files(self.folder)}
+        self._entries = _merge(self.folder, {f: h.entries for f, h in self._headers.items()})
+        checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
+        model = meta_model(self.config)
+        self._conversion = plan_conversion(model, checkpoint, self.label, same=self._same)
+        inventory = inventory_of(model, self._conversion.untied)
+        unknown = {name: checkpoint[name] for name in self._conversion.extra}
+        self.tensors, self.inventory = described(self._conversion, inventory, unknown)
+        self.extra, self.dropped = self._conversion.extra, self._conversion.dropped
+        untie(self.config, self.inventory, self._conversion.untied)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor in fresh memory."""
+        self.spec(name)
+        return self._part(name) if name in self.extra else self._conversion.read(name, self._part)
+
+    def identity(self) -> dict[str, Any]:
+        """Size, SHA-256 of the header and of 64 evenly spaced samples of each file, SHA-256 of config.json."""
+        files = {
+            file.name: {"size": header.file_bytes, "header": header.sha256, "samples": sampled(file)}
+            for file, header in self._headers.items()
+        }
+        return {
+            "config": hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest(),
+            "files": files,
+        }
+
+    def save_assets(self, out: Path) -> None:
+        """Copy tokenizer files, chat template and generation config; a tokenizer given at opening replaces its files."""
+        try:
+            for file in sorted(self.folder.iterdir()):
+                wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in ASSETS)
+                if file.is_file() and wanted and not any(fnmatch.fnmatch(file.name, p) for p in _NEVER):
+                    shutil.copyfile(file, out / file.name)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise OutputError(f"cannot copy the tokenizer of {self.label} to {out}: {error}") from error
+
+    def tokenizer(self) -> Any:
+        """The tokenizer given at opening, else the folder's."""
+        return self._tokenizer if self._tokenizer is not None else load_tokenizer(self.folder, self.label)
+
+    def _part(self, key: str) -> torch.Tensor:
+        file, entry = self._entries[key]
+        return read_tensor(file, entry)
+
+    def _same(self, a: str, b: str) -> bool:
+        """Whether two checkpoint tensors hold the same bytes; reads both in pieces of a few megabytes."""
+        (file_a, one), (file_b, two) = self._entries[a], self._entries[b]
+        if (one.dtype, one.shape) != (two.dtype, two.shape) or not one.shape:
+            return False
+        step = max(1, (8 << 20) * one.shape[0] // max(one.nbytes, 1))
+        pieces = (slice(i, i + step) for i in range(0, one.shape[0], step))
+        return all(
+            torch.equal(read_tensor(file_a, one, rows), read_tensor(file_b, two, rows)) for rows in pieces
+        )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, as transformers chooses them. SourceError when there are none or one lacks."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise SourceError(_no_weights(folder))
+    files = [
+        folder / name
+        for name in sorted(set(index_map(read_json(folder / INDEX), str(folder / INDEX)).values()))
+    ]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise SourceError(
+            f"{folder}: {INDEX} names {len(absent)} of {len(files)} shards that are not there: "
+            f"{', '.join(absent[:5])}; download them"
+        )
+    return files
+
+
+def index_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """The checked `weight_map` of an index: tensor name -> file name in the same folder."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise SourceError(f"{where}: has no weight_map; download it again")
+    for tensor, file in names.items():
+        plain = (
+            isinstance(file, str)
+            and file.endswith(".safetensors")
+            and file == file.replace("\\", "/").split("/")[-1]
+        )
+        if not plain:
+            raise SourceError(
+                f"{where}: puts tensor {tensor!r} into {file!r}, which is no safetensors file of this folder; "
+                "download the model again"
+            )
+    return names
+
+
+def _merge(folder: Path, files: Mapping[Path, Mapping[str, Entry]]) -> dict[str, tuple[Path, Entry]]:
+    """Checkpoint name -> (file, entry) over all shards, held against the index where there is one."""
+    merged: dict[str, tuple[Path, Entry]] = {}
+    for file, entries in files.items():
+        for name, entry in entries.items():
+            if name in merged:
+                raise SourceError(
+                    f"{folder}: tensor {name!r} is in both {merged[name][0].name} and {file.name}; "
+                    "remove files of another download"
+                )
+            merged[name] = (file, entry)
+    if len(files) > 1 or folder / SINGLE not in files:
+        for name, file_name in index_map(read_json(folder / INDEX), str(folder / INDEX)).items():
+            if name not in merged or merged[name][0].name != file_name:
+                raise SourceError(
+                    f"{folder}: {INDEX} puts tensor {name!r} into {file_name}, where it is not; download both again"
+                )
+    return merged
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder has no usable weights, and what to do."""
+    names = sorted(file.name for file in folder.iterdir())
+    if "adapter_config.json" in names:
+        return f"{folder}: holds an adapter, not a model; merge it into its base with peft's merge_and_unload() first"
+    others = [n for n in names if n.endswith(".safetensors")]
+    if others:
+        return (
+            f"{folder}: has {', '.join(others[:3])} but neither {SINGLE} nor {INDEX}; rename or save it again"
+        )
+    pickles = [n for n in names if any(fnmatch.fnmatch(n, p) for p in _PICKLES)]
+    if pickles:
+        return (
+            f"{folder}: has its weights only as a pickle ({pickles[0]}), which can run code when it is read; convert "
+            "it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    ggufs = [n for n in names if n.endswith(".gguf")]
+    if ggufs:
+        return f"{folder}: has no safetensors; to use its GGUF file give {folder / ggufs[0]}"
+    return f"{folder}: has no weights; looked for {SINGLE} and {INDEX}; download the model again"

@@ -1,0 +1,148 @@
+"""A GGUF file as a source: config, tokenizer and weights in transformers naming, one tensor at a time.
+
+transformers knows how llama.cpp renames, permutes and shifts the tensors of each architecture; its
+rules are run here for one tensor instead of the whole file. Values come out as float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.conversion import plan_conversion
+from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
+from lowbit.interchange.gguf_rules import gguf_rules
+from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.safetensors_file import sampled
+from lowbit.interchange.source import Source, one_line
+
+_CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
+
+
+def claims(model: Any) -> bool:
+    """Whether `model` is the path of a .gguf file."""
+    return isinstance(model, (str, Path)) and Path(model).suffix == ".gguf" and Path(model).is_file()
+
+
+def open_model(model: Any, tokenizer: Any = None) -> Source:
+    """Open the .gguf file `model`: reads its metadata and tensor table."""
+    return GgufSource(model, tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of the file: its ggml type, its shape in torch order, and its bytes."""
+
+    name: str
+    ggml_type: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GgufSource(Source):
+    """Weights read and unpacked from a GGUF file by byte range."""
+
+    def __init__(self, path: str | Path, label: str | None = None, tokenizer: Any = None) -> None:
+        self.path = Path(path)
+        self.label = label or str(path)
+        self._tokenizer = tokenizer
+        architecture, self._stored = _read_table(self.path)
+        self.config = load_config(self.path.parent, gguf_file=self.path.name)
+        self.config.architectures = [model_class(self.config).__name__]
+        model = meta_model(self.config)
+        shapes = {name: tensor.shape for name, tensor in self._stored.items()}
+        self._rules = gguf_rules(architecture, model, shapes, self.label)
+        self._conversion = plan_conversion(
+            model, self._rules.specs, self.label, transforms=self._rules.transforms
+        )
+        inventory = inventory_of(model, self._conversion.untied)
+        self.tensors, self.inventory = described(self._conversion, inventory)
+        self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
+        untie(self.config, self.inventory, self._conversion.untied)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as float32 in fresh memory."""
+        self.spec(name)
+        return self._conversion.read(name, lambda part: self._rules.part(part, self._values))
+
+    def identity(self) -> dict[str, Any]:
+        """Size, SHA-256 of everything before the weights and of 64 evenly spaced samples of the file."""
+        start = min((t.offset for t in self._stored.values()), default=self.path.stat().st_size)
+        with self.path.open("rb") as file:
+            header = hashlib.sha256(file.read(start)).hexdigest()
+        size = self.path.stat().st_size
+        return {"files": {self.path.name: {"size": size, "header": header, "samples": sampled(self.path)}}}
+
+    def save_assets(self, out: Path) -> None:
+        """Write the tokenizer that the file holds, its chat template, and the special tokens for generation."""
+        from transformers import GenerationConfig
+
+        tokenizer = self.tokenizer()
+        try:
+            tokenizer.save_pretrained(out)
+            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            GenerationConfig(**ids).save_pretrained(out)
+        except OSError as error:
+            raise OutputError(f"cannot write the tokenizer of {self.label} to {out}: {error}") from error
+
+    def tokenizer(self) -> Any:
+        """The tokenizer given at opening, else the one in the file, which is read once."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
+        return self._tokenizer
+
+    def _values(self, name: str) -> torch.Tensor:
+        """The tensor `name` of the file as float32, in the layout of the file."""
+        import numpy as np
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        stored = self._stored[name]
+        columns = stored.shape[-1] if stored.shape else 1
+        rows = prod(stored.shape) // max(columns, 1)
+        values = np.empty((rows, columns), dtype=np.float32)
+        step = max(1, _CHUNK // max(columns, 1))
+        row_bytes = stored.nbytes // max(rows, 1)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(stored.offset)
+                for first in range(0, rows, step):
+                    count = min(step, rows - first)
+                    raw = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8).reshape(
+                        count, row_bytes
+                    )
+                    values[first : first + count] = dequantize(raw, GGMLQuantizationType(stored.ggml_type))
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise SourceError(
+                f"{self.label}: cannot read tensor {name!r}: {one_line(error)}; download the file again"
+            ) from error
+        return torch.from_numpy(values).reshape(stored.shape)
+
+
+def _read_table(path: Path) -> tuple[str, dict[str, _Stored]]:
+    """(architecture, the file's tensors by name). SourceError when the file is no GGUF, damaged or cut short."""
+    from transformers.integrations.gguf import GgufHeader
+
+    try:
+        size = path.stat().st_size
+        header = GgufHeader.from_file(str(path))
+        stored = {
+            t.name: _Stored(t.name, t.ggml_type, tuple(t.shape), header.data_start + t.offset, t.nbytes)
+            for t in header.tensors
+        }
+    except Exception as error:  # a damaged file can fail anywhere in the parser
+        raise SourceError(f"{path}: cannot be read as GGUF ({one_line(error)}); download it again") from error
+    for tensor in stored.values():
+        if tensor.offset + tensor.nbytes > size:
+            raise SourceError(
+                f"{path}: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} but the file has "
+                f"{size}: it is truncated; download it again"
+            )
+    return header.architecture, stored

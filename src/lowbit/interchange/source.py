@@ -1,0 +1,156 @@
+"""Where a model comes from: one interface, many openers.
+
+`open_source` asks a list of openers in order; each says whether the name is its own and returns a
+Source. A Source knows every tensor by the name that the model of transformers 5 gives it, and
+reads one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import SourceError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lowbit.interchange.inventory import Inventory
+
+WHAT_A_MODEL_CAN_BE = (
+    "a model can be a local folder with config.json and safetensors files, a .gguf file, "
+    "a Hugging Face id such as 'org/name', the name 'smollm2', or a torch nn.Module"
+)
+# Asked in this order; each module has `claims(model) -> bool` and `open_model(model, tokenizer) -> Source`.
+# A new kind of source is one file and its name here.
+OPENERS = (
+    "lowbit.interchange.module_source",
+    "lowbit.interchange.gguf_file",
+    "lowbit.interchange.folder",
+    "lowbit.interchange.smollm2",
+    "lowbit.interchange.hub",
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before it is read: its name in the model, shape and stored dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Source(ABC):
+    """A model that can be asked for its tensors one by one.
+
+    label      what the user typed, or the class name of a module
+    config     the transformers config, or None for a module without one
+    tensors    every tensor by its model name, in a fixed order; a tied alias is not listed
+    inventory  what each tensor is; has a Param for every name in `tensors`
+    extra      the names in `tensors` that the model does not know, kept as they are
+    dropped    checkpoint names that the model leaves unread on purpose, such as old mask buffers
+    """
+
+    label: str
+    config: PretrainedConfig | None
+    tensors: Mapping[str, TensorSpec]
+    inventory: Inventory
+    extra: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, and no byte of another. SourceError for an unknown name or a damaged file."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """A cheap fingerprint: JSON-able, the same for the same model, another for another."""
+
+    @abstractmethod
+    def save_assets(self, out: Path) -> None:
+        """Write tokenizer, chat template and generation config into the folder `out`; no weights, no config.json."""
+
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. SourceError when it has none."""
+
+    def load_float(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+        """The float model in evaluation mode, every tensor read once and cast to `dtype`."""
+        if self.config is None:
+            raise SourceError(
+                f"{self.label} has no transformers config to build a model from; pass the module itself"
+            )
+        from lowbit.interchange.inventory import model_class
+
+        weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}
+        model: nn.Module = model_class(self.config).from_pretrained(
+            None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
+        )
+        return model.to(device).eval()
+
+    def spec(self, name: str) -> TensorSpec:
+        """The spec of `name`. SourceError when there is no such tensor."""
+        if name not in self.tensors:
+            raise SourceError(f"{self.label} has no tensor {name!r}{nearest(name, self.tensors)}")
+        return self.tensors[name]
+
+
+class _Unread:
+    """A tensor that transformers' loader reads by `[...]` when its turn comes."""
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._source, self._name = source, name
+        self.shape, self.dtype = source.tensors[name].shape, source.tensors[name].dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self._source.read(self._name)
+
+
+def open_source(model: str | Path | nn.Module, *, tokenizer: Any = None) -> Source:
+    """Open a folder, a .gguf file, a Hugging Face id, `smollm2` or a module. Weights are not read yet.
+
+    `tokenizer` replaces the model's own one. SourceError when nothing claims the name; the network
+    is used only for a name that looks like `org/name` and is no local path, and for `smollm2`.
+    """
+    for opener in OPENERS:
+        module = importlib.import_module(opener)
+        if module.claims(model):
+            return module.open_model(model, tokenizer)
+    raise SourceError(_not_found(model))
+
+
+def open_headers(model: str | Path | nn.Module) -> Source:
+    """Like `open_source`, but of a Hugging Face id only config and headers are fetched: enough for a plan."""
+    from lowbit.interchange import hub
+
+    return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an error from elsewhere on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def _not_found(model: Any) -> str:
+    """What was looked for under this name, and what would do."""
+    if not isinstance(model, (str, Path)):
+        return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}"
+    path = Path(model)
+    if path.is_file():
+        return f"{model} is a file but not a .gguf file; {WHAT_A_MODEL_CAN_BE}"
+    return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name; {WHAT_A_MODEL_CAN_BE}"

@@ -1,0 +1,1 @@
+"""What quantizing cost: quality, size, speed and memory, by one protocol."""

@@ -1,0 +1,146 @@
+"""The card: everything that was measured on one quantized model, as one value.
+
+A part that was not measured is None. JSON holds no NaN or infinity, so those are written as text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..errors import SourceError
+from .environment import Environment
+from .quality import Quality
+from .sample import Sample
+from .size import bits_per_weight
+from .speed import Speed
+from .windows import Windows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How many parameters were quantized, of how many, and what was kept and why, a line each."""
+
+    quantized: int
+    total: int
+    kept: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        return self.quantized / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class CardParts:
+    """What is known about a quantized model before it runs.
+
+    Bytes are on disk: `bytes_before` and `bytes_after` of everything needed to run, `weight_bytes` of
+    the quantized weights alone. `linear_bits` is bits per weight in the linear layers, scales and
+    offsets included. `quantize_peak` is the peak resident bytes while quantizing.
+    """
+
+    model: str
+    recipe: str
+    parameters: int | None = None
+    coverage: Coverage | None = None
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    weight_bytes: int | None = None
+    linear_bits: float | None = None
+    quantize_seconds: float | None = None
+    quantize_peak: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight of everything needed to run, or of the weights when that is not known."""
+        nbytes = self.bytes_after if self.bytes_after is not None else self.weight_bytes
+        if nbytes is None or not self.parameters:
+            return None
+        return bits_per_weight(nbytes, self.parameters)
+
+
+@dataclass(frozen=True)
+class TextMark:
+    """Which text was measured on, and how it was cut."""
+
+    name: str
+    sha256: str
+    windows: int
+    length: int
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(windows: Windows) -> TextMark:
+        return TextMark(windows.text_name, windows.text_sha256, windows.count, windows.length, windows.notes)
+
+
+@dataclass(frozen=True)
+class Card:
+    """All parts together. `run_peak` is the peak resident bytes of a fresh process that ran the model."""
+
+    parts: CardParts
+    text: TextMark | None = None
+    quality: Quality | None = None
+    speed: Speed | None = None
+    run_peak: int | None = None
+    sample: Sample | None = None
+    environment: Environment | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings. Bits per weight and speed ratios come along."""
+        data = json_ready(dataclasses.asdict(self))
+        data["parts"]["bits"] = self.parts.bits
+        if self.speed is not None and self.speed.model is not None:
+            names = ("decode", "prefill", "batch")
+            data["speed"]["ratios"] = {name: self.speed.ratio(name) for name in names}
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Card:
+        """The card that `to_json` wrote. Raises SourceError for anything else."""
+        try:
+            return _build(Card, json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SourceError(f"this is not the JSON of a card ({error}): measure the model again") from None
+
+
+def json_ready(value: Any) -> Any:
+    """`value` with tuples as lists and NaN or infinity as text, which JSON numbers cannot be."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """`value` from JSON as the annotated type `kind`: dataclasses, tuples, optionals and scalars."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        return kind(**{key: _build(hints[key], item) for key, item in value.items() if key in known})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(each for each in arguments if each is not type(None)), value)
+    if origin is tuple:
+        return tuple(_build(arguments[0], item) for item in value)
+    if kind is float:
+        return float(value)
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value

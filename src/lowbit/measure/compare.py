@@ -1,0 +1,101 @@
+"""Many recipes on one model, measured in one go against the float model."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import LowbitError
+from .card import Card, CardParts, TextMark
+from .environment import environment
+from .quality import Progress, Reference, measure_quality
+from .speed import Rates, Speed, SpeedSettings, measure_speed
+from .windows import Windows
+
+Build = Callable[[str], tuple[nn.Module, CardParts]]
+
+
+@dataclass(frozen=True)
+class CompareRow:
+    """A recipe and its card, or the error that it ended with. `is_base`: the float model's row."""
+
+    recipe: str
+    card: Card | None = None
+    error: str | None = None
+    is_base: bool = False
+
+
+def compare(
+    recipes: Sequence[str],
+    build: Build,
+    base: nn.Module,
+    base_parts: CardParts,
+    windows: Windows,
+    *,
+    tokenizer: Any = None,
+    speed: SpeedSettings | None = None,
+    keep_bytes: int = 2 * 2**30,
+    progress: Progress | None = None,
+    on_row: Callable[[CompareRow], None] | None = None,
+) -> tuple[CompareRow, ...]:
+    """Measure each recipe against `base`; the first row is `base` itself.
+
+    `build` gives the quantized model and what is known about it. A recipe that raises a LowbitError
+    becomes a row with the error and the others go on; any other exception is a bug and is raised.
+    Speed is measured when `speed` and a tokenizer are given, the base taking turns with each recipe;
+    the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
+    kept between recipes. `progress` counts windows, those of the base included.
+    """
+    reference = Reference(base, windows, keep_bytes)
+    total = windows.count * (len(recipes) + 1)
+    text, machine = TextMark.of(windows), environment()
+
+    def step(finished: int) -> Progress | None:
+        return None if progress is None else lambda done, _: progress(finished * windows.count + done, total)
+
+    own = measure_quality(base, windows, base=reference, progress=step(0))
+    base_row = CompareRow(base_parts.recipe, Card(base_parts, text, own, environment=machine), is_base=True)
+    if on_row is not None:
+        on_row(base_row)
+    rows = []
+    for index, recipe in enumerate(recipes):
+        try:
+            model, parts = build(recipe)
+            quality = measure_quality(model, windows, base=reference, progress=step(index + 1))
+            rates = None
+            if speed is not None and tokenizer is not None:
+                rates = measure_speed(model, tokenizer, base=base, settings=speed)
+            row = CompareRow(recipe, Card(parts, text, quality, rates, environment=machine))
+            del model
+        except LowbitError as error:
+            row = CompareRow(recipe, error=str(error))
+            if progress is not None:
+                progress((index + 2) * windows.count, total)
+        gc.collect()  # a model holds reference cycles, and the next one needs its memory
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
+    return (_with_speed(base_row, rows), *rows)
+
+
+def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:
+    """The base's row with the median of the speeds that it had beside each recipe."""
+    speeds = [row.card.speed for row in rows if row.card is not None and row.card.speed is not None]
+    turns = [speed for speed in speeds if speed.base is not None]
+    if not turns or base_row.card is None:
+        return base_row
+
+    def median(name: str) -> float | None:
+        values = [getattr(speed.base, name) for speed in turns]
+        return statistics.median(values) if None not in values else None
+
+    rates = Rates(median("decode") or 0.0, median("prefill") or 0.0, median("batch"))
+    return dataclasses.replace(
+        base_row, card=dataclasses.replace(base_row.card, speed=Speed(turns[0].settings, rates, rates))
+    )

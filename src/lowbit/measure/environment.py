@@ -1,0 +1,71 @@
+"""The machine and the versions that a measurement was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions ("" when not installed) and one line about the machine."""
+
+    lowbit: str
+    torch: str
+    transformers: str
+    python: str
+    machine: str
+
+
+def environment() -> Environment:
+    """What this process runs on."""
+    return Environment(
+        lowbit=_version("lowbit"),
+        torch=_version("torch"),
+        transformers=_version("transformers"),
+        python=platform.python_version(),
+        machine=_machine(),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _machine() -> str:
+    """Such as 'Linux x86_64, Intel Xeon, 4 cores, 2 threads used, 23 GiB, AVX512'."""
+    parts = [
+        f"{platform.system()} {platform.machine()}",
+        _processor(),
+        f"{os.cpu_count() or 1} cores, {torch.get_num_threads()} threads used",
+        _memory(),
+        torch.backends.cpu.get_cpu_capability(),
+    ]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(part for part in parts if part)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _memory() -> str:
+    try:
+        nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return ""
+    return f"{nbytes / 2**30:.0f} GiB"

@@ -1,0 +1,214 @@
+"""What quantizing cost in quality: perplexity, divergence and agreement.
+
+With p the float model's distribution of the next token and q the other's:
+
+- perplexity = exp(mean of -log q(token));
+- KL(p || q) = sum_v p(v) (log p(v) - log q(v)), in nats per token;
+- top-1 agreement = share of tokens where both name the same most likely token.
+
+Both models see a window right after one another and their logits are compared at once, a few rows
+at a time and in float64, so that neither a file of logits nor a second copy of them is needed.
+Standard errors are over windows, since tokens of a window are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import SourceError
+from .scoring import Scorer, check_vocabulary, evaluating
+from .windows import Windows
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error, which is None when there is one window only."""
+
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Quality of one model, and beside a base model when there was one.
+
+    `kind` is how it was scored (see scoring.py); `tokens` how many tokens were.
+    """
+
+    kind: str
+    windows: int
+    length: int
+    tokens: int
+    perplexity: Estimate
+    base_perplexity: Estimate | None = None
+    ratio: Estimate | None = None
+    kl_mean: Estimate | None = None
+    kl_p99: Estimate | None = None
+    top1: Estimate | None = None
+
+
+@dataclass
+class Reference:
+    """The base model's logits, window by window.
+
+    Up to `keep_bytes` of them are kept, so that measuring many recipes against one base
+    does not repeat its forward.
+    """
+
+    model: nn.Module
+    windows: Windows
+    keep_bytes: int = 0
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_vocabulary(self.model, self.windows.ids)
+        self.scorer = Scorer.of(self.model)
+
+    def logits(self, index: int) -> Tensor:
+        """Logits [S, vocabulary] of one window."""
+        if index in self._kept:
+            return self._kept[index]
+        with evaluating(self.model):
+            logits = self.scorer.logits(self.windows.ids[index])
+        if logits.nbytes * (len(self._kept) + 1) <= self.keep_bytes:
+            self._kept[index] = logits
+        return logits
+
+
+def measure_quality(
+    model: nn.Module,
+    windows: Windows,
+    *,
+    base: nn.Module | Reference | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Quality of `model` on `windows`, beside `base` when given. Models may be on different devices.
+
+    Raises SourceError when a model gives no logits for every token, or the two cannot be compared.
+    """
+    check_vocabulary(model, windows.ids)
+    scorer = Scorer.of(model)
+    reference = Reference(base, windows) if isinstance(base, nn.Module) else base
+    if reference is not None and reference.scorer.kind != scorer.kind:
+        raise SourceError(
+            f"a {scorer.kind} model cannot be compared with a {reference.scorer.kind} one: load both alike"
+        )
+    parts = []
+    for index in range(windows.count):
+        ids = windows.ids[index]
+        against = reference.logits(index) if reference is not None else None
+        with evaluating(model):
+            is_base = reference is not None and reference.model is model
+            logits = scorer.logits(ids) if against is None or not is_base else against
+            parts.append(compare_logits(logits, scorer.targets(ids), against))
+        if reference is not None and not np.isfinite(parts[-1]["base_nll"]).all():
+            raise SourceError("the base model gives logits that are not finite: it cannot be compared with")
+        if progress is not None:
+            progress(index + 1, windows.count)
+    return _summary(scorer.kind, windows, {name: np.stack([p[name] for p in parts]) for name in parts[0]})
+
+
+def compare_logits(logits: Tensor, targets: Tensor, base: Tensor | None = None) -> dict[str, np.ndarray]:
+    """Figures of each token, float64 [S]: nll, and with `base` also base_nll, kl and top1.
+
+    logits and base [S, vocabulary] in any float dtype, targets [S]. Works on a few rows at a time:
+    beyond its input it needs some 4 MiB on a CPU.
+    """
+    if base is not None and base.shape != logits.shape:
+        raise SourceError(
+            f"the models have {logits.shape[-1]} and {base.shape[-1]} tokens: compare copies of one model"
+        )
+    # Few enough rows to stay in the cache of a CPU, enough to fill a GPU. MPS has no float64.
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    rows = max(1, (2**17 if device.type == "cpu" else 2**25) // logits.shape[-1])
+    targets = targets.to(device)
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, logits.shape[0], rows):
+        chunk = slice(start, start + rows)
+        q = _Rows(logits[chunk].to(device), targets[chunk, None])
+        figures = {"nll": q.nll}
+        if base is not None:
+            p = _Rows(base[chunk].to(device), targets[chunk, None])
+            figures |= {"base_nll": p.nll, "top1": (p.top == q.top).double(), "kl": _divergence(p, q)}
+        for name, values in figures.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
+
+
+class _Rows:
+    """A softmax in parts, all float64: `shifted` = logits - their maximum, `exp` of it, and `log_sum`
+    of that, so that log softmax = shifted - log_sum. `top` is the place of the maximum."""
+
+    def __init__(self, logits: Tensor, targets: Tensor) -> None:
+        largest, self.top = logits.max(dim=-1)
+        self.shifted = logits.double() - largest.double()[:, None]
+        self.exp = self.shifted.exp()
+        self.log_sum = self.exp.sum(-1).log()
+        self.nll = self.log_sum - self.shifted.gather(1, targets)[:, 0]
+
+
+def _divergence(p: _Rows, q: _Rows) -> Tensor:
+    """KL(p || q) of each row, with 0 log 0 = 0."""
+    difference = p.shifted - q.shifted
+    total = torch.linalg.vecdot(p.exp, difference)
+    if not bool(torch.isfinite(total).all()):  # tokens that a model rules out have a logit of -inf
+        total = torch.where(p.exp == 0, 0.0, p.exp * difference).sum(-1)
+    return total * (-p.log_sum).exp() - p.log_sum + q.log_sum
+
+
+def _summary(kind: str, windows: Windows, figures: dict[str, np.ndarray]) -> Quality:
+    """`figures`: float64 [windows, tokens of a window] by name."""
+    nll = figures["nll"]
+    perplexity = _exponential(_mean(nll))
+    shape = (kind, nll.shape[0], windows.length, nll.size)
+    if "kl" not in figures:
+        return Quality(*shape, perplexity)
+    return Quality(
+        *shape,
+        perplexity,
+        base_perplexity=_exponential(_mean(figures["base_nll"])),
+        # From the differences: what both models find hard cancels, and the error is far smaller.
+        ratio=_exponential(_mean(nll - figures["base_nll"])),
+        kl_mean=_mean(figures["kl"]),
+        kl_p99=_quantile(figures["kl"], 0.99),
+        top1=_mean(figures["top1"]),
+    )
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    """Mean of [windows, tokens], with the standard error of the mean over windows."""
+    means = values.mean(axis=1)
+    with np.errstate(invalid="ignore"):  # the spread of something infinite is NaN
+        stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+    return Estimate(float(means.mean()), stderr)
+
+
+def _exponential(mean: Estimate) -> Estimate:
+    """exp of an estimate; its standard error by the delta method, exp(m) * stderr(m)."""
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean.value))
+    return Estimate(value, None if mean.stderr is None else value * mean.stderr)
+
+
+def _quantile(values: np.ndarray, level: float) -> Estimate:
+    """Quantile of all tokens; its standard error after Woodruff (1952).
+
+    The error of the share of tokens at or below the quantile, found over windows, is carried
+    to the values: half the distance of the quantiles one such error above and below.
+    """
+    if not np.isfinite(values).all():
+        return Estimate(math.nan)
+    quantile = float(np.quantile(values, level))
+    share = _mean((values <= quantile).astype(np.float64))
+    if share.stderr is None:
+        return Estimate(quantile)
+    low, high = np.quantile(values, np.clip([level - share.stderr, level + share.stderr], 0.0, 1.0))
+    return Estimate(quantile, float(high - low) / 2)

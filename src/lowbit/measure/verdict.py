@@ -1,0 +1,41 @@
+"""One plain word for what quantizing cost.
+
+By the mean KL divergence from the float model in nats per token, or by the perplexity ratio when
+there is no KL. For scale: 8-bit weights of a small model cost 0.001 to 0.003 nats, a good 4-bit
+format 0.03 to 0.1, a poor one 0.3 and more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from .quality import Quality
+
+
+class Threshold(NamedTuple):
+    """A word, what it means, and up to which KL (nats per token) or perplexity ratio it holds."""
+
+    word: str
+    meaning: str
+    kl: float
+    ratio: float
+
+
+THRESHOLDS = (
+    Threshold("indistinguishable", "a reader could not tell it from the float model", 0.005, 1.003),
+    Threshold("very close", "some words differ, the sense does not", 0.05, 1.03),
+    Threshold("noticeable", "a reader comparing answers would see a difference", 0.3, 1.25),
+    Threshold("damaged", "it answers worse; use more bits or a better method", math.inf, math.inf),
+)
+
+
+def verdict(quality: Quality) -> Threshold | None:
+    """The first threshold that the quality keeps, or None when there was no float model beside it."""
+    if quality.kl_mean is not None:
+        kept = [row for row in THRESHOLDS if quality.kl_mean.value <= row.kl]
+    elif quality.ratio is not None:
+        kept = [row for row in THRESHOLDS if quality.ratio.value <= row.ratio]
+    else:
+        return None
+    return kept[0] if kept else THRESHOLDS[-1]  # NaN keeps none

@@ -1,0 +1,230 @@
+"""PackedWeight: a quantized weight that stands where a parameter stood.
+
+It is a module, so its parts are buffers named `weight.codes`, `weight.scale`, ... that `.to()`,
+`state_dict()` and the meta device treat by PyTorch's own rules. And it answers `__torch_function__`,
+so that the code around it does not change: `F.linear(x, layer.weight)`, `F.embedding`, Conv1D's `addmm`,
+`x @ weight.T`, `weight[expert]` all work, in any architecture, on weights that stay packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.formats import Format, QTensor
+from lowbit.kernels.registry import Dispatcher
+
+
+class Parts(nn.Module):
+    """Stored tensors as buffers; a dotted name becomes a child, so that names in files stay as they are."""
+
+    def set_parts(self, parts: dict[str, Tensor]) -> None:
+        """Register `parts` (names as in `QTensor.parts()`)."""
+        nested: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in parts.items():
+            head, dot, rest = name.partition(".")
+            if dot:
+                nested.setdefault(head, {})[rest] = tensor
+            else:
+                self.register_buffer(name, tensor)
+        for name, inner in nested.items():
+            child = Parts()
+            child.set_parts(inner)
+            self.add_module(name, child)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Parts:
+        """Move between devices, but never change the type of a stored part: they are the weight."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+
+class PackedWeight(Parts):
+    """A weight of `shape` [..., out, in] in `format`; `transposed` if its module keeps it as [..., in, out].
+
+    `dtype` is the type that computing code sees; `.to(dtype)` changes only that.
+    """
+
+    def __init__(
+        self,
+        fmt: Format,
+        shape: tuple[int, ...],
+        parts: dict[str, Tensor] | None = None,
+        *,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.format, self.stored_shape, self.transposed = fmt, tuple(shape), transposed
+        self._dtype = dtype
+        if parts is None:
+            parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in fmt.parts(tuple(shape)).items()}
+        self.set_parts(parts)
+        self.dispatcher = Dispatcher()
+
+    @staticmethod
+    def of(q: QTensor, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> PackedWeight:
+        """Wrap a QTensor."""
+        return PackedWeight(q.format, q.shape, q.parts(), transposed=transposed, dtype=dtype)
+
+    def qtensor(self) -> QTensor:
+        """The stored parts as a QTensor, sharing memory."""
+        return QTensor.from_parts(self.format, self.stored_shape, dict(self.named_buffers()))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as its module would hold it (transposed if it is), dense."""
+        dense = self.qtensor().dequantize(dtype or self._dtype)
+        return dense.transpose(-1, -2) if self.transposed else dense
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
+        return self.dispatcher.linear(x, self.qtensor, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self.dispatcher = Dispatcher()  # what was prepacked for another device or type is of no use
+        super()._apply(fn, recurse)
+        return self
+
+    # What code asks of a weight besides computing with it.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("codes").device
+
+    @property
+    def shape(self) -> torch.Size:
+        *batch, out, inner = self.stored_shape
+        return torch.Size([*batch, inner, out] if self.transposed else self.stored_shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.stored_shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def T(self) -> _Transposed:  # noqa: N802 (the name that tensors have)
+        return _Transposed(self)
+
+    def t(self) -> _Transposed:
+        return self.T
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, int):
+            return self.__getitem__(torch.tensor([index], device=self.device))[0]
+        if isinstance(index, Tensor) and index.dtype == torch.int64 and not (self.transposed and self.ndim == 2):
+            if index.dim() == 0:
+                return self.__getitem__(index[None])[0]
+            rows = self.qtensor().index(index, self._dtype)
+            return rows.transpose(-1, -2) if self.transposed else rows
+        return self.dequantize()[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self)  # type: ignore[call-overload]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not hasattr(Tensor, name):
+                raise
+        return getattr(self.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*_dense(args), **_dense(kwargs or {}))
+
+    def extra_repr(self) -> str:
+        return f"{self.format}, shape={tuple(self.shape)}, dtype={str(self._dtype).removeprefix('torch.')}"
+
+
+class _Transposed:
+    """`weight.T`, not yet computed: `x @ weight.T` is a linear layer."""
+
+    def __init__(self, packed: PackedWeight) -> None:
+        self.packed = packed
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self)  # type: ignore[call-overload]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.packed.dequantize().transpose(-1, -2), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return PackedWeight.__torch_function__(func, types, args, kwargs)
+
+
+def _dense(value: Any) -> Any:
+    """The same arguments with packed weights expanded."""
+    if isinstance(value, PackedWeight):
+        return value.dequantize()
+    if isinstance(value, _Transposed):
+        return value.packed.dequantize().transpose(-1, -2)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_dense(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _dense(v) for k, v in value.items()}
+    return value
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, PackedWeight) or weight.ndim != 2 or weight.transposed:
+        return NotImplemented
+    return weight.linear(x, bias)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """Conv1D: bias + x [n, in] @ weight [in, out]."""
+    if not isinstance(weight, PackedWeight) or not weight.transposed or (beta, alpha) != (1, 1):
+        return NotImplemented
+    return weight.linear(x, bias)
+
+
+def _matmul(x: Any, weight: Any) -> Any:
+    if isinstance(weight, _Transposed) and weight.packed.ndim == 2 and not weight.packed.transposed:
+        return weight.packed.linear(x)
+    if isinstance(weight, PackedWeight) and weight.ndim == 2 and weight.transposed:
+        return weight.linear(x)
+    return NotImplemented
+
+
+def _embedding(ids: Tensor, weight: Any, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    # Other arguments (max_norm, sparse) only matter to training.
+    return weight[ids] if isinstance(weight, PackedWeight) and not weight.transposed else NotImplemented
+
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.matmul: _matmul,
+    F.embedding: _embedding,
+}

@@ -1,0 +1,44 @@
+"""Presets: names that people know, each an ordinary recipe. The plan prints what a name expands to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`text` is the recipe, `about` one line for people, `source` where the meaning comes from."""
+
+    text: str
+    about: str
+    source: str
+
+
+PRESETS: dict[str, Preset] = {
+    "w8": Preset("search@int8:g96,embed=int8:g96", "8 bits, hard to tell from the original", "this project"),
+    "w4": Preset("search@int4:g32", "4.5 bits: the everyday choice", "this project"),
+    "w3": Preset("search@uint3:g32:s=(uint6:g8):min=(int6:g8)", "3.5 bits, visibly worse without calibration", "this project"),
+    "w2": Preset("search@uint2:g16:s=(uint4:g16):min=(int4:g16)", "2.6 bits, for experiments", "this project"),
+    "nl4": Preset("search@iq4nl:g32", "4.5 bits on 16 uneven levels", "llama.cpp IQ4_NL"),
+    "absmax": Preset("absmax@int8:tensor,embed=int8:tensor", "int8, one scale from the largest magnitude", "seeds 000, 001"),
+    "zeropoint": Preset(
+        "minmax@int8:tensor:zero=int32,embed=int8:tensor:zero=int32", "int8, min to max, rounded zero-point", "seed 000"
+    ),
+    "minmax": Preset(
+        "minmax@int8:tensor:zero=fp32,embed=int8:tensor:zero=fp32", "int8, min to max, unrounded zero-point", "seed 001"
+    ),
+    "linear": Preset("minmax@uint8:tensor:asym,embed=uint8:tensor:asym", "uint8 affine: lowest to 0, highest to 255", "seed 002"),
+    "symmetric": Preset("symmetric@int8:tensor,embed=int8:tensor", "int8, s = max|X| / 127.5", "seed 004"),
+    "per-channel": Preset("absmax@int8:channel", "int8, one scale a row", "LLM.int8; W8 of most tools"),
+    "blockwise": Preset("absmax@int8:*x128,embed=int8:*x128", "int8, one scale for 128 columns", "seed 003"),
+    "groupwise": Preset("absmax@int4:g64", "int4, one scale for 64 weights of a row", "Q-BERT; ZeroQuant"),
+    "zeroquant": Preset("minmax@int8:g128:asym", "int8 groups whose zero is exact", "seed 004; ZeroQuant"),
+    "simquant": Preset("minmax@uint8:channel:zero=fp32", "uint8, min to max of each channel", "seed 004; KVQuant"),
+    "llm-int8": Preset("absmax@int8:channel:narrow", "vector-wise int8 weights", "LLM.int8"),
+    "kmeans": Preset("kmeans@kmeans4:channel", "16 learned levels for each row", "Deep Compression; SqueezeLLM"),
+    "hqq": Preset("hqq@uint4:g64:zero=fp16", "uint4, zero-point by half-quadratic splitting", "HQQ"),
+    "nf4": Preset("absmax@nf4:g64:s=(uint8:g256:s=fp32)", "normal-float levels, double-quantized scales", "QLoRA"),
+    "fp8": Preset("absmax@e4m3:channel", "8-bit floats, one scale a row", "OCP FP8"),
+    "mxfp4": Preset("mx@mxfp4", "4-bit floats, power-of-two scale for 32", "OCP MX"),
+    "nvfp4": Preset("absmax@nvfp4", "4-bit floats, fp8 scale for 16", "NVIDIA NVFP4"),
+}

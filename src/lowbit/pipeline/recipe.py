@@ -1,0 +1,247 @@
+"""Recipe: what to do with a model, as a value. Text, Python and TOML are forms of the same thing.
+
+    METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
+
+    absmax@int8:channel                 a fit; the solver is round-to-nearest
+    kmeans@kmeans4:channel              a solver
+    hqq+rtn@uint4:g64:zero=fp16         both
+    int4:g32                            a format alone: the best data-free fit and solver for it
+    search@int4:g32,embed=int6:g64      embeddings and heads in another format (int8:channel otherwise)
+    search@int4:g32,*.down_proj=int8:channel,*.layers.0.*=keep      per layer, the last match wins
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError, RecipeError, nearest
+from lowbit.formats import Format, parse_format
+from lowbit.pipeline.presets import PRESETS
+from lowbit.solvers import Call, methods
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEEP = "keep"
+EMBED = parse_format("int8:channel")
+# Keys of the text form that are known but stand for something this version does not do.
+_LATER = {"a": "activation formats", "kv": "KV-cache formats"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One solver, one fit, formats by layer.
+
+    `fit` and `solver` may be None: the best data-free one for each format is then taken (`fit_for`,
+    `solver_for`). `embed` is the format of embeddings and of output heads, or None to keep them.
+    `layers` are (glob over parameter names, format or None to keep), the last match wins.
+    """
+
+    format: Format
+    fit: Call | None = None
+    solver: Call | None = None
+    embed: Format | None = EMBED
+    layers: tuple[tuple[str, Format | None], ...] = ()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for fmt in (self.format, self.embed, *(f for _, f in self.layers)):
+            if fmt is None:
+                continue
+            if fmt.codebook is None and self.solver is not None and self.solver.name == "kmeans" and fmt is self.format:
+                raise RecipeError(f"kmeans learns the levels, and {fmt} has fixed ones; use a kmeans grid, e.g. kmeans4:channel")
+            if fmt.codebook is not None and self.solver is not None and self.solver.name != "kmeans":
+                raise RecipeError(f"{fmt} learns its levels, which {self.solver} cannot; use kmeans@{fmt}")
+
+    def format_for(self, name: str, kind: str) -> Format | None:
+        """The format of a parameter (`kind` as in the inventory), or None to keep it."""
+        chosen = self.embed if kind in ("embedding", "head") else self.format
+        for pattern, fmt in self.layers:
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
+                chosen = fmt
+        return chosen
+
+    def fit_for(self, fmt: Format) -> Call:
+        """The recipe's fit, or where that cannot serve this format the best data-free one for it."""
+        if self.fit is not None and _serves(self.fit, fmt):
+            return self.fit
+        return Call("search")
+
+    def solver_for(self, fmt: Format) -> Call:
+        """The recipe's solver; k-means for learned codebooks and round-to-nearest otherwise."""
+        if fmt.codebook is not None:
+            return self.solver if self.solver is not None and self.solver.name == "kmeans" else Call("kmeans")
+        if self.solver is not None and self.solver.name != "kmeans":
+            return self.solver
+        return Call("rtn")
+
+    def __str__(self) -> str:
+        """The full text; `Recipe.parse(str(r)) == r` but for the name."""
+        steps = [str(call) for call in (self.fit, self.solver) if call is not None]
+        text = f"{'+'.join(steps)}@{self.format}" if steps else str(self.format)
+        if self.embed != EMBED:
+            text += f",embed={_text(self.embed)}"
+        for pattern, fmt in self.layers:
+            text += f",{pattern}={_text(fmt)}"
+        return text
+
+    @property
+    def title(self) -> str:
+        """`name = text` for a preset, the text otherwise."""
+        return f"{self.name} = {self}" if self.name else str(self)
+
+    @staticmethod
+    def parse(text: str) -> Recipe:
+        """A preset name, a format, a composition, or the path of a TOML file."""
+        if text.endswith(".toml"):
+            return _from_toml(Path(text))
+        head, *settings = _split(text.strip(), ",")
+        if head in PRESETS:
+            recipe = replace(Recipe.parse(PRESETS[head].text), name=head)
+            return replace(_with_settings(recipe, settings, text), name=None if settings else head)
+        steps, at, fmt = head.rpartition("@")
+        if not at and _looks_like_name(head):
+            known = [*PRESETS, *methods()]
+            if head in methods():
+                raise RecipeError(f"method {head!r} needs a format: write {head}@int4:g32, for example")
+            raise RecipeError(f"unknown recipe {head!r}{nearest(head, known)} (presets: {', '.join(PRESETS)})")
+        return _with_settings(_with_steps(Recipe(parse_format(fmt)), _split(steps, "+") if at else []), settings, text)
+
+    @staticmethod
+    def of(value: str | Path | Format | Recipe) -> Recipe:
+        """A recipe from any of its forms."""
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, Format):
+            return Recipe(value)
+        return Recipe.parse(str(value))
+
+
+def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
+    fit: Call | None = None
+    solver: Call | None = None
+    for step in steps:
+        call = _parse_call(step)
+        if call.method.kind == "fit":
+            if fit is not None or solver is not None:
+                first = fit or solver
+                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
+            fit = call
+        else:
+            if solver is not None:
+                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
+            solver = call
+    return replace(recipe, fit=fit, solver=solver)
+
+
+def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
+    for setting in settings:
+        key, equals, value = setting.strip().partition("=")
+        if not equals or not value:
+            raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
+        if key in _LATER:
+            raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
+        is_glob = any(char in key for char in "*?[.") or key == "lm_head"
+        if key != "embed" and not is_glob:
+            raise RecipeError(
+                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed'])} "
+                "(known: embed=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
+            )
+        fmt = None if value == KEEP else parse_format(value)
+        recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
+    return recipe
+
+
+def _from_toml(path: Path) -> Recipe:
+    """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep"."""
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {str(path)!r} is not TOML: {error}") from None
+    allowed = ("recipe", "embed", "layers")
+    for key in table:
+        if key not in allowed:
+            raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
+    if not isinstance(table.get("recipe"), str):
+        raise RecipeError(f'recipe file {str(path)!r} needs a line such as recipe = "search@int4:g32"')
+    layers = table.get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(v, str) for v in layers.values()):
+        raise RecipeError(f'[layers] in {str(path)!r} is a table of "glob" = "format"')
+    settings = [f"embed={table['embed']}"] if "embed" in table else []
+    settings += [f"{glob}={fmt}" for glob, fmt in layers.items()]
+    recipe = Recipe.parse(table["recipe"])
+    return replace(_with_settings(recipe, settings, str(path)), name=None if settings else recipe.name)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The TOML form; reading it gives the recipe back."""
+    plain = replace(recipe, embed=EMBED, layers=())
+    lines = [f'recipe = "{plain}"', f'embed = "{_text(recipe.embed)}"']
+    if recipe.layers:
+        lines += ["", "[layers]", *(f'"{pattern}" = "{_text(fmt)}"' for pattern, fmt in recipe.layers)]
+    return "\n".join(lines) + "\n"
+
+
+def _parse_call(text: str) -> Call:
+    name, opened, rest = text.strip().partition("(")
+    if not opened:
+        return Call(name)
+    if not rest.endswith(")"):
+        raise RecipeError(f"{text!r} opens a '(' that it does not close")
+    options: list[tuple[str, Any]] = []
+    for item in filter(None, rest[:-1].split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")
+        options.append((key.strip(), _number(value.strip())))
+    return Call(name, tuple(options))
+
+
+def _number(value: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators outside parentheses."""
+    parts, depth, begin = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char == separator and depth == 0:
+            parts.append(text[begin:i])
+            begin = i + 1
+    return [*parts, text[begin:]]
+
+
+def _looks_like_name(text: str) -> bool:
+    """Whether a word without '@' is meant as a preset rather than as a format."""
+    try:
+        parse_format(text)
+    except LowbitError:
+        return ":" not in text
+    return False
+
+
+def _serves(fit: Call, fmt: Format) -> bool:
+    """Whether a fit can fill this format: an offset where there is one, none where there is none."""
+    symmetric_only = fit.name in ("absmax", "symmetric", "mx")
+    affine_only = fit.name in ("minmax", "hqq")
+    return not (symmetric_only and fmt.offset is not None) and not (affine_only and fmt.offset is None)
+
+
+def _text(fmt: Format | None) -> str:
+    return KEEP if fmt is None else str(fmt)
+
+

@@ -1,0 +1,162 @@
+"""A card as a panel on the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..measure.card import Card
+from ..measure.quality import Estimate
+from ..measure.scoring import MEANING
+from ..measure.verdict import verdict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+VERDICT_COLOURS = {
+    "indistinguishable": "green",
+    "very close": "green",
+    "noticeable": "yellow",
+    "damaged": "red",
+}
+ABSENT = "-"
+_SPEEDS = (
+    ("decode", "decode", "one sequence"),
+    ("prefill", "prefill", "reading the prompt"),
+    ("batch", "batch", "sequences at once"),
+)
+
+
+def estimate_text(estimate: Estimate | None, unit: str = "", *, scale: float = 1.0) -> str:
+    """'0.0021 ± 0.0001 nats/token': as many decimals as two digits of the error, or four digits."""
+    if estimate is None:
+        return ABSENT
+    value, error = estimate.value * scale, estimate.stderr
+    decimals = max(0, 3 - _exponent(value))
+    if error:
+        decimals = max(0, 1 - _exponent(error * scale))
+        return f"{value:.{decimals}f} ± {error * scale:.{decimals}f}{unit}"
+    return f"{value:.{min(decimals, 6)}f}{unit}"
+
+
+def _exponent(value: float) -> int:
+    """The power of ten of the first digit; 0 for what has none."""
+    return int(f"{value:e}".partition("e")[2] or 0) if value else 0
+
+
+def _bytes_text(nbytes: int | None) -> str:
+    if nbytes is None:
+        return ABSENT
+    value, unit = nbytes / 2**20, "MiB"
+    if value >= 1024:
+        value, unit = value / 1024, "GiB"
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def card_lines(card: Card) -> list[tuple[str, str]]:
+    """(name, value) of everything on the card that was measured, in reading order."""
+    parts, lines = card.parts, []
+    if parts.coverage is not None:
+        count = f"{parts.coverage.quantized / 1e6:.1f} of {parts.coverage.total / 1e6:.1f} M parameters"
+        lines.append(("quantized", f"{100 * parts.coverage.share:.2f} %  ({count})"))
+        lines += [("  kept", reason) for reason in parts.coverage.kept]
+    lines += _size_lines(card) + _quality_lines(card) + _speed_lines(card)
+    if parts.quantize_seconds is not None:
+        lines.append(("quantizing took", f"{parts.quantize_seconds:.1f} s"))
+    peaks = (("quantizing", parts.quantize_peak), ("running", card.run_peak))
+    known = [f"{_bytes_text(value)} {name}" for name, value in peaks if value is not None]
+    if known:
+        lines.append(("peak memory", ", ".join(known)))
+    if card.text is not None:
+        windows = f"{card.text.windows} windows of {card.text.length} tokens"
+        lines.append(("measured on", f"{card.text.name}, {windows} (sha256 {card.text.sha256[:8]})"))
+        lines += [("  note", note) for note in card.text.notes]
+    lines += [("note", note) for note in parts.notes]
+    return lines
+
+
+def _size_lines(card: Card) -> list[tuple[str, str]]:
+    parts, lines = card.parts, []
+    if parts.bytes_after is not None:
+        text = _bytes_text(parts.bytes_after)
+        if parts.bytes_before:
+            times = parts.bytes_before / parts.bytes_after
+            text = f"{_bytes_text(parts.bytes_before)} → {text}  ({times:.1f} times smaller)"
+        lines.append(("size on disk", text))
+    if parts.bits is not None:
+        linear = "" if parts.linear_bits is None else f", {parts.linear_bits:.2f} in the linear layers"
+        lines.append(("bits per weight", f"{parts.bits:.2f} in all{linear}"))
+    return lines
+
+
+def _quality_lines(card: Card) -> list[tuple[str, str]]:
+    quality = card.quality
+    if quality is None:
+        return []
+    lines = []
+    if quality.base_perplexity is not None:
+        before = estimate_text(Estimate(quality.base_perplexity.value))
+        after = estimate_text(Estimate(quality.perplexity.value))
+        lines.append(("perplexity", f"{before} → {after}  (ratio {estimate_text(quality.ratio)})"))
+    else:
+        lines.append(("perplexity", estimate_text(quality.perplexity)))
+    if quality.kl_mean is not None:
+        lines.append(("KL from the float model", estimate_text(quality.kl_mean, " nats/token")))
+        lines.append(("  worst 1 % of tokens", f"above {estimate_text(quality.kl_p99, ' nats')}"))
+        lines.append(("same first choice", estimate_text(quality.top1, " % of tokens", scale=100)))
+    if quality.kind != "causal":
+        lines.append(("  scored as", f"{quality.kind} ({MEANING[quality.kind]})"))
+    return lines
+
+
+def _speed_lines(card: Card) -> list[tuple[str, str]]:
+    speed = card.speed
+    if speed is None:
+        return []
+    if speed.skipped is not None:
+        return [("speed", f"not measured: {speed.skipped}")]
+    lines = []
+    for name, title, meaning in _SPEEDS:
+        rate, ratio = getattr(speed.model, name, None), speed.ratio(name)
+        if rate is None:
+            continue
+        if name == "batch" and speed.settings is not None:
+            meaning = f"{speed.settings.batch} {meaning}"
+        beside = "" if ratio is None else f", {ratio:.2f} x the float model"
+        lines.append((title, f"{rate_text(rate)} tokens/s{beside}  ({meaning})"))
+    return lines
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+
+
+def render_card(card: Card) -> RenderableType:
+    """The card as a panel: a verdict in plain words, the figures, and both models' answers."""
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    pieces: list[RenderableType] = []
+    found = verdict(card.quality) if card.quality is not None else None
+    colour = VERDICT_COLOURS[found.word] if found else "blue"
+    if found is not None:
+        pieces.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
+    figures = Table.grid(padding=(0, 2))
+    figures.add_column(style="cyan", no_wrap=True)
+    figures.add_column(overflow="fold")
+    for name, value in card_lines(card):
+        figures.add_row(Text(name), Text(value, style="dim" if name.startswith("  ") else ""))
+    pieces.append(figures)
+    if card.sample is not None:
+        pieces.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
+        if card.sample.base_answer is not None:
+            pieces.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
+        pieces.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
+    footer = None
+    if card.environment is not None:
+        footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
+    title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
+    return Panel(
+        Group(*pieces), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False
+    )

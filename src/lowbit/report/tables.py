@@ -1,0 +1,182 @@
+"""Comparisons of many recipes as tables: on the terminal, as Markdown, and as rows for JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..measure.card import json_ready
+from ..measure.compare import CompareRow
+from ..measure.verdict import verdict
+from .panel import ABSENT, VERDICT_COLOURS, rate_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the comparison: its heading, its key in JSON rows, and how its value is written."""
+
+    heading: str
+    key: str
+    write: Callable[[float], str]
+
+
+_COLUMNS = (
+    _Column("bits/ weight", "bits", lambda value: f"{value:.2f}"),
+    _Column("linear bits", "linear_bits", lambda value: f"{value:.2f}"),
+    _Column("MiB", "mib", lambda value: f"{value:.1f}"),
+    _Column("perplexity", "perplexity", lambda value: f"{value:.3f}" if value < 1e5 else f"{value:.3g}"),
+    _Column("ratio", "ratio", lambda value: f"{value:.4f}" if value < 1e3 else f"{value:.3g}"),
+    _Column("KL", "kl", lambda value: f"{value:.5f}" if value < 10 else f"{value:.3g}"),
+    _Column("±", "kl_stderr", lambda value: f"{value:.5f}" if value < 10 else f"{value:.2g}"),
+    _Column("top-1 %", "top1", lambda value: f"{100 * value:.2f}"),
+    _Column("decode tok/s", "decode", rate_text),
+    _Column("x float", "decode_ratio", lambda value: f"{value:.2f}"),
+    _Column("prefill tok/s", "prefill", rate_text),
+    _Column("batch tok/s", "batch", rate_text),
+    _Column("quantize s", "quantize_seconds", lambda value: f"{value:.1f}"),
+)
+# What a narrow terminal can do without, the least missed first.
+_EXPENDABLE = (
+    "batch",
+    "prefill",
+    "quantize_seconds",
+    "kl_stderr",
+    "decode_ratio",
+    "linear_bits",
+    "mib",
+    "decode",
+)
+
+
+def compare_records(rows: Sequence[CompareRow]) -> list[dict[str, Any]]:
+    """One flat record per row, for JSON and for the tables; what was not measured is None."""
+    return [_record(row) for row in rows]
+
+
+def compare_json(rows: Sequence[CompareRow]) -> str:
+    """The records as a JSON list; numbers that are not finite are written as text."""
+    return json.dumps(json_ready(compare_records(rows)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_records(rows: Sequence[CompareRow]) -> Iterator[tuple[CompareRow, dict[str, Any]]]:
+    return zip(rows, compare_records(rows), strict=True)
+
+
+def _record(row: CompareRow) -> dict[str, Any]:
+    record: dict[str, Any] = {"recipe": row.recipe, "error": row.error, "verdict": None}
+    record |= {column.key: None for column in _COLUMNS}
+    if row.card is None:
+        return record
+    parts, quality, speed = row.card.parts, row.card.quality, row.card.speed
+    nbytes = parts.bytes_after if parts.bytes_after is not None else parts.weight_bytes
+    record |= {
+        "bits": parts.bits,
+        "linear_bits": parts.linear_bits,
+        "quantize_seconds": parts.quantize_seconds,
+    }
+    record["mib"] = None if nbytes is None else nbytes / 2**20
+    if quality is not None:
+        pairs = {"perplexity": quality.perplexity, "ratio": quality.ratio, "kl": quality.kl_mean}
+        pairs["top1"] = quality.top1
+        record |= {key: None if value is None else value.value for key, value in pairs.items()}
+        record["kl_stderr"] = None if quality.kl_mean is None else quality.kl_mean.stderr
+        found = verdict(quality)
+        record["verdict"] = found.word if found is not None and not row.is_base else None
+    if speed is not None and speed.model is not None:
+        record |= {name: getattr(speed.model, name) for name in ("decode", "prefill", "batch")}
+        record["decode_ratio"] = speed.ratio("decode")
+    return record
+
+
+def _cells(rows: Sequence[CompareRow]) -> tuple[list[_Column], list[list[str]]]:
+    """The columns that have a value in some row, and the written values of every row."""
+    records = compare_records(rows)
+    columns = [column for column in _COLUMNS if any(record[column.key] is not None for record in records)]
+    cells = [[ABSENT if r[c.key] is None else c.write(r[c.key]) for c in columns] for r in records]
+    return columns, cells
+
+
+def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> RenderableType:
+    """The comparison as a table, rows in the order given, the float model's set apart; errors below it.
+
+    `width` in characters: columns that matter less are left out until the table fits.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, cells = _cells(rows)
+    words = ["failed" if row.error else record["verdict"] or "" for row, record in _with_records(rows)]
+    fixed = _widest("recipe", *(row.recipe for row in rows)) + _widest("verdict", *words)
+    kept = _fitting(columns, cells, None if width is None else width - fixed - 2)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        header_style="bold",
+        padding=(0, 1, 0, 0),
+        caption=_caption(rows),
+        caption_justify="left",
+    )
+    table.add_column("recipe", no_wrap=True)
+    for index in kept:
+        table.add_column(columns[index].heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    errors: list[RenderableType] = []
+    for row, word, values in zip(rows, words, cells, strict=True):
+        last = Text(word, style=VERDICT_COLOURS.get(word, "red"))
+        style = "dim" if row.is_base else ""
+        table.add_row(
+            Text(row.recipe), *(values[i] for i in kept), last, style=style, end_section=row.is_base
+        )
+        if row.error:
+            errors.append(Text.assemble((f"{row.recipe} failed: ", "red"), row.error))
+    return Group(table, *errors)
+
+
+def _fitting(columns: list[_Column], cells: list[list[str]], width: int | None) -> list[int]:
+    """Which columns stay when together they may be `width` wide."""
+    kept = list(range(len(columns)))
+    needs = [
+        _widest(*column.heading.split(), *(row[index] for row in cells))
+        for index, column in enumerate(columns)
+    ]
+    for key in _EXPENDABLE:
+        if width is None or sum(needs[index] for index in kept) <= width:
+            break
+        kept = [index for index in kept if columns[index].key != key]
+    return kept
+
+
+def _widest(*texts: str) -> int:
+    """Characters of a column that holds these, with the two that part it from the next."""
+    return max(map(len, texts)) + 2
+
+
+def markdown_compare(rows: Sequence[CompareRow]) -> str:
+    """The same table as Markdown text, with a line below it that says what was measured on."""
+    columns, cells = _cells(rows)
+    lines = [_markdown_row(["recipe", *(column.heading.replace("/ ", "/") for column in columns), "verdict"])]
+    lines.append(_markdown_row(["---", *("--:" for _ in columns), "---"]))
+    for row, record, values in zip(rows, compare_records(rows), cells, strict=True):
+        last = f"failed: {row.error}" if row.error else record["verdict"] or ""
+        lines.append(_markdown_row([f"`{row.recipe}`", *values, last]))
+    caption = _caption(rows)
+    return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _caption(rows: Sequence[CompareRow]) -> str | None:
+    for row in rows:
+        if row.card is not None and row.card.text is not None:
+            text = row.card.text
+            windows = f"{text.windows} windows of {text.length} tokens"
+            return f"{row.card.parts.model} on {text.name}, {windows}; KL in nats per token"
+    return None

@@ -1,0 +1,42 @@
+"""minmax: the range of the block to the range of the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.solvers.registry import fit
+
+
+def needs_offset(fmt: Format, name: str) -> None:
+    """RecipeError for a fit that needs an offset to be of use."""
+    if fmt.offset is None:
+        raise RecipeError(f"{name!r} needs an offset and {fmt} has none; add ':asym', ':zero=fp32' or ':min=fp16'")
+
+
+def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scale and offset that put `low` on the lowest level and `high` on the highest.
+
+    s = (high - low) / (hi - lo), z = lo - low / s (unrounded; the format rounds it). Where the zero-point is
+    kept on the grid the range is first widened to include zero.
+    """
+    if fmt.offset is not None and fmt.offset.store == "grid":
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = (high - low) / (fmt.grid.hi - fmt.grid.lo)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return scale, fmt.grid.lo - low / scale
+
+
+@fit
+def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lowest value to the lowest level, highest to the highest: s = (max - min) / (hi - lo), z = lo - min / s.
+
+    Error: at most s/2 with an unrounded zero-point or a minimum; with a rounded zero-point the whole block
+    shifts by up to s/2, so the end of the range can clip and the error reach s. Zero is exact with a rounded
+    zero-point only. Source: seed "Naive Quantization Methods", zeropoint_quantize (rounded), and seed
+    "Quantization in Large Language Models", minmax_quantize (unrounded).
+    """
+    needs_offset(fmt, "minmax")
+    return affine(x.amin(1), x.amax(1), fmt)

@@ -1,0 +1,170 @@
+"""Hugging Face ids, with the network replaced by a folder."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+from tiny import save_tiny
+
+from lowbit.errors import SourceError
+from lowbit.interchange import hub
+from lowbit.interchange.safetensors_file import DTYPES, read_header
+from lowbit.interchange.source import open_headers, open_source
+
+
+class Hub:
+    """Stands for huggingface.co: one repository in a folder, and a list of what was fetched."""
+
+    def __init__(self, repo: Path, cache: Path) -> None:
+        self.repo, self.cache, self.fetched = repo, cache, []
+
+    def snapshot_download(
+        self,
+        repo_id: str,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+        local_files_only: bool = False,
+    ) -> str:
+        assert repo_id == "org/name"
+        for file in self.repo.iterdir():
+            wanted = any(fnmatch.fnmatch(file.name, p) for p in allow_patterns)
+            if wanted and not any(fnmatch.fnmatch(file.name, p) for p in ignore_patterns):
+                self.fetched.append(file.name)
+                shutil.copy(file, self.cache / file.name)
+        return str(self.cache)
+
+    def get_safetensors_metadata(self, repo_id: str) -> Any:
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        files = {}
+        for file in self.repo.glob("*.safetensors"):
+            entries = read_header(file).entries.values()
+            tensors = {e.name: SimpleNamespace(dtype=names[e.dtype], shape=list(e.shape)) for e in entries}
+            files[file.name] = SimpleNamespace(tensors=tensors)
+        return SimpleNamespace(files_metadata=files)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    for name in ("repo", "cache"):
+        (tmp_path / name).mkdir()
+    fake = Hub(tmp_path / "repo", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fake.get_safetensors_metadata)
+    return fake
+
+
+def test_an_id_is_downloaded_without_pickles_or_code(remote: Hub) -> None:
+    model = save_tiny("qwen2", remote.repo)
+    for name in (
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "tokenizer_x.py",
+        "README.md",
+        "model.fp16.safetensors",
+    ):
+        (remote.repo / name).write_text("")
+    source = open_source("org/name")
+    assert source.label == "org/name"
+    assert all(torch.equal(source.read(n), model.state_dict()[n]) for n in source.tensors)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(remote.fetched)
+    assert not {name for name in remote.fetched if name.endswith((".bin", ".py", ".md", "fp16.safetensors"))}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "t5"])
+def test_a_plan_fetches_headers_only(name: str, remote: Hub) -> None:
+    save_tiny(name, remote.repo)
+    headers = open_headers("org/name")
+    assert not [file for file in remote.fetched if file.endswith(".safetensors")]
+    whole = open_source("org/name")
+    assert dict(headers.tensors) == dict(whole.tensors) and headers.inventory == whole.inventory
+    assert headers.tokenizer()("the").input_ids == whole.tokenizer()("the").input_ids
+    assert json.loads(json.dumps(headers.identity())) == headers.identity()
+    with pytest.raises(SourceError, match="only the headers"):
+        headers.read(next(iter(headers.tensors)))
+
+
+def test_headers_of_anything_else_are_the_source_itself(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    assert open_headers(tmp_path).read("lm_head.weight").shape == (128, 32)
+
+
+def test_a_cached_model_can_be_planned_offline(remote: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", remote.repo)
+
+    def offline(repo_id: str) -> None:
+        raise errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", offline)
+    assert open_headers("org/name").tensors["lm_head.weight"].shape == (128, 32)
+
+
+def test_a_quantized_id_is_refused_before_its_weights_are_fetched(remote: Hub) -> None:
+    save_tiny("llama", remote.repo)
+    config = json.loads((remote.repo / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq"}
+    (remote.repo / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match="already quantized with awq"):
+        open_source("org/name")
+    assert "model.safetensors" not in remote.fetched
+
+
+def _http(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)
+    Exception.__init__(error, "server says\nno")
+    return error
+
+
+FAILURES = {
+    "gated": (errors.GatedRepoError, "gated; accept its terms at https://huggingface.co/org/name"),
+    "not found": (errors.RepositoryNotFoundError, "not found on Hugging Face; check the spelling"),
+    "offline mode": (errors.OfflineModeIsEnabled, "cannot be reached.*go online"),
+    "not cached": (errors.LocalEntryNotFoundError, "cannot be reached.*go online"),
+    "no route": (ConnectionError, "cannot be reached.*go online"),
+    "server error": (errors.HfHubHTTPError, "cannot be reached.*go online"),
+    "pickles only": (errors.NotASafetensorsRepoError, "no safetensors weights; convert"),
+    "disk full": (OSError, "could not be stored.*free some space"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_each_failure_says_what_to_do(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, said = FAILURES[case]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise _http(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for call in (open_source, open_headers):
+        with pytest.raises(SourceError, match=said) as caught:
+            call("org/name")
+        assert "\n" not in str(caught.value) and str(caught.value).startswith("org/name")
+
+
+def test_only_names_that_look_like_ids_use_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not hub.claims("org/name")  # a local folder has this name
+    assert hub.claims("org/other") and hub.claims("meta-llama/Llama-3.2-1B")
+    for name in (
+        "name",
+        "./org/other",
+        "/org/other",
+        "a/b/c",
+        "org/m.gguf",
+        "../up",
+        "org/",
+        Path("org/other"),
+    ):
+        assert not hub.claims(name)

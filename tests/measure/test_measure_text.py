@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import types
+
+import pytest
+import torch
+from measure_models import tiny_bert, tiny_llama
+
+from lowbit.errors import TextError
+from lowbit.measure.scoring import max_positions
+from lowbit.measure.text import Text, load_text
+from lowbit.measure.windows import make_windows
+
+
+def test_default_is_pythons_reference_and_deterministic():
+    text = load_text()
+    assert platform.python_version() in text.name
+    assert len(text.joined) > 200_000
+    assert 'The "assert" statement' in text.joined
+    assert text == load_text()
+    assert text.sha256 == hashlib.sha256(text.joined.encode()).hexdigest()
+
+
+def test_file_hash_is_that_of_its_bytes(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("héllo\r\nwörld\n".encode())
+    text = load_text(str(path))
+    assert text.name == "text.txt"
+    assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_text(path) == text
+
+
+def test_file_named_like_a_dataset_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wikitext").write_text("a file")
+    assert load_text("wikitext").documents == ("a file",)
+
+
+def test_list_is_joined_with_blank_lines():
+    text = load_text(["one", "two"])
+    assert text.joined == "one\n\ntwo"
+    assert text.sha256 == hashlib.sha256(b"one\n\ntwo").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe\x00", "not UTF-8"), (b"", "empty"), (b" \n\n", "empty")]
+)
+def test_unusable_files(tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(TextError, match=message):
+        load_text(path)
+
+
+@pytest.mark.parametrize("source", ["missing.txt", "a folder/x", "/nowhere/text"])
+def test_missing_file(source):
+    with pytest.raises(TextError, match="no such file"):
+        load_text(source)
+
+
+def test_folder_is_no_text(tmp_path):
+    with pytest.raises(TextError, match="cannot be read"):
+        load_text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"), [([], "empty"), ([1], "not a string"), (["\ud800"], "surrogate")]
+)
+def test_unusable_lists(source, message):
+    with pytest.raises(TextError, match=message):
+        load_text(source)
+
+
+def test_split_without_dataset_is_refused():
+    with pytest.raises(TextError, match="split"):
+        load_text(["a"], split="test")
+
+
+def test_dataset_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(TextError, match="pip install datasets"):
+        load_text("wikitext:wikitext-2-raw-v1")
+
+
+def _fake_datasets(monkeypatch, columns, calls):
+    class Rows(dict):
+        @property
+        def column_names(self):
+            return list(self)
+
+    def load_dataset(name, configuration, split):
+        calls.append((name, configuration, split))
+        if name == "broken":
+            raise RuntimeError("no such dataset\nmore")
+        return Rows(columns)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_dataset_name_configuration_and_split(monkeypatch):
+    calls: list = []
+    _fake_datasets(monkeypatch, {"text": ["a", "b"]}, calls)
+    text = load_text("owner/wiki:raw-v1")
+    assert text.documents == ("a", "b")
+    assert text.name == "owner/wiki:raw-v1 [test]"
+    load_text("wiki", split="train")
+    assert calls == [("owner/wiki", "raw-v1", "test"), ("wiki", None, "train")]
+
+
+def test_dataset_errors_are_one_line(monkeypatch):
+    _fake_datasets(monkeypatch, {"question": ["a"]}, [])
+    with pytest.raises(TextError, match="question"):
+        load_text("squad")
+    with pytest.raises(TextError, match=r"no such dataset$"):
+        load_text("broken")
+
+
+def test_windows_tile_the_text_and_drop_the_end(tokenizer, words):
+    windows = make_windows(load_text([words]), tokenizer, length=70)
+    expected = [int(word[1:]) for word in words.split()]
+    assert windows.ids.shape == (8, 70)
+    assert windows.ids.flatten().tolist() == expected[:560]
+    assert windows.text_tokens == 600
+    assert (
+        make_windows(load_text([words]), tokenizer, length=70, limit=3).ids.tolist()
+        == windows.ids[:3].tolist()
+    )
+
+
+def test_no_special_tokens_are_added(tokenizer, words):
+    from tokenizers.processors import TemplateProcessing
+
+    special = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
+    special.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[UNK] $A", special_tokens=[("[UNK]", 0)]
+    )
+    try:
+        assert special(words)["input_ids"][0] == 0
+        assert make_windows(load_text([words]), special, length=50).ids[0, 0] != 0
+    finally:
+        tokenizer.backend_tokenizer.post_processor = None
+
+
+def test_length_is_reduced_to_the_models_positions(tokenizer, words):
+    windows = make_windows(load_text([words]), tokenizer, model=tiny_llama(max_position_embeddings=100))
+    assert windows.length == 100
+    assert any("100" in note and "1024" in note for note in windows.notes)
+
+
+def test_fewer_windows_than_asked_is_said(tokenizer, words):
+    windows = make_windows(load_text([words]), tokenizer, length=200, limit=9)
+    assert windows.count == 3
+    assert any("3 windows" in note and "9" in note for note in windows.notes)
+
+
+def test_short_text_says_the_numbers(tokenizer):
+    with pytest.raises(TextError, match=r"3 tokens, fewer than one window of 10"):
+        make_windows(load_text(["w1 w2 w3"]), tokenizer, length=10)
+
+
+@pytest.mark.parametrize("wrong", [{"length": 1}, {"length": 10, "limit": 0}])
+def test_senseless_numbers(tokenizer, words, wrong):
+    with pytest.raises(TextError):
+        make_windows(load_text([words]), tokenizer, **wrong)
+
+
+def test_positions_of_models():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    assert max_positions(tiny_bert()) == 64
+    assert max_positions(torch.nn.Linear(2, 2)) is None
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    roberta = RobertaForMaskedLM(config).eval()
+    longest = max_positions(roberta)
+    assert longest == 32
+    ids = torch.full((1, longest), 5)
+    roberta(ids)  # takes that many and not one more
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, longest + 1), 5))
+
+
+def test_text_is_a_value():
+    assert Text("a", ("b",), "c") == Text("a", ("b",), "c")
