@@ -1,0 +1,50 @@
+"""lowbit: make language models small, and see what it cost.
+
+    import lowbit
+    q = lowbit.quantize("smollm2", "w4")
+    print(q.report)
+    q.save("smollm2-w4")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from lowbit import _hook
+
+__version__ = "0.1.0"
+
+# Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
+_HOMES = {
+    "Card": "lowbit.measure.card",
+    "Format": "lowbit.formats",
+    "LowbitError": "lowbit.errors",
+    "Plan": "lowbit.pipeline.plan",
+    "QTensor": "lowbit.formats",
+    "Quantized": "lowbit.pipeline.api",
+    "Recipe": "lowbit.pipeline.recipe",
+    "compare": "lowbit.measure.api",
+    "dequantize": "lowbit.pipeline.api",
+    "evaluate": "lowbit.measure.api",
+    "integer_matmul": "lowbit.kernels.integer",
+    "load": "lowbit.pipeline.api",
+    "parse_format": "lowbit.formats",
+    "plan": "lowbit.pipeline.api",
+    "quantize": "lowbit.pipeline.api",
+    "quantize_tensor": "lowbit.pipeline.api",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+_hook.install()

@@ -142,9 +142,14 @@ def reduce_blocks(function: BlockFunction, block: Block, x: Tensor, *others: Ten
     `x` and `others` have the same shape (an `other` may be None); they arrive as float32. `function`
     returns one tensor [n] or [n, k] (or a tuple of them, entries may be None). Each comes back as
     [batch, row blocks, column blocks] or with k behind. Work goes by chunks that fit the cache.
+    For an empty `x`, `function` is called once, on no blocks.
     """
     batch, nr, nc = block.counts(tuple(x.shape))
     inputs = [None if t is None else t.reshape(as_matrices(tuple(t.shape))) for t in (x, *others)]
+    if not x.numel():  # no blocks: what comes back is seen from a call on none of them
+        value = function(*(None if t is None else _float(t.reshape(0, 1)) for t in inputs))
+        values = value if isinstance(value, tuple) else (value,)
+        return [None if v is None else v.new_zeros((batch, nr, nc, *v.shape[1:])) for v in values]
     results: list[Tensor | None] = []
     for region in regions(tuple(x.shape), block):
         parts = [None if t is None else region.split(t) for t in inputs]

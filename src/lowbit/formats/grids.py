@@ -224,13 +224,11 @@ class NearestSearch:
     def __init__(self, levels: Tensor, codes: Tensor) -> None:
         """`levels` float32 [n] strictly ascending, `codes` uint8 [n]."""
         self.sorted, self.codes = levels, codes
-        middle = (levels[1:].double() + levels[:-1].double()) / 2
         tie_up = codes[1:] % 2 < codes[:-1] % 2  # the even code is above: the midpoint itself belongs to it
-        bounds = middle.to(torch.float32)
-        self.bounds = torch.where(tie_up, torch.nextafter(bounds, bounds - 1), bounds)
-        self.low = float(self.bounds[0])
-        span = float(self.bounds[-1]) - self.low
-        gap = float((self.bounds[1:] - self.bounds[:-1]).min()) if len(bounds) > 1 else math.inf
+        self.bounds = last_below_middle(levels, tie_up)
+        self.low = float(self.bounds[0]) if len(self.bounds) else 0.0
+        span = float(self.bounds[-1]) - self.low if len(self.bounds) else 0.0
+        gap = float((self.bounds[1:] - self.bounds[:-1]).min()) if len(self.bounds) > 1 else math.inf
         bins = 2 if math.isinf(gap) else 2 * math.ceil(span / max(gap, 1e-30)) + 2
         self.bins = bins if bins <= self.MAX_BINS and span > 0 else 0
         if self.bins:
@@ -250,6 +248,19 @@ class NearestSearch:
         position = self.table.index_select(0, bins)
         above = x.reshape(-1) > self.bounds_or_inf.index_select(0, position)
         return position.add_(above).view(x.shape)
+
+
+def last_below_middle(levels: Tensor, tie_up: Tensor | None = None) -> Tensor:
+    """float32 [..., n - 1]: between ascending `levels` [..., n], the largest value that goes to the lower one.
+
+    That is the midpoint, rounded down to a float32; where `tie_up`, the float32 before an exact midpoint.
+    """
+    middle = (levels[..., 1:].double() + levels[..., :-1].double()) / 2
+    bound = middle.to(torch.float32)
+    over = bound.double() > middle
+    if tie_up is not None:
+        over |= tie_up & (bound.double() == middle)
+    return torch.where(over, torch.nextafter(bound, torch.full_like(bound, -math.inf)), bound)
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from lowbit.errors import FormatError
 from lowbit.formats import stores
 from lowbit.formats.blocks import map_blocks, reduce_blocks
 from lowbit.formats.format import Format, Offset, Store
-from lowbit.formats.grids import NearestSearch
+from lowbit.formats.grids import NearestSearch, last_below_middle
 from lowbit.formats.packing import pack, unpack
 
 Stored = Union[Tensor, "QTensor"]
@@ -144,11 +144,9 @@ class QTensor:
         """These rows (2-D) or matrices (3-D) as a QTensor, or None when a block or a byte spans several."""
         fmt = self.format
         two_d = len(self.shape) == 2
-        spans = two_d and (fmt.block.rows != 1 or (fmt.codebook is not None and fmt.codebook.rows != 1))
-        shared = fmt.block.rows == -1 or (fmt.codebook is not None and fmt.codebook.rows == -1)
-        if len(self.shape) < 2 or self.codes.dim() != len(self.shape) or (spans and not shared):
-            return None
-        if two_d and fmt.codebook is not None and fmt.scale is None and fmt.codebook.rows not in (1, -1):
+        blocks = [fmt.block] if fmt.codebook is None else [fmt.block, fmt.codebook]
+        spans = two_d and any(block.rows not in (1, -1) for block in blocks)
+        if len(self.shape) not in (2, 3) or self.codes.dim() != len(self.shape) or spans:
             return None
         dim = 1 if two_d else 0
 
@@ -234,7 +232,7 @@ def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
     if levels.shape[0] == 1 and bool((levels[0, 1:] > levels[0, :-1]).all()):
         codes = torch.arange(levels.shape[1], dtype=torch.uint8, device=x.device)
         return NearestSearch(levels[0], torch.zeros_like(codes))(x).to(torch.uint8)
-    bounds = (levels[:, 1:] + levels[:, :-1]) / 2
+    bounds = last_below_middle(levels)
     return torch.searchsorted(bounds.contiguous(), x.contiguous()).to(torch.uint8)
 
 
@@ -264,6 +262,8 @@ def save(values: Tensor, how: Store) -> Stored:
 
     def span(b: Tensor) -> tuple[Tensor, Tensor]:
         low, high = b.amin(1), b.amax(1)
+        if how.offset is not None and how.offset.store == "grid":  # such a zero-point lies within the grid, so the range has to include zero
+            low, high = low.clamp_max(0), high.clamp_min(0)
         step = (high - low) / (grid.hi - grid.lo)
         step = torch.where(step > 0, step, 1.0)
         return step, grid.lo - low / step

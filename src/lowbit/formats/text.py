@@ -42,6 +42,10 @@ NAMED = {
 _OPTIONS = ("sym", "asym", "narrow", "s=", "zero=", "min=", "cb=", "l=")
 
 
+# How deep formats may be nested. The deepest in use is one.
+_DEEPEST = 4
+
+
 class _Failure(Exception):
     def __init__(self, at: int, why: str) -> None:
         self.at, self.why = at, why
@@ -63,6 +67,8 @@ def _split(text: str, start: int, separator: str = ":") -> list[tuple[int, str]]
     words, depth, begin = [], 0, 0
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
+        if depth > _DEEPEST:
+            raise _Failure(start + i, f"formats are nested more than {_DEEPEST} deep")
         if depth < 0:
             raise _Failure(start + i, "a ')' without its '('")
         if char == separator and depth == 0:
@@ -110,10 +116,10 @@ def _build(name: str, block: Block, settings: dict[str, tuple[int, str]]) -> For
     if "asym" in settings:
         offset = Offset("zero", "grid")
     elif "zero" in settings:
-        position, value = settings["zero"]
-        offset = Offset("zero" if value == "int32" else "float", _store(position, value, ("int32", *stores.FLOAT_STORES)))
+        kept = _store("zero", settings, ("int32", *stores.FLOAT_STORES))
+        offset = Offset("zero" if kept == "int32" else "float", kept)
     elif "min" in settings:
-        offset = Offset("min", _store(*settings["min"], stores.FLOAT_STORES))
+        offset = Offset("min", _store("min", settings, stores.FLOAT_STORES))
 
     scale: Store | None = _default_scale(block)
     codebook, levels = None, "fp16"
@@ -129,19 +135,20 @@ def _build(name: str, block: Block, settings: dict[str, tuple[int, str]]) -> For
         else:
             scale = None
         if "l" in settings:
-            levels = str(_store(*settings["l"], stores.FLOAT_STORES))
+            levels = str(_store("l", settings, stores.FLOAT_STORES))
     else:
         for key in ("cb", "l"):
             if key in settings:
                 raise _Failure(settings[key][0], f"{key!r} is for learned codebooks (kmeans), not for {name!r}")
     if "s" in settings:
-        scale = _store(*settings["s"], stores.SCALE_STORES)
+        scale = _store("s", settings, stores.SCALE_STORES)
     return Format(grid, block, scale, offset, codebook, levels)
 
 
-def _store(position: int, value: str, allowed: tuple[str, ...]) -> Store:
+def _store(key: str, settings: dict[str, tuple[int, str]], allowed: tuple[str, ...]) -> Store:
+    position, value = settings[key]
     if value.startswith("(") and value.endswith(")"):
-        return _parse(value[1:-1], position + 3)
+        return _parse(value[1:-1], position + len(key) + 2)
     if value not in allowed:
         raise _Failure(position, f"{value!r} is not one of {', '.join(allowed)}{nearest(value, allowed)}")
     return value

@@ -93,9 +93,10 @@ _TIMINGS = Timings()
 
 
 class Dispatcher:
-    """What one weight remembers: its prepacked forms, by kernel and type."""
+    """What one weight remembers: its prepacked forms, by kernel and type. `only`: a kernel to use without asking."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: str | None = None) -> None:
+        self.only = only
         self.packed: dict[tuple[str, torch.dtype], Any] = {}
         self.chosen: dict[tuple[int, torch.dtype], Kernel] = {}
 
@@ -106,7 +107,7 @@ class Dispatcher:
         kernel = self.chosen.get(at)
         if kernel is None:
             q = weight()
-            name = _TIMINGS.choose(q, x.dtype, x.device, rows.shape[0])
+            name = self.only or _TIMINGS.choose(q, x.dtype, x.device, rows.shape[0])
             kernel = self.chosen[at] = next(k for k in all_kernels() if k.name == name)
         key = kernel.name, x.dtype
         if key not in self.packed:

@@ -89,7 +89,7 @@ class PackedWeight(Parts):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
-        self.dispatcher = Dispatcher()  # what was prepacked for another device or type is of no use
+        self.dispatcher = Dispatcher(self.dispatcher.only)  # what was prepacked for another device or type is of no use
         super()._apply(fn, recurse)
         return self
 

@@ -63,9 +63,14 @@ class Recipe:
         """The format of a parameter (`kind` as in the inventory), or None to keep it."""
         chosen = self.embed if kind in ("embedding", "head") else self.format
         for pattern, fmt in self.layers:
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
+            if self.matches(pattern, name):
                 chosen = fmt
         return chosen
+
+    @staticmethod
+    def matches(pattern: str, name: str) -> bool:
+        """Whether a layer glob means this parameter; `.weight` at the end may be left out."""
+        return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))
 
     def fit_for(self, fmt: Format) -> Call:
         """The recipe's fit, or where that cannot serve this format the best data-free one for it."""

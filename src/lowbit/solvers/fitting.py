@@ -31,12 +31,10 @@ def fit_blocks(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None
 
     if fmt.offset is None and not fmt.grid.signed and bool((weight < 0).any()):
         raise FormatError(f"{fmt} has no negative levels and no offset; add ':asym', or use a signed grid")
+    if fmt.offset is None and not fmt.grid.hi > 0:
+        raise FormatError(f"{fmt} has no positive level and no offset; add ':asym', or use binary or ternary")
     scale, offset = reduce_blocks(run, fmt.block, weight, importance)
-    counts = fmt.block.counts(tuple(weight.shape))
-    if scale is None:  # an empty weight has no blocks
-        scale = torch.zeros(counts)
-        offset = torch.zeros(counts) if fmt.offset else None
-    return scale, offset
+    return scale, offset  # type: ignore[return-value]
 
 
 def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:

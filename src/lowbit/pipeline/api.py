@@ -1,0 +1,186 @@
+"""What people call: quantize, plan, load."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import OutputError, RecipeError, SourceError, nearest
+from lowbit.formats import Format, QTensor
+from lowbit.interchange.folder import quantization_method
+from lowbit.interchange.source import Source, open_headers, open_source
+from lowbit.nn.packed import PackedWeight
+from lowbit.nn.swap import dequantize_, packed_weights, swap
+from lowbit.pipeline.driver import Progress, Report, make_report, solved_tensors, write_folder
+from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
+from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.solve import Solved
+
+Model = "str | Path | nn.Module"
+
+
+class Quantized:
+    """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`."""
+
+    def __init__(self, plan: Plan, report: Report, source: Source) -> None:
+        self.plan, self.report, self.source = plan, report, source
+        self.folder: Path | None = None
+        self._model: nn.Module | None = None
+        self._solved: list[tuple[Solved, str]] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with packed weights, loaded when first asked for."""
+        if self._model is None:
+            self._model = load(_required(self.folder))
+        return self._model
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model folder `out`. OutputError when it is not empty and `overwrite` is not set."""
+        if self._solved:
+            write_folder(self.plan, self.source, out, solved=iter(self._solved), overwrite=overwrite)
+            return Path(out)
+        folder, out = _required(self.folder), Path(out)
+        if out.resolve() == folder.resolve():
+            return out
+        if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
+            raise OutputError(f"{out} is not empty; give another folder, or overwrite=True to replace it")
+        partial = out.with_name(out.name + ".partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(folder, partial)
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+        return out
+
+    def __repr__(self) -> str:
+        return f"Quantized({self.plan.label}, {self.report})"
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    recipe: str | Format | Recipe = "w4",
+    out: str | Path | None = None,
+    *,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD,
+    overwrite: bool = False,
+    device: torch.device | str = "cpu",
+) -> Quantized:
+    """Quantize a model: a Hugging Face id, a folder, a .gguf file, `smollm2`, or a module in memory.
+
+    With `out` (and always for names) the work goes tensor by tensor from file to file; without `out` a name
+    goes to a temporary folder that lives as long as the result. A module is not changed: the result's `model` is a
+    copy that shares what was kept. `progress(name, bytes done, bytes in all)`.
+    """
+    wanted = Recipe.of(recipe)
+    source = open_source(model, tokenizer=tokenizer)
+    plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
+    if not any(t.format is not None for t in plan.tensors):
+        raise RecipeError(f"nothing in {source.label} can be quantized by {wanted}: every tensor is kept")
+    if isinstance(model, nn.Module) and out is None:
+        return _in_memory(model, source, plan, progress, device)
+    if out is None:
+        folder = Path(tempfile.mkdtemp(prefix="lowbit-"))
+        report = write_folder(plan, source, folder, progress=progress, device=device)
+        result = Quantized(plan, report, source)
+        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+        result.folder = folder
+        return result
+    report = write_folder(plan, source, out, progress=progress, overwrite=overwrite, device=device)
+    result = Quantized(plan, report, source)
+    result.folder = Path(out)
+    return result
+
+
+def _in_memory(
+    model: nn.Module, source: Source, plan: Plan, progress: Progress | None, device: torch.device | str
+) -> Quantized:
+    solved = list(solved_tensors(plan, source, progress, device=device))
+    result = Quantized(plan, make_report(plan, {s.plan.name: s.error for s, _ in solved}), source)
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    result._model = copy.deepcopy(model, shared).eval()
+    packed = {}
+    for s, _ in solved:
+        q = s.qtensor()
+        if q is not None:
+            weight = PackedWeight.of(q, transposed=s.plan.transposed, dtype=s.plan.dtype)
+            packed[s.plan.name] = weight.to(model.get_parameter(s.plan.name).device)
+    swap(result._model, packed, plan.tied)
+    result._solved = solved
+    return result
+
+
+def plan(
+    model: str | Path | nn.Module, recipe: str | Format | Recipe = "w4", *, context: int = 4096,
+    max_shard_bytes: int = MAX_SHARD,
+) -> Plan:  # fmt: skip
+    """What a recipe would make of a model, from its config and headers alone: no weight is read."""
+    return make_plan(open_headers(model), Recipe.of(recipe), context=context, max_shard_bytes=max_shard_bytes)
+
+
+KERNELS = ("auto", "expand", "dense")
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    kernel: str = "auto",
+    **options: Any,
+) -> nn.Module:
+    """Load a model that lowbit wrote, in evaluation mode, its weights packed.
+
+    `dtype`: what computing is done in (None: what the source had). `kernel`: "auto" measures and takes the
+    fastest, "expand" always expands the weight (the reference), "dense" expands once and keeps the dense weights:
+    as fast and as large as the float model. Other options go to `from_pretrained`.
+    """
+    if kernel not in KERNELS:
+        raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
+    path = Path(folder)
+    if not path.is_dir():
+        raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
+    method = quantization_method(path)
+    if method != "lowbit":
+        raise SourceError(f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit")
+    from lowbit.interchange.folder import load_config
+    from lowbit.interchange.inventory import model_class
+
+    if dtype is not None:
+        options["dtype"] = dtype
+    model: Any = model_class(load_config(path)).from_pretrained(path, local_files_only=True, **options)
+    model = model.to(device).eval() if "device_map" not in options else model.eval()
+    if kernel == "dense":
+        return dequantize_(model)
+    for _, weight in packed_weights(model):
+        weight.dispatcher.only = None if kernel == "auto" else kernel
+    return model
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn the packed weights of a model back into dense parameters, in place."""
+    return dequantize_(model, dtype)
+
+
+def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
+    """Quantize one tensor of 0 to 3 dimensions by the linear-layer part of a recipe."""
+    wanted = Recipe.of(recipe)
+    return wanted.solver_for(wanted.format)(x.to(torch.float32), wanted.format, wanted.fit_for(wanted.format), None)
+
+
+def _required(folder: Path | None) -> Path:
+    if folder is None:
+        raise SourceError("this result has no folder; save it first")
+    return folder

@@ -1,0 +1,171 @@
+"""The driver: source to folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lowbit
+from lowbit.errors import LowbitError
+from lowbit.interchange.safetensors_file import bytes_of
+from lowbit.interchange.source import Source
+from lowbit.pipeline.folder_writer import FolderWriter
+from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.solve import Solved, solve
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one tensor. `error`: |w - w_q| / |w|, 0 for a kept one."""
+
+    name: str
+    format: str | None
+    keep: str | None
+    bits_per_weight: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantizing did: layers, coverage (share of parameters quantized), bytes, bits per weight."""
+
+    recipe: str
+    layers: tuple[LayerReport, ...]
+    coverage: float
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    linear_bits_per_weight: float
+    kept: dict[str, tuple[int, int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        kept = "; ".join(f"{count:,} in {n} of: {reason}" for reason, (n, count) in self.kept.items())
+        return (
+            f"{self.recipe}: {self.coverage:.2%} of parameters quantized, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.3f} bits per weight "
+            f"({self.linear_bits_per_weight:.3f} in linear layers); kept: {kept or 'nothing'}"
+        )
+
+
+def make_report(plan: Plan, errors: dict[str, float]) -> Report:
+    """The report of a finished plan; `errors` by tensor name."""
+    layers = tuple(
+        LayerReport(
+            t.name, None if t.format is None else str(t.format), t.keep, 8 * t.bytes_after / max(1, t.count), errors[t.name]
+        )
+        for t in plan.tensors
+    )
+    return Report(
+        str(plan.recipe), layers, plan.coverage, plan.bytes_before, plan.bytes_after,
+        plan.bits_per_weight, plan.linear_bits_per_weight, plan.kept(),
+    )  # fmt: skip
+
+
+def solved_tensors(
+    plan: Plan, source: Source, progress: Progress | None = None, done: frozenset[str] = frozenset(),
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Solved, str]]:  # fmt: skip
+    """Every tensor of the plan that is not `done`, solved, with the SHA-256 of its source bytes."""
+    at, total = 0, plan.bytes_before
+    for tensor in plan.tensors:
+        if tensor.name not in done:
+            weight = source.read(tensor.name)
+            digest = hashlib.sha256(bytes_of(weight)).hexdigest()
+            yield solve(tensor, weight, plan.recipe, device), digest
+        at += tensor.bytes_before
+        if progress:
+            progress(tensor.name, at, total)
+
+
+def fingerprint(plan: Plan, source: Source) -> str:
+    """What makes two runs the same: model, recipe, layout, version."""
+    facts = {
+        "source": source.identity(), "recipe": str(plan.recipe), "version": lowbit.__version__,
+        "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def write_folder(
+    plan: Plan, source: Source, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False,
+    solved: Iterator[tuple[Solved, str]] | None = None, device: torch.device | str = "cpu",
+) -> Report:  # fmt: skip
+    """Quantize `source` into the folder `out`, or finish what a killed run left; verified before it gets its name.
+
+    `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise.
+    """
+    writer = FolderWriter(out, plan.shards, fingerprint(plan, source), overwrite)
+    try:
+        done = frozenset(writer.journal)
+        results = solved if solved is not None else solved_tensors(plan, source, progress, done, device)
+        for result, digest in results:
+            if result.plan.name not in done:
+                writer.write(result.plan.name, result.stored, source=digest, error=result.error)
+        writer.verify()
+        source.save_assets(writer.partial)
+        write_config(plan, source, writer.partial)
+        errors = {name: float(entry["error"]) for name, entry in writer.journal.items()}
+        writer.finish(_manifest(plan, source, writer))
+    except LowbitError:
+        writer.discard()
+        raise
+    return make_report(plan, errors)
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """What config.json says of the quantized weights; all that a reader needs beside the files."""
+    tensors = {
+        t.name: {"format": str(t.format), "shape": list(t.stored_shape)} | ({"transposed": True} if t.transposed else {})
+        for t in plan.tensors
+        if t.format is not None
+    }
+    return {
+        "quant_method": "lowbit", "version": lowbit.__version__, "recipe": str(plan.recipe),
+        "tied": dict(plan.tied), "tensors": tensors,
+    }  # fmt: skip
+
+
+def write_config(plan: Plan, source: Source, folder: Path) -> None:
+    """config.json: the source's own, with `quantization_config`. Nothing for a module that has no config."""
+    if source.config is None:
+        return
+    config = copy.deepcopy(source.config)
+    config.quantization_config = quantization_config(plan)
+    if not config.architectures:
+        config.architectures = [source.inventory.model_class]
+    config.save_pretrained(folder)
+
+
+def _manifest(plan: Plan, source: Source, writer: FolderWriter) -> dict[str, Any]:
+    """Where every byte came from: hashes of source and result, recipe, versions. No time, no path."""
+    import safetensors
+    import transformers
+
+    return {
+        "lowbit": lowbit.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "recipe": {"name": plan.recipe.name, "text": str(plan.recipe)},
+        "source": source.identity(),
+        "coverage": plan.coverage,
+        "bits_per_weight": plan.bits_per_weight,
+        "linear_bits_per_weight": plan.linear_bits_per_weight,
+        "quantization": quantization_config(plan),
+        "tensors": {
+            name: {key: entry[key] for key in ("source", "sha256", "error")} for name, entry in sorted(writer.journal.items())
+        },
+    }

@@ -1,0 +1,63 @@
+"""KV cache: what a config says that it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Bytes per token over all layers that grow with the context, and of the layers that stop at a window.
+
+    `full`: bytes per token of layers that keep every token. `windowed`: (window, bytes per token) of each kind of
+    sliding layer. `fixed`: bytes of recurrent state, whatever the length. All at `itemsize` bytes a number.
+    """
+
+    full: int
+    windowed: tuple[tuple[int, int], ...] = ()
+    fixed: int = 0
+    itemsize: int = 2
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token takes while no window is full."""
+        return self.full + sum(per_token for _, per_token in self.windowed)
+
+    def bytes_at(self, context: int) -> int:
+        """Bytes of one sequence of `context` tokens."""
+        return self.fixed + context * self.full + sum(min(context, w) * per_token for w, per_token in self.windowed)
+
+
+def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
+    """The cache of the decoder that `config` describes, `itemsize` bytes a number (2: fp16 or bf16).
+
+    Grouped-query, multi-query and multi-head latent attention (DeepSeek's compressed cache) and sliding windows
+    are told apart by the config's own fields; a model without attention has none. None for `config`: zero.
+    """
+    if config is None:
+        return KVCache(0)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def first(*names: str) -> int:
+        return next((v for n in names if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool)), 0)
+
+    layers = first("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+    heads = first("num_attention_heads", "n_head", "num_heads")
+    if not heads or not layers:
+        return KVCache(0)
+    if first("kv_lora_rank"):
+        per_layer = (first("kv_lora_rank") + first("qk_rope_head_dim")) * itemsize
+    else:
+        width = first("head_dim", "d_kv") or first("hidden_size", "n_embd", "d_model") // heads
+        kv_heads = first("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads
+        if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+            kv_heads = 1
+        per_layer = 2 * kv_heads * width * itemsize
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    window = first("sliding_window", "attention_chunk_size")
+    sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds) if window else 0
+    full = sum(kind in ("full_attention", "attention") for kind in kinds)
+    if window and getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True):
+        sliding, full = full, 0
+    return KVCache(full * per_layer, ((window, sliding * per_layer),) if sliding else (), itemsize=itemsize)

@@ -1,0 +1,200 @@
+"""Plan: a recipe applied to one model's config and headers, before a weight is read.
+
+What every tensor becomes, the exact bytes of the files, the peak memory, and the KV cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format
+from lowbit.interchange.inventory import Inventory
+from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
+from lowbit.interchange.source import Source, TensorSpec
+from lowbit.pipeline.kvcache import KVCache, kv_cache
+from lowbit.pipeline.recipe import Recipe
+
+MAX_SHARD = 5_000_000_000
+# What Python, PyTorch and transformers take before the first tensor is read, roughly.
+_BASE_BYTES = 420_000_000
+SLAB = 1 << 24  # elements of a weight that are in float32 at a time
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor: what it is and what it becomes. `format` None: kept as it is, for the reason `keep`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    dtype: torch.dtype
+    transposed: bool
+    format: Format | None
+    keep: str | None
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape that is quantized: [..., out, in] also where the module keeps [..., in, out]."""
+        if self.format is None or not self.transposed:
+            return self.shape
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2])
+
+    @property
+    def bytes_before(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @property
+    def bytes_after(self) -> int:
+        return self.bytes_before if self.format is None else self.format.nbytes(self.stored_shape)
+
+    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name in the file -> (dtype, shape) of everything stored for this tensor."""
+        if self.format is None:
+            return {self.name: (self.dtype, self.shape)}
+        return {f"{self.name}.{part}": spec for part, spec in self.format.parts(self.stored_shape).items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact."""
+
+    label: str
+    recipe: Recipe
+    tensors: tuple[TensorPlan, ...]
+    tied: dict[str, str]
+    kv: KVCache
+    context: int
+    max_shard_bytes: int = MAX_SHARD
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files, each with every stored tensor at its place."""
+        return shards_of([(t.name, t.stored()) for t in self.tensors], self.max_shard_bytes)
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.count for t in self.tensors if t.dtype.is_floating_point)
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(t.bytes_before for t in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(t.bytes_after for t in self.tensors)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """Exact bytes of all weight files, headers and the index of shards included."""
+        return sum(s.file_bytes for s in self.shards) + index_bytes(self.shards)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 * bytes of the weight files / parameters."""
+        return 8 * self.output_bytes / max(1, self.parameters)
+
+    @property
+    def linear_bits_per_weight(self) -> float:
+        """Bits per weight in the quantized matrices other than embeddings and heads."""
+        linear = [t for t in self.tensors if t.kind in ("linear", "conv1d", "experts")]
+        return 8 * sum(t.bytes_after for t in linear) / max(1, sum(t.count for t in linear))
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters that is quantized."""
+        quantized = sum(t.count for t in self.tensors if t.format is not None)
+        return quantized / max(1, self.parameters)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
+        def working(t: TensorPlan) -> int:
+            if t.format is None:
+                return t.bytes_before
+            slab = t.count if not by_rows(t.format, t.stored_shape) else min(t.count, SLAB)
+            return t.bytes_before + t.bytes_after + 16 * slab
+
+        return _BASE_BYTES + max((working(t) for t in self.tensors), default=0)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv.bytes_per_token
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV cache of one sequence of `context` tokens."""
+        return self.kv.bytes_at(self.context)
+
+    def kept(self) -> dict[str, tuple[int, int]]:
+        """Reason -> (tensors, parameters) of what is not quantized."""
+        out: dict[str, tuple[int, int]] = {}
+        for t in self.tensors:
+            if t.format is None:
+                tensors, count = out.get(t.keep or "", (0, 0))
+                out[t.keep or ""] = (tensors + 1, count + t.count)
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything above, as JSON values."""
+        keys = (
+            "label", "parameters", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
+            "linear_bits_per_weight", "coverage", "peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
+        )  # fmt: skip
+        out: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        out["recipe"] = str(self.recipe)
+        out["files"] = {s.file: s.file_bytes for s in self.shards}
+        out["tied"] = dict(self.tied)
+        out["tensors"] = [
+            {
+                "name": t.name, "shape": list(t.shape), "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."),
+                "format": None if t.format is None else str(t.format), "keep": t.keep,
+                "bytes_before": t.bytes_before, "bytes_after": t.bytes_after,
+            }
+            for t in self.tensors
+        ]  # fmt: skip
+        return out
+
+
+def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_bytes: int = MAX_SHARD) -> Plan:
+    """The plan of `recipe` for a source; reads no weight. RecipeError when a layer glob matches nothing."""
+    tensors = tuple(_tensor(spec, source.inventory, recipe) for spec in source.tensors.values())
+    for pattern, _ in recipe.layers:
+        if not any(recipe.matches(pattern, t.name) for t in tensors):
+            raise RecipeError(f"the layer glob {pattern!r} matches no tensor of {source.label}; names look like {_example(tensors)!r}")
+    return Plan(source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes)
+
+
+def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:
+    """Whether a weight can be quantized some rows (2-D) or matrices (3-D) at a time with the same result."""
+    if len(shape) < 2 or any(isinstance(s, Format) for s in (fmt.scale, fmt.offset.store if fmt.offset else None)):
+        return False
+    alone = len(shape) > 2 or (fmt.block.rows == 1 and (fmt.codebook is None or fmt.codebook.rows == 1))
+    # Every stored part must keep its rows, which packed ones only do where a row fills whole bytes.
+    return alone and all(len(size) >= 2 for _, size in fmt.parts(shape).values())
+
+
+def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe) -> TensorPlan:
+    param = inventory.params[spec.name]
+    fmt, keep = None, param.keep
+    if keep is None:
+        fmt = recipe.format_for(spec.name, param.kind)
+        if fmt is None:
+            keep = "kept by the recipe"
+        elif not spec.dtype.is_floating_point:
+            fmt, keep = None, f"not a float tensor ({spec.dtype})"
+    return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep)
+
+
+def _example(tensors: tuple[TensorPlan, ...]) -> str:
+    return next((t.name for t in tensors if t.kind == "linear"), tensors[0].name if tensors else "")
