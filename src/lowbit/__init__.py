@@ -24,7 +24,7 @@ _HOMES = {
     "QTensor": "lowbit.formats",
     "Quantized": "lowbit.pipeline.api",
     "Recipe": "lowbit.pipeline.recipe",
-    "compare": "lowbit.measure.api",
+    "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.api",
     "evaluate": "lowbit.measure.api",
     "integer_matmul": "lowbit.kernels.integer",

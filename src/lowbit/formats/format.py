@@ -65,7 +65,9 @@ class Format:
             raise FormatError(f"{self.grid} and a codebook block go together; only kmeans grids have one")
         if learned and self.scale is None and self.codebook != self.block:
             raise FormatError(f"the codebook of {self.grid} holds real values, so its block is the block of the format")
-        stores.check_store(self.levels_store, stores.FLOAT_STORES if learned else ("fp16",), "a learned level")
+        stores.check_store(self.levels_store, stores.FLOAT_STORES, "a learned level")
+        if not learned and self.levels_store != "fp16":
+            raise FormatError(f"{self.grid} stores no levels, so there is nothing to keep as {self.levels_store}")
         if self.scale is None and not learned:
             raise FormatError(f"{self.grid} needs a scale; only a learned codebook holds real values")
         if isinstance(self.scale, str):

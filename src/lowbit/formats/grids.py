@@ -70,6 +70,14 @@ class Grid(ABC):
         """The level of the largest magnitude, with its sign; the positive one if both ends are as far."""
         return self.lo if -self.lo > self.hi else self.hi
 
+    @property
+    def reach(self) -> float:
+        """What the largest magnitude is mapped to when nothing may clip: the highest level.
+
+        A learned table may have next to nothing above zero; then it is the other end.
+        """
+        return self.hi if 4 * self.hi > -self.lo else -self.lo
+
     def __str__(self) -> str:
         return self.name
 
@@ -244,7 +252,7 @@ class NearestSearch:
         """int32 positions, of the shape of `x` (float32)."""
         if not self.bins:
             return torch.bucketize(x, self.bounds, out_int32=True)
-        bins = ((x - self.low) * self.per_bin).floor_().clamp_(0, self.bins - 1).to(torch.int32).view(-1)
+        bins = ((x - self.low) * self.per_bin).floor_().clamp_(0, self.bins - 1).to(torch.int32).reshape(-1)
         position = self.table.index_select(0, bins)
         above = x.reshape(-1) > self.bounds_or_inf.index_select(0, position)
         return position.add_(above).view(x.shape)
@@ -353,7 +361,7 @@ def parse_grid(name: str, narrow: bool = False) -> Grid:
         grid = Fp8Grid(2)
     elif name == "fp4":
         grid = TABLES["e2m1"]
-    elif name[-1:].isdigit() and name[:-1] in ("int", "uint", "kmeans"):
+    elif name.isascii() and name[-1:].isdigit() and name[:-1] in ("int", "uint", "kmeans"):
         bits = int(name[-1])
         if name.startswith("kmeans"):
             grid = CodebookGrid(bits)

@@ -138,7 +138,7 @@ class QTensor:
         """`dequantize()[rows]` for int64 indices into the first dimension, expanding only what is asked for."""
         picked = self.select(rows.reshape(-1))
         flat = self.dequantize(dtype)[rows.reshape(-1)] if picked is None else picked.dequantize(dtype)
-        return flat.view(*rows.shape, *self.shape[1:])
+        return flat.view((*rows.shape, *self.shape[1:]))
 
     def select(self, rows: Tensor) -> QTensor | None:
         """These rows (2-D) or matrices (3-D) as a QTensor, or None when a block or a byte spans several."""
@@ -152,7 +152,7 @@ class QTensor:
 
         def pick(t: Tensor | None, rows_in_block: int) -> Tensor | None:
             if t is None or (two_d and rows_in_block == -1):
-                return t
+                return t if t is None or len(rows) else t[:, :0]
             return t.index_select(dim, rows)
 
         plain_offset = None if fmt.offset is None else Offset("min" if fmt.offset_kind == "min" else "float", "fp32")
@@ -262,7 +262,7 @@ def save(values: Tensor, how: Store) -> Stored:
 
     def span(b: Tensor) -> tuple[Tensor, Tensor]:
         low, high = b.amin(1), b.amax(1)
-        if how.offset is not None and how.offset.store == "grid":  # such a zero-point lies within the grid, so the range has to include zero
+        if how.offset is not None and how.offset.store == "grid":  # the range must include a zero-point on the grid
             low, high = low.clamp_max(0), high.clamp_min(0)
         step = (high - low) / (grid.hi - grid.lo)
         step = torch.where(step > 0, step, 1.0)

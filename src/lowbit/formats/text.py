@@ -159,12 +159,16 @@ def _block(word: str) -> Block | None:
         return TENSOR
     if word in ("channel", "token"):
         return CHANNEL
-    if word[:1] == "g" and word[1:].isdigit():
+    if word[:1] == "g" and _is_number(word[1:]):
         return Block(1, int(word[1:]))
     rows, cross, cols = word.partition("x")
-    if cross and all(size == "*" or size.isdigit() for size in (rows, cols)):
+    if cross and all(size == "*" or _is_number(size) for size in (rows, cols)):
         return Block(*(-1 if size == "*" else int(size) for size in (rows, cols)))
     return None
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()
 
 
 def _default_scale(block: Block) -> str:

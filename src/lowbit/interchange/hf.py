@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit.errors import SourceError
 from lowbit.formats import parse_format
 from lowbit.nn.packed import PackedWeight
-from lowbit.nn.swap import dequantize_, owner_of, packed_weights, place
+from lowbit.nn.swap import dequantize_, packed_weights, place
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -42,6 +42,10 @@ class LowbitConfig(QuantizationConfigMixin):
         fmt = parse_format(str(entry["format"]))
         return PackedWeight(fmt, tuple(entry["shape"]), transposed=bool(entry.get("transposed")), dtype=dtype)
 
+    def packed_aliases(self) -> dict[str, str]:
+        """Alias -> name of every packed weight that stands in several places."""
+        return {alias: name for alias, name in self.tied.items() if name in self.tensors}
+
 
 class LowbitQuantizer(HfQuantizer):
     """Puts packed weights where the checkpoint has them, and ties what was tied."""
@@ -63,27 +67,22 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         dtype = model.dtype
         for name in self.quantization_config.tensors:
-            place(model, name, self.quantization_config.packed(name, dtype))
-            owner_of(model, name)[0]._is_hf_initialized = True
-        for alias in self._aliases():
-            # Nothing is loaded here: the packed weight takes this place when it has its values.
-            owner, last = owner_of(model, alias)
-            owner._parameters[last] = None
-            owner._is_hf_initialized = True
+            weight = self.quantization_config.packed(name, dtype)
+            weight._is_hf_initialized = True  # what initializes modules with missing tensors leaves it alone
+            place(model, name, weight)
+        for alias, name in self.quantization_config.packed_aliases().items():
+            place(model, alias, _Awaited(self.quantization_config.packed(name, dtype).shape))
             model.all_tied_weights_keys.pop(alias, None)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = dict(packed_weights(model))
-        for alias in self._aliases():
-            place(model, alias, packed[self.quantization_config.tied[alias]])
-        _keep_tied(model, self._aliases())
+        for alias, name in self.quantization_config.packed_aliases().items():
+            place(model, alias, packed[name])
+        _tie_parts(model, packed, self.quantization_config.packed_aliases())
         return model
 
-    def _aliases(self) -> list[str]:
-        config = self.quantization_config
-        return [alias for alias, name in config.tied.items() if name in config.tensors]
-
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        _untie_parts(model, self.quantization_config.packed_aliases())
         return dequantize_(model, dtype)
 
     def is_serializable(self) -> bool:
@@ -98,13 +97,52 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
 
-def _keep_tied(model: Any, aliases: list[str]) -> None:
-    """`tie_weights()` called later must not look for parameters: shared modules are tied by being the same."""
-    for path, module in model.named_modules():
-        keys = getattr(module, "_tied_weights_keys", None)
-        if isinstance(keys, dict):
-            prefix = path + "." if path else ""
-            module._tied_weights_keys = {k: v for k, v in keys.items() if prefix + k not in aliases}
+class _Awaited(nn.Module):
+    """Keeps the place of a tied weight while the one that it shares is loaded; has nothing to load itself."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+
+def attach(model: Any, config: dict[str, Any]) -> None:
+    """Make a transformers model whose weights were packed in memory what `from_pretrained` would have given."""
+    quantizer = LowbitQuantizer(LowbitConfig(**config), pre_quantized=True)
+    _tie_parts(model, dict(packed_weights(model)), quantizer.quantization_config.packed_aliases())
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def _tie_parts(model: Any, packed: dict[str, PackedWeight], aliases: dict[str, str]) -> None:
+    """Declare the stored parts as tied where the whole weights were, so that `tie_weights` and saving find them."""
+    parts = {
+        f"{alias}.{part}": f"{name}.{part}" for alias, name in aliases.items() for part, _ in packed[name].named_buffers()
+    }
+    for module, prefix in _tying(model):
+        keys = {k: v for k, v in module._tied_weights_keys.items() if prefix + k not in aliases}
+        inside = {k: v for k, v in parts.items() if k.startswith(prefix) and v.startswith(prefix)}
+        if len(keys) < len(module._tied_weights_keys):
+            module._tied_weights_keys = keys | {k[len(prefix) :]: v[len(prefix) :] for k, v in inside.items()}
+    if hasattr(model, "all_tied_weights_keys"):
+        kept = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
+        model.all_tied_weights_keys = kept | parts
+
+
+def _untie_parts(model: Any, aliases: dict[str, str]) -> None:
+    """Undo `_tie_parts`: what is tied are whole weights again."""
+    for module, _ in _tying(model):
+        module.__dict__.pop("_tied_weights_keys", None)
+    whole = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(tuple(f"{a}." for a in aliases))}
+    model.all_tied_weights_keys = whole | aliases
+
+
+def _tying(model: Any) -> list[tuple[Any, str]]:
+    """(module, prefix of its names) of every module that declares what it ties."""
+    named = model.named_modules(remove_duplicate=False)
+    return [(m, f"{path}." if path else "") for path, m in named if isinstance(getattr(m, "_tied_weights_keys", None), dict)]
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ the fastest. The reference kernel accepts everything. Files never depend on a ke
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import RecipeError, nearest
 from lowbit.formats import QTensor
 
 
@@ -100,16 +102,32 @@ class Dispatcher:
         self.packed: dict[tuple[str, torch.dtype], Any] = {}
         self.chosen: dict[tuple[int, torch.dtype], Kernel] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dispatcher, (self.only,)  # a copy prepacks for itself
+
     def linear(self, x: Tensor, weight: Callable[[], QTensor], bias: Tensor | None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        at = bucket(rows.shape[0]), x.dtype
+        """x [..., in] -> [..., out]; no rows at all, as of an expert that nobody chose, give none."""
+        count = math.prod(x.shape[:-1])
+        if count == 0:
+            return x.new_zeros((*x.shape[:-1], weight().shape[0]))
+        at = bucket(count), x.dtype
         kernel = self.chosen.get(at)
         if kernel is None:
             q = weight()
-            name = self.only or _TIMINGS.choose(q, x.dtype, x.device, rows.shape[0])
-            kernel = self.chosen[at] = next(k for k in all_kernels() if k.name == name)
+            name = self.only or _TIMINGS.choose(q, x.dtype, x.device, count)
+            kernel = self.chosen[at] = _named(name, q, x.dtype, x.device)
         key = kernel.name, x.dtype
         if key not in self.packed:
             self.packed[key] = kernel.prepack(weight(), x.dtype)
-        return kernel.linear(rows, self.packed[key], bias).view(*x.shape[:-1], -1)
+        return kernel.linear(x.reshape(count, x.shape[-1]), self.packed[key], bias).view(*x.shape[:-1], -1)
+
+
+def _named(name: str, q: QTensor, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """The kernel `name`. RecipeError when there is none or it cannot serve the weight."""
+    known = {kernel.name: (kernel, reason) for kernel, reason in survey(q, dtype, device)}
+    if name not in known:
+        raise RecipeError(f"unknown kernel {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    kernel, reason = known[name]
+    if reason is not None:
+        raise RecipeError(f"kernel {name!r} cannot multiply with a {q.format} weight of shape {q.shape}: {reason}")
+    return kernel

@@ -24,11 +24,21 @@ def _wrong_place(op: str, dtype: torch.dtype, device: torch.device) -> str | Non
     return None if dtype in _TYPES else f"it takes bfloat16, float16 and float32, not {dtype}"
 
 
+def _too_small(q: QTensor, dtype: torch.dtype) -> str | None:
+    """These operators take scales in the type of the activations, where float16 would lose most bits of a small one."""
+    scales = q.scales()
+    if dtype is not torch.float16 or scales is None:
+        return None
+    limit = torch.finfo(dtype).smallest_normal
+    lost = bool(((scales != 0) & (scales.abs() < limit)).any())
+    return f"it takes scales in float16, and some are below {limit:.1e}" if lost else None
+
+
 class TorchInt8(Kernel):
     """torch._weight_int8pack_mm: int8 codes, one scale a row, or groups that divide the row (one call each)."""
 
     name = "torch-int8"
-    MAX_GROUPS = 16
+    MAX_GROUPS = 128
 
     def declines(self, q: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         fmt = q.format
@@ -38,7 +48,9 @@ class TorchInt8(Kernel):
             return "it takes 8-bit codes with one scale a row or group"
         if fmt.block.counts(q.shape)[2] > self.MAX_GROUPS:
             return f"more than {self.MAX_GROUPS} groups a row cost more than they save"
-        return _wrong_place("_weight_int8pack_mm", dtype, device)
+        if q.shape[1] == 1:
+            return "it takes more than one weight a row"
+        return _wrong_place("_weight_int8pack_mm", dtype, device) or _too_small(q, dtype)
 
     def prepack(self, q: QTensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         codes = (q.unpacked().to(torch.int16) + int(q.format.grid.lo)).to(torch.int8)
@@ -48,6 +60,7 @@ class TorchInt8(Kernel):
 
     def linear(self, x: Tensor, packed: list[tuple[Tensor, Tensor]], bias: Tensor | None) -> Tensor:
         start, y = 0, None
+        x = x.contiguous()
         for codes, scale in packed:
             part = torch._weight_int8pack_mm(x[:, start : start + codes.shape[1]].contiguous(), codes, scale)
             start += codes.shape[1]
@@ -70,7 +83,7 @@ class TorchInt4(Kernel):
             return "it takes groups of 32, 64, 128 or 256 weights"
         if q.shape[1] % fmt.block.cols or q.shape[0] % 16:
             return "it takes whole groups and rows in multiples of 16"
-        return _wrong_place("_weight_int4pack_mm_for_cpu", dtype, device)
+        return _wrong_place("_weight_int4pack_mm_for_cpu", dtype, device) or _too_small(q, dtype)
 
     def prepack(self, q: QTensor, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
         codes = torch._convert_weight_to_int4pack_for_cpu(q.unpacked().to(torch.int32), 2)

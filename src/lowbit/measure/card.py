@@ -42,7 +42,7 @@ class CardParts:
     """What is known about a quantized model before it runs.
 
     Bytes are on disk: `bytes_before` and `bytes_after` of everything needed to run, `weight_bytes` of
-    the quantized weights alone. `linear_bits` is bits per weight in the linear layers, scales and
+    the weight files after quantizing. `linear_bits` is bits per weight in the linear layers, scales and
     offsets included. `quantize_peak` is the peak resident bytes while quantizing.
     """
 
@@ -60,8 +60,8 @@ class CardParts:
 
     @property
     def bits(self) -> float | None:
-        """Bits per weight of everything needed to run, or of the weights when that is not known."""
-        nbytes = self.bytes_after if self.bytes_after is not None else self.weight_bytes
+        """Bits per weight of the weight files, headers included; of everything needed to run when only that is known."""
+        nbytes = self.weight_bytes if self.weight_bytes is not None else self.bytes_after
         if nbytes is None or not self.parameters:
             return None
         return bits_per_weight(nbytes, self.parameters)

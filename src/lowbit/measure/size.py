@@ -16,7 +16,7 @@ _WEIGHTS = (".safetensors", ".gguf")
 _ASSETS = (".model", ".spm", ".tiktoken", ".jinja", ".vocab", ".bpe")
 _ASSET_NAMES = ("merges.txt", "vocab.txt")
 # What lowbit writes for people; the model runs without them.
-REPORTS = ("card.json", "manifest.json")
+REPORTS = ("card.json", "lowbit.json")
 
 
 @dataclass(frozen=True)

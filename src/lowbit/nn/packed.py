@@ -46,6 +46,21 @@ class Parts(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
 
+# Python looks operators up on the class, where `__getattr__` is not asked.
+_OPERATORS = (
+    "__matmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__neg__",
+)  # fmt: skip
+
+
+def _on_dense(name: str) -> Callable[..., Any]:
+    """The operator `name` of a tensor, on the expanded weight."""
+
+    def operator(self: Any, *others: Any) -> Any:
+        return getattr(_dense(self), name)(*_dense(others))
+
+    return operator
+
+
 class PackedWeight(Parts):
     """A weight of `shape` [..., out, in] in `format`; `transposed` if its module keeps it as [..., in, out].
 
@@ -85,13 +100,48 @@ class PackedWeight(Parts):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _Product.apply(x, self)
+            return y if bias is None else y + bias
         return self.dispatcher.linear(x, self.qtensor, bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """`weight[index]` for indices >= 0 into the first stored dimension, expanding only what is asked for."""
+        found = self.qtensor().index(index, self._dtype)
+        return found.transpose(-1, -2) if self.transposed else found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         self.dispatcher = Dispatcher(self.dispatcher.only)  # what was prepacked for another device or type is of no use
         super()._apply(fn, recurse)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.dispatcher = Dispatcher(self.dispatcher.only)  # and neither is what was prepacked of other values
+        super()._load_from_state_dict(*args)
+
+    # Of a module these would change it in place. Code that casts its weight means what a tensor does.
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Itself, moved, when only a device is given; the dense weight when another type is."""
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        moved = self if device is None else super().to(device)
+        return moved if dtype in (None, self._dtype) else moved.dequantize(dtype)
+
+    def type(self, dtype: Any = None) -> Any:
+        return self.dequantize().type() if dtype is None else self.dequantize().type(dtype)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def half(self) -> Any:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        return self.to(torch.bfloat16)
 
     # What code asks of a weight besides computing with it.
 
@@ -124,13 +174,11 @@ class PackedWeight(Parts):
         return self.T
 
     def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, int):
-            return self.__getitem__(torch.tensor([index], device=self.device))[0]
-        if isinstance(index, Tensor) and index.dtype == torch.int64 and not (self.transposed and self.ndim == 2):
-            if index.dim() == 0:
-                return self.__getitem__(index[None])[0]
-            rows = self.qtensor().index(index, self._dtype)
-            return rows.transpose(-1, -2) if self.transposed else rows
+        if isinstance(index, int) and not isinstance(index, bool):
+            return self[torch.tensor([index], device=self.device)][0]
+        whole_rows = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+        if whole_rows and not (self.transposed and self.ndim == 2):
+            return self.rows(torch.where(index < 0, index + len(self), index))
         return self.dequantize()[index]
 
     def __len__(self) -> int:
@@ -146,6 +194,8 @@ class PackedWeight(Parts):
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
         return getattr(self.dequantize(), name)
+
+    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(_on_dense, _OPERATORS)
 
     @classmethod
     def __torch_function__(
@@ -167,6 +217,9 @@ class _Transposed:
 
     def __init__(self, packed: PackedWeight) -> None:
         self.packed = packed
+
+    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(_on_dense, _OPERATORS)
+    __getitem__ = _on_dense("__getitem__")
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return torch.matmul(x, self)  # type: ignore[call-overload]
@@ -194,30 +247,48 @@ def _dense(value: Any) -> Any:
     return value
 
 
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+class _Product(torch.autograd.Function):
+    """x W^T by any kernel, with the gradient of x; the dense weight is not kept for it but expanded again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.dispatcher.linear(x, weight.qtensor, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.weight.qtensor().dequantize(grad.dtype), None
+
+
+# The names of arguments are PyTorch's, because callers use them.
+
+
+def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, PackedWeight) or weight.ndim != 2 or weight.transposed:
         return NotImplemented
-    return weight.linear(x, bias)
+    return weight.linear(input, bias)
 
 
-def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+def _addmm(input: Tensor, mat1: Tensor, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """Conv1D: bias + x [n, in] @ weight [in, out]."""
-    if not isinstance(weight, PackedWeight) or not weight.transposed or (beta, alpha) != (1, 1):
+    plain = isinstance(mat2, PackedWeight) and mat2.transposed and isinstance(mat1, Tensor)
+    if not plain or (beta, alpha) != (1, 1) or input.dim() != 1:
         return NotImplemented
-    return weight.linear(x, bias)
+    return mat2.linear(mat1, input)
 
 
-def _matmul(x: Any, weight: Any) -> Any:
-    if isinstance(weight, _Transposed) and weight.packed.ndim == 2 and not weight.packed.transposed:
-        return weight.packed.linear(x)
-    if isinstance(weight, PackedWeight) and weight.ndim == 2 and weight.transposed:
-        return weight.linear(x)
+def _matmul(input: Any, other: Any) -> Any:
+    if isinstance(input, Tensor):
+        if isinstance(other, _Transposed) and other.packed.ndim == 2 and not other.packed.transposed:
+            return other.packed.linear(input)
+        if isinstance(other, PackedWeight) and other.ndim == 2 and other.transposed:
+            return other.linear(input)
     return NotImplemented
 
 
-def _embedding(ids: Tensor, weight: Any, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Any:
-    # Other arguments (max_norm, sparse) only matter to training.
-    return weight[ids] if isinstance(weight, PackedWeight) and not weight.transposed else NotImplemented
+def _embedding(input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    # Other arguments (padding_idx, max_norm, sparse) only matter to training.
+    return weight.rows(input) if isinstance(weight, PackedWeight) and not weight.transposed else NotImplemented
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {

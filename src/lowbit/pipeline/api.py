@@ -18,7 +18,7 @@ from lowbit.interchange.folder import quantization_method
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
-from lowbit.pipeline.driver import Progress, Report, make_report, solved_tensors, write_folder
+from lowbit.pipeline.driver import Progress, Report, make_report, quantization_config, solved_tensors, write_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.solve import Solved
@@ -93,11 +93,15 @@ def quantize(
     if isinstance(model, nn.Module) and out is None:
         return _in_memory(model, source, plan, progress, device)
     if out is None:
-        folder = Path(tempfile.mkdtemp(prefix="lowbit-"))
-        report = write_folder(plan, source, folder, progress=progress, device=device)
+        room = Path(tempfile.mkdtemp(prefix="lowbit-"))
+        try:
+            report = write_folder(plan, source, room / "model", progress=progress, device=device)
+        except BaseException:
+            shutil.rmtree(room, ignore_errors=True)
+            raise
         result = Quantized(plan, report, source)
-        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
-        result.folder = folder
+        weakref.finalize(result, shutil.rmtree, room, ignore_errors=True)
+        result.folder = room / "model"
         return result
     report = write_folder(plan, source, out, progress=progress, overwrite=overwrite, device=device)
     result = Quantized(plan, report, source)
@@ -110,15 +114,21 @@ def _in_memory(
 ) -> Quantized:
     solved = list(solved_tensors(plan, source, progress, device=device))
     result = Quantized(plan, make_report(plan, {s.plan.name: s.error for s, _ in solved}), source)
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # The copy shares memory with the model, but not its Parameter objects: a cast of the copy would change these.
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    shared |= {id(b): b.detach() for b in model.buffers()}
     result._model = copy.deepcopy(model, shared).eval()
     packed = {}
     for s, _ in solved:
         q = s.qtensor()
         if q is not None:
-            weight = PackedWeight.of(q, transposed=s.plan.transposed, dtype=s.plan.dtype)
-            packed[s.plan.name] = weight.to(model.get_parameter(s.plan.name).device)
+            q = q.to(model.get_parameter(s.plan.name).device)
+            packed[s.plan.name] = PackedWeight.of(q, transposed=s.plan.transposed, dtype=s.plan.dtype)
     swap(result._model, packed, plan.tied)
+    if source.config is not None:
+        from lowbit.interchange.hf import attach
+
+        attach(result._model, quantization_config(plan))
     result._solved = solved
     return result
 
@@ -163,7 +173,7 @@ def load(
     model: Any = model_class(load_config(path)).from_pretrained(path, local_files_only=True, **options)
     model = model.to(device).eval() if "device_map" not in options else model.eval()
     if kernel == "dense":
-        return dequantize_(model)
+        return dequantize(model)
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel
     return model
@@ -171,6 +181,9 @@ def load(
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn the packed weights of a model back into dense parameters, in place."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        whole: nn.Module = model.dequantize(dtype=dtype or model.dtype)
+        return whole
     return dequantize_(model, dtype)
 
 

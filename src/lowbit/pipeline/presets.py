@@ -15,7 +15,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "w8": Preset("search@int8:g96,embed=int8:g96", "8 bits, hard to tell from the original", "this project"),
+    "w8": Preset("absmax@int8:g128,embed=int8:g128", "8 bits, hard to tell from the original", "this project"),
     "w4": Preset("search@int4:g32", "4.5 bits: the everyday choice", "this project"),
     "w3": Preset("search@uint3:g32:s=(uint6:g8):min=(int6:g8)", "3.5 bits, visibly worse without calibration", "this project"),
     "w2": Preset("search@uint2:g16:s=(uint4:g16):min=(int4:g16)", "2.6 bits, for experiments", "this project"),

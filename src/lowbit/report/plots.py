@@ -188,6 +188,11 @@ def _draw_points(axes: Axes, points: list[FrontierPoint], colour: str, marker: s
     )
 
 
+def require() -> None:
+    """LowbitError when there is no matplotlib."""
+    _figure(1, 1)
+
+
 def save_figure(figure: Figure, path: Path | str) -> Path:
     """Write the figure in the format of the suffix (png, svg, pdf). Raises OutputError when it cannot be."""
     path = Path(path)

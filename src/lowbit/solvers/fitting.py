@@ -21,6 +21,15 @@ def fit_blocks(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None
     A block of one repeated value c gets a scale and an offset that give c back exactly (as far as the
     stored types can hold c), whatever the fit.
     """
+    if fmt.offset is None and not fmt.grid.signed and bool((weight < 0).any()):
+        raise FormatError(f"{fmt} has no negative levels and no offset; add ':asym', or use a signed grid")
+    if fmt.offset is None and fmt.grid.hi <= 0:
+        raise FormatError(f"{fmt} has no positive level and no offset; add ':asym', or use binary or ternary")
+    return run_fit(weight, fmt, fit, importance)
+
+
+def run_fit(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """`fit_blocks` for levels that may all lie on one side of zero, as learned ones do."""
     if importance is not None:
         importance = importance.expand(weight.shape)
 
@@ -29,10 +38,6 @@ def fit_blocks(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None
         scale, offset = found if isinstance(found, tuple) else (found, None)
         return _exact_constants(x, fmt, scale, offset)
 
-    if fmt.offset is None and not fmt.grid.signed and bool((weight < 0).any()):
-        raise FormatError(f"{fmt} has no negative levels and no offset; add ':asym', or use a signed grid")
-    if fmt.offset is None and not fmt.grid.hi > 0:
-        raise FormatError(f"{fmt} has no positive level and no offset; add ':asym', or use binary or ternary")
     scale, offset = reduce_blocks(run, fmt.block, weight, importance)
     return scale, offset  # type: ignore[return-value]
 
@@ -41,8 +46,9 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
     """Where all of a block is c: a level p that is a power of two and the scale c / p, which rounds nothing.
 
     With an offset the level is `lo + p` or, for negative c, `hi - p`, and the offset the end it is counted from.
-    Zero blocks get the scale 0. Where no such level exists (negative c on an axis of positive levels) the
-    fit's own answer stays.
+    A minimum is c itself, with a scale so small that it does not crowd its neighbours in a nested format.
+    Zero blocks get the scale 0. Where no such level exists (negative c on an axis of positive levels), or a
+    nested scale would round c / p anyway, the fit's own answer stays.
     """
     low, high = x.amin(1), x.amax(1)
     constant = low == high
@@ -52,10 +58,12 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
         p = 2.0 ** math.floor(math.log2(max(fmt.grid.hi - fmt.grid.lo, 1)))
         exact = (low.abs() / p).clamp_min(0)
         end = torch.where(low < 0, fmt.grid.hi, fmt.grid.lo)
-        if fmt.offset.kind == "min":  # the minimum itself is c, at level zero
-            lowest = torch.where(low == 0, 1.0, low.abs())
-            return torch.where(constant, lowest, scale), torch.where(constant, -low / lowest, offset)
+        if fmt.offset.kind == "min":
+            lowest = torch.where(low == 0, 0.0, low.abs() * 2.0**-12)
+            return torch.where(constant, lowest, scale), torch.where(constant, -low.sign() * 2.0**12, offset)
         return torch.where(constant, exact, scale), torch.where(constant, end, offset)  # type: ignore[arg-type]
+    if isinstance(fmt.scale, Format):
+        return torch.where(constant & (low == 0), 0.0, scale), offset
     levels = fmt.grid.levels
     powers = levels[(levels != 0) & (torch.frexp(levels.abs()).mantissa == 0.5)]
     up, down = powers[powers > 0], powers[powers < 0]
@@ -67,5 +75,26 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
 
 
 def rounded_scale(scale: Tensor, fmt: Format) -> Tensor:
-    """The scale as it would be read back; a nested scale depends on its neighbours and is returned as it is."""
-    return stores.rounded(scale, fmt.scale) if isinstance(fmt.scale, str) else scale
+    """The scale as it would be read back where storing changes it by more than a search step: e8m0 and e4m3.
+
+    The other stores round by 2^-9 of the value or less, and a nested scale depends on its neighbours.
+    """
+    return stores.rounded(scale, fmt.scale) if fmt.scale in ("e8m0", "e4m3") else scale  # type: ignore[arg-type]
+
+
+def as_stored(scale: Tensor, offset: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Scale and offset (in level units) as they would be read back, as far as they are not nested.
+
+    Beside a block far from zero an offset of many levels stands, and the rounding of either moves it by
+    a level or more: a fit has to see it.
+    """
+    if isinstance(fmt.scale, str):
+        scale = stores.rounded(scale, fmt.scale)
+    if fmt.offset is None or isinstance(fmt.offset.store, Format):
+        return scale, offset
+    if fmt.offset.store == "grid":
+        return scale, offset.round().clamp(fmt.grid.lo, fmt.grid.hi)
+    if fmt.offset.kind == "min":
+        kept = -stores.rounded(-scale * offset, fmt.offset.store) / scale
+        return scale, torch.where(kept.isfinite(), kept, offset)
+    return scale, stores.rounded(offset, fmt.offset.store)

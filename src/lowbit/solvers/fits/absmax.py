@@ -24,7 +24,7 @@ def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     Source: seed "Naive Quantization Methods", absmax_quantize; LLM.int8 (Dettmers et al. 2022), section 2.1.
     """
     no_offset(fmt, "absmax")
-    return x.abs().amax(1) / fmt.grid.hi
+    return x.abs().amax(1) / fmt.grid.reach
 
 
 @fit

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.solvers.fits.minmax import minmax, needs_offset
+from lowbit.solvers.fitting import as_stored
 from lowbit.solvers.registry import fit
 
 
@@ -33,7 +34,7 @@ def hqq(
     inverse = (1 / scale)[:, None]
 
     def dequantized(z: Tensor) -> tuple[Tensor, Tensor]:
-        z = z.round() if fmt.offset_kind == "zero" else z
+        z = as_stored(scale, z, fmt)[1]
         level = fmt.grid.round(x * inverse + z[:, None])
         return level, (level - z[:, None]) * scale[:, None]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format
+from lowbit.formats import Format, stores
 from lowbit.solvers.registry import fit
 
 
@@ -19,13 +19,15 @@ def needs_offset(fmt: Format, name: str) -> None:
 def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Scale and offset that put `low` on the lowest level and `high` on the highest.
 
-    s = (high - low) / (hi - lo), z = lo - low / s (unrounded; the format rounds it). Where the zero-point is
-    kept on the grid the range is first widened to include zero.
+    s = (high - low) / (hi - lo), z = lo - low / s (unrounded; the format rounds it), the scale as it is stored.
+    Where the zero-point is kept on the grid the range is first widened to include zero.
     """
     if fmt.offset is not None and fmt.offset.store == "grid":
         low, high = low.clamp_max(0), high.clamp_min(0)
     scale = (high - low) / (fmt.grid.hi - fmt.grid.lo)
     scale = torch.where(scale > 0, scale, 1.0)
+    if isinstance(fmt.scale, str):
+        scale = stores.rounded(scale, fmt.scale)
     return scale, fmt.grid.lo - low / scale
 
 

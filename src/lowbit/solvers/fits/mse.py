@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.solvers.fits.minmax import affine
-from lowbit.solvers.fitting import rounded_scale
+from lowbit.solvers.fitting import as_stored, rounded_scale
 from lowbit.solvers.registry import fit
 
 
@@ -26,13 +26,10 @@ def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int 
     scale, offset = torch.zeros_like(peak), torch.zeros_like(peak)
     for factor in torch.linspace(1.0, shrink, steps).tolist():
         if fmt.offset is None:
-            s = rounded_scale(peak * (factor / fmt.grid.hi), fmt)
+            s = rounded_scale(peak * factor / fmt.grid.reach, fmt)
             z = torch.zeros_like(s)
         else:
-            s, z = affine(low * factor, high * factor, fmt)
-            s = rounded_scale(s, fmt)
-            z = z.round().clamp_(fmt.grid.lo, fmt.grid.hi) if fmt.offset.store == "grid" else z
-            z = z.round() if fmt.offset.kind == "zero" else z
+            s, z = as_stored(*affine(low * factor, high * factor, fmt), fmt)
         inverse = torch.where(s > 0, 1 / s, 0.0)
         level = fmt.grid.round(x * inverse[:, None] + z[:, None])
         error = ((level.sub_(z[:, None]).mul_(s[:, None]) - x).square_() * weight).sum(1)

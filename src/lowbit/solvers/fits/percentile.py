@@ -29,6 +29,6 @@ def percentile(x: Tensor, fmt: Format, importance: Tensor | None = None, *, p: f
 
     if fmt.offset is None:
         peak = rank(x.abs(), p / 100)
-        return torch.where(peak > 0, peak, x.abs().amax(1)) / fmt.grid.hi
+        return torch.where(peak > 0, peak, x.abs().amax(1)) / fmt.grid.reach
     tail = (100 - p) / 200
     return affine(-rank(-x, 1 - tail), rank(x, 1 - tail), fmt)

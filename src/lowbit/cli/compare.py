@@ -1,0 +1,55 @@
+"""lowbit compare"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit compare smollm2 w8 w4 int4:g64 nf4 --windows 8 --plots figures")(compare)
+
+
+def compare(
+    model: Model,
+    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every preset when left out.")] = None,
+    text: Text = None,
+    windows: Windows = None,
+    length: Length = 1024,
+    speed: Speed = False,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Also draw two figures into this folder (needs matplotlib).", show_default=False),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure many recipes on one model and print one table."""
+    import lowbit
+    from lowbit.pipeline.recipe import Recipe
+
+    for recipe in recipes or []:
+        Recipe.of(recipe)  # a misspelt one is better known now than after the others are measured
+    console.quiet()
+    with console.count_bar("comparing", "windows") as progress:
+        rows = lowbit.compare(
+            model, recipes or None, text=text, windows=windows, length=length, speed=speed, plots=plots,
+            progress=progress,
+        )  # fmt: skip
+    from lowbit.report.tables import compare_json, markdown_compare, render_compare
+
+    if as_json:
+        console.print_json(compare_json(rows))
+    elif markdown:
+        sys.stdout.write(markdown_compare(rows))
+    else:
+        screen = console.stdout()
+        screen.print(render_compare(rows, width=screen.width))
+        if plots is not None:
+            screen.print(f"figures are in {plots}", style="dim", markup=False)

@@ -1,0 +1,101 @@
+"""Where the commands print: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+_FILE_WIDTH = 140  # columns when the output is no terminal, so that names in a log or a pipe stay whole
+
+
+def stdout() -> Console:
+    """The console of results."""
+    return _console(sys.stdout, stderr=False)
+
+
+def stderr() -> Console:
+    """The console of everything else."""
+    return _console(sys.stderr, stderr=True)
+
+
+def _console(stream: Any, stderr: bool) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 25)).columns
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+def print_json(value: Any) -> None:
+    """`value` as JSON on stdout and nothing else; text is taken to be JSON already."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def quiet() -> None:
+    """Keep the libraries below from drawing bars and advice of their own; their errors still show."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
+    log = logging.getLogger("lowbit")  # such as "downloading SmolLM2 (93 MB, once)"
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+
+
+@contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with MB/s and the time left, moved by calls of (name, bytes done, bytes in all)."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
+    )  # fmt: skip
+    with _bar(*columns) as bar:
+        task = bar.add_task(what, total=None, name="")
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
+
+
+@contextmanager
+def count_bar(what: str, unit: str, then: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, moved by calls of (done, in all); `then` says what goes on after the last."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with _bar(*columns) as bar:
+        task = bar.add_task(what, total=None)
+
+        def move(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=then if then and done == total else what)
+
+        yield move
+
+
+def _bar(*columns: Any) -> Progress:
+    """A bar on stderr that goes away when done; nothing at all where stderr is no terminal."""
+    from rich.progress import Progress
+
+    console = stderr()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

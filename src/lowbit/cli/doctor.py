@@ -1,0 +1,29 @@
+"""lowbit doctor"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit doctor --json > machine.json")(doctor)
+
+
+def doctor(
+    kernels: Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels, some seconds.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what this machine offers: versions, vector units, kernels and how fast they are, memory, disk."""
+    from lowbit.report.doctor import examine, render_report
+
+    with console.stderr().status("timing kernels"):
+        report = examine(kernels)
+    if as_json:
+        console.print_json(report.to_dict())
+    else:
+        console.stdout().print(render_report(report))

@@ -1,0 +1,40 @@
+"""lowbit evaluate"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit evaluate smollm2-w4 --against smollm2 --windows 8")(evaluate)
+
+
+def evaluate(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The float model it was made from, to compare with.", show_default=False),
+    ] = None,
+    text: Text = None,
+    windows: Windows = None,
+    length: Length = 1024,
+    speed: Speed = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: perplexity, and beside its float model also KL divergence, agreement and speed."""
+    import lowbit
+
+    console.quiet()
+    with console.count_bar("measuring quality", "windows", "measuring speed" if speed else "") as progress:
+        card = lowbit.evaluate(model, against, text, windows=windows, length=length, speed=speed, progress=progress)
+    if as_json:
+        console.print_json(card.to_json())
+    else:
+        from lowbit.report.panel import render_card
+
+        console.stdout().print(render_card(card))

@@ -1,0 +1,51 @@
+"""Errors that a user can mend become one line on stderr and an exit code; all others are bugs and show."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lowbit.errors import LowbitError
+
+MISTAKE, INTERRUPTED = 2, 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Guarded(TyperGroup):
+    """A group of commands whose expected failures end quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LowbitError as error:
+            fail(str(error))
+        except KeyboardInterrupt:
+            sys.stderr.write("\ninterrupted\n")
+            raise typer.Exit(INTERRUPTED) from None
+        except MemoryError:
+            fail("not enough memory; `lowbit plan MODEL RECIPE` says how much quantizing takes")
+        except OSError as error:
+            if (message := explained(error)) is None:
+                raise
+            fail(message)
+
+
+def fail(message: str) -> None:
+    """Print the first line of `message` (the rest only points into it) and exit with code 2."""
+    sys.stderr.write(f"error: {message.splitlines()[0] if message else 'unknown'}\n")
+    raise typer.Exit(MISTAKE)
+
+
+def explained(error: OSError) -> str | None:
+    """What is wrong and what to do for a full disk or a forbidden place, None for any other error."""
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in _FULL:
+        return f"no space left on the disk{where}; make room, or name another place with -o"
+    if error.errno in _FORBIDDEN:
+        return f"not allowed to read or write{where}; mend its rights, or name another place"
+    return None

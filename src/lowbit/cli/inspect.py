@@ -1,0 +1,39 @@
+"""lowbit inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Model
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit inspect smollm2 --all")(inspect)
+
+
+def inspect(
+    model: Model,
+    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""
+    from lowbit.interchange.folder import quantization_method
+    from lowbit.interchange.source import open_source
+    from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
+
+    console.quiet()
+    if Path(model).is_dir() and quantization_method(model) == "lowbit":
+        found = inspect_quantized(Path(model))
+    else:
+        source = open_source(model)
+        with console.bytes_bar("reading") as progress:
+            found = inspect_source(source, progress)
+    if as_json:
+        console.print_json(found.to_dict())
+    else:
+        screen = console.stdout()
+        screen.print(render_inspection(found, every=every, width=screen.width))

@@ -1,0 +1,47 @@
+"""The `lowbit` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowbit import __version__
+from lowbit.cli import compare, doctor, evaluate, explain, generate, inspect, plan, quantize, recipes
+from lowbit.cli.guard import Guarded
+
+app = typer.Typer(
+    cls=Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lowbit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lowbit(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Make language models small and fast, and see what it cost.
+
+    MODEL is a Hugging Face id, a folder with safetensors, a .gguf file, or the demo [bold]smollm2[/bold].
+
+    Start with:  [cyan]lowbit quantize smollm2[/cyan]
+    """
+
+
+for command in (quantize, plan, evaluate, compare, generate, inspect, explain, doctor, recipes):
+    command.register(app)
+
+
+def main() -> None:
+    """The entry point."""
+    app(prog_name="lowbit")

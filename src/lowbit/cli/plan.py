@@ -1,0 +1,114 @@
+"""lowbit plan"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Model, Recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lowbit.pipeline.plan import Plan, TensorPlan
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit plan meta-llama/Llama-3.1-70B w4 --context 32768")(plan)
+
+
+def plan(
+    model: Model,
+    recipe: Recipe = "w4",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of context that the KV cache is sized for.")] = 4096,
+    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what every tensor would become, the exact size and the memory needed, before a weight is read."""
+    import lowbit
+
+    console.quiet()
+    made = lowbit.plan(model, recipe, context=context)
+    if as_json:
+        console.print_json(made.to_json())
+    else:
+        screen = console.stdout()
+        screen.print(render_plan(made, every=every, width=screen.width))
+
+
+def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
+    """A row for each group of like tensors, or for `every` tensor, and the totals.
+
+    `width` in characters: columns that matter less are left out until the table fits.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from lowbit.report.wording import fitting, grouped, pattern_of
+
+    def alike(t: TensorPlan) -> Any:
+        return pattern_of(t.name), t.shape, t.dtype, t.format, t.keep
+
+    groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
+    rows = [_row(group) for group in groups]
+    kept = fitting(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    for i in kept:
+        table.add_column(_HEADINGS[i], justify="left" if _HEADINGS[i] in _LEFT else "right", no_wrap=i > 0, overflow="fold")
+    for group, row in zip(groups, rows, strict=True):
+        table.add_row(*(Text(row[i]) for i in kept), style="dim" if group[0].format is None else "")
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(style="cyan", no_wrap=True)
+    lines.add_column(overflow="fold")
+    for name, value in _totals(plan):
+        lines.add_row(name, Text(value))
+    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, lines)
+
+
+_LEFT = ("tensor", "shape", "now", "becomes")
+_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/weight", "before", "after")
+
+
+def _row(group: list[TensorPlan]) -> list[str]:
+    """The cells of tensors that become alike."""
+    from lowbit.report.wording import bytes_text, shape_text, span_text
+
+    first = group[0]
+    before, after = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)
+    return [
+        span_text([t.name for t in group]),
+        str(len(group)),
+        shape_text(first.shape),
+        str(first.dtype).removeprefix("torch."),
+        str(first.format) if first.format is not None else f"stays: {first.keep}",
+        f"{8 * after / max(1, sum(t.count for t in group)):.2f}",
+        bytes_text(before),
+        bytes_text(after),
+    ]
+
+
+def _totals(plan: Plan) -> list[tuple[str, str]]:
+    from lowbit.report.wording import bytes_text, count_text
+
+    before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
+    times = plan.bytes_before / max(1, plan.output_bytes)
+    lines = [
+        ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
+        ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
+        (
+            "bits per weight",
+            f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers",
+        ),
+        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
+    ]
+    lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
+    if plan.kv_bytes_per_token:
+        each, whole = bytes_text(plan.kv_bytes_per_token), bytes_text(plan.kv_bytes)
+        lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
+    elif plan.kv_bytes:
+        lines.append(("state", bytes_text(plan.kv_bytes)))
+    return lines

@@ -1,0 +1,112 @@
+"""lowbit quantize"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Model, Recipe, Text
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.recipe import Recipe as RecipeValue
+
+_PROMPT = "What is the capital of France?"
+_LENGTH = 1024
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit quantize smollm2 w4 -o small")(quantize)
+
+
+def quantize(
+    model: Model,
+    recipe: Recipe = "w4",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder to write; MODEL-RECIPE when left out.", show_default=False),
+    ] = None,
+    text: Text = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text the card is measured on.")] = 4,
+    card: Annotated[bool, typer.Option("--card/--no-card", help="Reload the result and measure what it cost.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into a folder, reload it, and measure what that cost."""
+    import lowbit
+    from lowbit.pipeline.recipe import Recipe as RecipeValue
+
+    wanted = RecipeValue.of(recipe)
+    out = out or default_folder(model, wanted)
+    if card and text is not None:
+        from lowbit.measure.text import load_text
+
+        load_text(text)  # a text that cannot be read is better known now than after the work
+    console.quiet()
+    screen = console.stderr() if as_json else console.stdout()
+    screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(wanted.title)}")
+    start = time.perf_counter()
+    with console.bytes_bar("quantizing") as progress:
+        made = lowbit.quantize(model, wanted, out, progress=progress, overwrite=overwrite)
+    seconds = time.perf_counter() - start
+    screen.print(_written(made, out, seconds))
+    result: dict[str, Any] = {"folder": str(out), "seconds": seconds, "plan": _totals(made.plan)}
+    if card:
+        measured = _measure(made, text, windows)
+        result["card"] = measured.to_dict()
+        if not as_json:
+            from lowbit.report.panel import render_card
+
+            screen.print(render_card(measured))
+    if as_json:
+        console.print_json(result)
+    elif _generates(made):
+        screen.print(f'Try it:  lowbit generate {out} "{_PROMPT}"', style="dim", markup=False)
+
+
+def default_folder(model: str, recipe: RecipeValue) -> Path:
+    """`<model's own name>-<recipe>` in the current folder."""
+    path = Path(model)
+    base = (path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name) or "model"
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.name or str(recipe)).strip("-")
+    return Path(f"{base}-{words}")
+
+
+def _measure(made: Any, text: str | None, windows: int) -> Any:
+    import lowbit
+    from lowbit.measure.speed import SHORT
+
+    with console.count_bar("measuring quality", "windows", "measuring speed") as progress:
+        return lowbit.evaluate(made, text=text, windows=windows, length=_LENGTH, speed=SHORT, prompt=_PROMPT, progress=progress)
+
+
+def _written(made: Any, out: Path, seconds: float) -> str:
+    from lowbit.report.wording import bytes_text
+
+    plan = made.plan
+    speed = bytes_text(plan.bytes_before / max(seconds, 1e-9))
+    return (
+        f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
+        f"({plan.bits_per_weight:.2f} bits per weight) in {seconds:.1f} s ({speed}/s)"
+    )
+
+
+def _generates(made: Any) -> bool:
+    """Whether `lowbit generate` makes sense with the result."""
+    from lowbit.interchange.inventory import model_class
+
+    return made.source.config is not None and model_class(made.source.config).can_generate()
+
+
+def _totals(plan: Any) -> dict[str, Any]:
+    return {key: value for key, value in plan.to_json().items() if key != "tensors"}
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

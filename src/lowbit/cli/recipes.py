@@ -1,0 +1,60 @@
+"""lowbit recipes"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lowbit.solvers import Method
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit recipes --json")(recipes)
+
+
+def recipes(as_json: Json = False) -> None:
+    """List the presets, what each stands for, and the methods that recipes are built from."""
+    from lowbit.formats.text import NAMED
+    from lowbit.pipeline.presets import PRESETS
+    from lowbit.solvers.registry import methods
+
+    if as_json:
+        presets = {n: {"recipe": p.text, "about": p.about, "source": p.source} for n, p in PRESETS.items()}
+        found = {n: {"kind": m.kind, "summary": m.summary, "options": m.options} for n, m in methods().items()}
+        console.print_json({"presets": presets, "methods": found, "formats": NAMED})
+        return
+    screen = console.stdout()
+    rows = [(n, p.text, p.about, p.source) for n, p in PRESETS.items()]
+    screen.print(_table("Presets", ("name", "stands for", "what it is", "from"), rows))
+    rows = [(n, m.kind, m.summary, _options(m)) for n, m in methods().items()]
+    screen.print(_table("Methods", ("name", "kind", "what it does", "options"), rows))
+    screen.print(_table("Formats with a name of their own", ("name", "stands for"), list(NAMED.items())))
+    screen.print(
+        "A recipe is a preset, a format (int4:g32), METHOD@FORMAT, or any of these with settings:\n"
+        "  search@int4:g32,embed=int6:g64,*.down_proj=int8:channel,*.layers.0.*=keep",
+        markup=False,
+    )
+
+
+def _options(method: Method) -> str:
+    return ", ".join(f"{name}={default}" for name, default in method.options.items())
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,185 @@
+"""What people call: evaluate one model, compare many recipes on one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import SourceError
+from lowbit.interchange.folder import load_tokenizer, quantization_method
+from lowbit.interchange.source import Source, open_source
+from lowbit.measure import compare as table
+from lowbit.measure.card import Card, CardParts, Coverage, TextMark
+from lowbit.measure.compare import CompareRow
+from lowbit.measure.environment import environment
+from lowbit.measure.memory import peak_resident
+from lowbit.measure.quality import Progress, measure_quality
+from lowbit.measure.sample import take_sample
+from lowbit.measure.size import count_parameters, disk_size, module_bytes
+from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
+from lowbit.measure.text import load_text
+from lowbit.measure.windows import make_windows
+from lowbit.nn.swap import packed_weights
+from lowbit.pipeline.api import Quantized, load, quantize
+from lowbit.pipeline.folder_writer import MANIFEST
+from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.presets import PRESETS
+
+Text = "str | Path | Sequence[str] | None"
+
+
+def evaluate(
+    model: str | Path | nn.Module | Quantized,
+    against: str | Path | nn.Module | None = None,
+    text: str | Path | Sequence[str] | None = None,
+    *,
+    windows: int | None = None,
+    length: int = 1024,
+    speed: bool | SpeedSettings = False,
+    prompt: str | None = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str = torch.float32,
+    progress: Progress | None = None,
+) -> Card:
+    """Measure a model, beside the float model it was made from when `against` is given.
+
+    `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
+    (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
+    tokens per second (True: the standard protocol). `prompt`: also both models' answers to it. Quality is computed
+    in `dtype`. TextError when the text is shorter than a window.
+    """
+    subject = _subject(model, tokenizer, dtype)
+    base, base_source = _base(model, against, dtype)
+    tok = subject[2] if subject[2] is not None else (None if base_source is None else base_source.tokenizer())
+    if tok is None:
+        raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
+    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=subject[0])
+    parts = subject[1]
+    if base_source is not None and parts.bytes_before is None:
+        parts = replace(parts, bytes_before=sum(spec.nbytes for spec in base_source.tensors.values()))
+    quality = measure_quality(subject[0], cut, base=base, progress=progress)
+    settings = STANDARD if speed is True else speed or None
+    rates = measure_speed(subject[0], tok, base=base, settings=settings) if settings else None
+    sample = take_sample(subject[0], tok, prompt, base=base) if prompt else None
+    return Card(parts, TextMark.of(cut), quality, rates, peak_resident(), sample, environment())
+
+
+def compare(
+    model: str | Path | nn.Module,
+    recipes: Sequence[str] | None = None,
+    *,
+    text: str | Path | Sequence[str] | None = None,
+    windows: int | None = None,
+    length: int = 1024,
+    speed: bool | SpeedSettings = False,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    on_row: Callable[[CompareRow], None] | None = None,
+    on_made: Callable[[str, Quantized], None] | None = None,
+) -> list[CompareRow]:
+    """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
+
+    Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
+    sees each before it is measured, `on_row` after.
+    """
+    source = open_source(model, tokenizer=tokenizer)
+    names = list(recipes) if recipes else list(PRESETS)
+    base = source.load_float(torch.float32)
+    tok = source.tokenizer()
+    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
+    float_bytes = sum(spec.nbytes for spec in source.tensors.values())
+    base_parts = CardParts(
+        source.label, "float32", count_parameters(base), bytes_before=float_bytes, weight_bytes=module_bytes(base),
+        linear_bits=32.0,
+    )  # fmt: skip
+
+    def build(recipe: str) -> tuple[nn.Module, CardParts]:
+        start = time.perf_counter()
+        made = quantize(model, recipe, tokenizer=tokenizer)
+        seconds = time.perf_counter() - start
+        if on_made is not None:
+            on_made(recipe, made)
+        parts = replace(plan_parts(made.plan), quantize_seconds=seconds)
+        built = made.model if isinstance(model, nn.Module) else load(_folder(made), dtype=torch.float32)
+        built._lowbit_result = made  # type: ignore[assignment]  # its temporary folder lives as long as the model
+        return built, parts
+
+    settings = STANDARD if speed is True else speed or None
+    rows = table.compare(
+        names, build, base, base_parts, cut, tokenizer=tok, speed=settings, progress=progress, on_row=on_row
+    )
+    return list(rows)
+
+
+def plan_parts(plan: Plan) -> CardParts:
+    """What a plan knows for the card: sizes, coverage, what was kept and why."""
+    quantized = sum(t.count for t in plan.tensors if t.format is not None)
+    kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
+    return CardParts(
+        plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
+        bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
+    )  # fmt: skip
+
+
+def folder_parts(folder: Path, model: nn.Module) -> CardParts:
+    """What a folder that lowbit wrote says of itself, for the card."""
+    size = disk_size(folder)
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8")) if (folder / MANIFEST).is_file() else {}
+    packed = dict(packed_weights(model))
+    quantized = sum(math.prod(w.stored_shape) for w in packed.values())
+    total = quantized + sum(p.numel() for p in model.parameters())
+    recipe = manifest.get("recipe", {})
+    title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
+    kept = total - quantized
+    return CardParts(
+        str(folder), title, total, Coverage(quantized, total, (f"{kept:,} in float",) if kept else ()),
+        bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
+    )  # fmt: skip
+
+
+def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | str) -> tuple[nn.Module, CardParts, Any]:
+    """(module, what is known of it, tokenizer or None)."""
+    if isinstance(model, Quantized):
+        tok = tokenizer if tokenizer is not None else model.source.tokenizer()
+        if model.folder is not None:
+            module = load(model.folder, dtype=dtype)
+            return module, replace(plan_parts(model.plan), bytes_after=disk_size(model.folder).total), tok
+        return model.model, plan_parts(model.plan), tok
+    if isinstance(model, nn.Module):
+        parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
+        return model, parts, tokenizer
+    path = Path(model)
+    if path.is_dir() and quantization_method(path) == "lowbit":
+        module = load(path, dtype=dtype)
+        return module, folder_parts(path, module), tokenizer or load_tokenizer(path, str(path))
+    source = open_source(model, tokenizer=tokenizer)
+    module = source.load_float(_dtype(dtype))
+    nbytes = sum(spec.nbytes for spec in source.tensors.values())
+    return module, CardParts(source.label, "float", count_parameters(module), weight_bytes=nbytes), source.tokenizer()
+
+
+def _base(model: Any, against: Any, dtype: torch.dtype | str) -> tuple[nn.Module | None, Source | None]:
+    if against is None and isinstance(model, Quantized):
+        source: Source | None = model.source
+    else:
+        source = None if against is None else open_source(against)
+    return (None, None) if source is None else (source.load_float(_dtype(dtype)), source)
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _folder(made: Quantized) -> Path:
+    if made.folder is None:
+        raise SourceError("this result has no folder")
+    return made.folder
+

@@ -1,0 +1,148 @@
+"""An explanation drawn for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from lowbit.formats import IntGrid
+from lowbit.report.explain import BlockSteps, Explanation
+from lowbit.report.formulas import reading, rounding, scaled_heading
+from lowbit.report.wording import bytes_text, count_text, shape_text, sparkline
+from lowbit.report.wording import number_text as num
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from lowbit.formats import Format
+
+
+def render_explanation(found: Explanation) -> RenderableType:
+    """What the recipe means, every shown block step by step, and the errors over the whole array."""
+    from rich.console import Group
+    from rich.text import Text
+
+    pieces: list[RenderableType] = [Text(found.recipe, style="bold"), _lines(_head(found)), Text()]
+    for block in found.blocks:
+        pieces += _block(found, block)
+    shown = len(found.blocks)
+    if shown < found.block_count:
+        pieces.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
+    pieces.append(_lines(_errors(found)))
+    return Group(*pieces)
+
+
+def _lines(pairs: Sequence[tuple[str, str | Text]]) -> RenderableType:
+    """Names and what they stand for, wrapped within their own column."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True, min_width=8)
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    return table
+
+
+def _head(found: Explanation) -> list[tuple[str, str | Text]]:
+    fmt = found.format
+    lines: list[tuple[str, str | Text]] = [
+        ("array", f"{found.label}, {shape_text(found.shape)} values"),
+        ("grid", grid_text(fmt)),
+    ]
+    blocks = f"{found.block_count} block" + ("s" if found.block_count > 1 else "")
+    lines.append(("block", f"{fmt.block}: {_blocks_text(fmt)} ({blocks} here)"))
+    if found.fit is not None:
+        lines.append(("fit", f"{found.fit}: {found.fit.method.summary}"))
+    if str(found.solver) != "rtn":
+        lines.append(("solver", f"{found.solver}: {found.solver.method.summary}"))
+    return lines
+
+
+def grid_text(fmt: Format) -> str:
+    """'int8, the 256 integers from -128 to 127', or all levels when they are few."""
+    grid = fmt.grid
+    if isinstance(grid, IntGrid):
+        return f"{grid}, the {grid.cardinality} integers from {num(grid.lo)} to {num(grid.hi)}"
+    if fmt.codebook is not None:
+        return f"{grid}, {grid.cardinality} levels learned for each {_unit(str(fmt.codebook))}"
+    levels = sorted({float(v) for v in grid.levels.tolist() if isfinite(v)})
+    if len(levels) > 16:
+        return f"{grid}, {len(levels)} levels from {num(grid.lo)} to {num(grid.hi)}"
+    return f"{grid}, {len(levels)} levels: {'  '.join(num(v, 3) for v in levels)}"
+
+
+def _unit(block: str) -> str:
+    return {"channel": "row", "tensor": "tensor"}.get(block, f"block {block}")
+
+
+def _blocks_text(fmt: Format) -> str:
+    what = "scale" if fmt.scale is not None else "set of levels"
+    unit = {"tensor": "the whole tensor", "channel": "a row"}
+    where = unit.get(str(fmt.block), f"{fmt.block.cols} values of a row" if fmt.block.rows == 1 else "each rectangle")
+    return f"one {what} for {where}"
+
+
+def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
+    from rich.text import Text
+
+    fmt, reach = found.format, block.range
+    pieces: list[RenderableType] = []
+    if found.block_count > 1:
+        pieces.append(Text(_place(block), style="bold"))
+    lines: list[tuple[str, str | Text]] = [
+        ("range", f"min {num(reach.low)}   max {num(reach.high)}   max|x| {num(reach.peak)}")
+    ]
+    for step in block.steps:
+        lines.append(({"s": "scale", "z": "zero", "m": "minimum"}[step.symbol], str(step)))
+        if step.stored is not None and step.value is not None:
+            changed = num(step.stored, 7) != num(step.value, 7)
+            kept = f"kept in {step.store}" + (f" as {num(step.stored, 7)}" if changed else "")
+            lines.append(("", Text(f"{step.note}; {kept}" if step.note else kept, style="dim")))
+    if block.learned is not None:
+        lines.append(("levels", "  ".join(dict.fromkeys(num(v, 4) for v in block.learned))))
+    lines += [("round", rounding(fmt)), ("read", reading(fmt))]
+    return [*pieces, _lines(lines), _values(fmt, block)]
+
+
+def _place(block: BlockSteps) -> str:
+    (r0, r1), (c0, c1) = block.rows, block.columns
+    rows = f"row {r0}" if r1 - r0 == 1 else f"rows {r0} to {r1 - 1}"
+    columns = f"column {c0}" if c1 - c0 == 1 else f"columns {c0} to {c1 - 1}"
+    return f"{rows}, {columns}"
+
+
+def _values(fmt: Format, block: BlockSteps) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    more = block.count - len(block.values)
+    caption = f"{more} more values in this block" if more else None
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", caption=caption, caption_justify="left", padding=(0, 1))
+    headings = ["x", *([] if fmt.scale is None else [scaled_heading(fmt)]), "level", "code", "x'", "error"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for x, scaled, level, code, value, error in zip(
+        block.values, block.scaled, block.levels, block.codes, block.dequantized, block.errors, strict=True
+    ):
+        before = [] if fmt.scale is None else [f"{round(scaled, 4) + 0.0:.4f}"]
+        table.add_row(num(x), *before, num(level, 5), str(code), num(value), f"{error:+.3g}" if error else "0")
+    return table
+
+
+def _errors(found: Explanation) -> list[tuple[str, str | Text]]:
+    mean, most, rms = (num(v, 4) for v in (found.mean_error, found.max_error, found.rms_error))
+    lines: list[tuple[str, str | Text]] = [
+        ("error", f"mean |e| {mean}   max |e| {most}   rms {rms}"),
+        ("relative", f"||x' - x|| / ||x|| = {num(100 * found.relative_error, 4)} %"),
+        (
+            "size",
+            f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})",
+        ),
+    ]
+    if sum(found.histogram) >= 256:
+        lines.append(("before", f"{sparkline(found.histogram)}  {count_text(sum(found.histogram))} values"))
+        lines.append(("after", sparkline(found.histogram_after)))
+    return lines

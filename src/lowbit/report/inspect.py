@@ -1,0 +1,261 @@
+"""What is in a model: ranges, outliers and sizes of a float one; formats and bits of a quantized one.
+
+One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import SourceError
+from lowbit.interchange.folder import read_json, weight_files
+from lowbit.interchange.safetensors_file import read_header
+from lowbit.interchange.source import Source
+from lowbit.measure.card import json_ready
+from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
+from lowbit.report.wording import number_text as num
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Progress = Callable[[str, int, int], None]
+_CHUNK = 1 << 22  # elements in float64 at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the finite values: range, mean, standard deviation, largest magnitude over it, excess kurtosis.
+
+    `bad` counts NaN and infinite values. A normal distribution of a million weights has an outlier ratio
+    near 5 and a kurtosis of 0.
+    """
+
+    low: float
+    high: float
+    mean: float
+    std: float
+    outlier: float
+    kurtosis: float
+    bad: int
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor. Of a float model: `moments`, and `keep`, why it stays. Quantized: `format`, `bits`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    dtype: str
+    nbytes: int
+    share: float
+    moments: Moments | None = None
+    keep: str | None = None
+    format: str | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known."""
+
+    label: str
+    model_class: str
+    tensors: tuple[TensorFacts, ...]
+    tied: dict[str, str]
+    quantized: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        return json_ready({"parameters": self.parameters, "nbytes": self.nbytes, **dataclasses.asdict(self)})
+
+
+def moments(values: Tensor) -> Moments:
+    """Statistics of a tensor of any float type, in float64 by pieces of bounded size."""
+    flat = values.reshape(-1)
+
+    def each() -> Iterator[Tensor]:
+        for piece in flat.split(_CHUNK):
+            finite = piece[piece.isfinite()].to(torch.float64)
+            if finite.numel():
+                yield finite
+
+    count, total, low, high = 0, 0.0, math.inf, -math.inf
+    for piece in each():
+        count, total = count + piece.numel(), total + float(piece.sum())
+        low, high = min(low, float(piece.min())), max(high, float(piece.max()))
+    bad = flat.numel() - count
+    if not count:
+        return Moments(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, bad)
+    mean, second, fourth = total / count, 0.0, 0.0
+    for piece in each():
+        square = (piece - mean).square_()
+        second, fourth = second + float(square.sum()), fourth + float(square.square_().sum())
+    variance = second / count
+    std, peak = math.sqrt(variance), max(abs(low), abs(high))
+    outlier = peak / std if std else 0.0
+    kurtosis = fourth / count / variance**2 - 3 if variance else 0.0
+    return Moments(low, high, mean, std, outlier, kurtosis, bad)
+
+
+def inspect_source(source: Source, progress: Progress | None = None) -> Inspection:
+    """Every tensor of a float model, one after the other. `progress` gets name, bytes done, bytes in all."""
+    total = sum(spec.nbytes for spec in source.tensors.values())
+    done, facts = 0, []
+    for name, spec in source.tensors.items():
+        param = source.inventory.params[name]
+        found = moments(source.read(name)) if spec.dtype.is_floating_point else None
+        dtype = str(spec.dtype).removeprefix("torch.")
+        share = spec.nbytes / max(1, total)
+        facts.append(TensorFacts(name, spec.shape, param.kind, dtype, spec.nbytes, share, found, param.keep))
+        done += spec.nbytes
+        if progress is not None:
+            progress(name, done, total)
+    return Inspection(source.label, source.inventory.model_class, tuple(facts), dict(source.inventory.tied))
+
+
+def inspect_quantized(folder: Path) -> Inspection:
+    """Formats and bits of a folder that lowbit wrote; reads config.json and the safetensors headers."""
+    config = read_json(folder / "config.json")
+    section = config.get("quantization_config")
+    table = section.get("tensors") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(table, dict):
+        raise SourceError(f"{folder}: config.json has no quantization_config with tensors; quantize the model again")
+    sizes: dict[str, int] = {}
+    kept: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in weight_files(folder):
+        for name, entry in read_header(file).entries.items():
+            owner = next((t for t in _prefixes(name) if t in table), name)
+            sizes[owner] = sizes.get(owner, 0) + entry.nbytes
+            if owner not in table:
+                kept[owner] = (entry.shape, str(entry.dtype).removeprefix("torch."))
+    total = max(1, sum(sizes.values()))
+    facts = []
+    for name, nbytes in sizes.items():
+        if name in table:
+            shape = tuple(int(n) for n in table[name]["shape"])
+            bits = 8 * nbytes / max(1, math.prod(shape))
+            facts.append(
+                TensorFacts(
+                    name,
+                    shape,
+                    "packed",
+                    "uint8",
+                    nbytes,
+                    nbytes / total,
+                    format=table[name]["format"],
+                    bits=bits,
+                )
+            )
+        else:
+            shape, dtype = kept[name]
+            facts.append(TensorFacts(name, shape, "kept", dtype, nbytes, nbytes / total))
+    architecture = (config.get("architectures") or ["model"])[0]
+    return Inspection(str(folder), architecture, tuple(facts), {}, quantized=str(section.get("recipe", "")))
+
+
+def _prefixes(name: str) -> list[str]:
+    """The name and all its dotted beginnings, the longest first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def render_inspection(found: Inspection, *, every: bool = False, width: int = 1000) -> RenderableType:
+    """A row for each group of like tensors, or for `every` tensor; then what stands out.
+
+    `width` in characters: columns that matter less are left out until the table fits.
+    """
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Text.assemble((found.label, "bold"), f"  {found.model_class}, ")
+    head.append(f"{len(found.tensors)} tensors, {count_text(found.parameters)} parameters, ")
+    head.append(bytes_text(found.nbytes))
+    if found.quantized is not None:
+        head.append(f", {8 * found.nbytes / max(1, found.parameters):.2f} bits per weight\n")
+        head.append("recipe  ", "cyan").append(found.quantized or "not noted")
+    for alias, name in found.tied.items():
+        head.append(f"\n{alias} is tied to {name}", "dim")
+    groups = [[t] for t in found.tensors] if every else grouped(found.tensors, _alike)
+    measured = _FLOAT if found.quantized is None else _PACKED
+    headings = ["tensor", "shape", "kind", "stored as", *measured, "bytes", "share"]
+    rows = [_row(group, found.quantized is None) for group in groups]
+    kept = fitting(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"))
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+    for i in kept:
+        table.add_column(headings[i], justify="left" if i < 4 else "right", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(row[i] for i in kept))
+    pieces: list[RenderableType] = [head, table]
+    if found.quantized is None:
+        pieces.append(_standing_out(found.tensors))
+    return Group(*pieces)
+
+
+_FLOAT = ("min", "max", "std", "max/std", "kurtosis")
+_PACKED = ("bits/weight",)
+
+
+def _alike(t: TensorFacts) -> Any:
+    return pattern_of(t.name), t.shape, t.dtype, t.keep, t.format
+
+
+def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
+    """The cells of one group: widest range, mean deviation, farthest outlier, highest kurtosis."""
+    first = group[0]
+    kind = f"stays: {first.keep}" if first.keep else first.kind
+    cells = [span_text([t.name for t in group]), shape_text(first.shape), kind, first.format or first.dtype]
+    known = [t.moments for t in group if t.moments is not None]
+    if is_float and known:
+        numbers = (
+            min(m.low for m in known),
+            max(m.high for m in known),
+            sum(m.std for m in known) / len(known),
+            max(m.outlier for m in known),
+            max(m.kurtosis for m in known),
+        )
+        cells += [num(value, 3) for value in numbers]
+    elif is_float:
+        cells += [""] * len(_FLOAT)
+    else:
+        cells.append("" if first.bits is None else f"{first.bits:.2f}")
+    return [*cells, bytes_text(sum(t.nbytes for t in group)), f"{100 * sum(t.share for t in group):.1f} %"]
+
+
+def _standing_out(tensors: Sequence[TensorFacts], most: int = 5) -> RenderableType:
+    """The quantizable tensors with the farthest outliers, and every one with values that are not finite."""
+    from rich.text import Text
+
+    text = Text()
+    wide = sorted(
+        (t for t in tensors if t.moments is not None and t.keep is None),
+        key=lambda t: -t.moments.outlier if t.moments else 0.0,
+    )
+    if wide:
+        text.append("farthest outliers", "cyan").append("  (such tensors want small groups, or more bits)\n", "dim")
+    for t in wide[:most]:
+        if t.moments is not None:
+            text.append(f"  {t.name}  {num(t.moments.outlier, 3)} standard deviations\n")
+    for t in tensors:
+        if t.moments is not None and t.moments.bad:
+            text.append(f"{t.name}: {t.moments.bad} values are NaN or infinite\n", "red")
+    text.rstrip()
+    return text

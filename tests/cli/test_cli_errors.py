@@ -1,0 +1,196 @@
+"""Bad input: exit code 2, one line that says what, nothing on stdout, nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import lowbit
+from lowbit.cli.main import app
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama, copied by tests that damage it."""
+    path = tmp_path_factory.mktemp("errors") / "tiny"
+    save_tiny("llama", path)
+    return path
+
+
+@pytest.fixture
+def model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own copy, in the current folder, which holds nothing else."""
+    shutil.copytree(made, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    return Path("tiny")
+
+
+def fails(*words: object) -> str:
+    """The one line on stderr of a command that must end with code 2."""
+    result: Result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    line = result.stderr.strip()
+    assert line.startswith("error: ") and "\n" not in line and "Traceback" not in line, result.stderr
+    return line
+
+
+def left() -> set[str]:
+    return {path.name for path in Path.cwd().iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("absmx", ["unknown recipe 'absmx'", "'absmax'"]),
+        ("gptqq@int4:g32", ["unknown method 'gptqq'"]),
+        ("int4:q32", ["position 6", "'q32'"]),
+        ("int9:g32", ["position 1", "int8"]),
+        ("search@int4:g32,embd=int8:channel", ["unknown option 'embd'", "'embed'"]),
+        ("search(step=3)@int4:g32", ["no option 'step'", "'steps'"]),
+        ("absmax@int4:g32,kv=int8", ["no KV-cache formats"]),
+        ("no-such.toml", ["'no-such.toml'", "cannot be read"]),
+        ("int4:g32,*.nothing=int8", ["'*.nothing'", "matches no tensor"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_recipes_that_cannot_be_followed(model: Path, command: str, recipe: str, words: list[str]) -> None:
+    line = fails(command, model, recipe)
+    assert all(word in line for word in words), line
+    assert left() == {"tiny"}
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def hostile(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes((2**62).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def not_a_number(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncated, ["model.safetensors"]),
+        (hostile, ["model.safetensors", "header"]),
+        (pickled, ["pickle", "pytorch_model.bin", "save_pretrained"]),
+        (no_config, ["config.json"]),
+        (not_a_number, ["model.layers.1.mlp.up_proj.weight"]),
+    ],
+)
+def test_models_that_cannot_be_read(model: Path, damage: object, words: list[str]) -> None:
+    damage(model)  # type: ignore[operator]
+    line = fails("quantize", model, "w4", "-o", "out", "--no-card")
+    assert all(word in line for word in words), line
+    assert left() == {"tiny"}
+
+
+def test_a_model_that_is_not_there(model: Path) -> None:
+    for command in (["quantize"], ["plan"], ["evaluate"], ["compare"], ["inspect"]):
+        assert "'nowhere'" in fails(*command, "nowhere")
+    assert "'nowhere'" in fails("generate", "nowhere", "hello")
+    assert left() == {"tiny"}
+
+
+def test_texts_that_cannot_be_used_are_found_before_the_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("short.txt").write_text("too short")
+    Path("empty.txt").write_text("")
+    for text, words in (("latin.txt", "UTF-8"), ("none.txt", "no such file"), ("empty.txt", "empty")):
+        assert words in fails("quantize", model, "w4", "--text", text)
+        assert words in fails("evaluate", model, "--text", text)
+    assert "short.txt" in fails("evaluate", model, "--text", "short.txt")
+    assert left() == {"tiny", "latin.txt", "short.txt", "empty.txt"}
+
+
+def test_a_folder_with_something_in_it_is_left_alone(model: Path) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    assert "--overwrite" in fails("quantize", model, "w4", "-o", "out")
+    assert [p.name for p in Path("out").iterdir()] == ["mine.txt"] and left() == {"tiny", "out"}
+
+
+def test_a_quantized_model_is_not_quantized_again(model: Path) -> None:
+    assert CliRunner().invoke(app, ["quantize", "tiny", "w4", "-o", "out", "--no-card"]).exit_code == 0
+    assert "already quantized" in fails("quantize", "out", "w8")
+    assert "already quantized" in fails("explain", "out:model.norm.weight", "w8")
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        ("[1, oops]", "array"),
+        ("[1e999]", "infinite"),
+        ("tiny", "MODEL:TENSOR"),
+        ("tiny:model.layers.0.mlp.up_prj.weight", "up_proj"),
+    ],
+)
+def test_what_cannot_be_explained(model: Path, what: str, word: str) -> None:
+    assert word in fails("explain", what, "absmax")
+
+
+def test_a_model_that_cannot_generate(tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "bert")
+    assert "does not generate" in fails("generate", tmp_path / "bert", "hello")
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "bare", tokenizer=False)
+    assert "tokenizer" in fails("generate", tmp_path / "bare", "hello")
+    assert "tokenizer" in fails("evaluate", tmp_path / "bare")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "no space left on the disk at out"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "not allowed"),
+        (MemoryError(), 2, "not enough memory"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_system_refuses(
+    model: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, word: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(lowbit, "quantize", refuse, raising=False)
+    result = CliRunner().invoke(app, ["quantize", "tiny"])
+    assert result.exit_code == code and word in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_bug_is_not_dressed_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(lowbit, "plan", bug, raising=False)
+    assert isinstance(CliRunner().invoke(app, ["plan", "tiny"]).exception, ZeroDivisionError)
+
+
+def test_wrong_usage() -> None:
+    for words in (["plan"], ["nonsense"], ["quantize", "x", "--windows", "0"], ["plan", "x", "--nonsense"]):
+        assert CliRunner().invoke(app, words).exit_code == 2
