@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lowbit.errors import FormatError, LowbitError, RecipeError
 from lowbit.formats import IntGrid, QTensor, encode, parse_format
-from lowbit.solvers import Call, fit_blocks, methods
+from lowbit.solvers import Call, fit_blocks
+from lowbit.solvers.registry import methods
 from strategies import FIXED_GRIDS, normal, steady
 
 GRIDS = [grid for grid in FIXED_GRIDS if grid != "int1"]

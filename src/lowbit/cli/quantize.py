@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +39,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder, reload it, and measure what that cost."""
     import lowbit
+    from lowbit.measure.memory import peak_resident
     from lowbit.pipeline.recipe import Recipe as RecipeValue
 
     wanted = RecipeValue.of(recipe)
@@ -52,11 +54,13 @@ def quantize(
     start = time.perf_counter()
     with console.bytes_bar("quantizing") as progress:
         made = lowbit.quantize(model, wanted, out, progress=progress, overwrite=overwrite)
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, peak_resident()
     screen.print(_written(made, out, seconds))
-    result: dict[str, Any] = {"folder": str(out), "seconds": seconds, "plan": _totals(made.plan)}
+    result: dict[str, Any] = {"folder": str(out), "seconds": seconds, "peak_bytes": peak, "plan": _totals(made.plan)}
     if card:
         measured = _measure(made, text, windows)
+        parts = replace(measured.parts, quantize_seconds=seconds, quantize_peak=peak)
+        measured = replace(measured, parts=parts)
         result["card"] = measured.to_dict()
         if not as_json:
             from lowbit.report.panel import render_card

@@ -35,10 +35,11 @@ def _too_small(q: QTensor, dtype: torch.dtype) -> str | None:
 
 
 class TorchInt8(Kernel):
-    """torch._weight_int8pack_mm: int8 codes, one scale a row, or groups that divide the row (one call each)."""
+    """torch._weight_int8pack_mm: int8 codes, one scale a row, or groups (one call each)."""
 
     name = "torch-int8"
     MAX_GROUPS = 128
+    STEP = 32  # PyTorch 2.13 with AVX-512 gives garbage or crashes where 16 does not divide the width; 32 is on the safe side
 
     def declines(self, q: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         fmt = q.format
@@ -48,8 +49,8 @@ class TorchInt8(Kernel):
             return "it takes 8-bit codes with one scale a row or group"
         if fmt.block.counts(q.shape)[2] > self.MAX_GROUPS:
             return f"more than {self.MAX_GROUPS} groups a row cost more than they save"
-        if q.shape[1] == 1:
-            return "it takes more than one weight a row"
+        if q.shape[1] % self.STEP or (fmt.block.cols != -1 and fmt.block.cols % self.STEP):
+            return f"it reads beyond the end of rows and groups that are not multiples of {self.STEP}"
         return _wrong_place("_weight_int8pack_mm", dtype, device) or _too_small(q, dtype)
 
     def prepack(self, q: QTensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

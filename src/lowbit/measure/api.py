@@ -20,7 +20,7 @@ from lowbit.measure import compare as table
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.environment import environment
-from lowbit.measure.memory import peak_resident
+from lowbit.measure.memory import in_fresh_process
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
@@ -56,20 +56,59 @@ def evaluate(
     tokens per second (True: the standard protocol). `prompt`: also both models' answers to it. Quality is computed
     in `dtype`. TextError when the text is shorter than a window.
     """
-    subject = _subject(model, tokenizer, dtype)
+    subject, parts, tok = _subject(model, tokenizer, dtype)
     base, base_source = _base(model, against, dtype)
-    tok = subject[2] if subject[2] is not None else (None if base_source is None else base_source.tokenizer())
+    if tok is None and base_source is not None:
+        tok = base_source.tokenizer()
     if tok is None:
         raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
-    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=subject[0])
-    parts = subject[1]
+    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=subject)
     if base_source is not None and parts.bytes_before is None:
         parts = replace(parts, bytes_before=sum(spec.nbytes for spec in base_source.tensors.values()))
-    quality = measure_quality(subject[0], cut, base=base, progress=progress)
+    quality = measure_quality(subject, cut, base=base, progress=progress)
+    sample = take_sample(subject, tok, prompt, base=base) if prompt else None
     settings = STANDARD if speed is True else speed or None
-    rates = measure_speed(subject[0], tok, base=base, settings=settings) if settings else None
-    sample = take_sample(subject[0], tok, prompt, base=base) if prompt else None
-    return Card(parts, TextMark.of(cut), quality, rates, peak_resident(), sample, environment())
+    rates = run_peak = None
+    if settings:
+        ours = [m for m in (base, subject) if m is not None and m is not model and m is not against]
+        if len(ours) == (1 if base is None else 2):
+            parts = replace(parts, notes=(*parts.notes, "speed in " + _fastest_types(base, subject, tok)))
+        rates = measure_speed(subject, tok, base=base, settings=settings)
+        folder = model.folder if isinstance(model, Quantized) else model
+        if rates.model is not None and isinstance(folder, (str, Path)) and Path(folder).is_dir():
+            run_peak = running_peak(Path(folder), subject.dtype)  # type: ignore[arg-type]
+    return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
+
+
+def _fastest_types(base: nn.Module | None, subject: nn.Module, tokenizer: Any) -> str:
+    """Give each model the type of float32 and bfloat16 in which it decodes faster here; say which they are."""
+    trial = SpeedSettings(prompt=16, new=8, prefill=16, batch=0, repeats=1)
+    names = {}
+    for label, model in (("the float model in", base), ("", subject)):
+        if model is None:
+            continue
+        rates = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            found = measure_speed(model.to(dtype), tokenizer, settings=trial).model
+            rates[dtype] = found.decode if found is not None else 0.0
+        best = max(rates, key=lambda dtype: rates[dtype])
+        model.to(best)
+        names[label] = str(best).removeprefix("torch.")
+    return ", ".join(f"{label} {name}".strip() for label, name in reversed(names.items()))
+
+
+_RUN = """
+import sys, torch, lowbit
+model = lowbit.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+ids = torch.zeros((1, 64), dtype=torch.int64)
+with torch.inference_mode():
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+"""
+
+
+def running_peak(folder: Path, dtype: torch.dtype) -> int:
+    """Peak resident bytes of a fresh process that loads the packed model and generates a little (64 + 8 tokens)."""
+    return in_fresh_process(["-c", _RUN, str(folder), str(dtype).removeprefix("torch.")]).bytes
 
 
 def compare(

@@ -86,6 +86,8 @@ def quantize(
     copy that shares what was kept. `progress(name, bytes done, bytes in all)`.
     """
     wanted = Recipe.of(recipe)
+    if out is not None and not isinstance(model, nn.Module):
+        _check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):
@@ -107,6 +109,12 @@ def quantize(
     result = Quantized(plan, report, source)
     result.folder = Path(out)
     return result
+
+
+def _check_apart(model: Path, out: Path) -> None:
+    """OutputError when writing `out` would replace the model that is read."""
+    if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
+        raise OutputError(f"{out} holds the model that is to be quantized; give another folder")
 
 
 def _in_memory(

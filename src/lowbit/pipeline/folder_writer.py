@@ -38,7 +38,9 @@ class FolderWriter:
         self.journal: dict[str, dict[str, Any]] = {}
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
-        if self.out.exists() and not overwrite and (not self.out.is_dir() or any(self.out.iterdir())):
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(f"{self.out} is a file; give a folder to write the model into")
+        if self.out.exists() and not overwrite and any(self.out.iterdir()):
             raise OutputError(f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it")
         try:
             self._begin(fingerprint)

@@ -21,7 +21,8 @@ from typing import Any
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
 from lowbit.pipeline.presets import PRESETS
-from lowbit.solvers import Call, methods
+from lowbit.solvers import Call
+from lowbit.solvers.registry import methods
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -112,7 +113,7 @@ class Recipe:
             return replace(_with_settings(recipe, settings, text), name=None if settings else head)
         steps, at, fmt = head.rpartition("@")
         if not at and _looks_like_name(head):
-            known = [*PRESETS, *methods()]
+            known = list(dict.fromkeys([*PRESETS, *methods()]))
             if head in methods():
                 raise RecipeError(f"method {head!r} needs a format: write {head}@int4:g32, for example")
             raise RecipeError(f"unknown recipe {head!r}{nearest(head, known)} (presets: {', '.join(PRESETS)})")

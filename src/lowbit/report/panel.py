@@ -67,7 +67,7 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     if known:
         lines.append(("peak memory", ", ".join(known)))
     if card.text is not None:
-        windows = f"{card.text.windows} windows of {card.text.length} tokens"
+        windows = f"{card.text.windows} window{'' if card.text.windows == 1 else 's'} of {card.text.length} tokens"
         lines.append(("measured on", f"{card.text.name}, {windows} (sha256 {card.text.sha256[:8]})"))
         lines += [("  note", note) for note in card.text.notes]
     lines += [("note", note) for note in parts.notes]
