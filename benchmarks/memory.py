@@ -13,13 +13,14 @@ import argparse
 import json
 from pathlib import Path
 
-import lowbit
 import torch
+from transformers import LlamaConfig
+
+import lowbit
 from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.measure.memory import in_fresh_process
-from transformers import LlamaConfig
 
 RUN = """
 import resource, sys, time

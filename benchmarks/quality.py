@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gguf
 import torch
+
 from lowbit.interchange.source import Source, open_source
 from lowbit.measure import api
 from lowbit.measure.card import Card, CardParts, TextMark
@@ -28,8 +29,8 @@ from lowbit.measure.text import load_text
 from lowbit.measure.windows import Windows, make_windows
 from lowbit.report.tables import compare_records, markdown_compare
 
-PEERS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0")
-LINEAR_BITS = {"Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5}
+PEERS = ("Q8_0", "Q4_0")
+LINEAR_BITS = {"Q8_0": 8.5, "Q4_0": 4.5}
 
 
 def peer_row(source: Source, name: str, base: Reference, windows: Windows) -> CompareRow:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+
 from lowbit.interchange.source import open_source
 
 SEED = 20261121

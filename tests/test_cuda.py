@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import lowbit
 import pytest
 import torch
+
+import lowbit
 from lowbit.nn.packed import PackedWeight
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe

@@ -34,7 +34,7 @@ _HOMES = {
     "quantize": "lowbit.pipeline.api",
     "quantize_tensor": "lowbit.pipeline.api",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

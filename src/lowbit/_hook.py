@@ -17,7 +17,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 class _Register(importlib.abc.Loader):
-    """The module's own loader, followed by our registration."""
+    """The module's own loader, followed by our registration; leaves no trace of itself."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -26,6 +26,9 @@ class _Register(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         from lowbit.interchange.hf import register
 

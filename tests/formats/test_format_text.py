@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.errors import FormatError
-from lowbit.formats import CHANNEL, NAMED, TENSOR, Block, CodebookGrid, Format, IntGrid, Offset, parse_format, parse_grid
+from lowbit.formats import (
+    CHANNEL,
+    NAMED,
+    TENSOR,
+    Block,
+    CodebookGrid,
+    Format,
+    IntGrid,
+    Offset,
+    parse_format,
+    parse_grid,
+)
 from strategies import formats, steady
 
 

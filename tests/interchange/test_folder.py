@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, save_tiny, tiny_tokenizer
 
 from lowbit.errors import SourceError
 from lowbit.interchange.folder import INDEX, SINGLE, quantization_method
 from lowbit.interchange.inventory import inventory_of, take_inventory
 from lowbit.interchange.source import open_source
+from tiny import TINY, save_tiny, tiny_tokenizer
 
 
 def edit(folder: Path, change: object) -> None:

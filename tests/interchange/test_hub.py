@@ -13,12 +13,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import errors
-from tiny import save_tiny
 
 from lowbit.errors import SourceError
 from lowbit.interchange import hub
 from lowbit.interchange.safetensors_file import DTYPES, read_header
 from lowbit.interchange.source import open_headers, open_source
+from tiny import save_tiny
 
 
 class Hub:

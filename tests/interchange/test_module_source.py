@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.source import open_source
+from tiny import tiny_model, tiny_tokenizer
 
 
 def test_a_transformers_model_in_memory(tmp_path: Path) -> None:

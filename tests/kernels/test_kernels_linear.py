@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -43,6 +44,15 @@ def truth(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
 
 def error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def inputs(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -101,7 +111,7 @@ def test_reasons_say_what_is_wrong() -> None:
     q = packed("int8:channel", (16, 32))
     reasons = {k.name: r for k, r in survey(q, torch.float32, torch.device("cuda"))}
     assert "CPU" in str(reasons["torch-int8"]) and "4-bit" in str(reasons["torch-int4"]) and reasons["expand"] is None
-    assert "float64" in str(dict((k.name, r) for k, r in survey(q, torch.float64, CPU))["torch-int8"])
+    assert "float64" in str({k.name: r for k, r in survey(q, torch.float64, CPU)}["torch-int8"])
     assert all_kernels()[-1].name == "expand" and len({k.name for k in all_kernels()}) == len(all_kernels())
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,7 @@ from lowbit.errors import FormatError, SourceError
 from lowbit.formats import QTensor, parse_format
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, owner_of, packed_weights, place, swap
+from tiny import tiny_model
 
 FORMATS = ["int4:g32", "uint4:g32:asym", "int8:channel", "int3:g16", "nf4:g64:s=(uint8:g32:s=fp32)", "mxfp4", "nvfp4",
            "kmeans4:channel", "ternary:g20", "uint5:g7:min=fp16", "int8:*x16"]  # fmt: skip

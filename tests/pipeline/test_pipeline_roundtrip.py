@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import TINY, VOCAB, tiny_model
 from torch import Tensor, nn
 
 import lowbit
@@ -18,6 +17,7 @@ from lowbit.interchange.inventory import inventory_of
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights
 from lowbit.pipeline.recipe import Recipe
+from tiny import TINY, VOCAB, tiny_model
 
 Folder = Callable[[str, str], Path]
 RECIPES = ("search@int4:g32", "w8")

@@ -196,7 +196,7 @@ def test_registry_finds_every_method_and_its_options():
         (lambda: Call("absmaks"), "did you mean 'absmax'"),
         (lambda: Call("search", (("stepz", 4),)), "no option 'stepz'; did you mean 'steps'"),
         (lambda: Call("absmax", (("p", 4),)), "it has none"),
-        (lambda: Call("percentile", (("p", "high"),)), "is a number"),
+        (lambda: Call("percentile", (("p", "high"),)), "is a finite number"),
     ],
 )
 def test_unknown_methods_and_options_are_errors_that_name_the_nearest(make, words):

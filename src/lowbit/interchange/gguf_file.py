@@ -80,6 +80,10 @@ class GgufSource(Source):
         size = self.path.stat().st_size
         return {"files": {self.path.name: {"size": size, "header": header, "samples": sampled(self.path)}}}
 
+    def disk_bytes(self) -> int:
+        """Size of the file."""
+        return self.path.stat().st_size
+
     def save_assets(self, out: Path) -> None:
         """Write the tokenizer that the file holds, its chat template, and the special tokens for generation."""
         from transformers import GenerationConfig
@@ -107,7 +111,7 @@ class GgufSource(Source):
         stored = self._stored[name]
         columns = stored.shape[-1] if stored.shape else 1
         rows = prod(stored.shape) // max(columns, 1)
-        values = np.empty((rows, columns), dtype=np.float32)
+        values: Any = np.empty((rows, columns), dtype=np.float32)
         step = max(1, _CHUNK // max(columns, 1))
         row_bytes = stored.nbytes // max(rows, 1)
         try:

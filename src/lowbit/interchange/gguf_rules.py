@@ -75,7 +75,7 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
     unused = []
     for name in shapes:
         target = targets.get(name, targets.get(name.removesuffix(".weight")))
-        if target in wanted:
+        if target is not None and target in wanted:
             sources.setdefault(target, []).append(name)
         else:
             unused.append(name)

@@ -186,7 +186,7 @@ def _entry(name: str, field: Any, start: int, where: str) -> Entry:
         _refuse(where, f"tensor {name!r} has not exactly dtype, shape and data_offsets", _EXPORT)
     dtype = DTYPES.get(field["dtype"]) if isinstance(field["dtype"], str) else None
     if dtype is None:
-        _refuse(where, f"tensor {name!r} has the dtype {field['dtype']!r}, which is not known here", 
+        _refuse(where, f"tensor {name!r} has the dtype {field['dtype']!r}, which is not known here",
                 f"known are {', '.join(DTYPES)}")  # fmt: skip
     shape, offsets = field["shape"], field["data_offsets"]
     if not _naturals(shape):

@@ -81,6 +81,10 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """A cheap fingerprint: JSON-able, the same for the same model, another for another."""
 
+    def disk_bytes(self) -> int:
+        """Bytes that the weights take where they are stored; less than `tensors` where the source is quantized itself."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
     @abstractmethod
     def save_assets(self, out: Path) -> None:
         """Write tokenizer, chat template and generation config into the folder `out`; no weights, no config.json."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.errors import SourceError
+from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.folder import load_tokenizer, quantization_method
+from lowbit.interchange.module_source import ModuleSource
 from lowbit.interchange.source import Source, open_source
 from lowbit.measure import compare as table
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
@@ -28,12 +29,10 @@ from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
 from lowbit.measure.text import load_text
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
-from lowbit.pipeline.api import Quantized, load, quantize
+from lowbit.pipeline.api import Quantized, as_dtype, load, quantize
 from lowbit.pipeline.folder_writer import MANIFEST
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
-
-Text = "str | Path | Sequence[str] | None"
 
 
 def evaluate(
@@ -46,18 +45,22 @@ def evaluate(
     speed: bool | SpeedSettings = False,
     prompt: str | None = None,
     tokenizer: Any = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
 ) -> Card:
     """Measure a model, beside the float model it was made from when `against` is given.
 
     `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
     (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
-    tokens per second (True: the standard protocol). `prompt`: also both models' answers to it. Quality is computed
-    in `dtype`. TextError when the text is shorter than a window.
+    tokens per second (True: the standard protocol), each model that was loaded here in the faster of float32 and
+    bfloat16. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is loaded
+    here, and a module's own type, which is not changed. TextError when the text is shorter than a window.
     """
-    subject, parts, tok = _subject(model, tokenizer, dtype)
-    base, base_source = _base(model, against, dtype)
+    run = as_dtype(dtype)
+    subject, parts, tok = _subject(model, tokenizer, run)
+    if not _loaded_here(model):
+        run = _type_of(subject, run)
+    base, base_source = _base(model, against, run or torch.float32)
     if tok is None and base_source is not None:
         tok = base_source.tokenizer()
     if tok is None:
@@ -70,8 +73,7 @@ def evaluate(
     settings = STANDARD if speed is True else speed or None
     rates = run_peak = None
     if settings:
-        ours = [m for m in (base, subject) if m is not None and m is not model and m is not against]
-        if len(ours) == (1 if base is None else 2):
+        if _loaded_here(model) and not isinstance(against, nn.Module):
             parts = replace(parts, notes=(*parts.notes, "speed in " + _fastest_types(base, subject, tok)))
         rates = measure_speed(subject, tok, base=base, settings=settings)
         folder = model.folder if isinstance(model, Quantized) else model
@@ -129,15 +131,18 @@ def compare(
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
     sees each before it is measured, `on_row` after.
     """
+    if isinstance(recipes, str):
+        recipes = [recipes]
     source = open_source(model, tokenizer=tokenizer)
-    names = list(recipes) if recipes else list(PRESETS)
-    base = source.load_float(torch.float32)
+    names = [str(recipe) for recipe in recipes] if recipes else list(PRESETS)
+    run = _type_of(model, None) if isinstance(model, nn.Module) else torch.float32
+    base = source.load_float(run)
     tok = source.tokenizer()
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
     float_bytes = sum(spec.nbytes for spec in source.tensors.values())
     base_parts = CardParts(
-        source.label, "float32", count_parameters(base), bytes_before=float_bytes, weight_bytes=module_bytes(base),
-        linear_bits=32.0,
+        source.label, str(run).removeprefix("torch."), count_parameters(base), bytes_before=float_bytes,
+        weight_bytes=module_bytes(base), linear_bits=8.0 * run.itemsize,
     )  # fmt: skip
 
     def build(recipe: str) -> tuple[nn.Module, CardParts]:
@@ -162,9 +167,13 @@ def plan_parts(plan: Plan) -> CardParts:
     """What a plan knows for the card: sizes, coverage, what was kept and why."""
     quantized = sum(t.count for t in plan.tensors if t.format is not None)
     kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
+    notes: tuple[str, ...] = ()
+    if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
+        notes = (f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",)
     return CardParts(
         plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
+        notes=notes,
     )  # fmt: skip
 
 
@@ -184,12 +193,28 @@ def folder_parts(folder: Path, model: nn.Module) -> CardParts:
     )  # fmt: skip
 
 
-def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | str) -> tuple[nn.Module, CardParts, Any]:
+def _loaded_here(model: Any) -> bool:
+    """Whether `evaluate` loads this model itself, so that its type may be changed."""
+    if isinstance(model, Quantized):
+        return model.folder is not None and not isinstance(model.source, ModuleSource)
+    return not isinstance(model, nn.Module)
+
+
+def _type_of(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
+    """The type that a module computes in. RecipeError when another is `wanted`."""
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    own: torch.dtype = next(floats, torch.float32)
+    if wanted not in (None, own):
+        raise RecipeError(f"this module computes in {own}, not {wanted}; cast it first, or leave dtype out")
+    return own
+
+
+def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | None) -> tuple[nn.Module, CardParts, Any]:
     """(module, what is known of it, tokenizer or None)."""
     if isinstance(model, Quantized):
         tok = tokenizer if tokenizer is not None else model.source.tokenizer()
         if model.folder is not None:
-            module = load(model.folder, dtype=dtype)
+            module = load(model.folder, dtype=dtype or torch.float32)
             return module, replace(plan_parts(model.plan), bytes_after=disk_size(model.folder).total), tok
         return model.model, plan_parts(model.plan), tok
     if isinstance(model, nn.Module):
@@ -197,24 +222,20 @@ def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | str) -> tuple[nn.M
         return model, parts, tokenizer
     path = Path(model)
     if path.is_dir() and quantization_method(path) == "lowbit":
-        module = load(path, dtype=dtype)
+        module = load(path, dtype=dtype or torch.float32)
         return module, folder_parts(path, module), tokenizer or load_tokenizer(path, str(path))
     source = open_source(model, tokenizer=tokenizer)
-    module = source.load_float(_dtype(dtype))
+    module = source.load_float(dtype or torch.float32)
     nbytes = sum(spec.nbytes for spec in source.tensors.values())
     return module, CardParts(source.label, "float", count_parameters(module), weight_bytes=nbytes), source.tokenizer()
 
 
-def _base(model: Any, against: Any, dtype: torch.dtype | str) -> tuple[nn.Module | None, Source | None]:
+def _base(model: Any, against: Any, dtype: torch.dtype) -> tuple[nn.Module | None, Source | None]:
     if against is None and isinstance(model, Quantized):
         source: Source | None = model.source
     else:
         source = None if against is None else open_source(against)
-    return (None, None) if source is None else (source.load_float(_dtype(dtype)), source)
-
-
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return (None, None) if source is None else (source.load_float(dtype), source)
 
 
 def _folder(made: Quantized) -> Path:

@@ -43,6 +43,8 @@ def load_text(source: str | Path | Sequence[str] | None = None, split: str | Non
     else a dataset id such as `wikitext:wikitext-2-raw-v1` (name, then configuration), whose
     `split` defaults to "test". Raises TextError when there is no usable text.
     """
+    if isinstance(source, str) and ("\n" in source or "\0" in source or len(source) > 1000):
+        raise TextError("a text is given as a file name or in a list: pass [text] for the text itself")
     if isinstance(source, str) and not Path(source).exists() and _looks_like_dataset(source):
         return _dataset_text(source, split or "test")
     if split is not None:

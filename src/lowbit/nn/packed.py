@@ -47,9 +47,7 @@ class Parts(nn.Module):
 
 
 # Python looks operators up on the class, where `__getattr__` is not asked.
-_OPERATORS = (
-    "__matmul__", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__neg__",
-)  # fmt: skip
+_OPERATORS = [f"__{name}__" for name in ("matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg")]
 
 
 def _on_dense(name: str) -> Callable[..., Any]:

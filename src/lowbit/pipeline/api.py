@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import OutputError, RecipeError, SourceError, nearest
+from lowbit.errors import OutputError, RecipeError, SourceError, WeightError, nearest
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.folder import quantization_method
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
 from lowbit.pipeline.driver import Progress, Report, make_report, quantization_config, solved_tensors, write_folder
+from lowbit.pipeline.folder_writer import replace_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.solve import Solved
-
-Model = "str | Path | nn.Module"
+from lowbit.pipeline.solve import Solved, check_finite
 
 
 class Quantized:
@@ -52,16 +51,16 @@ class Quantized:
             return out
         if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} is not empty; give another folder, or overwrite=True to replace it")
-        partial = out.with_name(out.name + ".partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder, partial)
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
+            out.resolve().parent.mkdir(parents=True, exist_ok=True)
+            fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.saving-", dir=out.resolve().parent))
+            try:
+                shutil.copytree(folder, fresh, dirs_exist_ok=True)
+                replace_folder(fresh, out.resolve())
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+            raise OutputError(f"cannot write {out}: {error.strerror or error}; check the path and its rights") from error
         return out
 
     def __repr__(self) -> str:
@@ -86,6 +85,7 @@ def quantize(
     copy that shares what was kept. `progress(name, bytes done, bytes in all)`.
     """
     wanted = Recipe.of(recipe)
+    _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         _check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
@@ -115,6 +115,14 @@ def _check_apart(model: Path, out: Path) -> None:
     """OutputError when writing `out` would replace the model that is read."""
     if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
         raise OutputError(f"{out} holds the model that is to be quantized; give another folder")
+
+
+def _check_device(device: torch.device | str) -> None:
+    """RecipeError when there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RecipeError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
 
 
 def _in_memory(
@@ -176,15 +184,31 @@ def load(
     from lowbit.interchange.folder import load_config
     from lowbit.interchange.inventory import model_class
 
+    if "device_map" in options and str(device) != "cpu":
+        raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
-        options["dtype"] = dtype
-    model: Any = model_class(load_config(path)).from_pretrained(path, local_files_only=True, **options)
+        options["dtype"] = as_dtype(dtype)
+    build: Any = model_class(load_config(path)).from_pretrained
+    model, found = build(path, local_files_only=True, output_loading_info=True, **options)
+    if found["missing_keys"]:
+        raise SourceError(f"{folder} lacks {', '.join(sorted(found['missing_keys'])[:5])}; copy or quantize it again")
     model = model.to(device).eval() if "device_map" not in options else model.eval()
     if kernel == "dense":
         return dequantize(model)
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel
     return model
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type by name or as it is. RecipeError when there is none such."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
+    found = getattr(torch, names.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RecipeError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
+    return found
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -198,6 +222,9 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
     """Quantize one tensor of 0 to 3 dimensions by the linear-layer part of a recipe."""
     wanted = Recipe.of(recipe)
+    if x.dim() > 3:
+        raise WeightError(f"a tensor of {x.dim()} dimensions has no rows and columns; reshape it to 3 or fewer")
+    check_finite(x, "x")
     return wanted.solver_for(wanted.format)(x.to(torch.float32), wanted.format, wanted.fit_for(wanted.format), None)
 
 

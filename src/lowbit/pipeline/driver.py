@@ -90,9 +90,12 @@ def solved_tensors(
             progress(tensor.name, at, total)
 
 
-def fingerprint(plan: Plan, source: Source) -> str:
-    """What makes two runs the same: model, recipe, layout, version."""
+def fingerprint(plan: Plan, source: Source, device: torch.device | str = "cpu") -> str:
+    """What makes two runs the same: model, recipe, layout, versions, kind of device."""
+    import transformers
+
     facts = {
+        "transformers": transformers.__version__, "device": torch.device(device).type,
         "source": source.identity(), "recipe": str(plan.recipe), "version": lowbit.__version__,
         "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
     }  # fmt: skip
@@ -107,7 +110,7 @@ def write_folder(
 
     `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise.
     """
-    writer = FolderWriter(out, plan.shards, fingerprint(plan, source), overwrite)
+    writer = FolderWriter(out, plan.shards, fingerprint(plan, source, device), overwrite)
     try:
         done = frozenset(writer.journal)
         results = solved if solved is not None else solved_tensors(plan, source, progress, done, device)
@@ -120,8 +123,12 @@ def write_folder(
         errors = {name: float(entry["error"]) for name, entry in writer.journal.items()}
         writer.finish(_manifest(plan, source, writer))
     except LowbitError:
-        writer.discard()
+        if not writer.complete:
+            writer.discard()
         raise
+    except OSError as error:
+        writer.discard()
+        raise writer.cannot(error) from error
     return make_report(plan, errors)
 
 

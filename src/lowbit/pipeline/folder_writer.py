@@ -18,20 +18,27 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import OutputError, SourceError
-from lowbit.interchange.safetensors_file import bytes_of
+from lowbit.interchange.safetensors_file import bytes_of, read_header, read_tensor
 from lowbit.interchange.safetensors_writer import INDEX, Shard, create, index_json
 
 JOURNAL = "journal.jsonl"
 MANIFEST = "lowbit.json"
+_NEW_JOURNAL = JOURNAL + ".new"
 _FLUSH = 64 << 20  # bytes written between two entries of the journal reaching the disk
 
 
 class FolderWriter:
-    """The folder OUT while it is being made. Use as a context: leaving it without `finish` keeps what can be resumed."""
+    """The folder OUT while it is being made: `write` each tensor, `verify`, `finish`; or `discard`.
+
+    `complete`: everything is written and checked, and only the folder's name is missing.
+    """
 
     def __init__(self, out: str | Path, shards: tuple[Shard, ...], fingerprint: str, overwrite: bool = False) -> None:
         """OutputError when OUT has something in it, cannot be written, or holds an unfinished other run."""
-        self.out = Path(out)
+        if not str(out):
+            raise OutputError("the name of the folder to write is empty; give one")
+        self.out = Path(out).resolve()
+        self.complete = False
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.shards, self.overwrite = shards, overwrite
         self.place = {name: shard for shard in shards for name in shard.spans}
@@ -40,31 +47,34 @@ class FolderWriter:
         self._pending_bytes = 0
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file; give a folder to write the model into")
+        if os.path.ismount(self.out):
+            raise OutputError(f"{self.out} is a mount point, which cannot be put in place by rename; give a folder inside it")
         if self.out.exists() and not overwrite and any(self.out.iterdir()):
             raise OutputError(f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it")
         try:
             self._begin(fingerprint)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self.cannot(error) from error
 
     def _begin(self, fingerprint: str) -> None:
         path = self.partial / JOURNAL
         if path.is_file():
-            lines = path.read_text("utf-8").split("\n")
-            head = json.loads(lines[0]) if lines[0].endswith("}") else {}
+            head, *entries = _readable(path) or [{}]
             if head.get("fingerprint") == fingerprint:
-                for line in lines[1:]:
-                    if line.endswith("}"):  # a line cut short by a kill is not trusted
-                        entry = json.loads(line)
+                intact = {s.file for s in self.shards if _is_size(self.partial / s.file, s.file_bytes)}
+                for entry in entries:
+                    if all(self.place[part].file in intact for part in entry["sha256"]):
                         self.journal[entry["tensor"]] = entry
                 create(self.partial, self.shards)
-                self._rewrite_journal(head)
+                self._write_journal(head)
                 return
-            if not self.overwrite:
+            if head and not self.overwrite:
                 raise OutputError(
                     f"{self.partial} holds an unfinished run of another model, recipe or version; finish that one, "
                     "remove the folder, or pass --overwrite (overwrite=True)"
                 )
+        elif self.partial.exists() and not _ours(self.partial):
+            raise OutputError(f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder")
         if self.partial.exists():
             shutil.rmtree(self.partial)
         needed = sum(shard.file_bytes for shard in self.shards)
@@ -73,15 +83,18 @@ class FolderWriter:
         if free < needed:
             self.discard()
             raise OutputError(f"{self.out} needs {needed:,} bytes and the disk has {free:,} free; make room or choose another")
+        self._write_journal({"fingerprint": fingerprint})  # first of all: it says that the folder is ours
         create(self.partial, self.shards)
-        self._rewrite_journal({"fingerprint": fingerprint})
 
-    def _rewrite_journal(self, head: dict[str, Any]) -> None:
-        with (self.partial / JOURNAL).open("w", encoding="utf-8") as file:
+    def _write_journal(self, head: dict[str, Any]) -> None:
+        """The journal as a whole, put in its place by rename: a kill leaves the old one or the new one."""
+        fresh = self.partial / _NEW_JOURNAL
+        with fresh.open("w", encoding="utf-8") as file:
             for entry in (head, *self.journal.values()):
                 file.write(json.dumps(entry, sort_keys=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        os.replace(fresh, self.partial / JOURNAL)
 
     def write(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
         """Put the stored tensors of `name` in their places and enter it, with `facts`, in the journal."""
@@ -101,7 +114,7 @@ class FolderWriter:
             if self._pending_bytes >= _FLUSH:
                 self.flush()
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self.cannot(error) from error
 
     def flush(self) -> None:
         """Make what was written safe on the disk, then say so in the journal."""
@@ -118,17 +131,14 @@ class FolderWriter:
         self._pending, self._pending_bytes = [], 0
 
     def verify(self) -> None:
-        """Read every stored tensor back with the safetensors library and compare. SourceError on a difference."""
-        from safetensors import safe_open
-
+        """Read every stored tensor back, one at a time and not by mapping, and compare. SourceError on a difference."""
         self.flush()
         expected = {part: digest for entry in self.journal.values() for part, digest in entry["sha256"].items()}
         for shard in self.shards:
             path = self.partial / shard.file
-            with safe_open(path, framework="pt") as file:
-                for part in file.keys():  # noqa: SIM118 (safe_open has no __iter__)
-                    if hashlib.sha256(bytes_of(file.get_tensor(part))).hexdigest() != expected.pop(part, None):
-                        raise SourceError(f"{path}: {part} reads back other than it was written; the disk or memory is failing")
+            for part, entry in read_header(path).entries.items():
+                if hashlib.sha256(bytes_of(read_tensor(path, entry))).hexdigest() != expected.pop(part, None):
+                    raise SourceError(f"{path}: {part} reads back other than it was written; the disk or memory is failing")
         if expected:
             raise SourceError(f"{self.partial}: {next(iter(expected))} was written and cannot be read back")
 
@@ -144,29 +154,68 @@ class FolderWriter:
             for path in self.partial.iterdir():
                 _sync(path)
             _sync(self.partial)
-            if self.out.is_dir() and not any(self.out.iterdir()):
-                self.out.rmdir()
-            old = self.out.with_name(self.out.name + ".replaced")
-            if self.out.exists():
-                os.rename(self.out, old)
-            os.rename(self.partial, self.out)
-            if old.exists():
-                shutil.rmtree(old)
+            self.complete = True
+            replace_folder(self.partial, self.out)
         except OSError as error:
-            raise self._cannot(error) from error
+            raise self.cannot(error) from error
 
     def discard(self) -> None:
         """Remove what was written: after an error that a second run would meet again."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _cannot(self, error: OSError) -> OutputError:
+    def cannot(self, error: OSError) -> OutputError:
+        """What to say of an error of the disk; a full one is freed of what was written."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             self.discard()
             return OutputError(f"the disk is full at {self.partial}; what was written has been removed: make room and repeat")
         return OutputError(f"cannot write {self.partial}: {error.strerror or error}; check the path and its rights")
 
 
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; one that was cut short by a kill, or never reached the disk, is left out."""
+    entries = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return entries
+
+
+def _ours(partial: Path) -> bool:
+    """Whether a folder without a journal can be of a killed run: before it had one, or when it was complete."""
+    return partial.is_dir() and ((partial / MANIFEST).is_file() or {p.name for p in partial.iterdir()} <= {_NEW_JOURNAL})
+
+
+def _is_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def replace_folder(fresh: Path, out: Path) -> None:
+    """Give the finished folder `fresh` the name `out`. What was there is set aside as OUT.replaced, and removed last.
+
+    OutputError when something else has that name; what a killed run set aside is removed.
+    """
+    aside = out.with_name(out.name + ".replaced")
+    if aside.exists() and (aside / MANIFEST).is_file():
+        shutil.rmtree(aside)
+    replaced = out.exists()
+    if replaced:
+        if aside.exists():
+            raise OutputError(f"{aside} is in the way of replacing {out}; move it. The new model is in {fresh}")
+        os.rename(out, aside)
+    os.rename(fresh, out)
+    _sync(out.parent)
+    if replaced:
+        shutil.rmtree(aside)
+
+
 def _sync(path: Path) -> None:
+    """What is written of a file, or a name in a folder, reaches the disk; Windows can do neither from outside."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

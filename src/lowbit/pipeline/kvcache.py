@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,8 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     """The cache of the decoder that `config` describes, `itemsize` bytes a number (2: fp16 or bf16).
 
     Grouped-query, multi-query and multi-head latent attention (DeepSeek's compressed cache) and sliding windows
-    are told apart by the config's own fields; a model without attention has none. None for `config`: zero.
+    are told apart by the config's own fields. A model without attention keeps a state of fixed size, an encoder
+    nothing. None for `config`: zero. Of an encoder-decoder this is the decoder's self-attention.
     """
     if config is None:
         return KVCache(0)
@@ -42,9 +44,14 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     def first(*names: str) -> int:
         return next((v for n in names if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool)), 0)
 
-    layers = first("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
-    heads = first("num_attention_heads", "n_head", "num_heads")
-    if not heads or not layers:
+    decoder = {k: getattr(config, k, None) for k in ("num_decoder_layers", "decoder_layers", "decoder_attention_heads")}
+    layers = decoder["num_decoder_layers"] or decoder["decoder_layers"] or first("num_hidden_layers", "n_layer", "num_layers")
+    heads = decoder["decoder_attention_heads"] or first("num_attention_heads", "n_head", "num_heads")
+    if not layers or any("MaskedLM" in name for name in config.architectures or ()):
+        return KVCache(0)
+    if first("state_size"):
+        return KVCache(0, fixed=layers * _state(first) * itemsize, itemsize=itemsize)
+    if not heads:
         return KVCache(0)
     if first("kv_lora_rank"):
         per_layer = (first("kv_lora_rank") + first("qk_rope_head_dim")) * itemsize
@@ -61,3 +68,13 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     if window and getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True):
         sliding, full = full, 0
     return KVCache(full * per_layer, ((window, sliding * per_layer),) if sliding else (), itemsize=itemsize)
+
+
+def _state(first: Callable[..., int]) -> int:
+    """Numbers that one layer of Mamba keeps: the state of each channel, and the last inputs of its convolution.
+
+    Mamba 2 also convolves B and C of each group. Sources: Gu and Dao 2023; Dao and Gu 2024.
+    """
+    inner = first("intermediate_size") or first("expand") * first("hidden_size")
+    convolved = inner + 2 * first("n_groups") * first("state_size")
+    return inner * first("state_size") + convolved * first("conv_kernel")

@@ -23,6 +23,7 @@ from lowbit.pipeline.recipe import Recipe
 MAX_SHARD = 5_000_000_000
 # What Python, PyTorch and transformers take before the first tensor is read, roughly.
 _BASE_BYTES = 420_000_000
+BY_RECIPE = "kept by the recipe"
 SLAB = 1 << 24  # elements of a weight that are in float32 at a time
 
 
@@ -67,7 +68,10 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact."""
+    """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact.
+
+    `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
+    """
 
     label: str
     recipe: Recipe
@@ -76,6 +80,7 @@ class Plan:
     kv: KVCache
     context: int
     max_shard_bytes: int = MAX_SHARD
+    source_bytes: int | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -148,7 +153,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Everything above, as JSON values."""
         keys = (
-            "label", "parameters", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
+            "label", "parameters", "source_bytes", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
             "linear_bits_per_weight", "coverage", "peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
         )  # fmt: skip
         out: dict[str, Any] = {key: getattr(self, key) for key in keys}
@@ -169,10 +174,14 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_bytes: int = MAX_SHARD) -> Plan:
     """The plan of `recipe` for a source; reads no weight. RecipeError when a layer glob matches nothing."""
     tensors = tuple(_tensor(spec, source.inventory, recipe) for spec in source.tensors.values())
-    for pattern, _ in recipe.layers:
-        if not any(recipe.matches(pattern, t.name) for t in tensors):
+    for pattern, fmt in recipe.layers:
+        matched = [t for t in tensors if recipe.matches(pattern, t.name)]
+        if not matched:
             raise RecipeError(f"the layer glob {pattern!r} matches no tensor of {source.label}; names look like {_example(tensors)!r}")
-    return Plan(source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes)
+        if fmt is not None and all(t.format is None and t.keep != BY_RECIPE for t in matched):
+            first = matched[0]
+            raise RecipeError(f"{pattern}={fmt} can do nothing: {first.name!r} is never quantized ({first.keep}); leave it out")
+    return Plan(source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes, source.disk_bytes())
 
 
 def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:
@@ -190,7 +199,7 @@ def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe) -> TensorPla
     if keep is None:
         fmt = recipe.format_for(spec.name, param.kind)
         if fmt is None:
-            keep = "kept by the recipe"
+            keep = BY_RECIPE
         elif not spec.dtype.is_floating_point:
             fmt, keep = None, f"not a float tensor ({spec.dtype})"
     return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,13 +53,12 @@ class Recipe:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for fmt in (self.format, self.embed, *(f for _, f in self.layers)):
-            if fmt is None:
-                continue
-            if fmt.codebook is None and self.solver is not None and self.solver.name == "kmeans" and fmt is self.format:
-                raise RecipeError(f"kmeans learns the levels, and {fmt} has fixed ones; use a kmeans grid, e.g. kmeans4:channel")
-            if fmt.codebook is not None and self.solver is not None and self.solver.name != "kmeans":
-                raise RecipeError(f"{fmt} learns its levels, which {self.solver} cannot; use kmeans@{fmt}")
+        if self.fit is None and self.solver is None and str(self.format) in PRESETS:
+            object.__setattr__(self, "fit", Call("search"))  # mxfp4 and nvfp4 are presets too, with fits of their own
+        for call in (self.fit, self.solver):
+            reason = call.method.declines(self.format) if call is not None else None
+            if reason is not None:
+                raise RecipeError(f"{call.name!r} {reason}")  # type: ignore[union-attr]
 
     def format_for(self, name: str, kind: str) -> Format | None:
         """The format of a parameter (`kind` as in the inventory), or None to keep it."""
@@ -74,18 +74,16 @@ class Recipe:
         return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))
 
     def fit_for(self, fmt: Format) -> Call:
-        """The recipe's fit, or where that cannot serve this format the best data-free one for it."""
-        if self.fit is not None and _serves(self.fit, fmt):
+        """The recipe's fit, or where that cannot serve a format of embeddings or single layers the best for it."""
+        if self.fit is not None and self.fit.method.declines(fmt) is None:
             return self.fit
         return Call("search")
 
     def solver_for(self, fmt: Format) -> Call:
-        """The recipe's solver; k-means for learned codebooks and round-to-nearest otherwise."""
-        if fmt.codebook is not None:
-            return self.solver if self.solver is not None and self.solver.name == "kmeans" else Call("kmeans")
-        if self.solver is not None and self.solver.name != "kmeans":
+        """The recipe's solver where it serves the format; k-means for learned codebooks, else round-to-nearest."""
+        if self.solver is not None and self.solver.method.declines(fmt) is None:
             return self.solver
-        return Call("rtn")
+        return Call("rtn" if fmt.codebook is None else "kmeans")
 
     def __str__(self) -> str:
         """The full text; `Recipe.parse(str(r)) == r` but for the name."""
@@ -153,13 +151,13 @@ def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
             raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
         if key in _LATER:
             raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
-        is_glob = any(char in key for char in "*?[.") or key == "lm_head"
+        is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
         if key != "embed" and not is_glob:
             raise RecipeError(
                 f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed'])} "
                 "(known: embed=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
             )
-        fmt = None if value == KEEP else parse_format(value)
+        fmt = _layer_format(value)
         recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
     return recipe
 
@@ -176,15 +174,18 @@ def _from_toml(path: Path) -> Recipe:
     for key in table:
         if key not in allowed:
             raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
-    if not isinstance(table.get("recipe"), str):
+    text = table.get("recipe")
+    if not isinstance(text, str) or text.endswith(".toml"):
         raise RecipeError(f'recipe file {str(path)!r} needs a line such as recipe = "search@int4:g32"')
     layers = table.get("layers", {})
     if not isinstance(layers, dict) or not all(isinstance(v, str) for v in layers.values()):
         raise RecipeError(f'[layers] in {str(path)!r} is a table of "glob" = "format"')
-    settings = [f"embed={table['embed']}"] if "embed" in table else []
-    settings += [f"{glob}={fmt}" for glob, fmt in layers.items()]
-    recipe = Recipe.parse(table["recipe"])
-    return replace(_with_settings(recipe, settings, str(path)), name=None if settings else recipe.name)
+    recipe = Recipe.parse(text)
+    if "embed" in table:
+        recipe = replace(_with_settings(recipe, [f"embed={table['embed']}"], str(path)), name=None)
+    if layers:
+        recipe = replace(recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None)
+    return recipe
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -192,7 +193,7 @@ def to_toml(recipe: Recipe) -> str:
     plain = replace(recipe, embed=EMBED, layers=())
     lines = [f'recipe = "{plain}"', f'embed = "{_text(recipe.embed)}"']
     if recipe.layers:
-        lines += ["", "[layers]", *(f'"{pattern}" = "{_text(fmt)}"' for pattern, fmt in recipe.layers)]
+        lines += ["", "[layers]", *(f"{json.dumps(pattern)} = \"{_text(fmt)}\"" for pattern, fmt in recipe.layers)]
     return "\n".join(lines) + "\n"
 
 
@@ -240,11 +241,8 @@ def _looks_like_name(text: str) -> bool:
     return False
 
 
-def _serves(fit: Call, fmt: Format) -> bool:
-    """Whether a fit can fill this format: an offset where there is one, none where there is none."""
-    symmetric_only = fit.name in ("absmax", "symmetric", "mx")
-    affine_only = fit.name in ("minmax", "hqq")
-    return not (symmetric_only and fmt.offset is not None) and not (affine_only and fmt.offset is None)
+def _layer_format(value: str) -> Format | None:
+    return None if value == KEEP else parse_format(value)
 
 
 def _text(fmt: Format | None) -> str:

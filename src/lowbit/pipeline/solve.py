@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ def solve(plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device
     error = norm = 0.0
     for slab in _slabs(weight, plan):
         x = slab.to(device=device, dtype=torch.float32).contiguous()
-        _check(x, plan.name)
+        check_finite(x, plan.name)
         try:
             q = solver(x, fmt, fit, None)
         except FormatError as problem:
@@ -52,7 +51,8 @@ def solve(plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device
         error += float(torch.linalg.vector_norm(x.sub(q.dequantize()))) ** 2
         pieces.append({name: part.cpu() for name, part in q.parts().items()})
     stored = {f"{plan.name}.{name}": _joined(name, [p[name] for p in pieces], weight.dim()) for name in pieces[0]}
-    return Solved(plan, stored, (error / norm) ** 0.5 if norm else 0.0)
+    # Six digits: the last ones of a float32 sum depend on how many threads shared it.
+    return Solved(plan, stored, float(f"{(error / norm) ** 0.5:.6g}") if norm else 0.0)
 
 
 def _slabs(weight: Tensor, plan: TensorPlan) -> list[Tensor]:
@@ -70,7 +70,7 @@ def _joined(name: str, parts: list[Tensor], dims: int) -> Tensor:
     return torch.cat(parts, dim=0 if name == "codes" or dims > 2 else 1)
 
 
-def _check(x: Tensor, name: str) -> None:
+def check_finite(x: Tensor, name: str) -> None:
     if x.numel() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
         nans, infs = int(x.isnan().sum()), int(x.isinf().sum())
         raise WeightError(

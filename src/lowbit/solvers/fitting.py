@@ -13,6 +13,8 @@ from lowbit.formats import Format, stores
 from lowbit.formats.blocks import reduce_blocks
 from lowbit.solvers.registry import Call
 
+_PIECE = 4096
+
 
 def fit_blocks(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Scale and offset of every block: float32 [batch, row blocks, column blocks] each, offset None if not used.
@@ -72,6 +74,16 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
     for_negative = float(down.min()) if len(down) else (float(up.max()) if signed and len(up) else math.nan)
     exact = torch.where(low < 0, low / for_negative, low / for_positive)
     return torch.where(constant & exact.isfinite(), exact, scale), offset
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum along each row of [n, size]. Long rows are summed in pieces of a fixed size, so that the result does not
+    depend on how many threads share the work."""
+    if x.shape[1] <= _PIECE:
+        return x.sum(1)
+    whole = x.shape[1] // _PIECE * _PIECE
+    sums = total(x[:, :whole].reshape(-1, _PIECE).sum(1).view(x.shape[0], -1))
+    return sums + x[:, whole:].sum(1) if whole < x.shape[1] else sums
 
 
 def rounded_scale(scale: Tensor, fmt: Format) -> Tensor:

@@ -3,19 +3,21 @@
 A fit is a function `(x, fmt, importance, *, options) -> scale` or `-> (scale, offset)` on blocks:
 `x` float32 [n, size], `importance` float32 [n, size] >= 0 or None, results float32 [n]; the offset is in
 level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, importance, *, options) -> QTensor`.
-Writing `@fit` or `@solver` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes.
+Writing `@fit()` or `@solver()` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
+from lowbit.formats import Format
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,23 @@ class Method:
     kind: str
     function: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
+    offset: Literal["any", "never", "always"] = "any"
+    learns_levels: bool = False
+
+    def declines(self, fmt: Format) -> str | None:
+        """Why this method cannot fill a format, or None if it can."""
+        if self.kind == "solver":
+            if self.learns_levels and fmt.codebook is None:
+                return f"learns the levels, and {fmt} has fixed ones; use a kmeans grid, e.g. kmeans4:channel"
+            if not self.learns_levels and fmt.codebook is not None:
+                return f"cannot learn the levels of {fmt}; use kmeans@{fmt}"
+        elif fmt.scale is None:
+            return f"finds a scale, and {fmt} has none; leave it out, or give the codebook a scale with cb=tensor"
+        elif self.offset == "never" and fmt.offset is not None:
+            return f"is symmetric and cannot fill the offset of {fmt}; use minmax, mse, search or hqq"
+        elif self.offset == "always" and fmt.offset is None:
+            return f"needs an offset and {fmt} has none; add ':asym', ':zero=fp32' or ':min=fp16'"
+        return None
 
     @property
     def summary(self) -> str:
@@ -37,22 +56,22 @@ _METHODS: dict[str, Method] = {}
 _FOUND: list[str] = []
 
 
-def _register(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
     name = function.__name__
     parameters = inspect.signature(function).parameters.values()
     options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    _METHODS[name] = Method(name, kind, function, options)
+    _METHODS[name] = Method(name, kind, function, options, **facts)
     return function
 
 
-def fit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a fit under the name of its function."""
-    return _register("fit", function)
+def fit(offset: Literal["any", "never", "always"] = "any") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a fit under the name of its function. `offset`: whether it fills formats with or without one."""
+    return lambda function: _register("fit", function, offset=offset)
 
 
-def solver(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a solver under the name of its function."""
-    return _register("solver", function)
+def solver(learns_levels: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a solver under the name of its function. `learns_levels`: for learned grids, and only for them."""
+    return lambda function: _register("solver", function, learns_levels=learns_levels)
 
 
 def methods(kind: str | None = None) -> dict[str, Method]:
@@ -63,6 +82,18 @@ def methods(kind: str | None = None) -> dict[str, Method]:
                 importlib.import_module(f"{package}.{module.name}")
         _FOUND.append("all")
     return {k: m for k, m in sorted(_METHODS.items()) if kind in (None, m.kind)}
+
+
+_MOST = 10_000  # steps or iterations; more is a slip of the finger
+
+
+def _check_number(what: str, default: Any, value: Any) -> None:
+    """Every option is a number of the kind of its default: a count up to _MOST, or finite and not negative."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, int) and not (number and isinstance(value, int) and 0 <= value <= _MOST):
+        raise RecipeError(f"{what} is a whole number from 0 to {_MOST}, not {value!r}")
+    if isinstance(default, float) and not (number and math.isfinite(value) and value >= 0):
+        raise RecipeError(f"{what} is a finite number and not negative, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -78,9 +109,9 @@ class Call:
             if key not in method.options:
                 known = f"it has {', '.join(method.options)}" if method.options else "it has none"
                 raise RecipeError(f"{self.name!r} has no option {key!r}{nearest(key, method.options)} ({known})")
-            default = method.options[key]
-            if isinstance(default, (int, float)) and not isinstance(value, (int, float)):
-                raise RecipeError(f"option {key!r} of {self.name!r} is a number, not {value!r}")
+            _check_number(f"option {key!r} of {self.name!r}", method.options[key], value)
+        if len({key for key, _ in self.options}) < len(self.options):
+            raise RecipeError(f"an option of {self.name!r} is given twice")
         object.__setattr__(self, "options", tuple(sorted(self.options)))
 
     @property
@@ -90,8 +121,12 @@ class Call:
             raise RecipeError(f"unknown method {self.name!r}{nearest(self.name, known)}")
         return known[self.name]
 
-    def __call__(self, *args: Any) -> Any:
-        return self.method.function(*args, **dict(self.options))
+    def __call__(self, x: Any, fmt: Format, *others: Any) -> Any:
+        """Run it on blocks or on a weight. RecipeError when it cannot fill `fmt`."""
+        reason = self.method.declines(fmt)
+        if reason is not None and not (self.method.kind == "fit" and fmt.scale is None):
+            raise RecipeError(f"{self.name!r} {reason}")
+        return self.method.function(x, fmt, *others, **dict(self.options))
 
     def __str__(self) -> str:
         inside = ",".join(f"{k}={v}" for k, v in self.options)

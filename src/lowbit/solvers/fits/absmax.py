@@ -5,46 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.solvers.registry import fit
 
 
-def no_offset(fmt: Format, name: str) -> None:
-    """RecipeError for a fit that cannot place an offset."""
-    if fmt.offset is not None:
-        raise RecipeError(f"{name!r} is symmetric and cannot fill the offset of {fmt}; use minmax, mse, search or hqq")
-
-
-@fit
+@fit(offset="never")
 def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """Largest magnitude to the highest level: s = max|x| / hi (127 for int8). Zero stays zero.
 
     Error: at most s/2 per element; nothing clips. int8 keeps -128 unused.
     Source: seed "Naive Quantization Methods", absmax_quantize; LLM.int8 (Dettmers et al. 2022), section 2.1.
     """
-    no_offset(fmt, "absmax")
     return x.abs().amax(1) / fmt.grid.reach
 
 
-@fit
+@fit(offset="never")
 def symmetric(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """Half the axis to the largest magnitude: s = 2 max|x| / (hi - lo), max|x| / 127.5 for int8.
 
     Error: at most s/2, except that the largest positive value lies half a step above the highest level and
     is clipped by up to s/2, so that the bound still holds. Source: seed "LLMEasyQuant", 3.2.2.
     """
-    no_offset(fmt, "symmetric")
     return 2 * x.abs().amax(1) / (fmt.grid.hi - fmt.grid.lo)
 
 
-@fit
+@fit(offset="never")
 def mx(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """OCP MX: s = 2^(floor(log2 max|x|) - emax), emax = floor(log2 hi), a power of two.
 
     Error: values above the highest level times s (up to 8/6 of it for e2m1) are clipped.
     Source: OCP Microscaling Formats 1.0, section 6.3.
     """
-    no_offset(fmt, "mx")
     exponent = torch.frexp(x.abs().amax(1)).exponent - torch.frexp(torch.tensor(fmt.grid.hi)).exponent
     return torch.ldexp(torch.ones_like(x[:, 0]), exponent)

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.errors import RecipeError
 from lowbit.formats import Format, stores
 from lowbit.solvers.registry import fit
-
-
-def needs_offset(fmt: Format, name: str) -> None:
-    """RecipeError for a fit that needs an offset to be of use."""
-    if fmt.offset is None:
-        raise RecipeError(f"{name!r} needs an offset and {fmt} has none; add ':asym', ':zero=fp32' or ':min=fp16'")
 
 
 def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -31,7 +24,7 @@ def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return scale, fmt.grid.lo - low / scale
 
 
-@fit
+@fit(offset="always")
 def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Lowest value to the lowest level, highest to the highest: s = (max - min) / (hi - lo), z = lo - min / s.
 
@@ -40,5 +33,4 @@ def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Te
     zero-point only. Source: seed "Naive Quantization Methods", zeropoint_quantize (rounded), and seed
     "Quantization in Large Language Models", minmax_quantize (unrounded).
     """
-    needs_offset(fmt, "minmax")
     return affine(x.amin(1), x.amax(1), fmt)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.solvers.fits.minmax import affine
-from lowbit.solvers.fitting import as_stored, rounded_scale
+from lowbit.solvers.fitting import as_stored, rounded_scale, total
 from lowbit.solvers.registry import fit
 
 
-@fit
+@fit()
 def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int = 40, shrink: float = 0.3) -> object:
     """Clip search: the range times 1, ..., `shrink` in `steps` steps; the least sum of v (x - x_q)^2 wins.
 
@@ -19,6 +20,8 @@ def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int 
     the first candidate. Source: Banner et al. 2019, "Post training 4-bit quantization", section 3 (by search
     instead of a closed form); GPTQ's `mse` option searches the same way.
     """
+    if steps < 1:
+        raise RecipeError(f"mse(steps={steps}) tries no range at all; at least 1")
     weight = 1.0 if importance is None else importance
     low, high = x.amin(1), x.amax(1)
     peak = x.abs().amax(1)
@@ -32,7 +35,7 @@ def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int 
             s, z = as_stored(*affine(low * factor, high * factor, fmt), fmt)
         inverse = torch.where(s > 0, 1 / s, 0.0)
         level = fmt.grid.round(x * inverse[:, None] + z[:, None])
-        error = ((level.sub_(z[:, None]).mul_(s[:, None]) - x).square_() * weight).sum(1)
+        error = total((level.sub_(z[:, None]).mul_(s[:, None]) - x).square_() * weight)
         better = error < best
         best = torch.where(better, error, best)
         scale, offset = torch.where(better, s, scale), torch.where(better, z, offset)

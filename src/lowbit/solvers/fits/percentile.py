@@ -11,7 +11,7 @@ from lowbit.solvers.fits.minmax import affine
 from lowbit.solvers.registry import fit
 
 
-@fit
+@fit()
 def percentile(x: Tensor, fmt: Format, importance: Tensor | None = None, *, p: float = 99.9) -> object:
     """Range from the p-th percentile of |x| (symmetric) or from the (100-p)/2 tails (with an offset).
 

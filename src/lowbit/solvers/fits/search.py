@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.solvers.fits.minmax import affine
-from lowbit.solvers.fitting import as_stored, rounded_scale
+from lowbit.solvers.fitting import as_stored, rounded_scale, total
 from lowbit.solvers.registry import fit
 
 
-@fit
+@fit()
 def search(
     x: Tensor,
     fmt: Format,
@@ -52,7 +52,7 @@ def _symmetric(x: Tensor, fmt: Format, v: Tensor | None, factors: list[float]) -
     two_signs = fmt.scale_signed and grid.signed and not torch.equal(levels, -levels.flip(0))
     by_range = peak.abs() / grid.reach
     start = peak / grid.extreme if two_signs else by_range
-    vxx = (x * x if v is None else v * x * x).sum(1)
+    vxx = total(x * x if v is None else v * x * x)
     refit = fmt.scale != "e8m0"  # between powers of two there is nothing to refit to
     candidates = [by_range, *(start * factor for factor in (1.0, *factors))]
     if two_signs:
@@ -61,7 +61,7 @@ def _symmetric(x: Tensor, fmt: Format, v: Tensor | None, factors: list[float]) -
     def fitted(s: Tensor) -> tuple[Tensor, Tensor]:
         q = grid.round(x * _inverse(s)[:, None])
         vq = q if v is None else v * q
-        xq, qq = (vq * x).sum(1), (vq * q).sum(1)
+        xq, qq = total(vq * x), total(vq * q)
         best = rounded_scale(torch.where(qq > 0, xq / qq, s), fmt) if refit else s
         if not fmt.scale_signed:
             best = best.clamp_min(0)
@@ -80,17 +80,17 @@ def _symmetric(x: Tensor, fmt: Format, v: Tensor | None, factors: list[float]) -
 def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Tensor, Tensor]:
     grid, integer = fmt.grid, fmt.offset_kind == "zero"
     low, high = x.amin(1), x.amax(1)
-    s_v, s_vx = v.sum(1), (v * x).sum(1)
+    s_v, s_vx = total(v), total(v * x)
 
     def fitted(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Round under (s, z), refit both (or the scale alone when z must be an integer), and measure."""
         q = grid.round(x * _inverse(s)[:, None] + z[:, None])
         if integer:
             d = q - z[:, None]
-            xd, dd = (v * x * d).sum(1), (v * d * d).sum(1)
+            xd, dd = total(v * x * d), total(v * d * d)
             s = torch.where(dd > 0, (xd / dd).clamp_min(0), s)
         else:
-            s_q, s_qq, s_xq = (v * q).sum(1), (v * q * q).sum(1), (v * x * q).sum(1)
+            s_q, s_qq, s_xq = total(v * q), total(v * q * q), total(v * x * q)
             det = s_v * s_qq - s_q * s_q
             slope = (s_v * s_xq - s_q * s_vx) / det
             minimum = (s_vx - slope * s_q) / s_v
@@ -98,11 +98,11 @@ def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Te
             s, z = torch.where(good, slope, s), torch.where(good, -minimum / slope, z)
         s, z = as_stored(s, z, fmt)
         level = grid.round(x * _inverse(s)[:, None] + z[:, None])
-        return ((level - z[:, None]).mul_(s[:, None]).sub_(x).square_() * v).sum(1), s, z
+        return total((level - z[:, None]).mul_(s[:, None]).sub_(x).square_() * v), s, z
 
     scale, offset = as_stored(*affine(low, high, fmt), fmt)
     level = grid.round(x * _inverse(scale)[:, None] + offset[:, None])
-    error = ((level - offset[:, None]).mul_(scale[:, None]).sub_(x).square_() * v).sum(1)
+    error = total((level - offset[:, None]).mul_(scale[:, None]).sub_(x).square_() * v)
     starts: list[float] = [1.0, *factors, 0.0, 0.0]  # 0: refine what is best so far
     for factor in starts:
         s, z = as_stored(*affine(low * factor, high * factor, fmt), fmt) if factor else (scale, offset)

@@ -18,7 +18,7 @@ _LARGE = 1 << 20
 _SETTLE = 8
 
 
-@solver
+@solver(learns_levels=True)
 def kmeans(
     weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None, *, iterations: int = 30, rounds: int = 2
 ) -> QTensor:

@@ -1,0 +1,223 @@
+"""A run that is killed at any instant goes on to the same bytes; a run that fails leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import lowbit
+from lowbit.errors import LowbitError, OutputError
+from lowbit.pipeline import folder_writer
+
+Float = Callable[[str], Path]
+RECIPE = "absmax@int4:g32"
+
+# A run in a process of its own that kills itself: at a tensor, or in the middle of a call of the writer.
+RUN = """
+import os, sys
+import lowbit
+from lowbit.pipeline import folder_writer
+from lowbit.pipeline.folder_writer import FolderWriter
+where, at, flush, model, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+folder_writer._FLUSH = flush
+calls = 0
+def die(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls > at:
+        os.kill(os.getpid(), 9)
+def before(cls, name):
+    old = getattr(cls, name)
+    def new(*args, **kwargs):
+        die()
+        return old(*args, **kwargs)
+    setattr(cls, name, new)
+if where == "journal":
+    old_fsync = os.fsync
+    def fsync(fd):
+        die()
+        return old_fsync(fd)
+    os.fsync = fsync
+elif where == "rename":
+    old_rename = os.rename
+    def rename(*args):
+        old_rename(*args)
+        die()
+    os.rename = rename
+elif where in ("flush", "verify", "finish"):
+    before(FolderWriter, where)
+lowbit.quantize(model, "absmax@int4:g32", out, progress=die if where == "progress" else None, max_shard_bytes=9000, overwrite="over" in sys.argv)
+"""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def run_and_die(where: str, at: int, flush: int, model: Path, out: Path, *more: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, where, str(at), str(flush), str(model), str(out), *more], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, out, max_shard_bytes=9000)
+    return files(out)
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_folder: Float, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run left that was killed after a dozen tensors. Copy it."""
+    folder = tmp_path_factory.mktemp("killed")
+    run_and_die("progress", 12, 1, tiny_folder("llama-tied"), folder / "out")
+    return folder / "out.partial"
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "flush"),
+    [("progress", 7, 1 << 30), ("progress", 7, 6000), ("journal", 0, 1), ("journal", 4, 1), ("flush", 3, 1), ("verify", 0, 1),
+     ("finish", 0, 1 << 30), ("journal", 40, 1)],
+)  # fmt: skip
+def test_a_killed_run_is_finished_to_the_same_bytes(
+    where: str, at: int, flush: int, tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    run_and_die(where, at, flush, tiny_folder("llama-tied"), out)
+    assert not out.exists() and (tmp_path / "out.partial").is_dir()
+    solved = []
+    lowbit.quantize(
+        tiny_folder("llama-tied"), RECIPE, out, max_shard_bytes=9000, progress=lambda name, *_: solved.append(name)
+    )
+    assert files(out) == whole
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_was_done_is_not_done_again(
+    killed: Path, tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(killed, tmp_path / "out.partial")
+    from lowbit.pipeline import driver
+
+    read, solve = [], driver.solve
+    monkeypatch.setattr(driver, "solve", lambda plan, *rest: read.append(plan.name) or solve(plan, *rest))
+    result = lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert len(read) == len(result.plan.tensors) - 13
+    assert files(tmp_path / "out") == whole
+    again = lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "again", max_shard_bytes=9000)
+    assert result.report == again.report
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "null", "missing file", "short file", "empty journal", "a brace"])
+def test_a_damaged_unfinished_run_is_mended(
+    damage: str, killed: Path, tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    shutil.copytree(killed, tmp_path / "out.partial")
+    partial = tmp_path / "out.partial"
+    journal = partial / folder_writer.JOURNAL
+    text = journal.read_text()
+    shard = sorted(partial.glob("*.safetensors"))[0]
+    if damage == "cut":
+        journal.write_text(text[:-30])
+    elif damage == "garbage":
+        journal.write_text(text + '{"tensor": "model.norm.weight", "sha')
+    elif damage == "null":  # what some file systems leave of a block that was not written
+        journal.write_bytes(text.encode() + b"\0" * 100)
+    elif damage == "missing file":
+        shard.unlink()
+    elif damage == "short file":
+        with shard.open("r+b") as file:
+            file.truncate(shard.stat().st_size - 5)
+    elif damage == "a brace":  # cut where the line looks whole
+        journal.write_text(text[: text.rindex("}, ") + 1])
+    else:
+        journal.write_text("")
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert files(tmp_path / "out") == whole
+
+
+def test_bytes_that_changed_since_they_were_written_are_found(killed: Path, tiny_folder: Float, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path / "out.partial")
+    shard = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(LowbitError, match="reads back other than it was written"):
+        lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_removed(tiny_folder: Float, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="in the way"):
+            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_an_unfinished_run_of_something_else_is_refused(
+    killed: Path, tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    shutil.copytree(killed, tmp_path / "out.partial")
+    before = files(tmp_path / "out.partial")
+    for model, recipe, size in (("llama", RECIPE, 9000), ("llama-tied", "absmax@int4:g16", 9000), ("llama-tied", RECIPE, 8000)):
+        with pytest.raises(OutputError, match=r"out.partial holds an unfinished run of another .*--overwrite"):
+            lowbit.quantize(tiny_folder(model), recipe, tmp_path / "out", max_shard_bytes=size)
+    assert files(tmp_path / "out.partial") == before  # a refusal destroys nothing
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert files(tmp_path / "out") == whole
+
+
+def test_killed_while_replacing_a_folder_loses_neither(tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    lowbit.quantize(tiny_folder("llama"), RECIPE, out)
+    old = files(out)
+    run_and_die("rename", 0, 1, tiny_folder("llama-tied"), out, "over")  # the old folder is aside, the new one not yet there
+    left = [files(path.parent) for path in tmp_path.rglob("config.json")]
+    assert not out.exists() and old in left and whole in left
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, out, max_shard_bytes=9000, overwrite=True)
+    assert files(out) == whole and not (tmp_path / "out.partial").exists()
+    assert old in [files(path.parent) for path in tmp_path.rglob("config.json")]  # what was set aside is the user's to remove
+
+
+def test_the_same_command_twice(tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert files(tmp_path / "out") == whole
+    with pytest.raises(OutputError, match="not empty.*--overwrite"):
+        lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert files(tmp_path / "out") == whole
+    (tmp_path / "out" / "other.txt").write_text("x")
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000, overwrite=True)
+    assert files(tmp_path / "out") == whole and {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
+def test_the_manifest_says_where_bytes_came_from(tiny_folder: Float, whole: dict[str, bytes]) -> None:
+    import hashlib
+
+    manifest = json.loads(whole["lowbit.json"])
+    state = load_file(tiny_folder("llama-tied") / "model.safetensors")
+    assert set(manifest["tensors"]) == set(state)
+    for name, tensor in state.items():
+        assert manifest["tensors"][name]["source"] == hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert manifest["recipe"]["text"] == RECIPE and manifest["lowbit"] == lowbit.__version__
+    assert str(tiny_folder("llama-tied")) not in whole["lowbit.json"].decode() + whole["config.json"].decode()
+
+
+def test_progress_ends_at_all_bytes(tiny_folder: Float, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out", progress=lambda *a: seen.append(a))
+    assert [name for name, _, _ in seen] == [t.name for t in result.plan.tensors]
+    assert [at for _, at, _ in seen] == sorted(at for _, at, _ in seen)
+    assert seen[-1][1] == seen[-1][2] == result.plan.bytes_before

@@ -1,0 +1,165 @@
+"""What `import lowbit` promises: names, cost, no side effects, one direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowbit
+from tiny import save_tiny
+
+SRC = Path(lowbit.__file__).parent
+# A room may import from itself and from those before it.
+ROOMS = ("formats", "solvers", "kernels", "nn", "interchange", "pipeline", "measure", "report", "cli")
+FREE = ("errors",)
+
+
+def run(code: str, *arguments: str) -> Any:
+    """What a fresh interpreter prints as JSON."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_is_cheap_and_pulls_in_nothing_heavy() -> None:
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import lowbit
+took = time.perf_counter() - start
+heavy = ("torch", "transformers", "numpy", "safetensors", "gguf", "huggingface_hub", "typer", "rich", "matplotlib")
+print(json.dumps([took, [name for name in heavy if name in sys.modules]]))
+"""
+    runs = [run(code) for _ in range(3)]
+    assert min(took for took, _ in runs) < 0.1
+    assert all(heavy == [] for _, heavy in runs)
+
+
+def test_importing_changes_nothing_but_one_finder_and_that_goes_again() -> None:
+    code = """
+import json, logging, os, signal, sys, warnings
+def state():
+    return [dict(os.environ), list(sys.path), sys.excepthook.__name__, len(warnings.filters), logging.getLogger().level,
+            [str(signal.getsignal(s)) for s in (2, 15)], len(sys.path_hooks)]
+before, finders = state(), list(sys.meta_path)
+import lowbit
+import lowbit._hook
+lowbit._hook.install()
+same = state() == before
+added = [type(f).__name__ for f in sys.meta_path if f not in finders]
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+left = [type(f).__name__ for f in sys.meta_path if type(f).__module__.startswith("lowbit")]
+import transformers.quantizers.auto as table
+known = ["lowbit" in AUTO_QUANTIZER_MAPPING, "lowbit" in AUTO_QUANTIZATION_CONFIG_MAPPING]
+print(json.dumps([same, added, left, known, table.__spec__.loader.__class__.__name__, table.__file__ is not None]))
+"""
+    same, added, left, known, loader, has_file = run(code)
+    assert same and added == ["_Finder"] and left == [] and known == [True, True]
+    assert loader == "SourceFileLoader" and has_file
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("public")
+    save_tiny("llama-tied", root / "float")
+    lowbit.quantize(root / "float", "w8", root / "packed")
+    return root
+
+
+ORDERS = {
+    "lowbit first": "import lowbit, transformers",
+    "transformers first": "import transformers, lowbit",
+    "classes first": "from transformers import AutoModelForCausalLM; import lowbit, transformers",
+    "table first": "import transformers.quantizers.auto, transformers, lowbit",
+    "twice": "import transformers, lowbit, importlib, lowbit._hook; lowbit._hook.install(); importlib.reload(lowbit)",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_from_pretrained_works_whichever_is_imported_first(order: str, folders: Path) -> None:
+    code = f"""
+{ORDERS[order]}
+import json, sys
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(json.dumps([type(model.lm_head.weight).__name__, model.lm_head.weight is model.model.embed_tokens.weight]))
+"""
+    assert run(code, str(folders / "packed")) == ["PackedWeight", True]
+
+
+def test_every_public_name_resolves() -> None:
+    assert lowbit.__all__ == sorted(set(lowbit.__all__))
+    for name in lowbit.__all__:
+        assert getattr(lowbit, name) is not None and name in dir(lowbit)
+    for name in ("quantize", "plan", "load", "evaluate", "compare", "quantize_tensor", "parse_format", "integer_matmul"):
+        assert callable(getattr(lowbit, name)) and getattr(lowbit, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'quantise'"):
+        _ = lowbit.quantise
+    assert lowbit.__version__.count(".") >= 2
+
+
+def test_errors_are_one_tree() -> None:
+    from lowbit import errors
+
+    kinds = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(kinds) > 5 and all(issubclass(kind, lowbit.LowbitError) for kind in kinds)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, those only for type checkers too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = ["lowbit", *path.relative_to(SRC).parts][: -node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    files = [path for path in SRC.rglob("*.py") if path.parent != SRC]
+    assert {path.relative_to(SRC).parts[0] for path in files} == set(ROOMS)
+    wrong = []
+    for path in files:
+        room = path.relative_to(SRC).parts[0]
+        allowed = {*ROOMS[: ROOMS.index(room) + 1], *FREE}
+        for name in imports(path):
+            parts = name.split(".")
+            inner = len(parts) > 1 and parts[0] == "lowbit"
+            if inner and (parts[1] in ROOMS or parts[1] == "_hook") and parts[1] not in allowed:
+                wrong.append(f"{path.relative_to(SRC)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_check_of_imports_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SRC", tmp_path)
+    (tmp_path / "nn").mkdir()
+    file = tmp_path / "nn" / "x.py"
+    file.write_text(
+        "from ..cli import main\nfrom . import packed\nimport lowbit.report.api\nfrom lowbit import measure\n"
+        "def f():\n    from lowbit.pipeline.api import load\n    importlib.import_module('lowbit.formats.text')\n"
+    )
+    assert imports(file) >= {
+        "lowbit.cli.main", "lowbit.nn.packed", "lowbit.report.api", "lowbit.measure", "lowbit.pipeline.api", "lowbit.formats.text",
+    }  # fmt: skip
+
+
+def test_errors_import_nothing_of_the_package() -> None:
+    assert not [name for name in imports(SRC / "errors.py") if name.startswith("lowbit")]
+
+
+def test_only_transformers_needs_the_hook() -> None:
+    heavy = {"torch", "transformers", "numpy"}
+    top = ast.parse((SRC / "__init__.py").read_text()).body + ast.parse((SRC / "_hook.py").read_text()).body
+    names = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+    assert not names & heavy
