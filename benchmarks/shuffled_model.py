@@ -65,7 +65,9 @@ def main() -> None:
         raise SystemExit(f"shuffling changed the function: a logit moved by {drift}")
     model.save_pretrained(arguments.out)
     source.tokenizer().save_pretrained(arguments.out)
-    print(f"{arguments.out}: {sum(p.numel() for p in model.parameters()):,} parameters, largest logit change {drift:.1e}")
+    print(
+        f"{arguments.out}: {sum(p.numel() for p in model.parameters()):,} parameters, largest logit change {drift:.1e}"
+    )
 
 
 if __name__ == "__main__":

@@ -96,7 +96,16 @@ def test_every_public_name_resolves() -> None:
     assert lowbit.__all__ == sorted(set(lowbit.__all__))
     for name in lowbit.__all__:
         assert getattr(lowbit, name) is not None and name in dir(lowbit)
-    for name in ("quantize", "plan", "load", "evaluate", "compare", "quantize_tensor", "parse_format", "integer_matmul"):
+    for name in (
+        "quantize",
+        "plan",
+        "load",
+        "evaluate",
+        "compare",
+        "quantize_tensor",
+        "parse_format",
+        "integer_matmul",
+    ):
         assert callable(getattr(lowbit, name)) and getattr(lowbit, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         _ = lowbit.quantise

@@ -1,9 +1,9 @@
 """lowbit: make language models small, and see what it cost.
 
-    import lowbit
-    q = lowbit.quantize("smollm2", "w4")
-    print(q.report)
-    q.save("smollm2-w4")
+import lowbit
+q = lowbit.quantize("smollm2", "w4")
+print(q.report)
+q.save("smollm2-w4")
 """
 
 from __future__ import annotations

@@ -119,7 +119,9 @@ def test_a_narrow_terminal_gets_fewer_columns(folder: Path, monkeypatch: pytest.
 
 
 def test_evaluate_against_the_float_model(folder: Path, packed: Path, text: Path) -> None:
-    data = json.loads(run("evaluate", packed, "--against", folder, "--text", text, "--windows", 2, "--length", 64, "--json"))
+    data = json.loads(
+        run("evaluate", packed, "--against", folder, "--text", text, "--windows", 2, "--length", 64, "--json")
+    )
     card = lowbit.evaluate(packed, folder, text, windows=2, length=64)
     assert data["quality"] == card.to_dict()["quality"]
     assert "KL from the float model" in run("evaluate", packed, "--against", folder, "--text", text)
@@ -141,7 +143,9 @@ def test_compare_draws(folder: Path, text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [(), ("--raw",), ("--temperature", "0.8", "--seed", "3")])
-def test_generate_streams_the_same_as_generate_of_transformers(folder: Path, packed: Path, extra: tuple[str, ...]) -> None:
+def test_generate_streams_the_same_as_generate_of_transformers(
+    folder: Path, packed: Path, extra: tuple[str, ...]
+) -> None:
     import torch
     from transformers import AutoTokenizer
 
@@ -150,7 +154,9 @@ def test_generate_streams_the_same_as_generate_of_transformers(folder: Path, pac
     ids = tokenizer("hello there", return_tensors="pt")
     sampling = {"do_sample": True, "temperature": 0.8} if "--seed" in extra else {"do_sample": False}
     torch.manual_seed(3)
-    out = model.generate(ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=8, pad_token_id=0, **sampling)
+    out = model.generate(
+        ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=8, pad_token_id=0, **sampling
+    )
     expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert run("generate", packed, "hello there", "--max-new-tokens", 8, *extra).strip() == expected.strip()
     if not extra:

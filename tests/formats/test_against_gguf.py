@@ -97,9 +97,9 @@ def test_iq4_nl_means_the_same(x):
     fmt = parse_format("iq4nl:g32")
     q = Call("rtn")(x, fmt, Call("search"), None)
     codes = q.unpacked().view(-1, 32).numpy()
-    blocks = np.concatenate([q.scale.view(-1, 1).numpy().view(np.uint8), codes[:, :16] | (codes[:, 16:] << 4)], axis=1).reshape(
-        ROWS, -1
-    )
+    blocks = np.concatenate(
+        [q.scale.view(-1, 1).numpy().view(np.uint8), codes[:, :16] | (codes[:, 16:] << 4)], axis=1
+    ).reshape(ROWS, -1)
     values = torch.from_numpy(gguf.dequantize(np.ascontiguousarray(blocks), TYPES.IQ4_NL))
     assert torch.equal(q.dequantize(), values.view(ROWS, COLS))
 

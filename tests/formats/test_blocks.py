@@ -89,7 +89,9 @@ def test_codes_stay_bytes_and_everything_else_becomes_float32():
         seen.append((x.dtype, v.dtype))
         return v.sum(1)
 
-    blocks.reduce_blocks(function, CHANNEL, torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.float16))
+    blocks.reduce_blocks(
+        function, CHANNEL, torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.float16)
+    )
     assert seen == [(torch.uint8, torch.float32)]
 
 

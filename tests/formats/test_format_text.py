@@ -35,7 +35,9 @@ def test_text_round_trip(fmt):
 def test_broken_text_is_a_format_error_and_nothing_else(fmt, data):
     text = str(fmt)
     at = data.draw(st.integers(0, len(text)))
-    junk = data.draw(st.sampled_from(["", ":", "(", ")", "=", "x", "-", "²", "٣", "é", " ", "g", "s=", "::", "0", "\n"]))
+    junk = data.draw(
+        st.sampled_from(["", ":", "(", ")", "=", "x", "-", "²", "٣", "é", " ", "g", "s=", "::", "0", "\n"])
+    )
     broken = text[:at] + junk + text[at + data.draw(st.integers(0, 2)) :]
     try:
         found = parse_format(broken)

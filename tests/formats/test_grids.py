@@ -137,8 +137,16 @@ def test_a_table_with_one_distinct_level_has_one_answer():
 
 def test_published_levels():
     assert parse_grid("e2m1").levels[:8].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert parse_grid("e4m3").decode(torch.tensor([0x7E, 0x08, 0x01], dtype=torch.uint8)).tolist() == [448, 2**-6, 2**-9]
-    assert parse_grid("e5m2").decode(torch.tensor([0x7B, 0x04, 0x01], dtype=torch.uint8)).tolist() == [57344, 2**-14, 2**-16]
+    assert parse_grid("e4m3").decode(torch.tensor([0x7E, 0x08, 0x01], dtype=torch.uint8)).tolist() == [
+        448,
+        2**-6,
+        2**-9,
+    ]
+    assert parse_grid("e5m2").decode(torch.tensor([0x7B, 0x04, 0x01], dtype=torch.uint8)).tolist() == [
+        57344,
+        2**-14,
+        2**-16,
+    ]
     nf4 = parse_grid("nf4").levels
     assert nf4[0] == -1 and nf4[7] == 0 and nf4[15] == 1 and len(nf4.unique()) == 16
     assert torch.equal(parse_grid("fp4").levels, parse_grid("e2m1").levels)
@@ -159,7 +167,11 @@ def test_shapes_are_kept():
         grid = parse_grid(name)
         for shape in ((), (0,), (3, 0), (2, 3, 4)):
             codes = grid.encode(torch.zeros(shape))
-            assert codes.shape == shape and grid.decode(codes).shape == shape and grid.round(torch.zeros(shape)).shape == shape
+            assert (
+                codes.shape == shape
+                and grid.decode(codes).shape == shape
+                and grid.round(torch.zeros(shape)).shape == shape
+            )
 
 
 @pytest.mark.parametrize(

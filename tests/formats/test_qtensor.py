@@ -141,7 +141,13 @@ def test_encode_picks_the_nearest_stored_value(fmt, shape, seed):
 
 @pytest.mark.parametrize(
     "text",
-    ["uint8:g16:s=fp32", "uint8:g16:asym:s=fp32", "int6:g16:min=fp32:s=fp32", "int8:tensor", "uint8:g16:zero=fp32:s=fp32"],
+    [
+        "uint8:g16:s=fp32",
+        "uint8:g16:asym:s=fp32",
+        "int6:g16:min=fp32:s=fp32",
+        "int8:tensor",
+        "uint8:g16:zero=fp32:s=fp32",
+    ],
 )
 def test_a_nested_format_keeps_scales_within_half_its_step(text):
     values = (normal((4, 40), 3).abs() + 3).view(1, 4, 40)

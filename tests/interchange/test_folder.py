@@ -20,9 +20,7 @@ def edit(folder: Path, change: object) -> None:
     """Rewrite the folder's weights after `change(dict of tensors)`."""
     weights = load_file(folder / SINGLE)
     change(weights)  # type: ignore[operator]
-    save_file(
-        {k: v.contiguous().clone() for k, v in weights.items()}, folder / SINGLE, metadata={"format": "pt"}
-    )
+    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / SINGLE, metadata={"format": "pt"})
 
 
 def edit_json(path: Path, **values: object) -> None:

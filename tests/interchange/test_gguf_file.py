@@ -80,9 +80,7 @@ def llama(path: Path, kind: Type, extra: bool = False) -> dict[str, torch.Tensor
     for name, heads in (("q", HEADS), ("k", KV)):
         plain = tensors.random.standard_normal((heads * head, H)).astype(np.float32)
         tensors.add(f"blk.0.attn_{name}.weight", kind=kind, values=permute(plain, heads))
-        stored = (
-            plain if kind == Type.F32 else dequantize(quantize(plain, kind), kind)
-        )  # rows are apart in a block
+        stored = plain if kind == Type.F32 else dequantize(quantize(plain, kind), kind)  # rows are apart in a block
         want[f"model.layers.0.self_attn.{name}_proj.weight"] = torch.from_numpy(np.array(stored))
     for name, shape in (("gate", (FF, H)), ("up", (FF, H)), ("down", (H, FF))):
         tensors.add(f"blk.0.ffn_{name}.weight", *shape, kind=kind)
@@ -99,9 +97,7 @@ def llama(path: Path, kind: Type, extra: bool = False) -> dict[str, torch.Tensor
     return want
 
 
-@pytest.mark.parametrize(
-    "kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda kind: kind.name
-)
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda kind: kind.name)
 def test_llama_is_renamed_unpermuted_and_unpacked(kind: Type, tmp_path: Path) -> None:
     want = llama(tmp_path / "m.gguf", kind, extra=True)
     source = open_source(tmp_path / "m.gguf")
@@ -191,9 +187,7 @@ def same_as_transformers(path: Path) -> None:
         assert torch.equal(ours(ids).logits, model.eval()(ids).logits)
 
 
-@pytest.mark.parametrize(
-    "make", [moe, lfm2, lambda path: llama(path, Type.Q8_0)], ids=["qwen3moe", "lfm2", "llama"]
-)
+@pytest.mark.parametrize("make", [moe, lfm2, lambda path: llama(path, Type.Q8_0)], ids=["qwen3moe", "lfm2", "llama"])
 def test_equal_to_the_loader_of_transformers(make: object, tmp_path: Path) -> None:
     make(tmp_path / "m.gguf")  # type: ignore[operator]
     same_as_transformers(tmp_path / "m.gguf")
@@ -210,10 +204,7 @@ def test_smollm2_brings_tokenizer_and_chat_template(smollm2_file: Path, tmp_path
     source.save_assets(tmp_path)
     saved, chat = AutoTokenizer.from_pretrained(tmp_path), [{"role": "user", "content": "Hi"}]
     text = "The secret of life is\n\n 42!"
-    assert (
-        saved(text).input_ids == source.tokenizer()(text).input_ids
-        and saved.decode(saved(text).input_ids) == text
-    )
+    assert saved(text).input_ids == source.tokenizer()(text).input_ids and saved.decode(saved(text).input_ids) == text
     assert "<|im_start|>user\nHi<|im_end|>" in saved.apply_chat_template(chat, tokenize=False)
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == saved.eos_token_id == 2
 
@@ -230,9 +221,7 @@ before = peak()
 total = sum(source.read(name).numel() for name in source.tensors)
 print(peak() - before, total)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(smollm2_file)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(smollm2_file)], capture_output=True, text=True, check=True)
     grown, total = map(int, done.stdout.split())
     unit = 1 if sys.platform == "darwin" else 1024
     assert total == 134_515_008 and grown * unit < 2 * 113_246_208

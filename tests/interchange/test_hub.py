@@ -150,9 +150,7 @@ def test_each_failure_says_what_to_do(case: str, monkeypatch: pytest.MonkeyPatch
         assert "\n" not in str(caught.value) and str(caught.value).startswith("org/name")
 
 
-def test_only_names_that_look_like_ids_use_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_names_that_look_like_ids_use_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not hub.claims("org/name")  # a local folder has this name

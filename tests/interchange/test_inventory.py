@@ -62,7 +62,9 @@ def test_the_table_names_every_tiny_model() -> None:
 def test_kinds_and_ties(name: str) -> None:
     inventory = take_inventory(TINY[name]())
     kinds, tied = EXPECTED[name]
-    assert Counter("linear" if p.kind == "head" else p.kind for p in inventory.params.values() if p.keep is None) == kinds
+    assert (
+        Counter("linear" if p.kind == "head" else p.kind for p in inventory.params.values() if p.keep is None) == kinds
+    )
     assert inventory.tied == tied
     assert inventory.model_class == TINY[name]().architectures[0]
     for param in inventory.params.values():
@@ -91,9 +93,7 @@ def test_what_is_kept_and_why() -> None:
     assert "relative attention bias" in keep(t5, bias)
     mixtral = take_inventory(TINY["mixtral"]())
     assert "router" in keep(mixtral, "model.layers.0.mlp.gate.weight")
-    assert keep(
-        take_inventory(TINY["bert"]()), "bert.embeddings.token_type_embeddings.weight"
-    ) == "too thin: 2 x 32"
+    assert keep(take_inventory(TINY["bert"]()), "bert.embeddings.token_type_embeddings.weight") == "too thin: 2 x 32"
 
 
 def test_a_router_as_wide_as_it_likes_is_kept() -> None:
@@ -112,9 +112,7 @@ def test_experts_stored_transposed() -> None:
     }  # fmt: skip
     for config in (
         GptOssConfig(architectures=["GptOssForCausalLM"], **small),  # declares is_transposed
-        Llama4TextConfig(
-            architectures=["Llama4ForCausalLM"], intermediate_size_mlp=48, pad_token_id=0, **small
-        ),
+        Llama4TextConfig(architectures=["Llama4ForCausalLM"], intermediate_size_mlp=48, pad_token_id=0, **small),
     ):
         inventory = take_inventory(config)
         experts = {n.rpartition(".")[2]: p for n, p in inventory.params.items() if p.kind == "experts"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -93,10 +94,8 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_random_bytes_never_crash(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.safetensors"
     path.write_bytes(noise)
-    try:
+    with contextlib.suppress(SourceError):
         assert read_header(path).file_bytes == len(noise)
-    except SourceError:
-        pass
 
 
 @settings(max_examples=200, deadline=None)
@@ -137,9 +136,7 @@ def test_every_dtype_reads_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     for key, tensor in want.items():
         got = read_tensor(path, header.entries[key])
         assert got.dtype == dtype and got.shape == tensor.shape
-        assert torch.equal(
-            got.reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
-        )
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8))
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,7 +198,5 @@ header = read_header(sys.argv[1])
 assert read_tensor(sys.argv[1], header.entries["small"]).tolist() == [1, 2, 3, 4]
 assert read_tensor(sys.argv[1], header.entries["big"], rows=slice(-3, None)).shape == (3, 1024)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

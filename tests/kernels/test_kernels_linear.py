@@ -101,7 +101,15 @@ def test_which_kernel_takes_what() -> None:
     # A width that its vectors do not divide makes PyTorch's operator read beyond its input.
     assert taking("int8:g100") == taking("int8:channel", (32, 100)) == taking("int8:g32", (32, 40)) == {"expand"}
     assert taking("int4:g32") == taking("uint4:g64:asym") == taking("uint4:g32:min=fp16") == {"torch-int4", "expand"}
-    for text in ("int8:tensor", "int8:channel:asym", "uint8:channel:asym", "int4:channel", "int4:g16", "int3:g32", "nf4:g32"):
+    for text in (
+        "int8:tensor",
+        "int8:channel:asym",
+        "uint8:channel:asym",
+        "int4:channel",
+        "int4:g16",
+        "int3:g32",
+        "nf4:g32",
+    ):
         assert taking(text) == {"expand"}
     assert taking("int8:g32", (4, 4128)) == taking("int4:g32", (17, 256)) == taking("int4:g32", (32, 100)) == {"expand"}
     assert taking("int8:channel", dtype=torch.float64) == {"expand"}

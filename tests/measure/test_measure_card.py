@@ -51,9 +51,7 @@ def test_fields_of_a_later_version_are_passed_over():
     assert Card.from_json(json.dumps(data)) == full_card()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"parts": {"model": 3, "recipe": "w4"}}', "3", '{"parts": 1}']
-)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"parts": {"model": 3, "recipe": "w4"}}', "3", '{"parts": 1}'])
 def test_what_is_not_a_card(text):
     with pytest.raises(SourceError, match="not the JSON of a card"):
         Card.from_json(text)
@@ -93,21 +91,15 @@ def test_answer_is_the_greedy_continuation(tokenizer):
     with torch.no_grad():
         for _ in range(6):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    assert answer(model, tokenizer, "w5 w6 w7", new=6) == tokenizer.decode(
-        ids[0, 3:], skip_special_tokens=True
-    )
+    assert answer(model, tokenizer, "w5 w6 w7", new=6) == tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
 
 
 def test_answer_uses_the_chat_template(tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        tokenizer, "chat_template", "{% for m in messages %}w1 {{ m.content }} w2{% endfor %}"
-    )
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}w1 {{ m.content }} w2{% endfor %}")
     templated = answer(tiny_llama(), tokenizer, "w5", new=6)
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert (
-        templated
-        == answer(tiny_llama(), tokenizer, "w1 w5 w2", new=6)
-        != answer(tiny_llama(), tokenizer, "w5", new=6)
+        templated == answer(tiny_llama(), tokenizer, "w1 w5 w2", new=6) != answer(tiny_llama(), tokenizer, "w5", new=6)
     )
 
 

@@ -71,9 +71,7 @@ def test_progress_and_rows_arrive_in_order(windows):
 
 def test_speed_beside_the_base(windows, tokenizer):
     settings = SpeedSettings(prompt=4, new=3, prefill=8, batch=0, repeats=1)
-    rows = compare(
-        ["little", "much"], build, tiny_llama(), BASE, windows, tokenizer=tokenizer, speed=settings
-    )
+    rows = compare(["little", "much"], build, tiny_llama(), BASE, windows, tokenizer=tokenizer, speed=settings)
     speeds = [row.card.speed for row in rows]
     assert speeds[0].model.decode == pytest.approx((speeds[1].base.decode + speeds[2].base.decode) / 2)
     assert speeds[0].ratio("decode") == 1.0

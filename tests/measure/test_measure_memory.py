@@ -33,9 +33,7 @@ def test_what_a_process_touches_is_seen():
 
 
 def test_children_that_it_waits_for_count():
-    code = (
-        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TOUCH.format(150)!r}], check=True)"
-    )
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {TOUCH.format(150)!r}], check=True)"
     assert in_fresh_process(["-c", code]).bytes > 150 * MIB
 
 

@@ -45,9 +45,7 @@ def test_list_is_joined_with_blank_lines():
     assert text.sha256 == hashlib.sha256(b"one\n\ntwo").hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe\x00", "not UTF-8"), (b"", "empty"), (b" \n\n", "empty")]
-)
+@pytest.mark.parametrize(("content", "message"), [(b"\xff\xfe\x00", "not UTF-8"), (b"", "empty"), (b" \n\n", "empty")])
 def test_unusable_files(tmp_path, content, message):
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
@@ -66,9 +64,7 @@ def test_folder_is_no_text(tmp_path):
         load_text(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("source", "message"), [([], "empty"), ([1], "not a string"), (["\ud800"], "surrogate")]
-)
+@pytest.mark.parametrize(("source", "message"), [([], "empty"), ([1], "not a string"), (["\ud800"], "surrogate")])
 def test_unusable_lists(source, message):
     with pytest.raises(TextError, match=message):
         load_text(source)
@@ -124,19 +120,14 @@ def test_windows_tile_the_text_and_drop_the_end(tokenizer, words):
     assert windows.ids.shape == (8, 70)
     assert windows.ids.flatten().tolist() == expected[:560]
     assert windows.text_tokens == 600
-    assert (
-        make_windows(load_text([words]), tokenizer, length=70, limit=3).ids.tolist()
-        == windows.ids[:3].tolist()
-    )
+    assert make_windows(load_text([words]), tokenizer, length=70, limit=3).ids.tolist() == windows.ids[:3].tolist()
 
 
 def test_no_special_tokens_are_added(tokenizer, words):
     from tokenizers.processors import TemplateProcessing
 
     special = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
-    special.backend_tokenizer.post_processor = TemplateProcessing(
-        single="[UNK] $A", special_tokens=[("[UNK]", 0)]
-    )
+    special.backend_tokenizer.post_processor = TemplateProcessing(single="[UNK] $A", special_tokens=[("[UNK]", 0)])
     try:
         assert special(words)["input_ids"][0] == 0
         assert make_windows(load_text([words]), special, length=50).ids[0, 0] != 0

@@ -56,10 +56,7 @@ def test_a_missing_combination_leaves_a_gap():
 
 def test_constant_weights_are_drawn(tmp_path):
     zero = torch.zeros(4, 4)
-    assert (
-        save_figure(draw_weights([WeightPanel("a", "b", zero, zero)]), tmp_path / "zero.png").stat().st_size
-        > 5000
-    )
+    assert save_figure(draw_weights([WeightPanel("a", "b", zero, zero)]), tmp_path / "zero.png").stat().st_size > 5000
 
 
 points_strategy = st.lists(
@@ -80,9 +77,7 @@ def test_pareto_by_brute_force(points):
     best = pareto(points)
     for point in points:
         beaten = any(
-            other.size <= point.size
-            and other.kl <= point.kl
-            and (other.size, other.kl) != (point.size, point.kl)
+            other.size <= point.size and other.kl <= point.kl and (other.size, other.kl) != (point.size, point.kl)
             for other in points
         )
         assert beaten != ((point.size, point.kl) in {(p.size, p.kl) for p in best})
@@ -109,8 +104,7 @@ def test_labels_cover_neither_each_other_nor_a_point(seed):
     sizes = np.concatenate([generator.uniform(2, 9, 10), np.full(7, 8.1)])
     kls = 10 ** generator.uniform(-3, 0.5, 17)
     made = [
-        FrontierPoint(f"recipe-{i}@int4:g32", s, k, k / 20)
-        for i, (s, k) in enumerate(zip(sizes, kls, strict=True))
+        FrontierPoint(f"recipe-{i}@int4:g32", s, k, k / 20) for i, (s, k) in enumerate(zip(sizes, kls, strict=True))
     ]
     labels, markers = boxes(draw_frontier(made, title="a model"))
     assert sorted(name for text, _ in labels for name in text.split("\n")) == sorted(p.label for p in made)

@@ -120,8 +120,6 @@ def test_a_narrow_comparison_leaves_columns_out_instead_of_cutting(width):
 
 
 def test_comparison_writes_ruin_readably():
-    quality = dataclasses.replace(
-        full_card().quality, perplexity=Estimate(3.2e11), kl_mean=Estimate(math.nan)
-    )
+    quality = dataclasses.replace(full_card().quality, perplexity=Estimate(3.2e11), kl_mean=Estimate(math.nan))
     text = shown(render_compare([CompareRow("w1", full_card(quality=quality))]), width=200)
     assert "3.2e+11" in text and "nan" in text and "damaged" in text

@@ -95,7 +95,9 @@ def test_rows_by_every_kind_of_index(text: str) -> None:
 def test_experts(text: str, transposed: bool) -> None:
     w = weight(text, (3, 24, 40), transposed)
     dense, x = w.dequantize(), given(5, 24 if transposed is False else 40)
-    assert tuple(w.shape) == tuple(dense.shape) == ((3, 40, 24) if transposed else (3, 24, 40)) and w.ndim == w.dim() == 3
+    assert (
+        tuple(w.shape) == tuple(dense.shape) == ((3, 40, 24) if transposed else (3, 24, 40)) and w.ndim == w.dim() == 3
+    )
     for index in (0, 2, -1, torch.tensor(1), torch.tensor([2, 0]), slice(1, 3)):
         assert torch.equal(w[index], dense[index]), index
     assert near(x @ w[1], x @ dense[1])

@@ -63,7 +63,9 @@ def synthetic(folder: Path, layers: int, hidden: int, vocab: int, max_shard: int
     shards = shards_of([(name, {name: spec}) for name, spec in stored.items()], max_shard)
     create(folder, shards)
     (folder / "model.safetensors.index.json").write_bytes(index_json(shards))
-    noise = torch.randn(max(tensor.numel() for tensor in state.values()), generator=torch.Generator().manual_seed(0)) * 0.05
+    noise = (
+        torch.randn(max(tensor.numel() for tensor in state.values()), generator=torch.Generator().manual_seed(0)) * 0.05
+    )
     for shard in shards:
         with (folder / shard.file).open("r+b") as file:
             for begin, end in shard.spans.values():
@@ -118,7 +120,9 @@ def solved(x: torch.Tensor, text: str, transposed: bool) -> dict[str, torch.Tens
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(40, 48), (37, 33), (5, 24, 40), (3, 17, 33), (1, 48), (40, 1)])
 @pytest.mark.parametrize("text", FORMATS)
-def test_slabs_change_no_bit(text: str, shape: tuple[int, ...], transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_change_no_bit(
+    text: str, shape: tuple[int, ...], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     whole = solved(x, text, transposed)
     for slab in (1, 100, 700):

@@ -155,13 +155,18 @@ def test_kv_cache_of_the_rest() -> None:
     kv = cache("FalconConfig", new_decoder_architecture=True, **new)
     assert kv.bytes_per_token == 60 * 2 * 8 * 64 * 2  # Falcon 40B
     assert cache("GPT2Config").bytes_per_token == 12 * 2 * 12 * 64 * 2
-    assert cache("GPTNeoXConfig", num_hidden_layers=6, num_attention_heads=8, hidden_size=512).bytes_per_token == 6 * 2 * 512 * 2
+    assert (
+        cache("GPTNeoXConfig", num_hidden_layers=6, num_attention_heads=8, hidden_size=512).bytes_per_token
+        == 6 * 2 * 512 * 2
+    )
     assert cache("OPTConfig").bytes_per_token == 12 * 2 * 768 * 2
     assert cache("BloomConfig", n_layer=24, n_head=16, hidden_size=1024).bytes_per_token == 24 * 2 * 1024 * 2
     assert cache("MixtralConfig").bytes_per_token == 32 * 2 * 8 * 128 * 2
     mamba = cache("MambaConfig", num_hidden_layers=24, hidden_size=768, state_size=16)
     assert mamba.bytes_per_token == 0 and mamba.bytes_at(10) == mamba.bytes_at(10**6) == 24 * 1536 * (16 + 4) * 2
-    mamba = cache("Mamba2Config", num_hidden_layers=64, hidden_size=4096, num_heads=128, head_dim=64, state_size=128, n_groups=8)
+    mamba = cache(
+        "Mamba2Config", num_hidden_layers=64, hidden_size=4096, num_heads=128, head_dim=64, state_size=128, n_groups=8
+    )
     assert mamba.bytes_per_token == 0 and mamba.fixed == 64 * (8192 * 128 + (8192 + 2 * 8 * 128) * 4) * 2
     assert cache("BertConfig", architectures=["BertForMaskedLM"]).bytes_at(512) == 0
     assert kv_cache(None).bytes_at(1000) == 0
@@ -170,7 +175,14 @@ def test_kv_cache_of_the_rest() -> None:
 def test_kv_cache_of_encoder_decoders_counts_the_decoder() -> None:
     kv = cache("T5Config", num_layers=6, num_decoder_layers=8, num_heads=8, d_kv=64, d_model=512)
     assert kv.bytes_per_token == 8 * 2 * 8 * 64 * 2
-    kv = cache("BartConfig", encoder_layers=3, decoder_layers=5, encoder_attention_heads=4, decoder_attention_heads=8, d_model=512)
+    kv = cache(
+        "BartConfig",
+        encoder_layers=3,
+        decoder_layers=5,
+        encoder_attention_heads=4,
+        decoder_attention_heads=8,
+        d_model=512,
+    )
     assert kv.bytes_per_token == 5 * 2 * 512 * 2
 
 
@@ -213,7 +225,8 @@ def test_a_plan_is_json(tiny_folder: Float) -> None:
 
 def test_shards_hold_every_tensor_once_and_aligned() -> None:
     tensors = [
-        (f"t{i}", {f"t{i}.codes": (torch.uint8, (i + 1, 3)), f"t{i}.scale": (torch.float32, (i + 1,))}) for i in range(20)
+        (f"t{i}", {f"t{i}.codes": (torch.uint8, (i + 1, 3)), f"t{i}.scale": (torch.float32, (i + 1,))})
+        for i in range(20)
     ]
     for limit in (1, 50, 200, 10**6):
         shards = shards_of(tensors, limit)

@@ -71,8 +71,6 @@ def test_more_bits_cost_less_quality(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "float")
     kl = []
     for preset in ("w8", "w4", "w3", "w2"):
-        card = lowbit.evaluate(
-            lowbit.quantize(tmp_path / "float", preset), text=TEXT, windows=4, length=32
-        )
+        card = lowbit.evaluate(lowbit.quantize(tmp_path / "float", preset), text=TEXT, windows=4, length=32)
         kl.append(card.quality.kl_mean.value)
     assert kl == sorted(kl) and kl[0] < 0.01 < kl[-1]

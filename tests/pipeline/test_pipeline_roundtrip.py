@@ -76,9 +76,7 @@ def pairs(model: nn.Module, other: nn.Module) -> Iterator[Any]:
 @pytest.mark.parametrize("name", TINY)
 def test_every_architecture_comes_back_as_it_was_quantized(name: str, recipe: str, packed_folder: Folder) -> None:
     source, wanted = tiny_model(name), Recipe.of(recipe)
-    model, info = auto(name).from_pretrained(
-        packed_folder(name, recipe), dtype=torch.float32, output_loading_info=True
-    )
+    model, info = auto(name).from_pretrained(packed_folder(name, recipe), dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     assert type(model) is type(source) and not model.training
 

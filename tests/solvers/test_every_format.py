@@ -97,7 +97,9 @@ def test_a_float32_scale_makes_any_constant_exact(text, value):
         assert bool((quantize(torch.full((2, 9), value), text, fit).dequantize() == torch.tensor(value)).all()), fit
 
 
-@pytest.mark.parametrize("text", ["q4_k", "uint4:g8:s=(uint8:g4):min=fp16", "iq4nl:g8:s=(uint8:g4)", "e2m1:g8:s=(e4m3:tensor)"])
+@pytest.mark.parametrize(
+    "text", ["q4_k", "uint4:g8:s=(uint8:g4):min=fp16", "iq4nl:g8:s=(uint8:g4)", "e2m1:g8:s=(e4m3:tensor)"]
+)
 def test_a_constant_block_does_not_crowd_its_neighbours(text):
     """A last group of one element is constant; its scale must not blow up the nested scale of the others."""
     x = normal((16, 32), 4) * 0.02

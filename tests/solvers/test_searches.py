@@ -59,7 +59,9 @@ def test_searches_are_never_worse_than_minmax(kind, text):
 @pytest.mark.parametrize("text", [*AFFINE, "uint4:g32:zero=fp32:s=fp32", "uint3:g32:min=fp32:s=fp32"])
 def test_hqq_is_never_worse_than_minmax_in_mean_error(kind, text):
     x, fmt = samples(kind), parse_format(text)
-    ours, base = ((Call("rtn")(x, fmt, Call(name), None).dequantize() - x).abs().double().mean(1) for name in ("hqq", "minmax"))
+    ours, base = (
+        (Call("rtn")(x, fmt, Call(name), None).dequantize() - x).abs().double().mean(1) for name in ("hqq", "minmax")
+    )
     assert bool((ours <= base * 1.001 + 1e-12).all())
 
 
@@ -131,7 +133,9 @@ def test_int4_search_uses_the_eighth_negative_level():
     assert int((q.unpacked() == 0).any(1).sum()) > 40 and bool((q.scales() < 0).any())
 
 
-@pytest.mark.parametrize("text", ["e2m1:g16:s=(e4m3:tensor)", "int8:g32:narrow", "int4:g32:s=(uint8:g256)", "e2m1:g32:s=e8m0"])
+@pytest.mark.parametrize(
+    "text", ["e2m1:g16:s=(e4m3:tensor)", "int8:g32:narrow", "int4:g32:s=(uint8:g256)", "e2m1:g32:s=e8m0"]
+)
 def test_scales_stay_positive_where_a_sign_gains_nothing_or_cannot_be_kept(text):
     q = Call("rtn")(samples("normal"), parse_format(text), Call("search"), None)
     assert bool((q.scales() >= 0).all())

@@ -28,7 +28,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _lowbit(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Make language models small and fast, and see what it cost.
 

@@ -58,7 +58,9 @@ def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> Render
     kept = fitting(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"))
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     for i in kept:
-        table.add_column(_HEADINGS[i], justify="left" if _HEADINGS[i] in _LEFT else "right", no_wrap=i > 0, overflow="fold")
+        table.add_column(
+            _HEADINGS[i], justify="left" if _HEADINGS[i] in _LEFT else "right", no_wrap=i > 0, overflow="fold"
+        )
     for group, row in zip(groups, rows, strict=True):
         table.add_row(*(Text(row[i]) for i in kept), style="dim" if group[0].format is None else "")
     lines = Table.grid(padding=(0, 2))

@@ -91,7 +91,9 @@ def _measure(made: Any, text: str | None, windows: int) -> Any:
     from lowbit.measure.speed import SHORT
 
     with console.count_bar("measuring quality", "windows", "measuring speed") as progress:
-        return lowbit.evaluate(made, text=text, windows=windows, length=_LENGTH, speed=SHORT, prompt=_PROMPT, progress=progress)
+        return lowbit.evaluate(
+            made, text=text, windows=windows, length=_LENGTH, speed=SHORT, prompt=_PROMPT, progress=progress
+        )
 
 
 def _written(made: Any, out: Path, seconds: float) -> str:

@@ -41,7 +41,9 @@ class Offset:
         elif isinstance(self.store, str):
             stores.check_store(self.store, stores.FLOAT_STORES, f"a {self.kind} offset")
         elif self.kind != "min":
-            raise FormatError("only a minimum can have a nested format; an unrounded zero-point takes fp32, fp16 or bf16")
+            raise FormatError(
+                "only a minimum can have a nested format; an unrounded zero-point takes fp32, fp16 or bf16"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,5 +127,3 @@ def _stored_parts(name: str, store: Store, counts: tuple[int, ...]) -> dict[str,
     if isinstance(store, Format):
         return {f"{name}.{k}": v for k, v in store.parts((math.prod(counts),)).items()}
     return {name: (stores.stored_dtype(store), counts)}
-
-

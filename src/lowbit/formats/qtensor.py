@@ -77,7 +77,9 @@ class QTensor:
         for name, (dtype, size) in expected.items():
             if parts[name].dtype != dtype or tuple(parts[name].shape) != size:
                 found = f"{parts[name].dtype} {tuple(parts[name].shape)}"
-                raise FormatError(f"part {name!r} of a {fmt} tensor of shape {tuple(shape)} is {found}, not {dtype} {size}")
+                raise FormatError(
+                    f"part {name!r} of a {fmt} tensor of shape {tuple(shape)} is {found}, not {dtype} {size}"
+                )
         counts = fmt.block.counts(tuple(shape))
         return QTensor(
             fmt,
@@ -277,5 +279,3 @@ def load(stored: Stored, how: Store | None, counts: tuple[int, ...]) -> Tensor:
     if isinstance(stored, QTensor):
         return stored.dequantize().view(counts)
     return stores.from_store(stored, str(how)).view(counts)
-
-

@@ -89,9 +89,7 @@ def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **options
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
         raise SourceError(
             f"{label}: no tokenizer could be loaded ({one_line(error)}); put tokenizer.json into the folder or pass tokenizer=..."
@@ -184,9 +182,7 @@ class FolderSource(Source):
             return False
         step = max(1, (8 << 20) * one.shape[0] // max(one.nbytes, 1))
         pieces = (slice(i, i + step) for i in range(0, one.shape[0], step))
-        return all(
-            torch.equal(read_tensor(file_a, one, rows), read_tensor(file_b, two, rows)) for rows in pieces
-        )
+        return all(torch.equal(read_tensor(file_a, one, rows), read_tensor(file_b, two, rows)) for rows in pieces)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -195,10 +191,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise SourceError(_no_weights(folder))
-    files = [
-        folder / name
-        for name in sorted(set(index_map(read_json(folder / INDEX), str(folder / INDEX)).values()))
-    ]
+    files = [folder / name for name in sorted(set(index_map(read_json(folder / INDEX), str(folder / INDEX)).values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise SourceError(
@@ -215,9 +208,7 @@ def index_map(index: dict[str, Any], where: str) -> dict[str, str]:
         raise SourceError(f"{where}: has no weight_map; download it again")
     for tensor, file in names.items():
         plain = (
-            isinstance(file, str)
-            and file.endswith(".safetensors")
-            and file == file.replace("\\", "/").split("/")[-1]
+            isinstance(file, str) and file.endswith(".safetensors") and file == file.replace("\\", "/").split("/")[-1]
         )
         if not plain:
             raise SourceError(
@@ -254,9 +245,7 @@ def _no_weights(folder: Path) -> str:
         return f"{folder}: holds an adapter, not a model; merge it into its base with peft's merge_and_unload() first"
     others = [n for n in names if n.endswith(".safetensors")]
     if others:
-        return (
-            f"{folder}: has {', '.join(others[:3])} but neither {SINGLE} nor {INDEX}; rename or save it again"
-        )
+        return f"{folder}: has {', '.join(others[:3])} but neither {SINGLE} nor {INDEX}; rename or save it again"
     pickles = [n for n in names if any(fnmatch.fnmatch(n, p) for p in _PICKLES)]
     if pickles:
         return (

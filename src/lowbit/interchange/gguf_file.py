@@ -59,9 +59,7 @@ class GgufSource(Source):
         model = meta_model(self.config)
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}
         self._rules = gguf_rules(architecture, model, shapes, self.label)
-        self._conversion = plan_conversion(
-            model, self._rules.specs, self.label, transforms=self._rules.transforms
-        )
+        self._conversion = plan_conversion(model, self._rules.specs, self.label, transforms=self._rules.transforms)
         inventory = inventory_of(model, self._conversion.untied)
         self.tensors, self.inventory = described(self._conversion, inventory)
         self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
@@ -119,9 +117,7 @@ class GgufSource(Source):
                 file.seek(stored.offset)
                 for first in range(0, rows, step):
                     count = min(step, rows - first)
-                    raw = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8).reshape(
-                        count, row_bytes
-                    )
+                    raw = np.frombuffer(file.read(count * row_bytes), dtype=np.uint8).reshape(count, row_bytes)
                     values[first : first + count] = dequantize(raw, GGMLQuantizationType(stored.ggml_type))
         except (OSError, ValueError, NotImplementedError) as error:
             raise SourceError(

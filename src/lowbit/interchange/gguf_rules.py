@@ -106,9 +106,7 @@ class _Level:
 
     def __init__(self, module: Any, config: Any, children: Iterable[str] = ()) -> None:
         self.config, self.state_dict = config, module.state_dict
-        self._children = [
-            (name, _Level(getattr(module, name), config)) for name in children if hasattr(module, name)
-        ]
+        self._children = [(name, _Level(getattr(module, name), config)) for name in children if hasattr(module, name)]
 
     def named_children(self) -> list[tuple[str, _Level]]:
         return self._children

@@ -34,7 +34,9 @@ class LowbitConfig(QuantizationConfigMixin):
         self.tensors, self.tied, self.recipe, self.version = tensors or {}, tied or {}, recipe, version
         unknown.pop("quant_method", None)
         if unknown:
-            raise SourceError(f"quantization_config has {sorted(unknown)}, which this version of lowbit does not know; update it")
+            raise SourceError(
+                f"quantization_config has {sorted(unknown)}, which this version of lowbit does not know; update it"
+            )
 
     def packed(self, name: str, dtype: torch.dtype) -> PackedWeight:
         """The empty (meta) weight that `name` is to be loaded into."""
@@ -119,7 +121,9 @@ def attach(model: Any, config: dict[str, Any]) -> None:
 def _tie_parts(model: Any, packed: dict[str, PackedWeight], aliases: dict[str, str]) -> None:
     """Declare the stored parts as tied where the whole weights were, so that `tie_weights` and saving find them."""
     parts = {
-        f"{alias}.{part}": f"{name}.{part}" for alias, name in aliases.items() for part, _ in packed[name].named_buffers()
+        f"{alias}.{part}": f"{name}.{part}"
+        for alias, name in aliases.items()
+        for part, _ in packed[name].named_buffers()
     }
     for module, prefix in _tying(model):
         keys = {k: v for k, v in module._tied_weights_keys.items() if prefix + k not in aliases}
@@ -142,7 +146,9 @@ def _untie_parts(model: Any, aliases: dict[str, str]) -> None:
 def _tying(model: Any) -> list[tuple[Any, str]]:
     """(module, prefix of its names) of every module that declares what it ties."""
     named = model.named_modules(remove_duplicate=False)
-    return [(m, f"{path}." if path else "") for path, m in named if isinstance(getattr(m, "_tied_weights_keys", None), dict)]
+    return [
+        (m, f"{path}." if path else "") for path, m in named if isinstance(getattr(m, "_tied_weights_keys", None), dict)
+    ]
 
 
 def register() -> None:

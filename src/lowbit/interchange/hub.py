@@ -100,9 +100,7 @@ class HubHeaders(Source):
 
     def read(self, name: str) -> torch.Tensor:
         """Always a SourceError: only headers were fetched."""
-        raise SourceError(
-            f"{self.label}: only the headers were fetched, so tensor {name!r} has no values here"
-        )
+        raise SourceError(f"{self.label}: only the headers were fetched, so tensor {name!r} has no values here")
 
     def identity(self) -> dict[str, Any]:
         """The commit that the config came from."""
@@ -150,7 +148,9 @@ def _explained(repo: str, error: Exception) -> SourceError:
         )
     elif isinstance(error, errors.NotASafetensorsRepoError):
         problem = "has no safetensors weights"
-        remedy = "convert it where you trust its pickle: from_pretrained(id).save_pretrained(folder), then give the folder"
+        remedy = (
+            "convert it where you trust its pickle: from_pretrained(id).save_pretrained(folder), then give the folder"
+        )
     elif isinstance(error, errors.SafetensorsParsingError):
         problem, remedy = f"has a safetensors header that cannot be read ({detail})", "tell its owners"
     elif isinstance(error, OSError) and not isinstance(

@@ -86,11 +86,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     groups: dict[Any, list[str]] = {}
     for name, _, _, tensor in _stored(module):
         real = not tensor.is_meta and tensor.numel() > 0
-        key = (
-            (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if real
-            else id(tensor)
-        )
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if real else id(tensor)
         groups.setdefault(key, []).append(name)
     preferred = set((getattr(module, "all_tied_weights_keys", None) or {}).values())
     tied = {}

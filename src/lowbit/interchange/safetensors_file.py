@@ -74,9 +74,7 @@ def read_header(path: str | Path) -> Header:
             length = header_length(file.read(8), file_bytes, str(path))
             raw = file.read(length)
     except OSError as error:
-        raise SourceError(
-            f"cannot read {path}: {error.strerror or error}; check the path and its rights"
-        ) from error
+        raise SourceError(f"cannot read {path}: {error.strerror or error}; check the path and its rights") from error
     if len(raw) != length:
         _refuse(str(path), f"the file ends inside its header ({len(raw)} of {length} bytes)", _AGAIN)
     return parse_header(raw, file_bytes, str(path))
@@ -91,9 +89,7 @@ def header_length(first: bytes, file_bytes: int | None, where: str) -> int:
         _refuse(where, f"its header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed; "
                 "this is no safetensors file or it is damaged", _AGAIN)  # fmt: skip
     if file_bytes is not None and 8 + length > file_bytes:
-        _refuse(
-            where, f"its header claims {length} bytes but the file has {file_bytes}: it is truncated", _AGAIN
-        )
+        _refuse(where, f"its header claims {length} bytes but the file has {file_bytes}: it is truncated", _AGAIN)
     return length
 
 
@@ -154,9 +150,7 @@ def read_tensor(path: str | Path, entry: Entry, rows: slice | None = None) -> to
                     _refuse(str(path), f"the file ends inside tensor {entry.name!r}", _AGAIN)
                 done += count
     except OSError as error:
-        raise SourceError(
-            f"cannot read tensor {entry.name!r} of {path}: {error.strerror or error}"
-        ) from error
+        raise SourceError(f"cannot read tensor {entry.name!r} of {path}: {error.strerror or error}") from error
     if entry.dtype is torch.bool and tensor.view(torch.uint8).gt(1).any():
         _refuse(str(path), f"tensor {entry.name!r} says BOOL but holds other values than 0 and 1", _EXPORT)
     return tensor

@@ -96,9 +96,7 @@ class Source(ABC):
     def load_float(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
         """The float model in evaluation mode, every tensor read once and cast to `dtype`."""
         if self.config is None:
-            raise SourceError(
-                f"{self.label} has no transformers config to build a model from; pass the module itself"
-            )
+            raise SourceError(f"{self.label} has no transformers config to build a model from; pass the module itself")
         from lowbit.interchange.inventory import model_class
 
         weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}

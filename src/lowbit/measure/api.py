@@ -169,7 +169,9 @@ def plan_parts(plan: Plan) -> CardParts:
     kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
     notes: tuple[str, ...] = ()
     if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
-        notes = (f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",)
+        notes = (
+            f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
+        )
     return CardParts(
         plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
@@ -242,4 +244,3 @@ def _folder(made: Quantized) -> Path:
     if made.folder is None:
         raise SourceError("this result has no folder")
     return made.folder
-

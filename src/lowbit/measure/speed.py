@@ -100,9 +100,7 @@ def measure_speed(
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    medians = [
-        Rates(**{name: statistics.median(values) for name, values in found.items()}) for found in rates
-    ]
+    medians = [Rates(**{name: statistics.median(values) for name, values in found.items()}) for found in rates]
     return Speed(settings, medians[-1], medians[0] if base is not None else None)
 
 

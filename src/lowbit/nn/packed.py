@@ -193,7 +193,9 @@ class PackedWeight(Parts):
                 raise
         return getattr(self.dequantize(), name)
 
-    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(_on_dense, _OPERATORS)
+    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(
+        _on_dense, _OPERATORS
+    )
 
     @classmethod
     def __torch_function__(
@@ -216,7 +218,9 @@ class _Transposed:
     def __init__(self, packed: PackedWeight) -> None:
         self.packed = packed
 
-    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(_on_dense, _OPERATORS)
+    __matmul__, __add__, __radd__, __sub__, __rsub__, __mul__, __rmul__, __truediv__, __neg__ = map(
+        _on_dense, _OPERATORS
+    )
     __getitem__ = _on_dense("__getitem__")
 
     def __rmatmul__(self, x: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ class Quantized:
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
-            raise OutputError(f"cannot write {out}: {error.strerror or error}; check the path and its rights") from error
+            raise OutputError(
+                f"cannot write {out}: {error.strerror or error}; check the path and its rights"
+            ) from error
         return out
 
     def __repr__(self) -> str:
@@ -122,7 +124,9 @@ def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise RecipeError(f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from None
+        raise RecipeError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try cpu"
+        ) from None
 
 
 def _in_memory(
@@ -180,7 +184,9 @@ def load(
         raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
     method = quantization_method(path)
     if method != "lowbit":
-        raise SourceError(f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit")
+        raise SourceError(
+            f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit"
+        )
     from lowbit.interchange.folder import load_config
     from lowbit.interchange.inventory import model_class
 

@@ -64,7 +64,11 @@ def make_report(plan: Plan, errors: dict[str, float]) -> Report:
     """The report of a finished plan; `errors` by tensor name."""
     layers = tuple(
         LayerReport(
-            t.name, None if t.format is None else str(t.format), t.keep, 8 * t.bytes_after / max(1, t.count), errors[t.name]
+            t.name,
+            None if t.format is None else str(t.format),
+            t.keep,
+            8 * t.bytes_after / max(1, t.count),
+            errors[t.name],
         )
         for t in plan.tensors
     )
@@ -135,7 +139,8 @@ def write_folder(
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """What config.json says of the quantized weights; all that a reader needs beside the files."""
     tensors = {
-        t.name: {"format": str(t.format), "shape": list(t.stored_shape)} | ({"transposed": True} if t.transposed else {})
+        t.name: {"format": str(t.format), "shape": list(t.stored_shape)}
+        | ({"transposed": True} if t.transposed else {})
         for t in plan.tensors
         if t.format is not None
     }
@@ -173,6 +178,7 @@ def _manifest(plan: Plan, source: Source, writer: FolderWriter) -> dict[str, Any
         "linear_bits_per_weight": plan.linear_bits_per_weight,
         "quantization": quantization_config(plan),
         "tensors": {
-            name: {key: entry[key] for key in ("source", "sha256", "error")} for name, entry in sorted(writer.journal.items())
+            name: {key: entry[key] for key in ("source", "sha256", "error")}
+            for name, entry in sorted(writer.journal.items())
         },
     }

@@ -48,9 +48,13 @@ class FolderWriter:
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file; give a folder to write the model into")
         if os.path.ismount(self.out):
-            raise OutputError(f"{self.out} is a mount point, which cannot be put in place by rename; give a folder inside it")
+            raise OutputError(
+                f"{self.out} is a mount point, which cannot be put in place by rename; give a folder inside it"
+            )
         if self.out.exists() and not overwrite and any(self.out.iterdir()):
-            raise OutputError(f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it")
+            raise OutputError(
+                f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it"
+            )
         try:
             self._begin(fingerprint)
         except OSError as error:
@@ -74,7 +78,9 @@ class FolderWriter:
                     "remove the folder, or pass --overwrite (overwrite=True)"
                 )
         elif self.partial.exists() and not _ours(self.partial):
-            raise OutputError(f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder")
+            raise OutputError(
+                f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder"
+            )
         if self.partial.exists():
             shutil.rmtree(self.partial)
         needed = sum(shard.file_bytes for shard in self.shards)
@@ -82,7 +88,9 @@ class FolderWriter:
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             self.discard()
-            raise OutputError(f"{self.out} needs {needed:,} bytes and the disk has {free:,} free; make room or choose another")
+            raise OutputError(
+                f"{self.out} needs {needed:,} bytes and the disk has {free:,} free; make room or choose another"
+            )
         self._write_journal({"fingerprint": fingerprint})  # first of all: it says that the folder is ours
         create(self.partial, self.shards)
 
@@ -138,7 +146,9 @@ class FolderWriter:
             path = self.partial / shard.file
             for part, entry in read_header(path).entries.items():
                 if hashlib.sha256(bytes_of(read_tensor(path, entry))).hexdigest() != expected.pop(part, None):
-                    raise SourceError(f"{path}: {part} reads back other than it was written; the disk or memory is failing")
+                    raise SourceError(
+                        f"{path}: {part} reads back other than it was written; the disk or memory is failing"
+                    )
         if expected:
             raise SourceError(f"{self.partial}: {next(iter(expected))} was written and cannot be read back")
 
@@ -167,7 +177,9 @@ class FolderWriter:
         """What to say of an error of the disk; a full one is freed of what was written."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             self.discard()
-            return OutputError(f"the disk is full at {self.partial}; what was written has been removed: make room and repeat")
+            return OutputError(
+                f"the disk is full at {self.partial}; what was written has been removed: make room and repeat"
+            )
         return OutputError(f"cannot write {self.partial}: {error.strerror or error}; check the path and its rights")
 
 
@@ -186,7 +198,9 @@ def _readable(path: Path) -> list[dict[str, Any]]:
 
 def _ours(partial: Path) -> bool:
     """Whether a folder without a journal can be of a killed run: before it had one, or when it was complete."""
-    return partial.is_dir() and ((partial / MANIFEST).is_file() or {p.name for p in partial.iterdir()} <= {_NEW_JOURNAL})
+    return partial.is_dir() and (
+        (partial / MANIFEST).is_file() or {p.name for p in partial.iterdir()} <= {_NEW_JOURNAL}
+    )
 
 
 def _is_size(path: Path, size: int) -> bool:

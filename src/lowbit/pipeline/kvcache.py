@@ -45,7 +45,11 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
         return next((v for n in names if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool)), 0)
 
     decoder = {k: getattr(config, k, None) for k in ("num_decoder_layers", "decoder_layers", "decoder_attention_heads")}
-    layers = decoder["num_decoder_layers"] or decoder["decoder_layers"] or first("num_hidden_layers", "n_layer", "num_layers")
+    layers = (
+        decoder["num_decoder_layers"]
+        or decoder["decoder_layers"]
+        or first("num_hidden_layers", "n_layer", "num_layers")
+    )
     heads = decoder["decoder_attention_heads"] or first("num_attention_heads", "n_head", "num_heads")
     if not layers or any("MaskedLM" in name for name in config.architectures or ()):
         return KVCache(0)

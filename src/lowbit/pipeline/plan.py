@@ -124,6 +124,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
+
         def working(t: TensorPlan) -> int:
             if t.format is None:
                 return t.bytes_before
@@ -177,11 +178,24 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
     for pattern, fmt in recipe.layers:
         matched = [t for t in tensors if recipe.matches(pattern, t.name)]
         if not matched:
-            raise RecipeError(f"the layer glob {pattern!r} matches no tensor of {source.label}; names look like {_example(tensors)!r}")
+            raise RecipeError(
+                f"the layer glob {pattern!r} matches no tensor of {source.label}; names look like {_example(tensors)!r}"
+            )
         if fmt is not None and all(t.format is None and t.keep != BY_RECIPE for t in matched):
             first = matched[0]
-            raise RecipeError(f"{pattern}={fmt} can do nothing: {first.name!r} is never quantized ({first.keep}); leave it out")
-    return Plan(source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes, source.disk_bytes())
+            raise RecipeError(
+                f"{pattern}={fmt} can do nothing: {first.name!r} is never quantized ({first.keep}); leave it out"
+            )
+    return Plan(
+        source.label,
+        recipe,
+        tensors,
+        dict(source.inventory.tied),
+        kv_cache(source.config),
+        context,
+        max_shard_bytes,
+        source.disk_bytes(),
+    )
 
 
 def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:

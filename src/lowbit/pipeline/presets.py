@@ -17,17 +17,23 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "w8": Preset("absmax@int8:g128,embed=int8:g128", "8 bits, hard to tell from the original", "this project"),
     "w4": Preset("search@int4:g32", "4.5 bits: the everyday choice", "this project"),
-    "w3": Preset("search@uint3:g32:s=(uint6:g8):min=(int6:g8)", "3.5 bits, visibly worse without calibration", "this project"),
+    "w3": Preset(
+        "search@uint3:g32:s=(uint6:g8):min=(int6:g8)", "3.5 bits, visibly worse without calibration", "this project"
+    ),
     "w2": Preset("search@uint2:g16:s=(uint4:g16):min=(int4:g16)", "2.6 bits, for experiments", "this project"),
     "nl4": Preset("search@iq4nl:g32", "4.5 bits on 16 uneven levels", "llama.cpp IQ4_NL"),
-    "absmax": Preset("absmax@int8:tensor,embed=int8:tensor", "int8, one scale from the largest magnitude", "seeds 000, 001"),
+    "absmax": Preset(
+        "absmax@int8:tensor,embed=int8:tensor", "int8, one scale from the largest magnitude", "seeds 000, 001"
+    ),
     "zeropoint": Preset(
         "minmax@int8:tensor:zero=int32,embed=int8:tensor:zero=int32", "int8, min to max, rounded zero-point", "seed 000"
     ),
     "minmax": Preset(
         "minmax@int8:tensor:zero=fp32,embed=int8:tensor:zero=fp32", "int8, min to max, unrounded zero-point", "seed 001"
     ),
-    "linear": Preset("minmax@uint8:tensor:asym,embed=uint8:tensor:asym", "uint8 affine: lowest to 0, highest to 255", "seed 002"),
+    "linear": Preset(
+        "minmax@uint8:tensor:asym,embed=uint8:tensor:asym", "uint8 affine: lowest to 0, highest to 255", "seed 002"
+    ),
     "symmetric": Preset("symmetric@int8:tensor,embed=int8:tensor", "int8, s = max|X| / 127.5", "seed 004"),
     "per-channel": Preset("absmax@int8:channel", "int8, one scale a row", "LLM.int8; W8 of most tools"),
     "blockwise": Preset("absmax@int8:*x128,embed=int8:*x128", "int8, one scale for 128 columns", "seed 003"),

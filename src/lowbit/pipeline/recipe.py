@@ -1,13 +1,13 @@
 """Recipe: what to do with a model, as a value. Text, Python and TOML are forms of the same thing.
 
-    METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
+METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
 
-    absmax@int8:channel                 a fit; the solver is round-to-nearest
-    kmeans@kmeans4:channel              a solver
-    hqq+rtn@uint4:g64:zero=fp16         both
-    int4:g32                            a format alone: the best data-free fit and solver for it
-    search@int4:g32,embed=int6:g64      embeddings and heads in another format (int8:channel otherwise)
-    search@int4:g32,*.down_proj=int8:channel,*.layers.0.*=keep      per layer, the last match wins
+absmax@int8:channel                 a fit; the solver is round-to-nearest
+kmeans@kmeans4:channel              a solver
+hqq+rtn@uint4:g64:zero=fp16         both
+int4:g32                            a format alone: the best data-free fit and solver for it
+search@int4:g32,embed=int6:g64      embeddings and heads in another format (int8:channel otherwise)
+search@int4:g32,*.down_proj=int8:channel,*.layers.0.*=keep      per layer, the last match wins
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def _from_toml(path: Path) -> Recipe:
     if "embed" in table:
         recipe = replace(_with_settings(recipe, [f"embed={table['embed']}"], str(path)), name=None)
     if layers:
-        recipe = replace(recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None)
+        recipe = replace(
+            recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None
+        )
     return recipe
 
 
@@ -193,7 +195,7 @@ def to_toml(recipe: Recipe) -> str:
     plain = replace(recipe, embed=EMBED, layers=())
     lines = [f'recipe = "{plain}"', f'embed = "{_text(recipe.embed)}"']
     if recipe.layers:
-        lines += ["", "[layers]", *(f"{json.dumps(pattern)} = \"{_text(fmt)}\"" for pattern, fmt in recipe.layers)]
+        lines += ["", "[layers]", *(f'{json.dumps(pattern)} = "{_text(fmt)}"' for pattern, fmt in recipe.layers)]
     return "\n".join(lines) + "\n"
 
 
@@ -247,5 +249,3 @@ def _layer_format(value: str) -> Format | None:
 
 def _text(fmt: Format | None) -> str:
     return KEEP if fmt is None else str(fmt)
-
-

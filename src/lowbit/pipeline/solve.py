@@ -77,5 +77,3 @@ def check_finite(x: Tensor, name: str) -> None:
             f"tensor {name!r} has {nans} NaN and {infs} infinite values and cannot be quantized; "
             f"the checkpoint is damaged, or keep this tensor with a recipe ending in ,{name}=keep"
         )
-
-

@@ -229,7 +229,8 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     if report.memory_free:
         memory += f", {bytes_text(report.memory_free)} available"
     optional = [
-        f"{name}: {'installed' if here else f'not installed, for {_OPTIONAL[name]}'}" for name, here in report.optional.items()
+        f"{name}: {'installed' if here else f'not installed, for {_OPTIONAL[name]}'}"
+        for name, here in report.optional.items()
     ]
     return [
         ("versions", f"Python {report.python}, {versions}"),

@@ -53,9 +53,7 @@ def _touching(points: Sequence[Any]) -> list[list[int]]:
     return groups
 
 
-def _place_one(
-    figure: Figure, axes: Axes, text: str, point: tuple[float, float], taken: list[Any], frame: Any
-) -> None:
+def _place_one(figure: Figure, axes: Axes, text: str, point: tuple[float, float], taken: list[Any], frame: Any) -> None:
     best: tuple[float, Any, Any] | None = None
     for distance in _DISTANCES:
         for dx, dy in _DIRECTIONS:

@@ -157,6 +157,4 @@ def render_card(card: Card) -> RenderableType:
     if card.environment is not None:
         footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
     title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
-    return Panel(
-        Group(*pieces), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False
-    )
+    return Panel(Group(*pieces), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False)

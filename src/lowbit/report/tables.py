@@ -130,9 +130,7 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
     for row, word, values in zip(rows, words, cells, strict=True):
         last = Text(word, style=VERDICT_COLOURS.get(word, "red"))
         style = "dim" if row.is_base else ""
-        table.add_row(
-            Text(row.recipe), *(values[i] for i in kept), last, style=style, end_section=row.is_base
-        )
+        table.add_row(Text(row.recipe), *(values[i] for i in kept), last, style=style, end_section=row.is_base)
         if row.error:
             errors.append(Text.assemble((f"{row.recipe} failed: ", "red"), row.error))
     return Group(table, *errors)
@@ -141,10 +139,7 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
 def _fitting(columns: list[_Column], cells: list[list[str]], width: int | None) -> list[int]:
     """Which columns stay when together they may be `width` wide."""
     kept = list(range(len(columns)))
-    needs = [
-        _widest(*column.heading.split(), *(row[index] for row in cells))
-        for index, column in enumerate(columns)
-    ]
+    needs = [_widest(*column.heading.split(), *(row[index] for row in cells)) for index, column in enumerate(columns)]
     for key in _EXPENDABLE:
         if width is None or sum(needs[index] for index in kept) <= width:
             break

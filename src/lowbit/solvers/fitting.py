@@ -16,7 +16,9 @@ from lowbit.solvers.registry import Call
 _PIECE = 4096
 
 
-def fit_blocks(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def fit_blocks(
+    weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Scale and offset of every block: float32 [batch, row blocks, column blocks] each, offset None if not used.
 
     `weight` of any shape, `importance` of the same shape or broadcastable to it.

@@ -108,7 +108,11 @@ def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Te
         s, z = as_stored(*affine(low * factor, high * factor, fmt), fmt) if factor else (scale, offset)
         e, s, z = fitted(s, z)
         better = e < error
-        error, scale, offset = torch.where(better, e, error), torch.where(better, s, scale), torch.where(better, z, offset)
+        error, scale, offset = (
+            torch.where(better, e, error),
+            torch.where(better, s, scale),
+            torch.where(better, z, offset),
+        )
     return scale, offset
 
 

@@ -49,7 +49,9 @@ def kmeans(
     levels = None
     for step in range(rounds + 1):
         normal = map_blocks(lambda x, s: x * _inverse(s)[:, None], fmt.block, weight, scale, dtype=torch.float32)
-        v = map_blocks(lambda x, s: x * s.square()[:, None], fmt.block, _ones(weight, importance), scale, dtype=torch.float32)
+        v = map_blocks(
+            lambda x, s: x * s.square()[:, None], fmt.block, _ones(weight, importance), scale, dtype=torch.float32
+        )
         levels = _or_empty(reduce_blocks(learn, fmt.codebook, normal, v)[0], fmt, weight)
         if step == rounds or weight.numel() == 0:
             break
