@@ -33,7 +33,7 @@ def test_missing_parts_stay_missing():
 
 def test_json_carries_what_is_derived():
     data = json.loads(full_card().to_json())
-    assert data["parts"]["bits"] == pytest.approx(8 * 91_750_400 / 134_515_008)
+    assert data["parts"]["bits"] == pytest.approx(8 * 90_000_000 / 134_515_008)
     assert data["speed"]["ratios"] == {"decode": 2.0, "prefill": 1.25, "batch": 1.25}
 
 

@@ -18,7 +18,7 @@ def write(folder, **sizes):
 def test_what_runs_counts_and_what_does_not(tmp_path):
     write(tmp_path, model__safetensors=1000, config__json=10, tokenizer__json=200, chat_template__jinja=5)
     write(tmp_path, tokenizer__model=40, merges__txt=3)
-    write(tmp_path, README__md=7, card__json=7, manifest__json=7, pytorch_model__bin=9000, notes__txt=7)
+    write(tmp_path, README__md=7, card__json=7, lowbit__json=7, pytorch_model__bin=9000, notes__txt=7)
     (tmp_path / "onnx").mkdir()
     write(tmp_path / "onnx", model__safetensors=77)
     assert disk_size(tmp_path) == DiskSize(weights=1000, total=1258)

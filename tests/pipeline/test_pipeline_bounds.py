@@ -34,13 +34,14 @@ import torch
 torch.set_num_threads(1)
 import lowbit
 from lowbit.interchange.source import open_source
+from lowbit.measure.memory import peak_resident
 model, recipe, out, small, limit = sys.argv[1:6]
 lowbit.quantize(small, recipe, out + "-small")  # everything is imported and warm
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak_resident()  # not ru_maxrss, which starts at the parent's
 if int(limit):
     resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
 plan = lowbit.quantize(model, recipe, out).plan
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+after = peak_resident()  # not ru_maxrss, which starts at the parent's
 largest = max(t.bytes_before for t in plan.tensors)
 print(json.dumps({"before": before, "after": after, "planned": plan.peak_bytes, "largest": largest, "output": plan.output_bytes}))
 """

@@ -23,23 +23,33 @@ PRESETS: dict[str, Preset] = {
     "w2": Preset("search@uint2:g16:s=(uint4:g16):min=(int4:g16)", "2.6 bits, for experiments", "this project"),
     "nl4": Preset("search@iq4nl:g32", "4.5 bits on 16 uneven levels", "llama.cpp IQ4_NL"),
     "absmax": Preset(
-        "absmax@int8:tensor,embed=int8:tensor", "int8, one scale from the largest magnitude", "seeds 000, 001"
+        "absmax@int8:tensor,embed=int8:tensor",
+        "int8, one scale from the largest magnitude",
+        "Naive Quantization Methods for LLMs",
     ),
     "zeropoint": Preset(
-        "minmax@int8:tensor:zero=int32,embed=int8:tensor:zero=int32", "int8, min to max, rounded zero-point", "seed 000"
+        "minmax@int8:tensor:zero=int32,embed=int8:tensor:zero=int32",
+        "int8, min to max, rounded zero-point",
+        "Naive Quantization Methods for LLMs",
     ),
     "minmax": Preset(
-        "minmax@int8:tensor:zero=fp32,embed=int8:tensor:zero=fp32", "int8, min to max, unrounded zero-point", "seed 001"
+        "minmax@int8:tensor:zero=fp32,embed=int8:tensor:zero=fp32",
+        "int8, min to max, unrounded zero-point",
+        "Quantization in LLMs, a lab",
     ),
     "linear": Preset(
-        "minmax@uint8:tensor:asym,embed=uint8:tensor:asym", "uint8 affine: lowest to 0, highest to 255", "seed 002"
+        "minmax@uint8:tensor:asym,embed=uint8:tensor:asym",
+        "uint8 affine: lowest to 0, highest to 255",
+        "5 Key Points to Unlock LLM Quantization",
     ),
-    "symmetric": Preset("symmetric@int8:tensor,embed=int8:tensor", "int8, s = max|X| / 127.5", "seed 004"),
+    "symmetric": Preset("symmetric@int8:tensor,embed=int8:tensor", "int8, s = max|X| / 127.5", "LLMEasyQuant"),
     "per-channel": Preset("absmax@int8:channel", "int8, one scale a row", "LLM.int8; W8 of most tools"),
-    "blockwise": Preset("absmax@int8:*x128,embed=int8:*x128", "int8, one scale for 128 columns", "seed 003"),
+    "blockwise": Preset(
+        "absmax@int8:*x128,embed=int8:*x128", "int8, one scale for 128 columns", "blockwise PTQ of tutorials"
+    ),
     "groupwise": Preset("absmax@int4:g64", "int4, one scale for 64 weights of a row", "Q-BERT; ZeroQuant"),
-    "zeroquant": Preset("minmax@int8:g128:asym", "int8 groups whose zero is exact", "seed 004; ZeroQuant"),
-    "simquant": Preset("minmax@uint8:channel:zero=fp32", "uint8, min to max of each channel", "seed 004; KVQuant"),
+    "zeroquant": Preset("minmax@int8:g128:asym", "int8 groups whose zero is exact", "ZeroQuant; LLMEasyQuant"),
+    "simquant": Preset("minmax@uint8:channel:zero=fp32", "uint8, min to max of each channel", "KVQuant; LLMEasyQuant"),
     "llm-int8": Preset("absmax@int8:channel:narrow", "vector-wise int8 weights", "LLM.int8"),
     "kmeans": Preset("kmeans@kmeans4:channel", "16 learned levels for each row", "Deep Compression; SqueezeLLM"),
     "hqq": Preset("hqq@uint4:g64:zero=fp16", "uint4, zero-point by half-quadratic splitting", "HQQ"),

@@ -14,7 +14,7 @@ def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """Largest magnitude to the highest level: s = max|x| / hi (127 for int8). Zero stays zero.
 
     Error: at most s/2 per element; nothing clips. int8 keeps -128 unused.
-    Source: seed "Naive Quantization Methods", absmax_quantize; LLM.int8 (Dettmers et al. 2022), section 2.1.
+    Source: "Naive Quantization Methods for LLMs" (tutorial); LLM.int8 (Dettmers et al. 2022), section 2.1.
     """
     return x.abs().amax(1) / fmt.grid.reach
 
@@ -24,7 +24,7 @@ def symmetric(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tenso
     """Half the axis to the largest magnitude: s = 2 max|x| / (hi - lo), max|x| / 127.5 for int8.
 
     Error: at most s/2, except that the largest positive value lies half a step above the highest level and
-    is clipped by up to s/2, so that the bound still holds. Source: seed "LLMEasyQuant", 3.2.2.
+    is clipped by up to s/2, so that the bound still holds. Source: LLMEasyQuant (Liu et al. 2024), 3.2.2.
     """
     return 2 * x.abs().amax(1) / (fmt.grid.hi - fmt.grid.lo)
 

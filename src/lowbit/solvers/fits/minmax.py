@@ -30,7 +30,12 @@ def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Te
 
     Error: at most s/2 with an unrounded zero-point or a minimum; with a rounded zero-point the whole block
     shifts by up to s/2, so the end of the range can clip and the error reach s. Zero is exact with a rounded
-    zero-point only. Source: seed "Naive Quantization Methods", zeropoint_quantize (rounded), and seed
-    "Quantization in Large Language Models", minmax_quantize (unrounded).
+    zero-point only. Sources: "Naive Quantization Methods for
+    LLMs" (tutorial; rounded zero-point), Jacob et al. 2018, section 2.1 (the same, on the grid).
+
+    LLMEasyQuant (Liu et al. 2024) prints three variants of this. Its 3.5.4 (SimQuant) is this fit for each
+    channel with an unrounded zero-point, but for ties, which it rounds up and this rounds to even. Its 3.1.2
+    (ZeroQuant) is not usable as printed: with z = 0 and the floor, half of the values leave [-128, 127] and
+    are clamped; the paper that it names keeps zero exact with a rounded zero-point, as `:asym` does here.
     """
     return affine(x.amin(1), x.amax(1), fmt)
