@@ -29,6 +29,7 @@ _HOMES = {
     "evaluate": "lowbit.measure.api",
     "integer_matmul": "lowbit.kernels.integer",
     "load": "lowbit.pipeline.api",
+    "load_into": "lowbit.pipeline.api",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
     "quantize": "lowbit.pipeline.api",

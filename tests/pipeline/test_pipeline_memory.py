@@ -180,3 +180,21 @@ def test_a_nan_in_memory_is_named(custom: Custom) -> None:
 def test_a_module_with_nothing_to_quantize_is_refused() -> None:
     with pytest.raises(LowbitError, match="nothing in"):
         lowbit.quantize(nn.Sequential(nn.LayerNorm(8)), "w4")
+
+
+def test_a_plain_module_is_loaded_back(tmp_path: Path) -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(3)
+        first, last = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64, bias=False)
+        return torch.nn.Sequential(torch.nn.Embedding(40, 64), first, torch.nn.LayerNorm(96), last, torch.nn.Tanh())
+
+    ids = torch.arange(40)[None]
+    result = lowbit.quantize(make(), "w4")
+    result.save(tmp_path / "plain")
+    fresh = make()
+    torch.nn.init.zeros_(fresh[2].weight)
+    loaded = lowbit.load_into(fresh, tmp_path / "plain")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), result.model(ids))
+    with pytest.raises(SourceError, match="no module|does not fit|no parameter"):
+        lowbit.load_into(torch.nn.Sequential(torch.nn.Linear(4, 4)), tmp_path / "plain")

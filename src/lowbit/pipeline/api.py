@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError, nearest
-from lowbit.formats import Format, QTensor
-from lowbit.interchange.folder import quantization_method
+from lowbit.formats import Format, QTensor, parse_format
+from lowbit.interchange.folder import quantization_method, read_json, weight_files
+from lowbit.interchange.safetensors_file import read_header, read_tensor
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
 from lowbit.pipeline.driver import Progress, Report, make_report, quantization_config, solved_tensors, write_folder
-from lowbit.pipeline.folder_writer import replace_folder
+from lowbit.pipeline.folder_writer import MANIFEST, replace_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.solve import Solved, check_finite
@@ -204,6 +205,33 @@ def load(
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel
     return model
+
+
+def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Load what was saved of a plain module (one without a transformers config) into a module of the same shape.
+
+    Its quantized parameters are replaced by packed weights, the kept ones get their values; the module is changed and
+    returned. SourceError when folder and module do not fit.
+    """
+    path = Path(folder)
+    manifest = read_json(path / MANIFEST)["quantization"]
+    files = {file: read_header(file).entries for file in weight_files(path)}
+    stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
+    packed, owners = {}, {name + ".": entry for name, entry in manifest["tensors"].items()}
+    for name, entry in manifest["tensors"].items():
+        inside = {key[len(name) + 1 :]: place for key, place in stored.items() if key.startswith(name + ".")}
+        parts = {part: read_tensor(*place) for part, place in inside.items()}
+        q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
+        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")))
+    kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
+    swap(module, packed, manifest["tied"])
+    found = module.load_state_dict(kept, strict=False)
+    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in manifest["tied"])))]
+    if missing or found.unexpected_keys:
+        raise SourceError(
+            f"{folder} does not fit {type(module).__name__}: {(missing + found.unexpected_keys)[:5]} differ"
+        )
+    return module.eval()
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
