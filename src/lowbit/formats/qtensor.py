@@ -22,7 +22,7 @@ from lowbit.errors import FormatError
 from lowbit.formats import stores
 from lowbit.formats.blocks import map_blocks, reduce_blocks
 from lowbit.formats.format import Format, Offset, Store
-from lowbit.formats.grids import NearestSearch, last_below_middle
+from lowbit.formats.nearest import NearestSearch, inverse, last_below_middle
 from lowbit.formats.packing import pack, unpack
 
 Stored = Union[Tensor, "QTensor"]
@@ -213,15 +213,15 @@ def nearest_codes(x: Tensor, q: QTensor) -> Tensor:
     if fmt.codebook is not None:
         levels = q.levels.to(torch.float32)  # type: ignore[union-attr]
         if fmt.scale is not None:
-            x = map_blocks(lambda v, s: v * _inverse(s)[:, None], fmt.block, x, q.scales(), dtype=torch.float32)
+            x = map_blocks(lambda v, s: v * inverse(s)[:, None], fmt.block, x, q.scales(), dtype=torch.float32)
         return map_blocks(nearest_level, fmt.codebook, x, levels, dtype=torch.uint8)
 
     def code(block: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         if offset is None:
-            return fmt.grid.encode(block * _inverse(scale)[:, None])
+            return fmt.grid.encode(block * inverse(scale)[:, None])
         if fmt.offset_kind == "min":
-            return fmt.grid.encode((block - offset[:, None]) * _inverse(scale)[:, None])
-        return fmt.grid.encode(block * _inverse(scale)[:, None] + offset[:, None])
+            return fmt.grid.encode((block - offset[:, None]) * inverse(scale)[:, None])
+        return fmt.grid.encode(block * inverse(scale)[:, None] + offset[:, None])
 
     return map_blocks(code, fmt.block, x, q.scales(), q.offsets(), dtype=torch.uint8)
 
@@ -242,12 +242,6 @@ def _given(value: Tensor | None, what: str, fmt: Format) -> Tensor:
     if value is None:
         raise FormatError(f"{fmt} needs a {what} per block, and the fit gave none")
     return value
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0 or so small that its inverse overflows (the block then rounds to 0)."""
-    inverse = 1 / scale
-    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def save(values: Tensor, how: Store) -> Stored:

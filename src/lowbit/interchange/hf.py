@@ -55,14 +55,6 @@ class LowbitQuantizer(HfQuantizer):
     requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
     quantization_config: LowbitConfig
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Stored parts keep their types; what was kept in float follows `dtype`.
-
-        The loader does not name the tensor here, but it passes the type of what it will replace: parts already
-        have the type they are stored in.
-        """
-        return super().get_new_dtype(converter, param, dtype)
-
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format
+from lowbit.formats.nearest import inverse
 from lowbit.solvers.fits.minmax import affine
 from lowbit.solvers.fitting import as_stored, rounded_scale, total
 from lowbit.solvers.registry import fit
@@ -59,7 +60,7 @@ def _symmetric(x: Tensor, fmt: Format, v: Tensor | None, factors: list[float]) -
         candidates += [start * -factor for factor in factors[::2]]
 
     def fitted(s: Tensor) -> tuple[Tensor, Tensor]:
-        q = grid.round(x * _inverse(s)[:, None])
+        q = grid.round(x * inverse(s)[:, None])
         vq = q if v is None else v * q
         xq, qq = total(vq * x), total(vq * q)
         best = rounded_scale(torch.where(qq > 0, xq / qq, s), fmt) if refit else s
@@ -84,7 +85,7 @@ def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Te
 
     def fitted(s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Round under (s, z), refit both (or the scale alone when z must be an integer), and measure."""
-        q = grid.round(x * _inverse(s)[:, None] + z[:, None])
+        q = grid.round(x * inverse(s)[:, None] + z[:, None])
         if integer:
             d = q - z[:, None]
             xd, dd = total(v * x * d), total(v * d * d)
@@ -97,11 +98,11 @@ def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Te
             good = (det > 1e-12 * s_v * s_qq) & (slope > 0)
             s, z = torch.where(good, slope, s), torch.where(good, -minimum / slope, z)
         s, z = as_stored(s, z, fmt)
-        level = grid.round(x * _inverse(s)[:, None] + z[:, None])
+        level = grid.round(x * inverse(s)[:, None] + z[:, None])
         return total((level - z[:, None]).mul_(s[:, None]).sub_(x).square_() * v), s, z
 
     scale, offset = as_stored(*affine(low, high, fmt), fmt)
-    level = grid.round(x * _inverse(scale)[:, None] + offset[:, None])
+    level = grid.round(x * inverse(scale)[:, None] + offset[:, None])
     error = total((level - offset[:, None]).mul_(scale[:, None]).sub_(x).square_() * v)
     starts: list[float] = [1.0, *factors, 0.0, 0.0]  # 0: refine what is best so far
     for factor in starts:
@@ -114,8 +115,3 @@ def _affine(x: Tensor, fmt: Format, v: Tensor, factors: list[float]) -> tuple[Te
             torch.where(better, z, offset),
         )
     return scale, offset
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    inverse = 1 / scale
-    return torch.where(inverse.isfinite(), inverse, 0.0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, QTensor, TableGrid, encode
 from lowbit.formats.blocks import map_blocks, reduce_blocks
+from lowbit.formats.nearest import inverse
 from lowbit.solvers.fitting import run_fit
 from lowbit.solvers.registry import Call, solver
 
@@ -48,7 +49,7 @@ def kmeans(
     scale = run_fit(weight, plain, Call("absmax"), importance)[0]
     levels = None
     for step in range(rounds + 1):
-        normal = map_blocks(lambda x, s: x * _inverse(s)[:, None], fmt.block, weight, scale, dtype=torch.float32)
+        normal = map_blocks(lambda x, s: x * inverse(s)[:, None], fmt.block, weight, scale, dtype=torch.float32)
         v = map_blocks(
             lambda x, s: x * s.square()[:, None], fmt.block, _ones(weight, importance), scale, dtype=torch.float32
         )
@@ -175,11 +176,6 @@ def _binned(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor]:
         centre = low + (torch.arange(_BINS, device=x.device) + 0.5) * width
         rows.append((torch.where(mass > 0, moment / mass, centre.double()).float(), mass.float()))
     return torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows])
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    inverse = 1 / scale
-    return torch.where(inverse.isfinite(), inverse, 0.0)
 
 
 def _ones(weight: Tensor, importance: Tensor | None) -> Tensor:
