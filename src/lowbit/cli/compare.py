@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
+from lowbit.cli.options import FewWindows, Json, Length, Model, Speed, Text
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +20,7 @@ def compare(
     model: Model,
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every preset when left out.")] = None,
     text: Text = None,
-    windows: Windows = None,
+    windows: FewWindows = 8,
     length: Length = 1024,
     speed: Speed = False,
     plots: Annotated[

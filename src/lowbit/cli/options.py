@@ -24,6 +24,7 @@ Windows = Annotated[
     int | None,
     typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False),
 ]
+FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second beside the float model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]

@@ -126,10 +126,12 @@ class Plan:
         """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
 
         def working(t: TensorPlan) -> int:
+            reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack beside the parts it is made of
             if t.format is None:
-                return t.bytes_before
-            slab = t.count if not by_rows(t.format, t.stored_shape) else min(t.count, SLAB)
-            return t.bytes_before + t.bytes_after + 16 * slab
+                return reading
+            smallest = math.prod(t.shape[-2:]) if len(t.shape) > 2 else 1  # a slab cuts no expert apart
+            slab = min(t.count, max(SLAB, smallest)) if by_rows(t.format, t.stored_shape) else t.count
+            return reading + t.bytes_after + 16 * slab
 
         return _BASE_BYTES + max((working(t) for t in self.tensors), default=0)
 
