@@ -47,8 +47,9 @@ class Drawing:
             raise OutputError(f"cannot draw into {folder}: {error.strerror or error}") from error
         self.source, self.folder = source, folder
         linear = [n for n, p in source.inventory.params.items() if p.kind in ("linear", "conv1d") and p.keep is None]
-        step = max(1, len(linear) // self.LAYERS)
-        self.layers = linear[step // 2 :: step][: self.LAYERS]
+        # Spread over the depth, and shifted a little so that not every one is the same projection.
+        places = (len(linear) * (2 * i + 1) // (2 * self.LAYERS) + 2 * i for i in range(self.LAYERS))
+        self.layers = list(dict.fromkeys(linear[min(place, len(linear) - 1)] for place in places)) if linear else []
         self.panels: list[figures.WeightPanel] = []
 
     def add(self, recipe: str, made: Quantized) -> None:
