@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -44,15 +43,6 @@ def truth(x: Tensor, q: QTensor, bias: Tensor | None = None) -> Tensor:
 
 def error(y: Tensor, expected: Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(rows: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,8 @@ def test_huge_finite_weights_are_no_infinities(tmp_path: Path) -> None:
     state["lm_head.weight"][:, 0] = 3e38  # their sum is infinite
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     lowbit.quantize(tmp_path / "model", "absmax@int8:channel", tmp_path / "out")
+    packed = lowbit.load(tmp_path / "out").lm_head.weight.dequantize()
+    assert torch.allclose(packed[:, 0], state["lm_head.weight"][:, 0], rtol=1e-5)
 
 
 def test_a_full_disk_leaves_nothing(tiny_folder: Float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
