@@ -20,12 +20,12 @@ import gguf
 import torch
 
 from lowbit.interchange.source import Source, open_source
+from lowbit.interchange.text import load_text
 from lowbit.measure import api
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.environment import environment
 from lowbit.measure.quality import Reference, measure_quality
-from lowbit.measure.text import load_text
 from lowbit.measure.windows import Windows, make_windows
 from lowbit.report.tables import compare_records, markdown_compare
 

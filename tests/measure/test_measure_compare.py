@@ -7,11 +7,11 @@ import pytest
 from measure_models import perturbed, tiny_llama
 
 from lowbit.errors import RecipeError
+from lowbit.interchange.text import load_text
 from lowbit.measure.card import CardParts
 from lowbit.measure.compare import CompareRow, compare
 from lowbit.measure.quality import measure_quality
 from lowbit.measure.speed import SpeedSettings
-from lowbit.measure.text import load_text
 from lowbit.measure.windows import make_windows
 from lowbit.report.tables import compare_json, compare_records, markdown_compare
 

@@ -11,8 +11,8 @@ from measure_models import VOCABULARY, perturbed, tiny_bert, tiny_llama, tiny_t5
 from torch import nn
 
 from lowbit.errors import SourceError, TextError
+from lowbit.interchange.text import load_text
 from lowbit.measure.quality import Reference, compare_logits, measure_quality
-from lowbit.measure.text import load_text
 from lowbit.measure.windows import Windows, make_windows
 from tiny import TINY, tiny_model
 

@@ -10,8 +10,8 @@ import torch
 from measure_models import tiny_bert, tiny_llama
 
 from lowbit.errors import TextError
-from lowbit.measure.scoring import max_positions
-from lowbit.measure.text import Text, load_text
+from lowbit.interchange.running import max_positions
+from lowbit.interchange.text import Text, load_text
 from lowbit.measure.windows import make_windows
 
 

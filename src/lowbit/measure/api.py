@@ -17,6 +17,7 @@ from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.folder import load_tokenizer, quantization_method
 from lowbit.interchange.module_source import ModuleSource
 from lowbit.interchange.source import Source, open_source
+from lowbit.interchange.text import load_text
 from lowbit.measure import compare as table
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
@@ -26,7 +27,6 @@ from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
 from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
-from lowbit.measure.text import load_text
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, as_dtype, load, quantize

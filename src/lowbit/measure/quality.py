@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SourceError
-from .scoring import Scorer, check_vocabulary, evaluating
+from ..interchange.running import check_vocabulary, evaluating
+from .scoring import Scorer
 from .windows import Windows
 
 Progress = Callable[[int, int], None]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .scoring import device_of, evaluating
+from ..interchange.running import device_of, evaluating
 
 
 @dataclass(frozen=True)

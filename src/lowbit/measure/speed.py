@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TextError
+from ..interchange.running import device_of, evaluating, max_positions
 from .quality import Progress
-from .scoring import device_of, evaluating, max_positions
 
 _PROMPT = "The secret of life is"
 

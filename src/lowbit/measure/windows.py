@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TextError
-from .scoring import max_positions
-from .text import Text
+from ..interchange.running import max_positions
+from ..interchange.text import Text
 
 
 @dataclass(frozen=True, eq=False)
