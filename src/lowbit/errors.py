@@ -5,6 +5,7 @@
     ├── RecipeError     a recipe, preset or option that cannot be followed
     ├── SourceError     a model, file or tokenizer that cannot be read
     ├── WeightError     a tensor whose values cannot be quantized
+    ├── TransformError  a model that a transform cannot rewrite
     ├── OutputError     a place that cannot be written to
     └── TextError       evaluation text that cannot be used
 
@@ -36,6 +37,10 @@ class SourceError(LowbitError):
 
 class WeightError(LowbitError, ValueError):
     """A tensor that cannot be quantized, named."""
+
+
+class TransformError(LowbitError, ValueError):
+    """A model whose architecture a transform does not know or cannot rewrite."""
 
 
 class OutputError(LowbitError):

@@ -1,0 +1,67 @@
+"""SmoothQuant (Xiao et al. 2023): part of the range of the inputs moves into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lowbit.transforms.registry import transform
+from lowbit.transforms.scale import Quantize, Scaling, Statistics, equal_where_shared, rescaled
+
+_WHY = "puts norm weights into the linears and so undoes the smoothing"
+
+
+@transform("group", undone_by={"fold": _WHY, "rotate": "folds and mixes the channels that were smoothed"})
+def smooth(
+    weights: Sequence[Tensor], stats: Statistics, quantize: Quantize, shared: Tensor | None = None, *,
+    alpha: float = 0.5, points: int = 0, bits: int = 8,
+) -> Scaling:  # fmt: skip
+    """Divide input channels by s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) (SmoothQuant, equation 4).
+
+    `weights` float32 [N_i, K] share one input; max|w_k| is over the rows of all. `shared` [K]: channels that must have
+    the same scale. With `points` > 0 the exponent is searched in 0, 1/points, ..., 1 by the error of the
+    product that `bits`-bit inputs (one scale for each token) and the quantized weights are expected to have.
+    Channels whose input or weights are all zero keep the scale 1.
+    """
+    largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    alphas = [i / points for i in range(points + 1)] if points else [alpha]
+    tried = []
+    for a in alphas:
+        scale = equal_where_shared(_scale(stats.absmax.to(largest), largest, a), shared)
+        tried.append(Scaling(scale, a, product_error(weights, stats, scale, quantize, bits), 0.0))
+    best = min(tried, key=lambda t: t.error)
+    ones = torch.ones_like(largest)
+    return Scaling(best.scale, best.alpha, best.error, product_error(weights, stats, ones, quantize, bits))
+
+
+def _scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    alive = (inputs > 0) & (weights > 0)
+    scale = torch.where(alive, inputs, 1.0) ** alpha / torch.where(alive, weights, 1.0) ** (1 - alpha)
+    return torch.where(alive, scale, 1.0).clamp(min=1e-5, max=1e5)
+
+
+def product_error(
+    weights: Sequence[Tensor], stats: Statistics, scale: Tensor, quantize: Quantize, bits: int = 8
+) -> float:
+    """Expected squared error a token of (x / s)_q (W s)_q', without the inputs: from their statistics.
+
+    Weights: sum over W of tr(E H E') with E = (W s)_q - W s and H that of x / s. Inputs: rounding with step
+    D = 2 max_k(absmax_k / s_k) / (2^bits - 2) adds D^2 / 12 a channel if errors are independent, times |W s|^2. The step
+    is that of a token that reaches the largest value of every channel, so it weighs outliers as much as it can.
+    """
+    scaled = rescaled(stats, scale)
+    step = 2 * float(scaled.absmax.max()) / (2**bits - 2)
+    importance = scaled.second_moment.diagonal()
+    total = 0.0
+    for weight in weights:
+        w = weight * scale
+        total += quadratic(quantize(w, importance) - w, scaled.second_moment)
+        total += step**2 / 12 * float(w.double().square().sum())
+    return total
+
+
+def quadratic(error: Tensor, second_moment: Tensor) -> float:
+    """tr(E H E') = mean over tokens of |x E'|^2, for E [N, K] and H [K, K]."""
+    return float(((error @ second_moment.to(error)) * error).double().sum())
