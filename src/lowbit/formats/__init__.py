@@ -3,10 +3,12 @@
 from lowbit.formats.blocks import CHANNEL, TENSOR, Block, group
 from lowbit.formats.format import Format, Offset
 from lowbit.formats.grids import CodebookGrid, Fp8Grid, Grid, IntGrid, TableGrid, parse_grid
+from lowbit.formats.inputs import InputQuantizer, Inputs, parse_inputs, quantize_inputs, round_inputs
 from lowbit.formats.qtensor import QTensor, encode
 from lowbit.formats.text import NAMED, parse_format
 
 __all__ = [
-    "CHANNEL", "NAMED", "TENSOR", "Block", "CodebookGrid", "Format", "Fp8Grid", "Grid", "IntGrid", "Offset",
-    "QTensor", "TableGrid", "encode", "group", "parse_format", "parse_grid",
+    "CHANNEL", "NAMED", "TENSOR", "Block", "CodebookGrid", "Format", "Fp8Grid", "Grid", "InputQuantizer", "Inputs",
+    "IntGrid", "Offset", "QTensor", "TableGrid", "encode", "group", "parse_format", "parse_grid", "parse_inputs",
+    "quantize_inputs", "round_inputs",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
-from lowbit.formats import parse_format
+from lowbit.formats import parse_format, parse_inputs
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, place
 
@@ -42,7 +42,9 @@ class LowbitConfig(QuantizationConfigMixin):
         """The empty (meta) weight that `name` is to be loaded into."""
         entry = self.tensors[name]
         fmt = parse_format(str(entry["format"]))
-        return PackedWeight(fmt, tuple(entry["shape"]), transposed=bool(entry.get("transposed")), dtype=dtype)
+        inputs = parse_inputs(str(entry["inputs"])) if "inputs" in entry else None
+        transposed = bool(entry.get("transposed"))
+        return PackedWeight(fmt, tuple(entry["shape"]), transposed=transposed, dtype=dtype, inputs=inputs)
 
     def packed_aliases(self) -> dict[str, str]:
         """Alias -> name of every packed weight that stands in several places."""

@@ -3,6 +3,9 @@
 A kernel says whether it can serve a weight (`declines` gives the reason when not) and prepacks it once.
 The dispatcher times the kernels that accept on this machine, for the number of rows at hand, and keeps
 the fastest. The reference kernel accepts everything. Files never depend on a kernel.
+
+Where the inputs are quantized too, a kernel of float inputs multiplies what they round to, which defines what is
+right; one that multiplies the integers themselves overrides `linear_of_quantized`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.formats import QTensor
+from lowbit.formats import InputQuantizer, Inputs, QTensor
 
 
 class Kernel(ABC):
@@ -37,18 +40,29 @@ class Kernel(ABC):
     def linear(self, x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
         """x [rows, in] -> [rows, out], in the type of `x`."""
 
+    def declines_inputs(self, q: QTensor, inputs: Inputs | None) -> str | None:
+        """Why this kernel cannot multiply with inputs stored as `inputs` (None: float), or None if it can."""
+        return None
+
+    def linear_of_quantized(self, x: Tensor, packed: Any, bias: Tensor | None, quantizer: InputQuantizer) -> Tensor:
+        """As `linear`, with `x` quantized on the way."""
+        return self.linear(quantizer.round(x), packed, bias)
+
 
 def all_kernels() -> list[Kernel]:
     """Every kernel of this version, the reference last."""
     from lowbit.kernels.reference import Expand
     from lowbit.kernels.torch_cpu import TorchInt4, TorchInt8
+    from lowbit.kernels.torch_int import TorchInt
 
-    return [TorchInt8(), TorchInt4(), Expand()]
+    return [TorchInt8(), TorchInt4(), TorchInt(), Expand()]
 
 
-def survey(q: QTensor, dtype: torch.dtype, device: torch.device) -> list[tuple[Kernel, str | None]]:
+def survey(
+    q: QTensor, dtype: torch.dtype, device: torch.device, inputs: Inputs | None = None
+) -> list[tuple[Kernel, str | None]]:
     """Every kernel with its reason to decline (None: it accepts)."""
-    return [(kernel, kernel.declines(q, dtype, device)) for kernel in all_kernels()]
+    return [(k, k.declines_inputs(q, inputs) or k.declines(q, dtype, device)) for k in all_kernels()]
 
 
 def bucket(rows: int) -> int:
@@ -57,32 +71,41 @@ def bucket(rows: int) -> int:
 
 
 class Timings:
-    """The fastest kernel by (format, shape, type, device, rows), measured once each."""
+    """The fastest kernel by (format, shape, type, device, rows, inputs), measured once each."""
 
     def __init__(self) -> None:
         self.best: dict[tuple[Any, ...], str] = {}
 
-    def choose(self, q: QTensor, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+    def choose(
+        self, q: QTensor, dtype: torch.dtype, device: torch.device, rows: int, quantizer: InputQuantizer | None = None
+    ) -> str:
         """The name of the kernel to use for `rows` rows of activations."""
-        key = (q.format, q.shape, dtype, str(device), bucket(rows), torch.get_num_threads())
+        inputs = quantizer.inputs if quantizer else None
+        key = (q.format, q.shape, dtype, str(device), bucket(rows), torch.get_num_threads(), inputs)
         if key not in self.best:
-            accepting = [kernel for kernel, reason in survey(q, dtype, device) if reason is None]
+            accepting = [kernel for kernel, reason in survey(q, dtype, device, inputs) if reason is None]
             if len(accepting) > 1:
                 x = torch.zeros(bucket(rows), q.shape[-1], dtype=dtype, device=device)
-                seconds = {k.name: _measure(k, q, x) for k in accepting}
+                seconds = {k.name: _measure(k, q, x, quantizer) for k in accepting}
                 self.best[key] = min(seconds, key=lambda name: seconds[name])
             else:
                 self.best[key] = accepting[0].name
         return self.best[key]
 
 
-def _measure(kernel: Kernel, q: QTensor, x: Tensor, repeats: int = 3) -> float:
+def _product(kernel: Kernel, x: Tensor, packed: Any, bias: Tensor | None, quantizer: InputQuantizer | None) -> Tensor:
+    if quantizer is None:
+        return kernel.linear(x, packed, bias)
+    return kernel.linear_of_quantized(x, packed, bias, quantizer)
+
+
+def _measure(kernel: Kernel, q: QTensor, x: Tensor, quantizer: InputQuantizer | None = None, repeats: int = 3) -> float:
     """Least seconds of a few calls after one to warm up."""
     packed = kernel.prepack(q, x.dtype)
     best = float("inf")
     for attempt in range(repeats + 1):
         start = time.perf_counter()
-        kernel.linear(x, packed, None)
+        _product(kernel, x, packed, None, quantizer)
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
         if attempt:
@@ -105,8 +128,13 @@ class Dispatcher:
     def __reduce__(self) -> tuple[Any, ...]:
         return Dispatcher, (self.only,)  # a copy prepacks for itself
 
-    def linear(self, x: Tensor, weight: Callable[[], QTensor], bias: Tensor | None) -> Tensor:
-        """x [..., in] -> [..., out]; no rows at all, as of an expert that nobody chose, give none."""
+    def linear(
+        self, x: Tensor, weight: Callable[[], QTensor], bias: Tensor | None, quantizer: InputQuantizer | None = None
+    ) -> Tensor:
+        """x [..., in] -> [..., out]; no rows at all, as of an expert that nobody chose, give none.
+
+        `quantizer`: what becomes of `x` before the product. The same one at every call of a dispatcher.
+        """
         count = math.prod(x.shape[:-1])
         if count == 0:
             return x.new_zeros((*x.shape[:-1], weight().shape[0]))
@@ -114,17 +142,19 @@ class Dispatcher:
         kernel = self.chosen.get(at)
         if kernel is None:
             q = weight()
-            name = self.only or _TIMINGS.choose(q, x.dtype, x.device, count)
-            kernel = self.chosen[at] = _named(name, q, x.dtype, x.device)
+            name = self.only or _TIMINGS.choose(q, x.dtype, x.device, count, quantizer)
+            inputs = quantizer.inputs if quantizer else None
+            kernel = self.chosen[at] = _named(name, q, x.dtype, x.device, inputs)
         key = kernel.name, x.dtype
         if key not in self.packed:
             self.packed[key] = kernel.prepack(weight(), x.dtype)
-        return kernel.linear(x.reshape(count, x.shape[-1]), self.packed[key], bias).view(*x.shape[:-1], -1)
+        y = _product(kernel, x.reshape(count, x.shape[-1]), self.packed[key], bias, quantizer)
+        return y.view(*x.shape[:-1], -1)
 
 
-def _named(name: str, q: QTensor, dtype: torch.dtype, device: torch.device) -> Kernel:
+def _named(name: str, q: QTensor, dtype: torch.dtype, device: torch.device, inputs: Inputs | None = None) -> Kernel:
     """The kernel `name`. RecipeError when there is none or it cannot serve the weight."""
-    known = {kernel.name: (kernel, reason) for kernel, reason in survey(q, dtype, device)}
+    known = {kernel.name: (kernel, reason) for kernel, reason in survey(q, dtype, device, inputs)}
     if name not in known:
         raise RecipeError(f"unknown kernel {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     kernel, reason = known[name]

@@ -8,43 +8,18 @@ so that the code around it does not change: `F.linear(x, layer.weight)`, `F.embe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowbit.formats import Format, QTensor
+from lowbit.errors import FormatError
+from lowbit.formats import Format, InputQuantizer, Inputs, QTensor
 from lowbit.kernels.registry import Dispatcher
-
-
-class Parts(nn.Module):
-    """Stored tensors as buffers; a dotted name becomes a child, so that names in files stay as they are."""
-
-    def set_parts(self, parts: dict[str, Tensor]) -> None:
-        """Register `parts` (names as in `QTensor.parts()`)."""
-        nested: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in parts.items():
-            head, dot, rest = name.partition(".")
-            if dot:
-                nested.setdefault(head, {})[rest] = tensor
-            else:
-                self.register_buffer(name, tensor)
-        for name, inner in nested.items():
-            child = Parts()
-            child.set_parts(inner)
-            self.add_module(name, child)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Parts:
-        """Move between devices, but never change the type of a stored part: they are the weight."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
-
+from lowbit.nn.parts import Parts
+from lowbit.nn.product import Product
 
 # Python looks operators up on the class, where `__getattr__` is not asked.
 _OPERATORS = [f"__{name}__" for name in ("matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg")]
@@ -62,7 +37,9 @@ def _on_dense(name: str) -> Callable[..., Any]:
 class PackedWeight(Parts):
     """A weight of `shape` [..., out, in] in `format`; `transposed` if its module keeps it as [..., in, out].
 
-    `dtype` is the type that computing code sees; `.to(dtype)` changes only that.
+    `dtype` is the type that computing code sees; `.to(dtype)` changes only that. `inputs`: what becomes of the inputs
+    of a linear layer before the product; looking up rows does not touch them. What it stores are further parts, named
+    as in `Inputs.parts`. FormatError for a weight that is no matrix, as it has no linear layer of its own.
     """
 
     def __init__(
@@ -73,39 +50,71 @@ class PackedWeight(Parts):
         *,
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
+        inputs: Inputs | None = None,
     ) -> None:
         super().__init__()
+        if inputs is not None and len(shape) != 2:
+            raise FormatError(f"the inputs of a weight of shape {tuple(shape)} cannot be {inputs}; only a matrix's can")
         self.format, self.stored_shape, self.transposed = fmt, tuple(shape), transposed
-        self._dtype = dtype
+        self._dtype, self.inputs = dtype, inputs
+        self._input_parts = inputs.parts(shape[-1]) if inputs else {}
         if parts is None:
-            parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in fmt.parts(tuple(shape)).items()}
+            every = fmt.parts(tuple(shape)) | self._input_parts
+            parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in every.items()}
         self.set_parts(parts)
         self.dispatcher = Dispatcher()
 
     @staticmethod
-    def of(q: QTensor, *, transposed: bool = False, dtype: torch.dtype = torch.float32) -> PackedWeight:
-        """Wrap a QTensor."""
-        return PackedWeight(q.format, q.shape, q.parts(), transposed=transposed, dtype=dtype)
+    def of(
+        q: QTensor, *, transposed: bool = False, dtype: torch.dtype = torch.float32,
+        inputs: Inputs | None = None, input_parts: Mapping[str, Tensor] | None = None,
+    ) -> PackedWeight:  # fmt: skip
+        """Wrap a QTensor, and the stored tensors of its inputs. FormatError when they are not what `inputs` stores."""
+        if inputs is not None:
+            InputQuantizer.of(inputs, q.shape[-1], input_parts or {})
+        elif input_parts:
+            raise FormatError(
+                f"{sorted(input_parts)} belong to quantized inputs, and the inputs of this weight are float"
+            )
+        parts = q.parts() | dict(input_parts or {})
+        return PackedWeight(q.format, q.shape, parts, transposed=transposed, dtype=dtype, inputs=inputs)
 
     def qtensor(self) -> QTensor:
-        """The stored parts as a QTensor, sharing memory."""
-        return QTensor.from_parts(self.format, self.stored_shape, dict(self.named_buffers()))
+        """The stored parts of the weight as a QTensor, sharing memory."""
+        parts = {name: part for name, part in self.named_buffers() if name not in self._input_parts}
+        return QTensor.from_parts(self.format, self.stored_shape, parts)
+
+    def quantizer(self) -> InputQuantizer | None:
+        """What becomes of the inputs, sharing memory; None where they stay as they are."""
+        if self.inputs is None:
+            return None
+        parts = {name: self.get_buffer(name) for name in self._input_parts}
+        return InputQuantizer.of(self.inputs, self.stored_shape[-1], parts)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as its module would hold it (transposed if it is), dense."""
-        dense = self.qtensor().dequantize(dtype or self._dtype)
+        """The weight as its module would hold it (transposed if it is), dense.
+
+        A divisor of the inputs is in it, so that inputs need no division; only their rounding is lost.
+        """
+        dense = self._undivided(self.qtensor().dequantize, dtype)
         return dense.transpose(-1, -2) if self.transposed else dense
+
+    def _undivided(self, read: Callable[[torch.dtype], Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """What `read(type)` gives, [..., in], for inputs that are not divided."""
+        if "input_divisor" not in self._input_parts:
+            return read(dtype or self._dtype)
+        return (read(torch.float32) / self.get_buffer("input_divisor")).to(dtype or self._dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
         if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = _Product.apply(x, self)
+            y: Tensor = Product.apply(x, self)
             return y if bias is None else y + bias
-        return self.dispatcher.linear(x, self.qtensor, bias)
+        return self.dispatcher.linear(x, self.qtensor, bias, self.quantizer())
 
     def rows(self, index: Tensor) -> Tensor:
         """`weight[index]` for indices >= 0 into the first stored dimension, expanding only what is asked for."""
-        found = self.qtensor().index(index, self._dtype)
+        found = self._undivided(lambda dtype: self.qtensor().index(index, dtype))
         return found.transpose(-1, -2) if self.transposed else found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
@@ -209,7 +218,8 @@ class PackedWeight(Parts):
         return func(*_dense(args), **_dense(kwargs or {}))
 
     def extra_repr(self) -> str:
-        return f"{self.format}, shape={tuple(self.shape)}, dtype={str(self._dtype).removeprefix('torch.')}"
+        inputs = f", inputs={self.inputs}" if self.inputs else ""
+        return f"{self.format}, shape={tuple(self.shape)}, dtype={str(self._dtype).removeprefix('torch.')}{inputs}"
 
 
 class _Transposed:
@@ -247,19 +257,6 @@ def _dense(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _dense(v) for k, v in value.items()}
     return value
-
-
-class _Product(torch.autograd.Function):
-    """x W^T by any kernel, with the gradient of x; the dense weight is not kept for it but expanded again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
-        ctx.weight = weight
-        return weight.dispatcher.linear(x, weight.qtensor, None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.weight.qtensor().dequantize(grad.dtype), None
 
 
 # The names of arguments are PyTorch's, because callers use them.
