@@ -28,3 +28,15 @@ FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the te
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second beside the float model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Text to calibrate on: a file or a Hugging Face dataset id; text that the model writes itself when left out.",
+        show_default=False,
+    ),
+]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Windows of calibration text, of 1024 tokens each.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Calibrate on chat: each paragraph or row becomes a user's message.")
+]
