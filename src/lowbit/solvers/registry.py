@@ -2,7 +2,9 @@
 
 A fit is a function `(x, fmt, importance, *, options) -> scale` or `-> (scale, offset)` on blocks:
 `x` float32 [n, size], `importance` float32 [n, size] >= 0 or None, results float32 [n]; the offset is in
-level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, importance, *, options) -> QTensor`.
+level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, stats, *, options) -> QTensor`, `stats` being
+what calibration saw of the weight's input (`solvers/stats.py`) or None. A transform rewrites a model and lives in a
+room of its own, which announces its packages here.
 Writing `@fit()` or `@solver()` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes.
 """
 
@@ -30,6 +32,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     offset: Literal["any", "never", "always"] = "any"
     learns_levels: bool = False
+    needs: Literal["nothing", "second_moment", "cross"] = "nothing"
 
     def declines(self, fmt: Format) -> str | None:
         """Why this method cannot fill a format, or None if it can."""
@@ -38,6 +41,8 @@ class Method:
                 return f"learns the levels, and {fmt} has fixed ones; use a kmeans grid, e.g. kmeans4:channel"
             if not self.learns_levels and fmt.codebook is not None:
                 return f"cannot learn the levels of {fmt}; use kmeans@{fmt}"
+        elif self.kind == "transform":
+            return None
         elif fmt.scale is None:
             return f"finds a scale, and {fmt} has none; leave it out, or give the codebook a scale with cb=tensor"
         elif self.offset == "never" and fmt.offset is not None:
@@ -69,15 +74,32 @@ def fit(offset: Literal["any", "never", "always"] = "any") -> Callable[[Callable
     return lambda function: _register("fit", function, offset=offset)
 
 
-def solver(learns_levels: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a solver under the name of its function. `learns_levels`: for learned grids, and only for them."""
-    return lambda function: _register("solver", function, learns_levels=learns_levels)
+def solver(
+    learns_levels: bool = False, needs: Literal["nothing", "second_moment", "cross"] = "nothing"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a solver under the name of its function.
+
+    `learns_levels`: for learned grids, and only for them. `needs`: the statistics of the input that it cannot do
+    without; "cross" also needs the float model's own input, and so a second stream.
+    """
+    return lambda function: _register("solver", function, learns_levels=learns_levels, needs=needs)
+
+
+# Where methods are found; a room above this one adds its own packages (`announce`).
+_PACKAGES = ["lowbit.solvers.fits", "lowbit.solvers.methods"]
+
+
+def announce(package: str) -> None:
+    """Let `methods()` look into another package, once."""
+    if package not in _PACKAGES:
+        _PACKAGES.append(package)
+        _FOUND.clear()
 
 
 def methods(kind: str | None = None) -> dict[str, Method]:
     """Every registered method (of one kind), in alphabetical order."""
     if not _FOUND:
-        for package in ("lowbit.solvers.fits", "lowbit.solvers.methods"):
+        for package in _PACKAGES:
             for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
                 importlib.import_module(f"{package}.{module.name}")
         _FOUND.append("all")

@@ -11,6 +11,7 @@ from lowbit.formats.blocks import map_blocks, reduce_blocks
 from lowbit.formats.nearest import inverse
 from lowbit.solvers.fitting import run_fit
 from lowbit.solvers.registry import Call, solver
+from lowbit.solvers.stats import Stats
 
 # A block with more elements is summarised by this many equal bins before its levels are sought.
 _BINS = 1 << 14
@@ -21,9 +22,9 @@ _SETTLE = 8
 
 @solver(learns_levels=True)
 def kmeans(
-    weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None, *, iterations: int = 30, rounds: int = 2
+    weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None, *, iterations: int = 30, rounds: int = 2
 ) -> QTensor:
-    """One-dimensional k-means of the weights of each codebook block, weighted by the importance if given.
+    """One-dimensional k-means of the weights of each codebook block, weighted by E[x_k^2] if the input is known.
 
     Lloyd's iteration from a deterministic start, with moves out of local minima (see `lloyd`). For formats with
     a scale per block and a codebook per larger block (`cb=`), the weights are first divided by their block's
@@ -34,7 +35,7 @@ def kmeans(
     if fmt.codebook is None:
         raise RecipeError(f"{fmt} has fixed levels; kmeans needs a learned grid such as kmeans4:channel")
     count = fmt.grid.cardinality
-    importance = None if importance is None else importance.expand(weight.shape).contiguous()
+    importance = None if stats is None else stats.importance.expand(weight.shape).contiguous()
 
     def learn(x: Tensor, v: Tensor | None) -> Tensor:
         return lloyd(x, v, count, iterations)

@@ -1,0 +1,97 @@
+"""What GPTQ, GPTAQ and Qronos have in common: scales first, columns in order, polish, and the better of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, QTensor
+from lowbit.solvers.descent import coordinate_descent, feed_errors
+from lowbit.solvers.fitting import fit_blocks
+from lowbit.solvers.hessian import Factor, factorize, quadratic
+from lowbit.solvers.refit import refit_scales, refits
+from lowbit.solvers.registry import Call
+from lowbit.solvers.rounding import Rounder, empty, with_values
+from lowbit.solvers.stats import Stats
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One weight [N, K], what it becomes, and what is known of its input."""
+
+    weight: Tensor
+    fmt: Format
+    fit: Call
+    stats: Stats
+    damp: float
+    order: int
+
+    def __post_init__(self) -> None:
+        if self.order not in (0, 1, 2):
+            raise RecipeError(f"order={self.order} is unknown: 0 as they stand, 1 activation order, 2 group-aware order")
+
+    @cached_property
+    def factor(self) -> Factor:
+        """The damped second moment, factorized in the order of columns."""
+        diagonal = self.stats.second_moment.diagonal()
+        return factorize(self.stats, self.damp, columns_in_order(diagonal, self.order, self.fmt.block.cols))
+
+
+Shift = Callable[[Factor, Stats], Tensor]
+
+
+def solve_with_feedback(
+    problem: Problem, *, polish: int, target: Tensor | None = None, shift: Shift | None = None
+) -> QTensor:
+    """Fit scales, round with error feedback, polish; keep whatever has the least error under H.
+
+    `target` [N, K]: what Q is to resemble, when it is not the weight itself (Qronos). `shift`: the matrix P of GPTAQ,
+    in the order of the factor's columns.
+    """
+    weight = problem.weight if target is None else target
+    scale, offset = fit_blocks(weight, problem.fmt, problem.fit, problem.stats.importance)
+    q = empty(problem.fmt, tuple(weight.shape), scale, offset)
+    factor = problem.factor
+    perm, back = factor.perm, torch.argsort(factor.perm)
+    p = None if shift is None else shift(factor, problem.stats)
+    values = feed_errors(weight[:, perm], factor.upper, Rounder(q, perm), p)[:, back]
+    best, error = with_values(q, weight), float("inf")
+    candidates = [best, with_values(q, values)]
+    # With a shift the error that counts is not the one below, and round-to-nearest is no match for it.
+    for candidate in candidates[1:] if shift is not None else candidates:
+        e = quadratic(candidate.dequantize() - weight, factor.hessian)
+        if e < error:
+            best, error = candidate, e
+    for _ in range(polish):
+        better = _polished(best, weight, factor)
+        e = quadratic(better.dequantize() - weight, factor.hessian)
+        if e >= error:
+            break
+        best, error = better, e
+    return best
+
+
+def _polished(q: QTensor, target: Tensor, factor: Factor) -> QTensor:
+    """One joint refit of the scales, and one sweep of coordinate descent under the new ones."""
+    if refits(q):
+        q = refit_scales(q, target, factor.hessian)
+    perm, back = factor.perm, torch.argsort(factor.perm)
+    hessian = factor.hessian[perm][:, perm].contiguous()
+    values = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm))
+    return with_values(q, values[:, back])
+
+
+def columns_in_order(diagonal: Tensor, order: int, group: int) -> Tensor:
+    """int64 [K]: the order in which columns are rounded, the most important first; the same on every machine."""
+    if order == 0:
+        return torch.arange(len(diagonal))
+    if order == 1 or group == -1:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    starts = range(0, len(diagonal), group)
+    first = sorted(starts, key=lambda s: -float(diagonal[s : s + group].max()))
+    return torch.cat([s + torch.argsort(diagonal[s : s + group], descending=True, stable=True) for s in first])

@@ -1,0 +1,70 @@
+"""Second-moment matrices as solvers need them: damped, factorized, and never a crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.solvers.stats import Stats
+
+_MOST_DAMPING = 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """H + damp mean(diag H) I, and the upper Cholesky factor U of its inverse, in the order `perm` of columns.
+
+    hessian  [K, K] float32, in the original order, damped
+    upper    [K, K] float32, of the permuted matrix: inv(H_perm) = U' U
+    damp     the damping that was needed; larger than what was asked for when the factorization failed at first
+    """
+
+    hessian: Tensor
+    upper: Tensor
+    perm: Tensor
+    damp: float
+
+
+def factorize(stats: Stats, damp: float, perm: Tensor) -> Factor:
+    """Factorize in float64; where that fails, damping grows tenfold until it does not.
+
+    Source: Frantar et al. 2022 (GPTQ), section 3.3, step 3: "Cholesky reformulation". A channel that was always 0
+    gets the mean diagonal: its weight then rounds to nearest and nothing is asked of the others for it.
+    """
+    key = (damp, tuple(perm.tolist()))
+    if key not in stats.memory:
+        stats.memory.clear()  # the same statistics serve q, k and v, one order at a time
+        stats.memory[key] = _factorized(stats.second_moment, damp, perm)
+    found: Factor = stats.memory[key]
+    return found
+
+
+def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
+    hessian = moment.double()
+    diagonal = hessian.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:  # nothing was ever seen: every order and every error are the same
+        hessian, mean = torch.eye(len(moment), dtype=torch.float64), 1.0
+    dead = hessian.diagonal() <= 0
+    hessian = hessian.clone()
+    hessian.diagonal()[dead] = mean
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped[perm][:, perm])
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed) and bool(torch.isfinite(upper).all()):
+                return Factor(damped.float(), upper.float(), perm, damp)
+        damp = max(1e-6, damp) * 10
+        if damp > _MOST_DAMPING:  # not a second moment at all: no error feedback is the honest answer
+            eye = torch.eye(len(moment))
+            return Factor(eye, eye, perm, float("inf"))
+
+
+def quadratic(error: Tensor, hessian: Tensor) -> float:
+    """tr(E H E'): the squared error of the layer's output for E [N, K], per token."""
+    return float(((error @ hessian) * error).sum(dtype=torch.float64))

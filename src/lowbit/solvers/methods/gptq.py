@@ -1,0 +1,29 @@
+"""gptq: round column by column, and let the columns that follow make up for each error."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.formats import Format, QTensor
+from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.registry import Call, solver
+from lowbit.solvers.stats import Stats
+
+
+@solver(needs="second_moment")
+def gptq(
+    weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, damp: float = 0.01, order: int = 1, polish: int = 2
+) -> QTensor:
+    """GPTQ with static groups: argmin over codes of tr((W - Q) H (W - Q)'), H = E[x x'], greedily by columns.
+
+    `weight` float32 [N, K]. Scales come first, from the fit weighted by diag H, and stay where they are in the row,
+    so that any order of columns costs nothing at run time. `order`: 1 by decreasing E[x_k^2] (activation order),
+    2 the same inside groups and among groups (group-aware order), 0 as they stand. `damp`: share of mean(diag H)
+    added to it; grows by itself where the factorization fails. `polish`: rounds of joint scale refit and coordinate
+    descent afterwards, each kept only where it lowers the error. Never above round-to-nearest under H.
+
+    Source: Frantar et al. 2022, "GPTQ", Algorithm 1; static groups and activation order: its reference
+    implementation; group-aware order: Gafni et al. 2025.
+    """
+    return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=polish)
+

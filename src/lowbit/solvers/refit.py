@@ -1,0 +1,89 @@
+"""All scales of a row at once: the codes stay, the scales become the least-squares answer for the layer's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import QTensor, encode
+from lowbit.formats.nearest import inverse
+from lowbit.solvers.rounding import per_element
+
+_CHUNK = 1 << 24  # elements of the rows' normal matrices that are in memory at a time
+
+
+def refits(q: QTensor) -> bool:
+    """Whether the scales of `q` can be refitted: plain stores, one row a block, more than a power of two to choose."""
+    fmt = q.format
+    plain_offset = fmt.offset is None or isinstance(fmt.offset.store, str)
+    return fmt.codebook is None and fmt.scale in ("fp32", "fp16", "bf16") and plain_offset and fmt.block.rows == 1
+
+
+def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
+    """Scales (and float minima) that minimise tr((Q - W) H (Q - W)') for the codes that `q` [N, K] has.
+
+    For each row, with d_g the levels (less the zero-point) of group g and 0 elsewhere, Q = sum_g s_g d_g:
+
+        A s = b,   A_gh = d_g' H d_h,   b_g = d_g' H w
+
+    For a float minimum the constant 1 of each group is a second basis vector. Returns the codes as they are under the
+    stored (rounded) scales. Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's closed-form codebook, for one
+    scale a group instead of one level a code.
+    """
+    fmt, (rows, cols) = q.format, q.shape
+    size = cols if fmt.block.cols == -1 else fmt.block.cols
+    groups = -(-cols // size)
+    level = fmt.grid.decode(q.unpacked())
+    offset, before = q.offsets(), q.scales()[0]  # type: ignore[index]
+    minimum = fmt.offset_kind == "min"
+    if offset is not None and not minimum:
+        level = level - per_element(offset, q.shape, fmt.block)
+    bases = [level, torch.ones_like(level)] if minimum else [level]
+    present = torch.cat([before, offset[0]], 1) if minimum else before  # type: ignore[index]
+    pulled = target @ hessian
+    found = torch.empty(rows, groups * len(bases))
+    step = max(1, _CHUNK // (groups * len(bases)) ** 2)
+    for begin in range(0, rows, step):
+        part = slice(begin, begin + step)
+        found[part] = _solve([b[part] for b in bases], pulled[part], hessian, size, present[part])
+    scale = found[:, :groups]
+    # A group whose levels are all 0 says nothing of its scale; a scale that turned 0 would lose the group for good.
+    scale = torch.where((scale == 0) | ~scale.isfinite(), before, scale)
+    if not fmt.scale_signed:
+        scale = torch.where(scale < 0, before, scale)
+    new_offset = None if offset is None else offset[0]
+    if minimum:
+        new_offset = -found[:, groups:] * inverse(scale)  # `encode` takes zero-points: m = -s z
+    values = bases[0] * per_element(scale[None], q.shape, fmt.block)
+    if minimum:
+        values = values + per_element(found[None, :, groups:], q.shape, fmt.block)
+    return encode(values, fmt, scale[None], None if new_offset is None else new_offset[None])
+
+
+def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor) -> Tensor:
+    """float32 [n, G * len(bases)]: the normal equations of every row, with a trace of the present answer in them."""
+    cols = hessian.shape[0]
+    spans = [(g, min(g + size, cols)) for g in range(0, cols, size)]
+    rows, count = len(pulled), len(spans) * len(bases)
+    normal, right = torch.empty(rows, count, count), torch.empty(rows, count)
+    for i, (basis, (begin, end)) in enumerate((b, span) for b in bases for span in spans):
+        vector = basis[:, begin:end]
+        right[:, i] = (vector * pulled[:, begin:end]).sum(1)
+        reach = vector @ hessian[begin:end]  # d_g' H
+        for j, other in enumerate(bases):
+            normal[:, i, j * len(spans) : (j + 1) * len(spans)] = _by_group(reach * other, size, len(spans))
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    ridge = 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
+    normal = normal.double() + torch.diag_embed(ridge.expand(-1, count)).double()
+    right = right.double() + (ridge * present).double()
+    factor, _ = torch.linalg.cholesky_ex(normal)
+    return torch.cholesky_solve(right[..., None], factor)[..., 0].float()
+
+
+def _by_group(x: Tensor, size: int, groups: int) -> Tensor:
+    """Sums of the groups of each row, the last of which may be short."""
+    short = groups * size - x.shape[1]
+    if short:
+        x = torch.nn.functional.pad(x, (0, short))
+    return x.view(len(x), groups, size).sum(2)
+

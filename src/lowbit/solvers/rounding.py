@@ -1,0 +1,60 @@
+"""Rounding one column at a time: scale and offset of every element, laid out by columns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Block, Format, QTensor, encode
+from lowbit.formats.blocks import map_blocks
+from lowbit.formats.nearest import inverse
+
+
+def per_element(values: Tensor, shape: tuple[int, ...], block: Block) -> Tensor:
+    """Per-block values [batch, row blocks, column blocks] spread over the elements: float32 of `shape`."""
+    blank = torch.empty(shape, dtype=torch.float32)
+    return map_blocks(lambda x, v: v[:, None].expand_as(x), block, blank, values, dtype=torch.float32)
+
+
+class Rounder:
+    """w -> (level - zero) scale with the stored scale and offset of `q` [N, K]; columns may be in any order.
+
+    `value(k, w)` rounds w [N] as column k. Scale and zero are kept [K, N], so that a column is contiguous.
+    """
+
+    def __init__(self, q: QTensor, perm: Tensor | None = None) -> None:
+        fmt, shape = q.format, q.shape
+        scale = per_element(q.scales(), shape, fmt.block)  # type: ignore[arg-type]
+        offset = q.offsets()
+        zero = None
+        if offset is not None:
+            zero = per_element(offset, shape, fmt.block)
+            if fmt.offset_kind == "min":  # w = s level + m, so z = -m / s
+                zero = -zero * inverse(scale)
+        self.grid, self.fmt = fmt.grid, fmt
+        order = slice(None) if perm is None else perm
+        self.scale = scale.T[order].contiguous()
+        self.inverse = inverse(self.scale)
+        self.zero = None if zero is None else zero.T[order].contiguous()
+
+    def value(self, k: int, w: Tensor) -> Tensor:
+        """The nearest value that column k can store, for each row."""
+        if self.zero is None:
+            return self.grid.round(w * self.inverse[k]).mul_(self.scale[k])
+        zero = self.zero[k]
+        return self.grid.round(torch.addcmul(zero, w, self.inverse[k])).sub_(zero).mul_(self.scale[k])
+
+
+def empty(fmt: Format, shape: tuple[int, ...], scale: Tensor, offset: Tensor | None) -> QTensor:
+    """A QTensor with this scale and offset as they are stored, and no codes yet."""
+    return encode(torch.zeros(shape), fmt, scale, offset)
+
+
+def with_values(q: QTensor, values: Tensor) -> QTensor:
+    """`q` with the codes of `values` [N, K], which lie on its levels, under its own stored scale and offset."""
+    from lowbit.formats.packing import pack
+    from lowbit.formats.qtensor import nearest_codes
+
+    return replace(q, codes=pack(nearest_codes(values, q), q.format.grid.cardinality))

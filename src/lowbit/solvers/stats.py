@@ -1,0 +1,87 @@
+"""What calibration saw of one input x [tokens, K] of one or more weights.
+
+Weights that read the same input (q, k and v; gate and up) share one `Stats`. Scaling the channels of x acts on
+it by algebra, so that a transform needs no second forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Stats:
+    """Moments of an input; all float32.
+
+    tokens         how many rows x had
+    second_moment  [K, K]: x' x / tokens, of the inputs as the quantized model sees them
+    absmax         [K]: the largest |x_k|
+    mean_abs       [K]: the mean of |x_k|
+    cross          [K, K]: x_f' x / tokens, with x_f the same input in the float model; None when it was not asked for
+    """
+
+    tokens: int
+    second_moment: Tensor
+    absmax: Tensor
+    mean_abs: Tensor
+    cross: Tensor | None = None
+    memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # factorizations that several weights share
+
+    @property
+    def importance(self) -> Tensor:
+        """[1, K]: E[x_k^2], what an error of column k costs; never 0, so that unseen channels still round to nearest."""
+        mean = self.second_moment.diagonal()
+        floor = float(mean.max()) * 1e-6 if float(mean.max()) > 0 else 1.0
+        return mean.clamp_min(floor)[None]
+
+    def scaled(self, scale: Tensor) -> Stats:
+        """The statistics of x / scale: H_kl / (s_k s_l), absmax_k / s_k, mean_abs_k / s_k. `scale` [K] > 0."""
+        s = scale.to(torch.float32)
+        both = s[:, None] * s
+        cross = None if self.cross is None else self.cross / both
+        return Stats(self.tokens, self.second_moment / both, self.absmax / s, self.mean_abs / s, cross)
+
+    def blended(self, prior: Stats, tokens: int) -> Stats:
+        """Shrunk towards `prior`, which counts as `tokens` observations: (n H + m H_prior) / (n + m).
+
+        For an expert that saw few tokens, with the statistics of all its siblings as the prior.
+        """
+        n = self.tokens
+        share = n / max(1, n + tokens)
+        mixed = share * self.second_moment + (1 - share) * prior.second_moment
+        absmax = torch.maximum(self.absmax, prior.absmax * (1 - share))
+        return Stats(n, mixed, absmax, share * self.mean_abs + (1 - share) * prior.mean_abs)
+
+
+class StatsBuilder:
+    """Adds micro-batches up; sums are float32 of float32 products, the mean is taken at the end."""
+
+    def __init__(self, width: int, cross: bool = False) -> None:
+        self.tokens = 0
+        self.sum = torch.zeros(width, width)
+        self.cross = torch.zeros(width, width) if cross else None
+        self.absmax, self.abs = torch.zeros(width), torch.zeros(width)
+
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """`x` [..., K] as the quantized model computes it; `x_float` the same of the float model."""
+        x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32)
+        if not len(x):
+            return
+        self.tokens += len(x)
+        self.sum.addmm_(x.T, x)
+        size = x.abs()
+        torch.maximum(self.absmax, size.amax(0), out=self.absmax)
+        self.abs += size.sum(0)
+        if self.cross is not None and x_float is not None:
+            self.cross.addmm_(x_float.reshape(x.shape).to("cpu", torch.float32).T, x)
+
+    def stats(self) -> Stats:
+        """The moments of everything added. With no tokens at all, every moment is 0."""
+        n = max(1, self.tokens)
+        moment = self.sum / n
+        moment = (moment + moment.T) / 2  # the two triangles of a blocked product differ in the last bits
+        return Stats(self.tokens, moment, self.absmax, self.abs / n, None if self.cross is None else self.cross / n)
