@@ -67,8 +67,7 @@ def _folded(source: Source, arch: Arch, norm: Norm) -> list[tuple[str, Edit]]:
     beta_name = norm.bias
     if any(reader not in arch.biases for reader in norm.readers):
         return [*edits, (beta_name, Edit(lambda beta: _divided(beta, gamma(), norm)))]
-    for reader in norm.readers:
-        edits.append((arch.biases[reader], Edit(_with_beta(source, arch, reader, beta_name))))
+    edits += [(arch.biases[reader], Edit(_with_beta(source, arch, reader, beta_name))) for reader in norm.readers]
     return [*edits, (beta_name, Edit(torch.zeros_like))]
 
 

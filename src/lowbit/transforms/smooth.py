@@ -47,19 +47,29 @@ def product_error(
 ) -> float:
     """Expected squared error a token of (x / s)_q (W s)_q', without the inputs: from their statistics.
 
-    Weights: sum over W of tr(E H E') with E = (W s)_q - W s and H that of x / s. Inputs: rounding with step
-    D = 2 max_k(absmax_k / s_k) / (2^bits - 2) adds D^2 / 12 a channel if errors are independent, times |W s|^2. The step
-    is that of a token that reaches the largest value of every channel, so it weighs outliers as much as it can.
+    Weights: sum over W of tr(E H E') with E = (W s)_q - W s and H that of x / s. Inputs: each token is rounded with the
+    step D = 2 max_k |x_k / s_k| / (2^bits - 2), which adds D^2 / 12 a channel, times |W s|^2. The mean of the
+    squared largest channel is taken as if channels were independent and normal.
     """
     scaled = rescaled(stats, scale)
-    step = 2 * float(scaled.absmax.max()) / (2**bits - 2)
     importance = scaled.second_moment.diagonal()
+    step_squared = 4 * mean_square_of_largest(importance, float(scaled.absmax.max())) / (2**bits - 2) ** 2
     total = 0.0
     for weight in weights:
         w = weight * scale
         total += quadratic(quantize(w, importance) - w, scaled.second_moment)
-        total += step**2 / 12 * float(w.double().square().sum())
+        total += step_squared / 12 * float(w.double().square().sum())
     return total
+
+
+def mean_square_of_largest(mean_square: Tensor, limit: float, points: int = 256) -> float:
+    """E[max_k y_k^2] for independent normal y_k of mean squares [K], cut at `limit`: the integral of 2 t P(max > t) dt.
+
+    P(max <= t) is the product of erf(t / sqrt(2 v_k)).
+    """
+    t = (torch.arange(points, dtype=torch.float64, device=mean_square.device) + 0.5) * (limit / points)
+    inside = torch.special.erf(t[:, None] / (2 * mean_square.double().clamp(min=1e-30)).sqrt()).prod(1)
+    return float((2 * t * (1 - inside)).sum() * (limit / points))
 
 
 def quadratic(error: Tensor, second_moment: Tensor) -> float:
