@@ -7,12 +7,12 @@ from lowbit.transforms.fold import fold
 from lowbit.transforms.hadamard import Rotation, hadamard, rotation_for
 from lowbit.transforms.registry import FACTS, check_order
 from lowbit.transforms.rotate import rotate
-from lowbit.transforms.scale import InputStatistics, Scaling, Statistics, apply_scale, rescaled
+from lowbit.transforms.scale import Scaling, apply_scale
 from lowbit.transforms.smooth import smooth
 from lowbit.transforms.transformed import TransformedSource
 
 __all__ = [
-    "FACTS", "Arch", "InputStatistics", "Link", "Norm", "Point", "Rotation", "Scaling", "Statistics",
+    "FACTS", "Arch", "Link", "Norm", "Point", "Rotation", "Scaling",
     "TransformedSource", "apply_scale", "arch_of", "awq", "check_family", "check_function", "check_order",
-    "clip_search", "fold", "hadamard", "rescaled", "rotate", "rotation_for", "shared_channels", "smooth",
+    "clip_search", "fold", "hadamard", "rotate", "rotation_for", "shared_channels", "smooth",
 ]  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit.errors import TransformError
+from lowbit.errors import RecipeError, TransformError
+from lowbit.solvers.stats import Stats
 from lowbit.transforms.registry import transform
-from lowbit.transforms.scale import Quantize, Scaling, Statistics, equal_where_shared, rescaled
+from lowbit.transforms.scale import Quantize, Scaling, equal_where_shared
 from lowbit.transforms.smooth import quadratic
 
 
@@ -22,7 +23,7 @@ from lowbit.transforms.smooth import quadratic
     replaces={"smooth": "both choose the scale of the same channels, and the later one decides alone"},
 )
 def awq(
-    weights: Sequence[Tensor], stats: Statistics, quantize: Quantize, shared: Tensor | None = None, *, points: int = 20
+    weights: Sequence[Tensor], stats: Stats, quantize: Quantize, shared: Tensor | None = None, *, points: int = 20
 ) -> Scaling:
     """Scale columns by s_k = mean|x_k|^alpha, with the alpha that makes |x W' - (x / s) (W s)_q'| least.
 
@@ -30,15 +31,17 @@ def awq(
     sqrt(max s * min s). The error comes from the second moment H of x: sum over W of tr(E H E') with
     E = (W s)_q / s - W, which is the mean over tokens of the squared error of the product, so no input is needed.
     `weights` float32 [N_i, K] share one input. alpha = 0 is among the candidates: the error is never above that of
-    no scaling. `shared` [K]: channels that must have the same scale.
+    no scaling. `shared` [K]: channels that must have the same scale. RecipeError for points=0.
     """
+    if points < 1:
+        raise RecipeError("awq: points is how many exponents are tried, 1 or more; to scale nothing leave awq out")
     second = stats.second_moment
     tried = []
-    for i in range(max(1, points)):
-        alpha = i / max(1, points)
+    for i in range(points):
+        alpha = i / points
         scale = equal_where_shared(_normalised(stats.mean_abs.to(weights[0]), alpha), shared)
-        importance = rescaled(stats, scale).second_moment.diagonal()
-        error = sum(quadratic(quantize(w * scale, importance) / scale - w, second) for w in weights)
+        scaled = stats.scaled(scale)
+        error = sum(quadratic(quantize(w * scale, scaled) / scale - w, second) for w in weights)
         tried.append((error, alpha, scale))
     error, alpha, scale = min(tried, key=lambda t: t[0])
     return Scaling(scale, alpha, error, tried[0][0])
@@ -56,7 +59,7 @@ def _normalised(mean_abs: Tensor, alpha: float) -> Tensor:
 
 
 def clip_search(
-    weight: Tensor, stats: Statistics, quantize: Quantize, group: int = -1, *, points: int = 20, least: float = 0.5
+    weight: Tensor, stats: Stats, quantize: Quantize, group: int = -1, *, points: int = 20, least: float = 0.5
 ) -> Tensor:
     """The weight with each group of a row clipped to the share of its absmax that makes the group's error least.
 
@@ -69,7 +72,6 @@ def clip_search(
     size = k if group == -1 else group
     if k % size:
         raise TransformError(f"groups of {size} do not divide {k} channels; clip whole rows with group -1")
-    importance = stats.second_moment.diagonal()
     starts = range(0, k, size)
     blocks = torch.stack([stats.second_moment[i : i + size, i : i + size] for i in starts]).to(weight)
     largest = weight.reshape(n, -1, size).abs().amax(-1, keepdim=True)
@@ -77,7 +79,7 @@ def clip_search(
     for i in range(int(points * (1 - least)) + 1):
         limit = largest * (1 - i / points)
         clipped = weight.reshape(n, -1, size).clamp(-limit, limit).reshape(n, k)
-        e = (quantize(clipped, importance) - weight).reshape(n, -1, size)
+        e = (quantize(clipped, stats) - weight).reshape(n, -1, size)
         error = torch.einsum("ngi,gij,ngj->ng", e, blocks, e)
         better = error < least_error
         least_error = torch.where(better, error, least_error)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lowbit.errors import TransformError
-from lowbit.interchange.source import Source
+from lowbit.errors import SourceError, TransformError
+from lowbit.interchange.source import Source, one_line
 from lowbit.transforms.hadamard import Rotation
 from lowbit.transforms.transformed import TransformedSource
 
@@ -66,10 +66,15 @@ def check_family(config: PretrainedConfig, transform: Any, **options: Any) -> fl
     from lowbit.interchange.inventory import model_class
     from lowbit.interchange.source import open_source
 
-    tiny = tiny_config(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Any = model_class(tiny)(tiny).double().eval()
+        try:
+            tiny = tiny_config(config)
+            model: Any = model_class(tiny)(tiny).double().eval()
+        except Exception as error:  # whatever a constructor does with sizes that it did not expect
+            raise SourceError(
+                f"no tiny model of type {config.model_type!r} can be built to check transforms on: {one_line(error)}"
+            ) from error
         with torch.no_grad():
             for param in model.parameters():  # norms of ones and biases of zeros would hide mistakes
                 param.copy_(torch.randn(param.shape, dtype=torch.float64) * 0.1 + 0.05)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.solvers.registry import _register
+from lowbit.solvers.registry import _register, announce
+
+announce("lowbit.transforms")  # a new transform is a file of this room
 
 
 @dataclass(frozen=True)

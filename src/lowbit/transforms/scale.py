@@ -3,57 +3,24 @@
     y = x W'  =  (x / s) (W diag(s))'
 
 The division goes into what makes x: the weight (and bias) of a norm, or the rows (and bias) of a linear. Where nothing
-can take it, x itself is divided while the model runs (an input divisor). Statistics of x follow by algebra.
+can take it, x itself is divided while the model runs (an input divisor). Statistics of x follow by `Stats.scaled`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import TransformError
+from lowbit.solvers.stats import Stats
 from lowbit.transforms.arch import Arch, Norm, Point, channels, shared_channels
 from lowbit.transforms.fold import gain, stored_gain
 
-# (weight [N, K] float32, importance [K] or None) -> the weight that its stored form stands for, [N, K] float32.
-Quantize = Callable[[Tensor, "Tensor | None"], Tensor]
-
-
-class Statistics(Protocol):
-    """What is known of one input x [tokens, K]; all float32 (or float64).
-
-    second_moment  [K, K], x' x / tokens
-    absmax         [K], the largest |x_k|
-    mean_abs       [K], the mean of |x_k|
-    """
-
-    @property
-    def second_moment(self) -> Tensor: ...
-
-    @property
-    def absmax(self) -> Tensor: ...
-
-    @property
-    def mean_abs(self) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """`Statistics` as a value."""
-
-    second_moment: Tensor
-    absmax: Tensor
-    mean_abs: Tensor
-
-    @staticmethod
-    def of(x: Tensor) -> InputStatistics:
-        """Those of an input that is at hand, [tokens, K] (any leading dimensions)."""
-        x = x.reshape(-1, x.shape[-1])
-        return InputStatistics(x.mT @ x / len(x), x.abs().amax(0), x.abs().mean(0))
+# (weight [N, K] float32, statistics of its input) -> the weight that its stored form stands for, [N, K] float32.
+Quantize = Callable[[Tensor, Stats], Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,12 +32,6 @@ class Scaling:
     alpha: float
     error: float
     plain: float
-
-
-def rescaled(stats: Statistics, scale: Tensor) -> InputStatistics:
-    """The statistics of x / scale: H_kl / (s_k s_l), absmax_k / s_k, mean_abs_k / s_k."""
-    s = scale.to(stats.second_moment)
-    return InputStatistics(stats.second_moment / s[:, None] / s, stats.absmax / s, stats.mean_abs / s)
 
 
 def equal_where_shared(scale: Tensor, shared: Tensor | None) -> Tensor:

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lowbit.errors import RecipeError
+from lowbit.solvers.stats import Stats
 from lowbit.transforms.registry import transform
-from lowbit.transforms.scale import Quantize, Scaling, Statistics, equal_where_shared, rescaled
+from lowbit.transforms.scale import Quantize, Scaling, equal_where_shared
 
 _WHY = "puts norm weights into the linears and so undoes the smoothing"
 
 
 @transform("group", undone_by={"fold": _WHY, "rotate": "folds and mixes the channels that were smoothed"})
 def smooth(
-    weights: Sequence[Tensor], stats: Statistics, quantize: Quantize, shared: Tensor | None = None, *,
+    weights: Sequence[Tensor], stats: Stats, quantize: Quantize, shared: Tensor | None = None, *,
     alpha: float = 0.5, points: int = 0, bits: int = 8,
 ) -> Scaling:  # fmt: skip
     """Divide input channels by s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) (SmoothQuant, equation 4).
@@ -23,8 +25,14 @@ def smooth(
     `weights` float32 [N_i, K] share one input; max|w_k| is over the rows of all. `shared` [K]: channels that must have
     the same scale. With `points` > 0 the exponent is searched in 0, 1/points, ..., 1 by the error of the
     product that `bits`-bit inputs (one scale for each token) and the quantized weights are expected to have.
-    Channels whose input or weights are all zero keep the scale 1.
+    Channels whose input or weights are all zero keep the scale 1. RecipeError for options that exclude each other.
     """
+    if points and alpha != 0.5:
+        raise RecipeError(
+            "smooth: points=... searches for alpha, so an alpha given beside it would be ignored; give one"
+        )
+    if bits < 2:
+        raise RecipeError(f"smooth: inputs of {bits} bits cannot be smoothed for; bits is 2 or more")
     largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
     alphas = [i / points for i in range(points + 1)] if points else [alpha]
     tried = []
@@ -42,22 +50,21 @@ def _scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return torch.where(alive, scale, 1.0).clamp(min=1e-5, max=1e5)
 
 
-def product_error(
-    weights: Sequence[Tensor], stats: Statistics, scale: Tensor, quantize: Quantize, bits: int = 8
-) -> float:
+def product_error(weights: Sequence[Tensor], stats: Stats, scale: Tensor, quantize: Quantize, bits: int = 8) -> float:
     """Expected squared error a token of (x / s)_q (W s)_q', without the inputs: from their statistics.
 
     Weights: sum over W of tr(E H E') with E = (W s)_q - W s and H that of x / s. Inputs: each token is rounded with the
     step D = 2 max_k |x_k / s_k| / (2^bits - 2), which adds D^2 / 12 a channel, times |W s|^2. The mean of the
     squared largest channel is taken as if channels were independent and normal.
     """
-    scaled = rescaled(stats, scale)
-    importance = scaled.second_moment.diagonal()
-    step_squared = 4 * mean_square_of_largest(importance, float(scaled.absmax.max())) / (2**bits - 2) ** 2
+    scaled = stats.scaled(scale)
+    step_squared = (
+        4 * mean_square_of_largest(scaled.second_moment.diagonal(), float(scaled.absmax.max())) / (2**bits - 2) ** 2
+    )
     total = 0.0
     for weight in weights:
         w = weight * scale
-        total += quadratic(quantize(w, importance) - w, scaled.second_moment)
+        total += quadratic(quantize(w, scaled) - w, scaled.second_moment)
         total += step_squared / 12 * float(w.double().square().sum())
     return total
 
