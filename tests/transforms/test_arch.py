@@ -19,7 +19,7 @@ from lowbit.transforms.rotate import rotate
 from tiny import TINY
 
 
-@pytest.mark.parametrize("name", ["mixtral", "bert", "mamba", "bloom"])
+@pytest.mark.parametrize("name", ["falcon", "bert", "mamba", "bloom"])
 def test_an_unknown_architecture_is_refused_and_told_what_works(name: str) -> None:
     source = random_source(TINY[name]())
     with pytest.raises(TransformError, match=rf"no facts about models of type '{name}'.*llama.*gptq"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from variants import FAMILIES, family_source, random_source
 
-from lowbit.errors import TransformError
+from lowbit.errors import RecipeError, TransformError
 from lowbit.transforms.arch import arch_of
 from lowbit.transforms.check import check_function
 from lowbit.transforms.fold import fold
@@ -24,9 +24,13 @@ def test_rotating_keeps_the_function(name: str, options: dict[str, int]) -> None
         with pytest.raises(TransformError, match=r"post_attention_layernorm.*r1=0"):
             rotate(source, **options)
         return
+    arch = arch_of(source)
+    if options.get("r4") and not arch.seconds:
+        with pytest.raises(TransformError, match="inputs of experts"):
+            rotate(source, **options)
+        options = {**options, "r4": 0, "r2": 1}
     turned = rotate(source, **options)
     assert check_function(source, turned) < 1e-10
-    arch = arch_of(source)
     changed = {n for n in source.tensors if not torch.equal(turned.read(n), source.read(n))}
     expected = set()
     if options.get("r1", 1):
@@ -37,6 +41,11 @@ def test_rotating_keeps_the_function(name: str, options: dict[str, int]) -> None
         expected |= set(arch.seconds)
         assert set(turned.online) == set(arch.seconds)
     assert expected and expected <= changed
+
+
+def test_rotating_nothing_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="rotates nothing"):
+        rotate(family_source("llama"), r1=0, r2=0)
 
 
 def outlier_ratio(x: torch.Tensor) -> float:

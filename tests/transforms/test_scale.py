@@ -67,7 +67,8 @@ def scaled_everywhere(source: Source, arch: Arch) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scaling_every_point_keeps_the_function(name: str, before: str) -> None:
     source = family_source(name)
-    options = {"r1": 0} if arch_of(source).post_norms else {"r4": 1}
+    arch = arch_of(source)
+    options = {"r1": int(not arch.post_norms), "r4": int(bool(arch.seconds))}
     given = {"as it is": lambda s: s, "folded": lambda s: fold(s, head=1), "rotated": lambda s: rotate(s, **options)}[
         before
     ](source)

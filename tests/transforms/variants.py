@@ -26,7 +26,8 @@ _ROPE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_h
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     **{n: TINY[n] for n in ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "gpt2",
-                            "gpt-neox", "opt", "t5")},
+                            "gpt-neox", "opt", "t5", "mixtral", "qwen3-moe")},
+    "qwen3-moe-mixed": _like("qwen3-moe", mlp_only_layers=[0]),
     "llama-biases": _like("llama", attention_bias=True, mlp_bias=True),
     "qwen2-untied": _like("qwen2", tie_word_embeddings=False),
     "gemma": lambda: transformers.GemmaConfig(architectures=["GemmaForCausalLM"], head_dim=8, **_ROPE),

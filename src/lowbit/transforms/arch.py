@@ -215,8 +215,9 @@ class _Resolver:
 
     def _find(self, template: str, number: str | None = None, required: bool = True) -> list[str]:
         """The weights that a template means, for one layer or for all."""
-        for choice in template.split("|"):
-            pattern = re.escape(choice).replace(r"\{i\}", number or r"\d+").replace(r"\*", r"[^.]*") + r"\.weight"
+        required = required and not template.endswith("?")
+        for choice in template.removesuffix("?").split("|"):
+            pattern = _pattern(choice, number or r"\d+")
             found = [name for name in self.known if re.fullmatch(pattern, name)]
             if found:
                 self.used |= set(found)
@@ -243,9 +244,13 @@ def _number(template: str, name: str) -> str | None:
     """The number that stands for {i} in a name, None for a template without one."""
     if "{i}" not in template:
         return None
-    pattern = re.escape(template.split("|")[0]).replace(r"\{i\}", r"(\d+)").replace(r"\*", r"[^.]*") + r"\.weight"
-    found = re.fullmatch(pattern, name)
+    found = re.fullmatch(_pattern(template, r"(\d+)"), name)
     return found.group(1) if found else None
+
+
+def _pattern(template: str, number: str) -> str:
+    """The names that a template means; stacks of experts are parameters themselves, without `.weight`."""
+    return re.escape(template).replace(r"\{i\}", number).replace(r"\*", r"[^.]*") + r"(?:\.weight)?"
 
 
 def channels(weight: Tensor, arch: Arch, name: str) -> Tensor:

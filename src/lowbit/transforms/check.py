@@ -48,6 +48,8 @@ def logits(source: Source, *, tokens: int, seed: int, online: dict[str, Rotation
     # Not a module's own load_float: buffers that a config determines, such as Gemma's embedding scale, must be built alike.
     model: Any = Source.load_float(source, torch.float64)
     config = model.config
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # the grouped product of transformers has no float64
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, config.get_text_config().vocab_size, (2, tokens), generator=generator)
     inputs = {"input_ids": ids}

@@ -1,7 +1,7 @@
 """What is known of each family of models: about ten lines of facts each, found by `config.model_type`.
 
 Names are those of modules in transformers 5, without `.weight`; `{i}` is the number of a layer, `*` matches
-within one part of a name, and of `a|b` the first that the model has counts. A wrong fact does not pass the
+within one part of a name, of `a|b` the first that the model (or the layer) has counts, and `a?` may be absent. A wrong fact does not pass the
 tests, which compare float64 logits of a tiny random model before and after every transform.
 
 To add a family: write its `Family` here and its tiny config in the tests.
@@ -106,6 +106,21 @@ PHI3 = replace(
     ),
     inside=(),
 )
+# A scale cannot pass inside an expert: every expert would need its own. The router reads the norm as experts do.
+MOE = replace(
+    LLAMA,
+    types=("mixtral", "qwen3_moe"),
+    norms={
+        f"{_LAYER}input_layernorm": _ATTENTION,
+        f"{_LAYER}post_attention_layernorm": (
+            f"{_LAYER}mlp.gate|{_LAYER}mlp.gate_proj",
+            f"{_LAYER}mlp.experts.gate_up_proj|{_LAYER}mlp.up_proj",
+        ),
+        "model.norm": ("lm_head",),
+    },
+    between=(_VALUES, _UP),
+    writers=(*LLAMA.writers[:2], f"{_LAYER}mlp.experts.down_proj", f"{_LAYER}mlp.down_proj?"),
+)
 PHI = Family(
     types=("phi",),
     norms={  # attention and MLP run side by side and share one norm
@@ -198,6 +213,6 @@ T5 = Family(
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (LLAMA, GEMMA, GEMMA2, PHI3, PHI, GPT2, OPT, GPT_NEOX, T5)
+    for family in (LLAMA, GEMMA, GEMMA2, PHI3, MOE, PHI, GPT2, OPT, GPT_NEOX, T5)
     for model_type in family.types
 }

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lowbit.errors import TransformError
+from lowbit.errors import RecipeError, TransformError
 from lowbit.interchange.source import Source
 from lowbit.transforms.arch import Arch, Link, arch_of
 from lowbit.transforms.fold import fold
@@ -32,8 +32,11 @@ def rotate(source: Source, *, seed: int = 0, r1: int = 1, r2: int = 1, r4: int =
     """Rotate the residual stream (r1), the values of each head (r2) and online the inputs of second MLP linears (r4).
 
     r1 folds the norms first, the last one into the head too, which unties a head that shares the embedding.
-    TransformError for an unknown architecture, and for r1 where a norm stands between a writer and the stream.
+    TransformError for an unknown architecture, for r1 where a norm stands between a writer and the stream, and for r4
+    where all MLPs are experts. RecipeError when nothing is asked for.
     """
+    if not (r1 or r2 or r4):
+        raise RecipeError("rotate with r1=0, r2=0 and r4=0 rotates nothing; leave it out")
     arch = arch_of(source)
     edits: Edits = {}
     online: dict[str, Rotation] = {}
@@ -50,6 +53,8 @@ def rotate(source: Source, *, seed: int = 0, r1: int = 1, r2: int = 1, r4: int =
             if link.is_values:
                 _values(link, rotation_for(link.head_dim, seed + 1), edits)
     if r4:
+        if not arch.seconds:
+            raise TransformError(f"{source.label}: the inputs of experts are not rotated online; leave r4 out")
         online = _online(arch, seed + 2, edits)
         notes.append(f"the inputs of {len(online)} linears are rotated while the model runs")
     text = f"rotate(seed={seed},r1={int(bool(r1))},r2={int(bool(r2))},r4={int(bool(r4))})"
