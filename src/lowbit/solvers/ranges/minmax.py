@@ -1,0 +1,13 @@
+"""minmax: everything that was seen."""
+
+from __future__ import annotations
+
+from lowbit.solvers.ranges.estimator import RangeEstimator, estimator
+
+
+@estimator
+class MinMax(RangeEstimator):
+    """Least to largest value of all batches. Clips nothing; one outlier widens every step."""
+
+    def estimate(self) -> tuple[float, float]:
+        return self.seen.low, self.seen.high
