@@ -37,13 +37,14 @@ class Histogram:
     def bins(self) -> tuple[Tensor, Tensor, Tensor]:
         """(lower ends, upper ends, counts) of the bins that are not empty, float64, in ascending order.
 
-        Ends are drawn in to the least and largest value.
+        Ends are drawn in to the least and largest value, and those of zeros (and of denormals) to zero.
         """
         seen = self.counts.nonzero()[:, 0]
         near, far = (_value((seen << _SHIFT) + last) for last in (0, (1 << _SHIFT) - 1))
         lower, upper = torch.minimum(near, far), torch.maximum(near, far)
         order = lower.argsort()
-        ends = (end[order].clamp(self.low, self.high) for end in (lower, upper))
+        nothing = torch.maximum(lower.abs(), upper.abs()) < torch.finfo(torch.float32).tiny
+        ends = (end.masked_fill(nothing, 0.0)[order].clamp(self.low, self.high) for end in (lower, upper))
         return (*ends, self.counts[seen][order].double())
 
     def of_magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
