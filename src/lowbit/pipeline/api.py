@@ -19,7 +19,11 @@ from lowbit.interchange.safetensors_file import read_header, read_tensor
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
-from lowbit.pipeline.driver import Progress, Report, make_report, quantization_config, solved_tensors, write_folder
+from lowbit.pipeline.calibrated import CalibratedRun, Settings
+from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
+from lowbit.pipeline.driver import (
+    Progress, Report, make_report, quantization_config, reported, solved_facts, solved_tensors, write_folder,
+)  # fmt: skip
 from lowbit.pipeline.folder_writer import MANIFEST, replace_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
@@ -80,14 +84,28 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
+    calibration: Any = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    chat: bool = False,
 ) -> Quantized:
     """Quantize a model: a Hugging Face id, a folder, a .gguf file, `smollm2`, or a module in memory.
 
     With `out` (and always for names) the work goes tensor by tensor from file to file; without `out` a name
     goes to a temporary folder that lives as long as the result. A module is not changed: the result's `model` is a
     copy that shares what was kept. `progress(name, bytes done, bytes in all)`.
+
+    `calibration`: text for methods that look at data: a file, a list of strings, a dataset id, token ids, a
+    DataLoader, or "self" for text that the model writes itself, which recipes that need data take when none is
+    given. `samples` windows of `length` tokens; `chat` wraps documents in the model's chat template.
     """
     wanted = Recipe.of(recipe)
+    if calibration is not None:
+        wanted = wanted.calibrated()
+        if not wanted.uses_calibration:
+            raise RecipeError(f"{wanted.title} does not look at calibration text; leave calibration out")
+    elif wanted.needs_calibration is not None:
+        calibration = "self"
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         _check_apart(Path(model), Path(out))
@@ -95,12 +113,18 @@ def quantize(
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):
         raise RecipeError(f"nothing in {source.label} can be quantized by {wanted}: every tensor is kept")
+    text = None
+    if calibration is not None:
+        if str(device) != "cpu":
+            raise RecipeError("calibrated methods run on the CPU in this version; leave device out")
+        tok = None if _has_ids(calibration) else source.tokenizer()
+        text = load_calibration(calibration, tok, source, samples=samples, length=length, chat=chat)
     if isinstance(model, nn.Module) and out is None:
-        return _in_memory(model, source, plan, progress, device)
+        return _in_memory(model, source, plan, progress, device, text)
     if out is None:
         room = Path(tempfile.mkdtemp(prefix="lowbit-"))
         try:
-            report = write_folder(plan, source, room / "model", progress=progress, device=device)
+            report = write_folder(plan, source, room / "model", progress=progress, device=device, calibration=text)
         except BaseException:
             shutil.rmtree(room, ignore_errors=True)
             raise
@@ -108,7 +132,9 @@ def quantize(
         weakref.finalize(result, shutil.rmtree, room, ignore_errors=True)
         result.folder = room / "model"
         return result
-    report = write_folder(plan, source, out, progress=progress, overwrite=overwrite, device=device)
+    report = write_folder(
+        plan, source, out, progress=progress, overwrite=overwrite, device=device, calibration=text
+    )
     result = Quantized(plan, report, source)
     result.folder = Path(out)
     return result
@@ -130,11 +156,25 @@ def _check_device(device: torch.device | str) -> None:
         ) from None
 
 
+def _has_ids(calibration: Any) -> bool:
+    """Whether calibration data is token ids already, so that no tokenizer is needed."""
+    if isinstance(calibration, (str, Path)):
+        return False
+    return not (isinstance(calibration, (list, tuple)) and calibration and isinstance(calibration[0], (str, list, dict)))
+
+
 def _in_memory(
-    model: nn.Module, source: Source, plan: Plan, progress: Progress | None, device: torch.device | str
-) -> Quantized:
-    solved = list(solved_tensors(plan, source, progress, device=device))
-    result = Quantized(plan, make_report(plan, {s.plan.name: s.error for s, _ in solved}), source)
+    model: nn.Module, source: Source, plan: Plan, progress: Progress | None, device: torch.device | str,
+    calibration: Calibration | None = None,
+) -> Quantized:  # fmt: skip
+    if calibration is None:
+        solved = list(solved_tensors(plan, source, progress, device=device))
+    else:
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as room:
+            run = CalibratedRun(plan, source, calibration, Path(room), Settings.of_this_machine())
+            solved = list(reported(run.results(), plan, progress))
+    facts = {s.plan.name: solved_facts(s) for s, _ in solved}
+    result = Quantized(plan, make_report(plan, facts, calibration), source)
     # The copy shares memory with the model, but not its Parameter objects: a cast of the copy would change these.
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     shared |= {id(b): b.detach() for b in model.buffers()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,29 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
+from lowbit.pipeline.calibrated import CalibratedRun, Settings
+from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
-from lowbit.pipeline.solve import Solved, solve
+from lowbit.pipeline.solve import OutputError, Solved, solve
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one tensor. `error`: |w - w_q| / |w|, 0 for a kept one."""
+    """What became of one tensor. `error`: |w - w_q| / |w|, 0 for a kept one.
+
+    `output`: with calibration text, |x (w - w_q)'| / |x w'| of round-to-nearest and of the result, on how many tokens.
+    """
 
     name: str
     format: str | None
     keep: str | None
     bits_per_weight: float
     error: float
+    output: OutputError | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Report:
     bits_per_weight: float
     linear_bits_per_weight: float
     kept: dict[str, tuple[int, int]]
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -60,22 +68,32 @@ class Report:
         )
 
 
-def make_report(plan: Plan, errors: dict[str, float]) -> Report:
-    """The report of a finished plan; `errors` by tensor name."""
+def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration: Calibration | None = None) -> Report:
+    """The report of a finished plan; `facts` by tensor name, as the journal keeps them."""
     layers = tuple(
         LayerReport(
             t.name,
             None if t.format is None else str(t.format),
             t.keep,
             8 * t.bytes_after / max(1, t.count),
-            errors[t.name],
+            float(facts[t.name]["error"]),
+            OutputError(**found) if (found := facts[t.name].get("output")) else None,
+            str(facts[t.name].get("note", "")),
         )
         for t in plan.tensors
     )
     return Report(
-        str(plan.recipe), layers, plan.coverage, plan.bytes_before, plan.bytes_after,
-        plan.bits_per_weight, plan.linear_bits_per_weight, plan.kept(),
+        str(plan.recipe), layers, plan.coverage, plan.bytes_before, plan.bytes_after, plan.bits_per_weight,
+        plan.linear_bits_per_weight, plan.kept(), None if calibration is None else calibration.to_json(),
     )  # fmt: skip
+
+
+def solved_facts(solved: Solved) -> dict[str, Any]:
+    """What the journal and the manifest keep of a solved tensor, beside its hashes."""
+    facts: dict[str, Any] = {"error": solved.error}
+    if solved.output is not None:
+        facts["output"] = asdict(solved.output)
+    return facts | ({"note": solved.note} if solved.note else {})
 
 
 def solved_tensors(
@@ -94,13 +112,29 @@ def solved_tensors(
             progress(tensor.name, at, total)
 
 
-def fingerprint(plan: Plan, source: Source, device: torch.device | str = "cpu") -> str:
-    """What makes two runs the same: model, recipe, layout, versions, kind of device."""
+def reported(
+    results: Iterator[tuple[Solved, str]], plan: Plan, progress: Progress | None
+) -> Iterator[tuple[Solved, str]]:
+    """The results as they are, each told to `progress`."""
+    at, total = 0, plan.bytes_before
+    for solved, digest in results:
+        yield solved, digest
+        at += solved.plan.bytes_before
+        if progress:
+            progress(solved.plan.name, at, total)
+
+
+def fingerprint(
+    plan: Plan, source: Source, device: torch.device | str = "cpu", calibration: Calibration | None = None,
+    settings: Settings | None = None,
+) -> str:  # fmt: skip
+    """What makes two runs the same: model, recipe, calibration text, layout, versions, kind of device."""
     import transformers
 
     facts = {
         "transformers": transformers.__version__, "device": torch.device(device).type,
         "source": source.identity(), "recipe": str(plan.recipe), "version": lowbit.__version__,
+        "calibration": calibration and calibration.sha256, "settings": settings and asdict(settings),
         "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -109,23 +143,32 @@ def fingerprint(plan: Plan, source: Source, device: torch.device | str = "cpu") 
 def write_folder(
     plan: Plan, source: Source, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False,
     solved: Iterator[tuple[Solved, str]] | None = None, device: torch.device | str = "cpu",
+    calibration: Calibration | None = None,
 ) -> Report:  # fmt: skip
     """Quantize `source` into the folder `out`, or finish what a killed run left; verified before it gets its name.
 
     `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise.
+    With `calibration` block by block, in the order of the model.
     """
-    writer = FolderWriter(out, plan.shards, fingerprint(plan, source, device), overwrite)
+    settings = None if calibration is None else Settings.of_this_machine()
+    writer = FolderWriter(out, plan.shards, fingerprint(plan, source, device, calibration, settings), overwrite)
     try:
         done = frozenset(writer.journal)
-        results = solved if solved is not None else solved_tensors(plan, source, progress, done, device)
+        if solved is not None:
+            results = solved
+        elif calibration is not None and settings is not None:
+            run = CalibratedRun(plan, source, calibration, writer.partial, settings, writer.flush)
+            results = reported(run.results(), plan, progress)
+        else:
+            results = solved_tensors(plan, source, progress, done, device)
         for result, digest in results:
             if result.plan.name not in done:
-                writer.write(result.plan.name, result.stored, source=digest, error=result.error)
+                writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
         writer.verify()
         source.save_assets(writer.partial)
         write_config(plan, source, writer.partial)
-        errors = {name: float(entry["error"]) for name, entry in writer.journal.items()}
-        writer.finish(_manifest(plan, source, writer))
+        facts = dict(writer.journal)
+        writer.finish(_manifest(plan, source, writer, calibration))
     except LowbitError:
         if not writer.complete:
             writer.discard()
@@ -133,7 +176,7 @@ def write_folder(
     except OSError as error:
         writer.discard()
         raise writer.cannot(error) from error
-    return make_report(plan, errors)
+    return make_report(plan, facts, calibration)
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -141,6 +184,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     tensors = {
         t.name: {"format": str(t.format), "shape": list(t.stored_shape)}
         | ({"transposed": True} if t.transposed else {})
+        | ({"inputs": str(t.inputs)} if t.inputs is not None else {})
         for t in plan.tensors
         if t.format is not None
     }
@@ -161,7 +205,9 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _manifest(plan: Plan, source: Source, writer: FolderWriter) -> dict[str, Any]:
+def _manifest(
+    plan: Plan, source: Source, writer: FolderWriter, calibration: Calibration | None = None
+) -> dict[str, Any]:
     """Where every byte came from: hashes of source and result, recipe, versions. No time, no path."""
     import safetensors
     import transformers
@@ -178,7 +224,7 @@ def _manifest(plan: Plan, source: Source, writer: FolderWriter) -> dict[str, Any
         "linear_bits_per_weight": plan.linear_bits_per_weight,
         "quantization": quantization_config(plan),
         "tensors": {
-            name: {key: entry[key] for key in ("source", "sha256", "error")}
+            name: {key: value for key, value in entry.items() if key != "tensor"}
             for name, entry in sorted(writer.journal.items())
         },
-    }
+    } | ({} if calibration is None else {"calibration": calibration.to_json()})

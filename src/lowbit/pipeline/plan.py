@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format
+from lowbit.formats import Format, Inputs
 from lowbit.interchange.inventory import Inventory
 from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.source import Source, TensorSpec
@@ -29,7 +29,10 @@ SLAB = 1 << 24  # elements of a weight that are in float32 at a time
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor: what it is and what it becomes. `format` None: kept as it is, for the reason `keep`."""
+    """One tensor: what it is and what it becomes. `format` None: kept as it is, for the reason `keep`.
+
+    `inputs`: how the inputs of this weight are stored in few bits while the model runs, or None.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class TensorPlan:
     transposed: bool
     format: Format | None
     keep: str | None
+    inputs: Inputs | None = None
 
     @property
     def count(self) -> int:
@@ -57,13 +61,18 @@ class TensorPlan:
 
     @property
     def bytes_after(self) -> int:
-        return self.bytes_before if self.format is None else self.format.nbytes(self.stored_shape)
+        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.stored().values())
+
+    def input_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of what is stored of the inputs."""
+        return {} if self.inputs is None else self.inputs.parts(self.stored_shape[-1])
 
     def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name in the file -> (dtype, shape) of everything stored for this tensor."""
         if self.format is None:
             return {self.name: (self.dtype, self.shape)}
-        return {f"{self.name}.{part}": spec for part, spec in self.format.parts(self.stored_shape).items()}
+        parts = self.format.parts(self.stored_shape) | self.input_parts()
+        return {f"{self.name}.{part}": spec for part, spec in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,7 @@ class Plan:
             {
                 "name": t.name, "shape": list(t.shape), "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."),
                 "format": None if t.format is None else str(t.format), "keep": t.keep,
+                "inputs": None if t.inputs is None else str(t.inputs),
                 "bytes_before": t.bytes_before, "bytes_after": t.bytes_after,
             }
             for t in self.tensors
@@ -218,7 +228,9 @@ def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe) -> TensorPla
             keep = BY_RECIPE
         elif not spec.dtype.is_floating_point:
             fmt, keep = None, f"not a float tensor ({spec.dtype})"
-    return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep)
+    # Experts index their stacks, which the int8 product does not serve; embeddings are looked up, not multiplied.
+    inputs = recipe.inputs if fmt is not None and param.kind in ("linear", "conv1d") else None
+    return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep, inputs)
 
 
 def _example(tensors: tuple[TensorPlan, ...]) -> str:

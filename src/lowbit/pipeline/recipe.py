@@ -3,6 +3,9 @@
 METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
 
 absmax@int8:channel                 a fit; the solver is round-to-nearest
+gptq@int4:g32                       a solver that looks at calibration text
+rotate+awq+gptq@int4:g64            transforms of the model first, in this order
+smooth@int8:channel,a=int8:token    the inputs of linear layers in few bits too
 kmeans@kmeans4:channel              a solver
 hqq+rtn@uint4:g64:zero=fp16         both
 int4:g32                            a format alone: the best data-free fit and solver for it
@@ -21,9 +24,12 @@ from typing import Any
 
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
+from lowbit.formats.inputs import Inputs, parse_inputs
 from lowbit.pipeline.presets import PRESETS
 from lowbit.solvers import Call
-from lowbit.solvers.registry import methods
+from lowbit.solvers.registry import announce, methods
+from lowbit.solvers.ranges.estimator import RangeMethod
+from lowbit.transforms.registry import FACTS, check_order
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,16 +39,18 @@ else:
 KEEP = "keep"
 EMBED = parse_format("int8:channel")
 # Keys of the text form that are known but stand for something this version does not do.
-_LATER = {"a": "activation formats", "kv": "KV-cache formats"}
+_LATER = {"kv": "KV-cache formats"}
+announce("lowbit.transforms")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One solver, one fit, formats by layer.
+    """Transforms in order, one fit, one solver, formats by layer, and how the inputs of linear layers are stored.
 
     `fit` and `solver` may be None: the best data-free one for each format is then taken (`fit_for`,
     `solver_for`). `embed` is the format of embeddings and of output heads, or None to keep them.
     `layers` are (glob over parameter names, format or None to keep), the last match wins.
+    `inputs` (`a=`) are those of linear layers; static ones take their range from the estimator `range`.
     """
 
     format: Format
@@ -51,8 +59,14 @@ class Recipe:
     embed: Format | None = EMBED
     layers: tuple[tuple[str, Format | None], ...] = ()
     name: str | None = None
+    transforms: tuple[Call, ...] = ()
+    inputs: Inputs | None = None
+    range: RangeMethod | None = None
 
     def __post_init__(self) -> None:
+        check_order([call.name for call in self.transforms])
+        if self.inputs is not None and self.inputs.static and self.range is None:
+            object.__setattr__(self, "range", RangeMethod("minmax"))
         if self.fit is None and self.solver is None and str(self.format) in PRESETS:
             object.__setattr__(self, "fit", Call("search"))  # mxfp4 and nvfp4 are presets too, with fits of their own
         for call in (self.fit, self.solver):
@@ -79,21 +93,57 @@ class Recipe:
             return self.fit
         return Call("search")
 
-    def solver_for(self, fmt: Format) -> Call:
-        """The recipe's solver where it serves the format; k-means for learned codebooks, else round-to-nearest."""
+    def solver_for(self, fmt: Format, with_stats: bool = False) -> Call:
+        """The recipe's solver where it serves the format; k-means for learned codebooks, else round-to-nearest.
+
+        Without statistics of the input (`with_stats`) a solver that needs them does not serve.
+        """
         if self.solver is not None and self.solver.method.declines(fmt) is None:
-            return self.solver
+            if with_stats or self.solver.method.needs == "nothing":
+                return self.solver
         return Call("rtn" if fmt.codebook is None else "kmeans")
+
+    @property
+    def needs_calibration(self) -> str | None:
+        """Which part of the recipe looks at calibration text, or None."""
+        if self.solver is not None and self.solver.method.needs != "nothing":
+            return self.solver.name
+        for call in self.transforms:
+            if FACTS[call.name].kind == "group":
+                return call.name
+        return f"a={self.inputs}" if self.inputs is not None and self.inputs.static else None
+
+    @property
+    def uses_calibration(self) -> bool:
+        """Whether calibration text changes the result: it is needed, or the fit weighs errors by it."""
+        weighs = self.fit is None or self.fit.name in ("search", "mse", "hqq")
+        return self.needs_calibration is not None or weighs or (self.solver is not None and self.solver.name == "kmeans")
+
+    def calibrated(self) -> Recipe:
+        """What a preset stands for when calibration text is at hand; the recipe itself otherwise."""
+        preset = PRESETS.get(self.name or "")
+        if preset is None or preset.calibrated is None:
+            return self
+        return replace(Recipe.parse(preset.calibrated), name=self.name)
 
     def __str__(self) -> str:
         """The full text; `Recipe.parse(str(r)) == r` but for the name."""
-        steps = [str(call) for call in (self.fit, self.solver) if call is not None]
+        steps = [str(call) for call in (*self.transforms, self.fit, self.solver) if call is not None]
         text = f"{'+'.join(steps)}@{self.format}" if steps else str(self.format)
         if self.embed != EMBED:
             text += f",embed={_text(self.embed)}"
+        if self.inputs is not None:
+            text += f",a={self.inputs_text}"
         for pattern, fmt in self.layers:
             text += f",{pattern}={_text(fmt)}"
         return text
+
+    @property
+    def inputs_text(self) -> str:
+        """As after `a=`: the estimator of a static range, then the format."""
+        if self.range is None or (self.range == RangeMethod("minmax")):
+            return str(self.inputs)
+        return f"{self.range}@{self.inputs}"
 
     @property
     def title(self) -> str:
@@ -130,9 +180,17 @@ class Recipe:
 def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
     fit: Call | None = None
     solver: Call | None = None
+    transforms: list[Call] = []
     for step in steps:
         call = _parse_call(step)
-        if call.method.kind == "fit":
+        if call.method.kind == "transform":
+            if fit is not None or solver is not None:
+                first = fit or solver
+                raise RecipeError(
+                    f"{call.name!r} after {first}: transforms rewrite the model first; write {call}+{first}"
+                )
+            transforms.append(call)
+        elif call.method.kind == "fit":
             if fit is not None or solver is not None:
                 first = fit or solver
                 raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
@@ -141,7 +199,7 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
             if solver is not None:
                 raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
             solver = call
-    return replace(recipe, fit=fit, solver=solver)
+    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms))
 
 
 def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
@@ -151,15 +209,30 @@ def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
             raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
         if key in _LATER:
             raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
+        if key == "a":
+            recipe = _with_inputs(recipe, value)
+            continue
         is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
         if key != "embed" and not is_glob:
             raise RecipeError(
-                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed'])} "
-                "(known: embed=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
+                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', 'a'])} "
+                "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
             )
         fmt = _layer_format(value)
         recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
     return recipe
+
+
+def _with_inputs(recipe: Recipe, value: str) -> Recipe:
+    """`a=int8:token`, or with the estimator of a static range in front: `a=percentile(p=99.9)@int8:tensor`."""
+    head, at, text = value.rpartition("@")
+    inputs = parse_inputs(text)
+    if not at:
+        return replace(recipe, inputs=inputs, range=None)
+    name, options = _call_parts(head)
+    if not inputs.static:
+        inputs = replace(inputs, static=True)
+    return replace(recipe, inputs=inputs, range=RangeMethod(name, options))
 
 
 def _from_toml(path: Path) -> Recipe:
@@ -200,9 +273,14 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _parse_call(text: str) -> Call:
+    return Call(*_call_parts(text))
+
+
+def _call_parts(text: str) -> tuple[str, tuple[tuple[str, float | int | str], ...]]:
+    """Name and options of `name(option=value,...)`."""
     name, opened, rest = text.strip().partition("(")
     if not opened:
-        return Call(name)
+        return name, ()
     if not rest.endswith(")"):
         raise RecipeError(f"{text!r} opens a '(' that it does not close")
     options: list[tuple[str, Any]] = []
@@ -211,7 +289,7 @@ def _parse_call(text: str) -> Call:
         if not equals:
             raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")
         options.append((key.strip(), _number(value.strip())))
-    return Call(name, tuple(options))
+    return name, tuple(options)
 
 
 def _number(value: str) -> float | int | str:

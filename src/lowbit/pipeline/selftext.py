@@ -1,8 +1,8 @@
 """Text that a model writes itself: calibration data that needs no file and no network.
 
-Sampled at temperature 1 from the softmax over the vocabulary, so that documents come as the model
-believes text to be distributed (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1; there the next few
-tokens after a random first one are the likeliest). For chat models with `chat`, the model is
+A document begins with the beginning-of-sequence token and one drawn evenly from the vocabulary, which makes documents
+differ; the others are sampled at temperature 1 from the softmax, so that they come as the model believes text to
+be distributed (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1, whose first few are the likeliest). For chat models with `chat`, the model is
 given the opening of a user's message and then writes both sides (Xu et al. 2024, Magpie, arXiv:2406.08464).
 """
 
@@ -23,6 +23,7 @@ from lowbit.pipeline.kvcache import kv_cache
 DOCUMENT = 256  # tokens: attention over longer ones would take most of the time on a CPU
 _ROWS = 128  # rows decoded together; more gain nothing on a CPU
 _CACHE_BYTES, _LOGIT_BYTES = 1 << 29, 1 << 26
+_ANY = -1  # in a start: a token drawn evenly from the vocabulary
 _MARK = "lowbit-message"
 
 
@@ -30,13 +31,13 @@ _MARK = "lowbit-message"
 class Opening:
     """How documents begin and what may be in them.
 
-    start    tokens that open a document; empty: one token drawn from the vocabulary
+    start    tokens that open a document, at least one; -1 is one drawn evenly from the vocabulary
     reply    tokens between a user's message and the answer, put after the first end of a chat
     ends     tokens that end a message or document; the next is opened after them
     banned   tokens that are never drawn
     """
 
-    start: tuple[int, ...] = ()
+    start: tuple[int, ...] = (_ANY,)
     reply: tuple[int, ...] = ()
     ends: frozenset[int] = frozenset()
     banned: tuple[int, ...] = ()
@@ -52,7 +53,7 @@ def opening_of(tokenizer: Any, config: Any = None, *, chat: bool = False) -> Ope
     special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
     banned = tuple(sorted(special - ends - {first}))
     if not chat:
-        return Opening(() if first is None else (first,), (), ends, banned)
+        return Opening((_ANY,) if first is None else (first, _ANY), (), ends, banned)
     text = render_chat(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=True)
     before, mark, after = text.partition(_MARK)
     if not mark:
@@ -121,32 +122,33 @@ def _documents(
         names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
         start = next((i for name in names if isinstance(i := getattr(config, name, None), int)), 0)
         opening = Opening((start,), (), frozenset(), (*opening.banned, *opening.ends))
+    allowed = _barred(_known(model, vocabulary), opening, vocabulary).isfinite()
+    allowed[[i for i in opening.ends if i < len(allowed)]] = False
+    evenly = allowed.nonzero()[:, 0]
     decoder = Decoder(model, length + pair, encoder_ids)
     ids = torch.empty(rows, length + pair, dtype=torch.int64)
     forced = [deque(opening.start) for _ in range(rows)]
     replying = [False] * rows
-    logits: Tensor | None = None
+    tokens = torch.empty(rows, dtype=torch.int64)
     for t in range(ids.shape[1]):
-        if logits is None:
-            tokens = torch.randint(_known(model, vocabulary), (rows,), generator=generator)
-        else:
+        if t:
+            logits = decoder.step(tokens.to(device))
             tokens = _sample(logits, _barred(logits.shape[1], opening, vocabulary), generator)
         for row, queue in enumerate(forced):
             if queue:
-                tokens[row] = queue.popleft()
+                token = queue.popleft()
+                tokens[row] = evenly[torch.randint(len(evenly), (), generator=generator)] if token == _ANY else token
             elif int(tokens[row]) in opening.ends:
                 replying[row] = bool(opening.reply) and not replying[row]
                 following = opening.reply if replying[row] else opening.start
                 repeated = following[:1] == (int(tokens[row]),)  # a token that both ends and opens, as in GPT-2
                 queue.extend(following[1:] if repeated else following)
         ids[:, t] = tokens
-        if t + 1 < ids.shape[1]:
-            logits = decoder.step(tokens.to(device))
     return ids[:, pair:]
 
 
 def _known(model: nn.Module, vocabulary: int | None) -> int:
-    """Number of tokens to draw a first one from."""
+    """Number of tokens that the model and the tokenizer both know."""
     config: Any = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(inner, "vocab_size", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,21 @@ from lowbit.errors import FormatError, WeightError
 from lowbit.formats import QTensor
 from lowbit.pipeline.plan import SLAB, TensorPlan, by_rows
 from lowbit.pipeline.recipe import Recipe
+from lowbit.solvers.hessian import quadratic
+from lowbit.solvers.stats import Stats
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """What calibration knows of a weight's error: |x (W - W_q)'| / |x W'|, of round-to-nearest and of the result.
+
+    `tokens`: how many inputs it was measured on. `damp`: the damping that the solver took, where it takes one.
+    """
+
+    nearest: float
+    final: float
+    tokens: int
+    damp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -20,39 +36,156 @@ class Solved:
     plan: TensorPlan
     stored: dict[str, Tensor]
     error: float
+    output: OutputError | None = None
+    note: str = ""
 
     def qtensor(self) -> QTensor | None:
         """The quantized tensor, or None where the weight was kept."""
         if self.plan.format is None:
             return None
-        parts = {name[len(self.plan.name) + 1 :]: t for name, t in self.stored.items()}
+        prefix = self.plan.name + "."
+        wanted = self.plan.format.parts(self.plan.stored_shape)
+        parts = {part: self.stored[prefix + part] for part in wanted}
         return QTensor.from_parts(self.plan.format, self.plan.stored_shape, parts)
 
 
 @torch.no_grad()
-def solve(plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device | str = "cpu") -> Solved:
-    """Quantize one tensor as planned. WeightError naming it when it has a NaN or an infinity."""
+def solve(
+    plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device | str = "cpu", stats: Stats | None = None,
+    note: str = "",
+) -> Solved:  # fmt: skip
+    """Quantize one tensor as planned. WeightError naming it when it has a NaN or an infinity.
+
+    Without `stats` a solver that needs them gives way to round-to-nearest.
+    """
     fmt = plan.format
     if fmt is None:
         return Solved(plan, {plan.name: weight}, 0.0)
     if plan.transposed:
         weight = weight.transpose(-1, -2)
-    solver, fit = recipe.solver_for(fmt), recipe.fit_for(fmt)
+    solver, fit = recipe.solver_for(fmt, stats is not None), recipe.fit_for(fmt)
     pieces: list[dict[str, Tensor]] = []
     error = norm = 0.0
     for slab in _slabs(weight, plan):
         x = slab.to(device=device, dtype=torch.float32).contiguous()
         check_finite(x, plan.name)
         try:
-            q = solver(x, fmt, fit, None)
+            q = solver(x, fmt, fit, stats)
         except FormatError as problem:
             raise WeightError(f"tensor {plan.name!r} does not fit {fmt}: {problem}") from None
         norm += float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
         error += float(torch.linalg.vector_norm(x.sub(q.dequantize()))) ** 2
         pieces.append({name: part.cpu() for name, part in q.parts().items()})
     stored = {f"{plan.name}.{name}": _joined(name, [p[name] for p in pieces], weight.dim()) for name in pieces[0]}
-    # Six digits: the last ones of a float32 sum depend on how many threads shared it.
-    return Solved(plan, stored, float(f"{(error / norm) ** 0.5:.6g}") if norm else 0.0)
+    return Solved(plan, stored, six_digits((error / norm) ** 0.5) if norm else 0.0, note=note)
+
+
+@torch.no_grad()
+def solve_group(
+    plans: Sequence[TensorPlan], weights: Sequence[Tensor], recipe: Recipe, stats: Stats | dict[int, Stats] | None
+) -> list[Solved]:
+    """Quantize the weights that share one input, given its statistics (by expert for a stack of experts).
+
+    Weights of one format are stacked and solved in one go, where rows do not depend on one another.
+    """
+    if stats is None:
+        return [solve(p, w, recipe, note="no token of the calibration text came here") for p, w in zip(plans, weights)]
+    if isinstance(stats, dict):
+        return [_solve_experts(p, w, recipe, stats) for p, w in zip(plans, weights)]
+    out: dict[str, Solved] = {}
+    for fmt in dict.fromkeys(p.format for p in plans):
+        same = [(p, w) for p, w in zip(plans, weights) if p.format == fmt]
+        alone = fmt is None or not all(by_rows(fmt, p.stored_shape) for p, _ in same)
+        for part in [[one] for one in same] if alone else [same]:
+            for solved in _solve_stacked([p for p, _ in part], [w for _, w in part], recipe, stats):
+                out[solved.plan.name] = solved
+    return [out[p.name] for p in plans]
+
+
+def _solve_stacked(
+    plans: Sequence[TensorPlan], weights: Sequence[Tensor], recipe: Recipe, stats: Stats
+) -> list[Solved]:
+    """Weights of one format, rows under rows."""
+    fmt = plans[0].format
+    if fmt is None:
+        return [solve(plan, weight, recipe) for plan, weight in zip(plans, weights)]
+    rows = [(w.T if p.transposed else w).to(torch.float32) for p, w in zip(plans, weights)]
+    for plan, x in zip(plans, rows):
+        check_finite(x, plan.name)
+    whole = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+    solver, fit = recipe.solver_for(fmt, True), recipe.fit_for(fmt)
+    before = len(stats.trace)
+    try:
+        q = solver(whole, fmt, fit, stats)
+    except FormatError as problem:
+        raise WeightError(f"tensor {plans[0].name!r} does not fit {fmt}: {problem}") from None
+    trace = stats.trace[before] if len(stats.trace) > before else None
+    dense, out, begin = q.dequantize(), [], 0
+    for plan, x in zip(plans, rows):
+        part = slice(begin, begin + len(x))
+        stored = {f"{plan.name}.{k}": _rows(k, v, part, len(rows) > 1) for k, v in q.parts().items()}
+        error = x - dense[part]
+        size, signal = float(x.norm()), quadratic(x, stats.second_moment)
+        final = (quadratic(error, stats.second_moment) / signal) ** 0.5 if signal else 0.0
+        # How far feedback lowered the error is known of the stack; each of its parts is given the same share.
+        ratio = (trace.start / trace.end) ** 0.5 if trace is not None and trace.end > 0 else 1.0
+        output = OutputError(six_digits(final * ratio), six_digits(final), stats.tokens, trace and trace.damp)
+        out.append(Solved(plan, stored, six_digits(float(error.norm()) / size) if size else 0.0, output))
+        begin += len(x)
+    return out
+
+
+def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict[int, Stats]) -> Solved:
+    """A stack of experts [experts, ...]: each with its own statistics, shrunk towards those of all where it saw few tokens."""
+    fmt = plan.format
+    if fmt is None or not by_rows(fmt, plan.stored_shape):
+        return solve(plan, weight, recipe, note="its scales belong together, so that experts were not told apart")
+    width = plan.stored_shape[-1]
+    everything = _together(stats)
+    found, few = [], 0
+    for e in range(len(weight)):
+        own = stats.get(e)
+        if own is None or own.tokens < width:
+            few += 1
+            own = everything if own is None else own.blended(everything, width)
+        one = TensorPlan(plan.name, tuple(weight[e].shape), "linear", plan.dtype, plan.transposed, fmt, None)
+        found.extend(_solve_stacked([one], [weight[e]], recipe, own))
+    stored = {}
+    for name in found[0].stored:
+        parts = [s.stored[name] for s in found]
+        stored[name] = torch.stack(parts) if name.endswith(".codes") else torch.cat(parts)
+    mean = sum(s.error for s in found) / len(found)
+    outputs = [s.output for s in found if s.output is not None]
+    output = OutputError(
+        six_digits(sum(o.nearest for o in outputs) / len(outputs)),
+        six_digits(sum(o.final for o in outputs) / len(outputs)), everything.tokens,
+    )  # fmt: skip
+    note = f"{few} of {len(weight)} experts saw fewer than {width} tokens and lean on the statistics of all" if few else ""
+    return Solved(plan, stored, six_digits(mean), output, note)
+
+
+def _together(stats: dict[int, Stats]) -> Stats:
+    """The statistics of all experts' inputs together."""
+    tokens = sum(s.tokens for s in stats.values())
+    share = {e: s.tokens / max(1, tokens) for e, s in stats.items()}
+    return Stats(
+        tokens,
+        torch.stack([s.second_moment * share[e] for e, s in stats.items()]).sum(0),
+        torch.stack([s.absmax for s in stats.values()]).amax(0),
+        torch.stack([s.mean_abs * share[e] for e, s in stats.items()]).sum(0),
+    )
+
+
+def six_digits(value: float) -> float:
+    """The last digits of a float32 sum depend on how many threads shared it."""
+    return float(f"{value:.6g}")
+
+
+def _rows(name: str, part: Tensor, rows: slice, several: bool) -> Tensor:
+    """Rows of a stored part: the first dimension of codes, the second of what is kept per block."""
+    if not several:
+        return part
+    return (part[rows] if name == "codes" else part[:, rows]).contiguous()
 
 
 def _slabs(weight: Tensor, plan: TensorPlan) -> list[Tensor]:

@@ -17,7 +17,7 @@ from lowbit.solvers.hessian import Factor, factorize, quadratic
 from lowbit.solvers.refit import refit_scales, refits
 from lowbit.solvers.registry import Call
 from lowbit.solvers.rounding import Rounder, empty, with_values
-from lowbit.solvers.stats import Stats
+from lowbit.solvers.stats import Stats, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,19 +60,19 @@ def solve_with_feedback(
     perm, back = factor.perm, torch.argsort(factor.perm)
     p = None if shift is None else shift(factor, problem.stats)
     values = feed_errors(weight[:, perm], factor.upper, Rounder(q, perm), p)[:, back]
-    best, error = with_values(q, weight), float("inf")
-    candidates = [best, with_values(q, values)]
-    # With a shift the error that counts is not the one below, and round-to-nearest is no match for it.
-    for candidate in candidates[1:] if shift is not None else candidates:
-        e = quadratic(candidate.dequantize() - weight, factor.hessian)
-        if e < error:
-            best, error = candidate, e
+    nearest, best = with_values(q, weight), with_values(q, values)
+    start = quadratic(nearest.dequantize() - weight, factor.hessian)
+    error = quadratic(best.dequantize() - weight, factor.hessian)
+    # With a shift the error that counts is not this one, and round-to-nearest is no match for it.
+    if shift is None and start <= error:
+        best, error = nearest, start
     for _ in range(polish):
         better = _polished(best, weight, factor)
         e = quadratic(better.dequantize() - weight, factor.hessian)
         if e >= error:
             break
         best, error = better, e
+    problem.stats.trace.append(Trace(start, error, factor.damp))
     return best
 
 

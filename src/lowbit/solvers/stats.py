@@ -13,6 +13,15 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Squared output error per token of one solver call: of round-to-nearest, of the result; the damping it took."""
+
+    start: float
+    end: float
+    damp: float
+
+
 @dataclass(eq=False)
 class Stats:
     """Moments of an input; all float32.
@@ -30,6 +39,7 @@ class Stats:
     mean_abs: Tensor
     cross: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # factorizations that several weights share
+    trace: list[Trace] = field(default_factory=list, repr=False)  # what solvers say of their work, one entry a call
 
     @property
     def importance(self) -> Tensor:

@@ -1,0 +1,103 @@
+"""Which weights of a block read the same input, in which order, and what is known of each input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.pipeline.stages import LeaveForward
+from lowbit.pipeline.tap import Tap
+from lowbit.solvers.stats import Stats, StatsBuilder
+
+
+@dataclass(eq=False)
+class Group:
+    """Weights that read one input. `members` in the order of use; `calls`: products with the first of them."""
+
+    members: list[str]
+    calls: int = 1
+
+    @property
+    def first(self) -> str:
+        return self.members[0]
+
+
+Wave = list[Group]
+
+
+def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Wave]:
+    """The groups of a block, by running it once; groups of the same place in different experts form one wave.
+
+    Weights whose input is the same tensor share a group. `prefix`: the block's name, after which numbers are experts';
+    None: numbers mean nothing, each group is a wave of its own.
+    """
+    groups: dict[str, Group] = {}
+    by_input: dict[Any, Group] = {}
+    alive: list[Tensor] = []  # inputs, so that no other gets the same memory
+
+    def seen(name: str, expert: int | None, x: Tensor) -> None:
+        alive.append(x)
+        key = (x.data_ptr(), tuple(x.shape), x.stride()) if expert is None else name
+        if name in groups:
+            groups[name].calls += groups[name].first == name
+            return
+        group = by_input.get(key)
+        if group is None:
+            group = by_input[key] = Group([])
+        group.members.append(name)
+        groups[name] = group
+
+    with Tap(weights, seen):
+        run()
+    waves: dict[str, Wave] = {}
+    for group in by_input.values():
+        rest = group.first if prefix is None else group.first[len(prefix) :]
+        place = rest if prefix is None else re.sub(r"\d+", "#", rest)
+        waves.setdefault(place, []).append(group)
+    return list(waves.values())
+
+
+@dataclass(eq=False)
+class Collector:
+    """Gathers the statistics of one wave; experts of a stack each have their own."""
+
+    wave: Wave
+    cross: bool = False
+    builders: dict[tuple[str, int | None], StatsBuilder] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._first = {group.first: group for group in self.wave}
+        dense = len(self.wave) == 1
+        self._enough = self.wave[0].calls if dense else 0
+        self._calls = 0
+        self.also: Callable[[str, int | None, Tensor], None] | None = None
+        self.x_float: Callable[[str], Tensor | None] = lambda name: None
+
+    def begin(self) -> None:
+        """A new micro-batch."""
+        self._calls = 0
+
+    def seen(self, name: str, expert: int | None, x: Tensor) -> None:
+        """Add an input; leaves the forward when nothing more can come."""
+        if name not in self._first:
+            return
+        key = (name, expert)
+        if key not in self.builders:
+            self.builders[key] = StatsBuilder(x.shape[-1], self.cross and expert is None)
+        self.builders[key].add(x, self.x_float(name) if self.cross and expert is None else None)
+        if self.also is not None:
+            self.also(name, expert, x)
+        self._calls += 1
+        if expert is None and self._calls == self._enough:
+            raise LeaveForward
+
+    def stats(self, group: Group) -> Stats | dict[int, Stats] | None:
+        """Of a group's input; by expert for a stack; None when it was never seen."""
+        found = {expert: b.stats() for (name, expert), b in self.builders.items() if name == group.first}
+        if None in found:
+            return found[None]
+        return {e: s for e, s in sorted((e, s) for e, s in found.items() if e is not None)} or None
