@@ -221,6 +221,15 @@ def test_self_opens_with_bos_and_draws_no_other_special_token(tokenizer, llama):
     assert int(ids.max()) < len(tokenizer) < VOCAB
 
 
+def test_self_draws_the_second_token_evenly(tokenizer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight * 100)  # says the last token again and again
+    ids = torch.stack(load_calibration(None, tokenizer, model, samples=60, length=6).ids)
+    seconds = set(ids[:, 1].tolist())
+    assert len(seconds) > 25 and not seconds & set(tokenizer.all_special_ids)
+
+
 def test_self_with_chat_writes_both_sides(chatty, llama):
     found = load_calibration(None, chatty, llama, samples=16, length=128, chat=True)
     opening, reply = encoded(chatty, "<s>user:"), encoded(chatty, "<s>assistant:")
