@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError, nearest
-from lowbit.formats import Format, QTensor, parse_format
+from lowbit.formats import Format, QTensor, parse_format, parse_inputs
 from lowbit.interchange.folder import quantization_method, read_json, weight_files
 from lowbit.interchange.safetensors_file import read_header, read_tensor
 from lowbit.interchange.source import Source, open_headers, open_source
@@ -27,6 +27,7 @@ from lowbit.pipeline.driver import (
 from lowbit.pipeline.folder_writer import MANIFEST, replace_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.rewriting import rewritten
 from lowbit.pipeline.solve import Solved, check_finite
 
 
@@ -109,7 +110,7 @@ def quantize(
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         _check_apart(Path(model), Path(out))
-    source = open_source(model, tokenizer=tokenizer)
+    source = rewritten(open_source(model, tokenizer=tokenizer), wanted)
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):
         raise RecipeError(f"nothing in {source.label} can be quantized by {wanted}: every tensor is kept")
@@ -156,6 +157,12 @@ def _check_device(device: torch.device | str) -> None:
         ) from None
 
 
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give a parameter or buffer of the model its values."""
+    with torch.no_grad():
+        dict(module.state_dict(keep_vars=True))[name].copy_(value)
+
+
 def _has_ids(calibration: Any) -> bool:
     """Whether calibration data is token ids already, so that no tokenizer is needed."""
     if isinstance(calibration, (str, Path)):
@@ -178,13 +185,21 @@ def _in_memory(
     # The copy shares memory with the model, but not its Parameter objects: a cast of the copy would change these.
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     shared |= {id(b): b.detach() for b in model.buffers()}
-    result._model = copy.deepcopy(model, shared).eval()
+    if plan.recipe.transforms:  # a head may be untied, and kept tensors differ: nothing is shared
+        result._model = copy.deepcopy(source.load_float(next(model.parameters()).dtype)).eval()
+    else:
+        result._model = copy.deepcopy(model, shared).eval()
     packed = {}
     for s, _ in solved:
         q = s.qtensor()
         if q is not None:
-            q = q.to(model.get_parameter(s.plan.name).device)
-            packed[s.plan.name] = PackedWeight.of(q, transposed=s.plan.transposed, dtype=s.plan.dtype)
+            q = q.to(next(model.parameters()).device)
+            extra = {part: s.stored[f"{s.plan.name}.{part}"] for part in s.plan.input_parts()}
+            packed[s.plan.name] = PackedWeight.of(
+                q, transposed=s.plan.transposed, dtype=s.plan.dtype, inputs=s.plan.inputs, input_parts=extra
+            )
+        elif plan.recipe.transforms:
+            _set(result._model, s.plan.name, s.stored[s.plan.name])
     swap(result._model, packed, plan.tied)
     if source.config is not None:
         from lowbit.interchange.hf import attach
@@ -199,7 +214,8 @@ def plan(
     max_shard_bytes: int = MAX_SHARD,
 ) -> Plan:  # fmt: skip
     """What a recipe would make of a model, from its config and headers alone: no weight is read."""
-    return make_plan(open_headers(model), Recipe.of(recipe), context=context, max_shard_bytes=max_shard_bytes)
+    wanted = Recipe.of(recipe)
+    return make_plan(rewritten(open_headers(model), wanted), wanted, context=context, max_shard_bytes=max_shard_bytes)
 
 
 KERNELS = ("auto", "expand", "dense")
@@ -261,8 +277,12 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     for name, entry in manifest["tensors"].items():
         inside = {key[len(name) + 1 :]: place for key, place in stored.items() if key.startswith(name + ".")}
         parts = {part: read_tensor(*place) for part, place in inside.items()}
+        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
+        extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
         q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
-        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")))
+        packed[name] = PackedWeight.of(
+            q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra
+        )
     kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
     swap(module, packed, manifest["tied"])
     found = module.load_state_dict(kept, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -61,38 +61,38 @@ def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: st
     return list(waves.values())
 
 
-@dataclass(eq=False)
 class Collector:
-    """Gathers the statistics of one wave; experts of a stack each have their own."""
+    """Gathers the statistics of one wave; experts of a stack each have their own.
 
-    wave: Wave
-    cross: bool = False
-    builders: dict[tuple[str, int | None], StatsBuilder] = field(default_factory=dict)
+    `stop`: leave the forward as soon as nothing more can come.
+    """
 
-    def __post_init__(self) -> None:
-        self._first = {group.first: group for group in self.wave}
-        dense = len(self.wave) == 1
-        self._enough = self.wave[0].calls if dense else 0
-        self._calls = 0
-        self.also: Callable[[str, int | None, Tensor], None] | None = None
-        self.x_float: Callable[[str], Tensor | None] = lambda name: None
+    def __init__(self, wave: Wave, cross: bool = False, stop: bool = True) -> None:
+        self.first = {group.first: group for group in wave}
+        self.cross = cross
+        self.enough = wave[0].calls if stop and len(wave) == 1 else 0
+        self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
+        self.begin({})
 
-    def begin(self) -> None:
-        """A new micro-batch."""
-        self._calls = 0
+    def wants(self, name: str) -> bool:
+        """Whether the inputs of this weight are gathered."""
+        return name in self.first
+
+    def begin(self, x_float: Mapping[str, Tensor]) -> None:
+        """A new micro-batch, with the float model's inputs [tokens, K] where they are compared."""
+        self.calls, self.x_float = 0, x_float
 
     def seen(self, name: str, expert: int | None, x: Tensor) -> None:
         """Add an input; leaves the forward when nothing more can come."""
-        if name not in self._first:
+        if name not in self.first:
             return
+        compare = self.x_float.get(name) if expert is None else None
         key = (name, expert)
         if key not in self.builders:
-            self.builders[key] = StatsBuilder(x.shape[-1], self.cross and expert is None)
-        self.builders[key].add(x, self.x_float(name) if self.cross and expert is None else None)
-        if self.also is not None:
-            self.also(name, expert, x)
-        self._calls += 1
-        if expert is None and self._calls == self._enough:
+            self.builders[key] = StatsBuilder(x.shape[-1], compare is not None)
+        self.builders[key].add(x, compare)
+        self.calls += 1
+        if expert is None and self.calls == self.enough:
             raise LeaveForward
 
     def stats(self, group: Group) -> Stats | dict[int, Stats] | None:

@@ -6,7 +6,7 @@ What every tensor becomes, the exact bytes of the files, the peak memory, and th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.kvcache import KVCache, kv_cache
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.rewriting import divided_inputs
 
 MAX_SHARD = 5_000_000_000
 # What Python, PyTorch and transformers take before the first tensor is read, roughly.
@@ -186,7 +187,8 @@ class Plan:
 
 def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_bytes: int = MAX_SHARD) -> Plan:
     """The plan of `recipe` for a source; reads no weight. RecipeError when a layer glob matches nothing."""
-    tensors = tuple(_tensor(spec, source.inventory, recipe) for spec in source.tensors.values())
+    divided = divided_inputs(source, recipe)
+    tensors = tuple(_tensor(spec, source.inventory, recipe, divided(name)) for name, spec in source.tensors.items())
     for pattern, fmt in recipe.layers:
         matched = [t for t in tensors if recipe.matches(pattern, t.name)]
         if not matched:
@@ -219,7 +221,7 @@ def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:
     return alone and all(len(size) >= 2 for _, size in fmt.parts(shape).values())
 
 
-def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe) -> TensorPlan:
+def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe, divided: bool) -> TensorPlan:
     param = inventory.params[spec.name]
     fmt, keep = None, param.keep
     if keep is None:
@@ -230,6 +232,8 @@ def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe) -> TensorPla
             fmt, keep = None, f"not a float tensor ({spec.dtype})"
     # Experts index their stacks, which the int8 product does not serve; embeddings are looked up, not multiplied.
     inputs = recipe.inputs if fmt is not None and param.kind in ("linear", "conv1d") else None
+    if inputs is not None and divided:
+        inputs = replace(inputs, divisor=True)
     return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep, inputs)
 
 

@@ -230,9 +230,12 @@ def _with_inputs(recipe: Recipe, value: str) -> Recipe:
     if not at:
         return replace(recipe, inputs=inputs, range=None)
     name, options = _call_parts(head)
+    numbers = tuple((k, v) for k, v in options if not isinstance(v, str))
+    if len(numbers) < len(options):
+        raise RecipeError(f"the options of {name!r} are numbers: {head!r}")
     if not inputs.static:
         inputs = replace(inputs, static=True)
-    return replace(recipe, inputs=inputs, range=RangeMethod(name, options))
+    return replace(recipe, inputs=inputs, range=RangeMethod(name, numbers))
 
 
 def _from_toml(path: Path) -> Recipe:

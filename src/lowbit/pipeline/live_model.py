@@ -1,0 +1,79 @@
+"""A model whose weights come and go: built without memory, given the tensors that run and relieved of them again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import SourceError
+from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.source import Source
+
+
+class LiveModel:
+    """The float model of a source on the meta device, but for what its constructor computes (rotary frequencies)."""
+
+    def __init__(self, source: Source, tied: Mapping[str, str]) -> None:
+        if source.config is None:
+            raise SourceError(
+                f"{source.label} has no transformers config, so that it is not known how it reads text; "
+                "use a method that needs no calibration"
+            )
+        self.module = meta_model(source.config)
+        self.tied = tied
+        if hasattr(self.module, "set_experts_implementation"):
+            try:
+                self.module.set_experts_implementation("eager")  # one product an expert, so that each is seen
+            except (ValueError, NotImplementedError):
+                pass  # a mixture that has one implementation only
+        for config in (self.module.config, self.module.config.get_text_config()):
+            config.use_cache = False
+        self._compute_buffers()
+
+    def place(self, name: str, value: Tensor | None) -> None:
+        """Give a parameter or buffer its values, floats in float32; None takes them away. Unknown names are left out."""
+        found = self._owner(name)
+        if found is None:
+            return
+        places, leaf = found
+        old = places[leaf]
+        if value is None:
+            new = torch.empty_like(old, device="meta")
+        else:
+            new = value.to(torch.float32) if value.is_floating_point() else value
+        kept = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+        for alias in (name, *(alias for alias, canonical in self.tied.items() if canonical == name)):
+            found = self._owner(alias)
+            if found is not None:
+                found[0][found[1]] = kept
+
+    def get(self, name: str) -> Tensor:
+        """The parameter or buffer as it is."""
+        found = self._owner(name)
+        if found is None:
+            raise SourceError(f"{type(self.module).__name__} has no tensor {name!r}")
+        value: Tensor = found[0][found[1]]
+        return value
+
+    def _owner(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = self.module.get_submodule(path)
+        except AttributeError:
+            return None
+        for places in (owner._parameters, owner._buffers):
+            if places.get(leaf) is not None:
+                return places, leaf  # type: ignore[return-value]
+        return None
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint holds: computed by the model's own initialization, as transformers does it."""
+        for module in self.module.modules():
+            buffers, hidden = module._buffers, module._non_persistent_buffers_set
+            computed = [k for k in hidden if (b := buffers.get(k)) is not None and b.is_meta]
+            for key in computed:
+                buffers[key] = torch.empty_like(buffers[key], device="cpu")  # type: ignore[arg-type]
+            if computed:
+                self.module._init_weights(module)

@@ -1,0 +1,73 @@
+"""The inputs of a block's weights as they will be stored in few bits, while the block is being calibrated."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import InputQuantizer
+from lowbit.pipeline.groups import Group
+from lowbit.pipeline.plan import Plan
+from lowbit.solvers.ranges.estimator import RangeEstimator, RangeMethod
+
+
+class StoredInputs:
+    """Divisors, estimators of static ranges and the quantizers made of them, by weight."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.inputs = {t.name: t.inputs for t in plan.tensors if t.inputs is not None}
+        self.width = {t.name: t.stored_shape[-1] for t in plan.tensors if t.inputs is not None}
+        self.method = plan.recipe.range or RangeMethod()
+        self.divisors: dict[str, Tensor] = {}
+        self.estimators: dict[str, RangeEstimator] = {}
+        self.scales: dict[str, dict[str, Tensor]] = {}
+
+    def rounded(self, name: str, x: Tensor) -> Tensor | None:
+        """What the weight is multiplied with instead of `x`; None: `x` itself. A static range is observed until it is
+        settled, and inputs stay float so long."""
+        inputs = self.inputs.get(name)
+        if inputs is None:
+            return None
+        if inputs.divisor and name in self.divisors:
+            x = (x.to(torch.float32) / self.divisors[name]).to(x.dtype)
+        if inputs.static and name not in self.scales and inputs.format is not None:
+            if name not in self.estimators:
+                self.estimators[name] = self.method.start(inputs.format)
+            self.estimators[name].observe(x)
+            return x
+        parts = {k: v for k, v in self.parts(name, prefix="").items() if k != "input_divisor"}
+        scale, offset = parts.get("input_scale"), parts.get("input_offset")
+        return InputQuantizer(inputs, scale, offset).round(x)
+
+    def divide(self, group: Group, scale: Tensor) -> None:
+        """The input of these weights is divided by `scale` [K]."""
+        self.divisors |= dict.fromkeys(group.members, scale.to(torch.float32))
+        for name in group.members:
+            self.estimators.pop(name, None)  # what was seen before was not divided
+
+    def settle(self, group: Group) -> None:
+        """Everything was seen: static scales from now on; members of a group share one input, and so one scale."""
+        for name in group.members:
+            inputs = self.inputs.get(name)
+            if inputs is not None and inputs.static and name in self.estimators:
+                self.scales[name] = self.estimators[name].input_parts(inputs)
+
+    def parts(self, name: str, prefix: str | None = None) -> dict[str, Tensor]:
+        """What is stored beside the weight, by the name in the file."""
+        inputs = self.inputs.get(name)
+        if inputs is None:
+            return {}
+        found = dict(self.scales.get(name, {}))
+        if inputs.divisor:
+            found["input_divisor"] = self.divisors.get(name, torch.ones(self.width[name]))
+        start = f"{name}." if prefix is None else prefix
+        return {start + part: value for part, value in found.items()}
+
+    def unseen(self, name: str) -> dict[str, Tensor]:
+        """The parts of a weight that no text reached: nothing is known of its range, so 1 stands for it."""
+        inputs = self.inputs.get(name)
+        if inputs is None:
+            return {}
+        blank = {part: torch.ones(size) for part, (_, size) in inputs.parts(self.width[name]).items()}
+        return {f"{name}.{part}": value for part, value in blank.items()}

@@ -1,0 +1,33 @@
+"""gptaq: GPTQ that also makes up for what earlier layers did to the inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lowbit.formats import Format, QTensor
+from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.hessian import Factor
+from lowbit.solvers.registry import Call, solver
+from lowbit.solvers.stats import Stats
+
+
+@solver(needs="cross")
+def gptaq(
+    weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, alpha: float = 0.25, damp: float = 0.01, order: int = 1
+) -> QTensor:
+    """Asymmetric calibration: the columns that follow also absorb w_i times the change of input i.
+
+        W[:, i:] -= e U[i, i:] - w_i P[i, i:],   P = alpha triu(E[(x_f - x) x'] U', 1) U
+
+    x the inputs behind quantized layers, x_f the float model's; U the upper Cholesky factor of inv(E[x x']). `alpha`: how
+    much of the correction is taken; other options as in gptq. No polish: it would pull towards the uncorrected
+    weights. Source: Li et al. 2025 (GPTAQ), equation 15 and Algorithm 1.
+    """
+
+    def shift(factor: Factor, seen: Stats) -> Tensor:
+        assert seen.cross is not None
+        change = (seen.cross - seen.second_moment)[factor.perm][:, factor.perm]
+        return alpha * (change @ factor.upper.T).triu(1) @ factor.upper
+
+    use = None if stats.cross is None else shift
+    return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=0, shift=use)

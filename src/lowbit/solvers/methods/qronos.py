@@ -1,0 +1,41 @@
+"""qronos: first correct the weights for the inputs that the quantized model sees, then round with error feedback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, QTensor
+from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.registry import Call, solver
+from lowbit.solvers.stats import Stats
+
+
+@solver(needs="cross")
+def qronos(
+    weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, blend: float = 0.5, ridge: float = 0.05,
+    damp: float = 0.01, order: int = 1, polish: int = 2,
+) -> QTensor:  # fmt: skip
+    """argmin over codes of E|x_f W' - x Q'|^2: x the inputs behind quantized layers, x_f the float model's own.
+
+    The minimum over real Q is W' = W (G + r I) (H + r I)^-1, H = E[x x'], G = E[x_f x'], and the rest of the error
+    is tr((W' - Q) H (W' - Q)'): a ridge solve, then GPTQ from W'. With little text G H^-1 fits the text as well as the
+    model, so `blend` goes only part of the way, W + blend (W' - W); `ridge`: r as a share of mean(diag H). Other options
+    as in gptq. Source: Zhang et al. 2025 (Qronos), equations 3 to 6, whose first column is exactly this target.
+    """
+    if not 0 <= blend <= 1:
+        raise RecipeError(f"qronos(blend={blend}): a share from 0 (gptq) to 1 (the whole correction)")
+    target = weight if stats.cross is None else corrected(weight, stats, blend, ridge)
+    return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=polish, target=target)
+
+
+def corrected(weight: Tensor, stats: Stats, blend: float, ridge: float) -> Tensor:
+    """W + blend (W (G + r I) (H + r I)^-1 - W), float32 [N, K], computed in float64."""
+    assert stats.cross is not None
+    hessian, cross = stats.second_moment.double(), stats.cross.double()
+    r = max(ridge * float(hessian.diagonal().mean()), 1e-30)
+    eye = torch.eye(len(hessian), dtype=torch.float64)
+    factor = torch.linalg.cholesky(hessian + r * eye)
+    change = torch.cholesky_solve((weight.double() @ (cross - hessian)).T, factor).T
+    return (weight.double() + blend * change).float()
