@@ -70,6 +70,23 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
+    """`bytes_bar`, and a function that takes what became of each layer: the bar then shows the error of its output,
+    of round-to-nearest and of the result, and the memory of the process."""
+    from lowbit.measure.memory import peak_resident
+
+    found = {"text": ""}
+
+    def layer(solved: Any) -> None:
+        output = solved.output
+        errors = f"  error {output.nearest:.3f} -> {output.final:.3f}" if output is not None else ""
+        found["text"] = f"{errors}  {peak_resident() / 2**20:.0f} MiB"
+
+    with bytes_bar(what) as move:
+        yield lambda name, done, total: move(name + found["text"], done, total), layer
+
+
+@contextmanager
 def count_bar(what: str, unit: str, then: str = "") -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left, moved by calls of (done, in all); `then` says what goes on after the last."""
     from rich.progress import (

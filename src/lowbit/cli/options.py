@@ -32,11 +32,15 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text to calibrate on: a file or a Hugging Face dataset id; text that the model writes itself when left out.",
+        help="Text for methods that look at data: a file, a Hugging Face dataset id, or `self` for text that the model "
+        "writes itself, which methods that cannot do without take when left out.",
         show_default=False,
     ),
 ]
-Samples = Annotated[int, typer.Option("--samples", min=1, help="Windows of calibration text, of 1024 tokens each.")]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", min=1, help="Windows of calibration text, of 1024 tokens each; 32 when left out."),
+]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Calibrate on chat: each paragraph or row becomes a user's message.")
 ]

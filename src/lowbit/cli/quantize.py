@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Model, Recipe, Text
+from lowbit.cli.options import Calibration, Chat, Json, Model, Recipe, Samples, Text
 
 if TYPE_CHECKING:
     from lowbit.pipeline.recipe import Recipe as RecipeValue
@@ -31,6 +31,9 @@ def quantize(
         Path | None,
         typer.Option("--out", "-o", help="Folder to write; MODEL-RECIPE when left out.", show_default=False),
     ] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    chat: Chat = False,
     text: Text = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of the text the card is measured on.")] = 4,
     card: Annotated[bool, typer.Option("--card/--no-card", help="Reload the result and measure what it cost.")] = True,
@@ -39,22 +42,32 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a folder, reload it, and measure what that cost."""
     import lowbit
-    from lowbit.errors import LowbitError
+    from lowbit.errors import LowbitError, RecipeError
     from lowbit.measure.memory import peak_resident
+    from lowbit.pipeline.calibration import SAMPLES
     from lowbit.pipeline.recipe import Recipe as RecipeValue
 
     wanted = RecipeValue.of(recipe)
+    if calibration is not None:
+        wanted = wanted.calibrated()
+    elif wanted.needs_calibration is None and (samples is not None or chat):
+        raise RecipeError(
+            f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; add --calibration self"
+        )
     out = out or default_folder(model, wanted)
     if card and text is not None:
-        from lowbit.measure.text import load_text
+        from lowbit.interchange.text import load_text
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     console.quiet()
     screen = console.stderr() if as_json else console.stdout()
     screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(wanted.title)}")
     start = time.perf_counter()
-    with console.bytes_bar("quantizing") as progress:
-        made = lowbit.quantize(model, wanted, out, progress=progress, overwrite=overwrite)
+    with console.layers_bar("quantizing") as (progress, on_layer):
+        made = lowbit.quantize(
+            model, wanted, out, progress=progress, on_layer=on_layer, overwrite=overwrite, calibration=calibration,
+            samples=samples or SAMPLES, chat=chat,
+        )  # fmt: skip
     seconds, peak = time.perf_counter() - start, peak_resident()
     screen.print(_written(made, out, seconds))
     result: dict[str, Any] = {"folder": str(out), "seconds": seconds, "peak_bytes": peak, "plan": _totals(made.plan)}

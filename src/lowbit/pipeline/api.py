@@ -22,7 +22,15 @@ from lowbit.nn.swap import dequantize_, packed_weights, swap
 from lowbit.pipeline.calibrated import CalibratedRun, Settings
 from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.pipeline.driver import (
-    Progress, Report, make_report, quantization_config, reported, solved_facts, solved_tensors, write_folder,
+    OnLayer,
+    Progress,
+    Report,
+    make_report,
+    quantization_config,
+    reported,
+    solved_facts,
+    solved_tensors,
+    write_folder,
 )  # fmt: skip
 from lowbit.pipeline.folder_writer import MANIFEST, replace_folder
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
@@ -89,6 +97,7 @@ def quantize(
     samples: int = SAMPLES,
     length: int = LENGTH,
     chat: bool = False,
+    on_layer: OnLayer | None = None,
 ) -> Quantized:
     """Quantize a model: a Hugging Face id, a folder, a .gguf file, `smollm2`, or a module in memory.
 
@@ -98,7 +107,8 @@ def quantize(
 
     `calibration`: text for methods that look at data: a file, a list of strings, a dataset id, token ids, a
     DataLoader, or "self" for text that the model writes itself, which recipes that need data take when none is
-    given. `samples` windows of `length` tokens; `chat` wraps documents in the model's chat template.
+    given. `samples` windows of `length` tokens; `chat` wraps documents in the model's chat template. `on_layer(solved)`
+    sees each tensor with its errors when it is done.
     """
     wanted = Recipe.of(recipe)
     if calibration is not None:
@@ -121,11 +131,14 @@ def quantize(
         tok = None if _has_ids(calibration) else source.tokenizer()
         text = load_calibration(calibration, tok, source, samples=samples, length=length, chat=chat)
     if isinstance(model, nn.Module) and out is None:
-        return _in_memory(model, source, plan, progress, device, text)
+        return _in_memory(model, source, plan, progress, device, text, on_layer)
     if out is None:
         room = Path(tempfile.mkdtemp(prefix="lowbit-"))
         try:
-            report = write_folder(plan, source, room / "model", progress=progress, device=device, calibration=text)
+            report = write_folder(
+                plan, source, room / "model", progress=progress, device=device, calibration=text,
+                on_layer=on_layer,
+            )  # fmt: skip
         except BaseException:
             shutil.rmtree(room, ignore_errors=True)
             raise
@@ -134,8 +147,9 @@ def quantize(
         result.folder = room / "model"
         return result
     report = write_folder(
-        plan, source, out, progress=progress, overwrite=overwrite, device=device, calibration=text
-    )
+        plan, source, out, progress=progress, overwrite=overwrite, device=device, calibration=text,
+        on_layer=on_layer,
+    )  # fmt: skip
     result = Quantized(plan, report, source)
     result.folder = Path(out)
     return result
@@ -167,19 +181,21 @@ def _has_ids(calibration: Any) -> bool:
     """Whether calibration data is token ids already, so that no tokenizer is needed."""
     if isinstance(calibration, (str, Path)):
         return False
-    return not (isinstance(calibration, (list, tuple)) and calibration and isinstance(calibration[0], (str, list, dict)))
+    return not (
+        isinstance(calibration, (list, tuple)) and calibration and isinstance(calibration[0], (str, list, dict))
+    )
 
 
 def _in_memory(
     model: nn.Module, source: Source, plan: Plan, progress: Progress | None, device: torch.device | str,
-    calibration: Calibration | None = None,
+    calibration: Calibration | None = None, on_layer: OnLayer | None = None,
 ) -> Quantized:  # fmt: skip
     if calibration is None:
-        solved = list(solved_tensors(plan, source, progress, device=device))
+        solved = list(solved_tensors(plan, source, progress, device=device, on_layer=on_layer))
     else:
         with tempfile.TemporaryDirectory(prefix="lowbit-") as room:
             run = CalibratedRun(plan, source, calibration, Path(room), Settings.of_this_machine())
-            solved = list(reported(run.results(), plan, progress))
+            solved = list(reported(run.results(), plan, progress, on_layer))
     facts = {s.plan.name: solved_facts(s) for s, _ in solved}
     result = Quantized(plan, make_report(plan, facts, calibration), source)
     # The copy shares memory with the model, but not its Parameter objects: a cast of the copy would change these.
@@ -280,9 +296,7 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
         inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
         extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
         q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
-        packed[name] = PackedWeight.of(
-            q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra
-        )
+        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra)
     kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
     swap(module, packed, manifest["tied"])
     found = module.load_state_dict(kept, strict=False)

@@ -164,9 +164,7 @@ class CalibratedRun:
             if not isinstance(stats, Stats) or plans[0].format is None:
                 continue
             divides = all(p.inputs is not None and p.inputs.divisor for p in plans)
-            found = self.rewriter.scale(
-                group.members, weights, stats, plans[0].format, plans[0].transposed, divides
-            )
+            found = self.rewriter.scale(group.members, weights, stats, plans[0].format, plans[0].transposed, divides)
             if found is None:
                 continue
             changed, scale = found

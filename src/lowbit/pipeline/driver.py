@@ -23,6 +23,7 @@ from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.solve import OutputError, Solved, solve
 
 Progress = Callable[[str, int, int], None]
+OnLayer = Callable[[Solved], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def solved_facts(solved: Solved) -> dict[str, Any]:
 
 def solved_tensors(
     plan: Plan, source: Source, progress: Progress | None = None, done: frozenset[str] = frozenset(),
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", on_layer: OnLayer | None = None,
 ) -> Iterator[tuple[Solved, str]]:  # fmt: skip
     """Every tensor of the plan that is not `done`, solved, with the SHA-256 of its source bytes."""
     at, total = 0, plan.bytes_before
@@ -106,20 +107,25 @@ def solved_tensors(
         if tensor.name not in done:
             weight = source.read(tensor.name)
             digest = hashlib.sha256(bytes_of(weight)).hexdigest()
-            yield solve(tensor, weight, plan.recipe, device), digest
+            solved = solve(tensor, weight, plan.recipe, device)
+            yield solved, digest
+            if on_layer:
+                on_layer(solved)
         at += tensor.bytes_before
         if progress:
             progress(tensor.name, at, total)
 
 
 def reported(
-    results: Iterator[tuple[Solved, str]], plan: Plan, progress: Progress | None
+    results: Iterator[tuple[Solved, str]], plan: Plan, progress: Progress | None, on_layer: OnLayer | None = None
 ) -> Iterator[tuple[Solved, str]]:
-    """The results as they are, each told to `progress`."""
+    """The results as they are, each told to `on_layer` and to `progress`."""
     at, total = 0, plan.bytes_before
     for solved, digest in results:
         yield solved, digest
         at += solved.plan.bytes_before
+        if on_layer and solved.stored:
+            on_layer(solved)
         if progress:
             progress(solved.plan.name, at, total)
 
@@ -143,7 +149,7 @@ def fingerprint(
 def write_folder(
     plan: Plan, source: Source, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False,
     solved: Iterator[tuple[Solved, str]] | None = None, device: torch.device | str = "cpu",
-    calibration: Calibration | None = None,
+    calibration: Calibration | None = None, on_layer: OnLayer | None = None,
 ) -> Report:  # fmt: skip
     """Quantize `source` into the folder `out`, or finish what a killed run left; verified before it gets its name.
 
@@ -158,9 +164,9 @@ def write_folder(
             results = solved
         elif calibration is not None and settings is not None:
             run = CalibratedRun(plan, source, calibration, writer.partial, settings, writer.flush)
-            results = reported(run.results(), plan, progress)
+            results = reported(run.results(), plan, progress, on_layer)
         else:
-            results = solved_tensors(plan, source, progress, done, device)
+            results = solved_tensors(plan, source, progress, done, device, on_layer)
         for result, digest in results:
             if result.plan.name not in done:
                 writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))

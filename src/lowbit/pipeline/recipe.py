@@ -27,8 +27,8 @@ from lowbit.formats import Format, parse_format
 from lowbit.formats.inputs import Inputs, parse_inputs
 from lowbit.pipeline.presets import PRESETS
 from lowbit.solvers import Call
-from lowbit.solvers.registry import announce, methods
 from lowbit.solvers.ranges.estimator import RangeMethod
+from lowbit.solvers.registry import announce, methods
 from lowbit.transforms.registry import FACTS, check_order
 
 if sys.version_info >= (3, 11):
@@ -117,7 +117,9 @@ class Recipe:
     def uses_calibration(self) -> bool:
         """Whether calibration text changes the result: it is needed, or the fit weighs errors by it."""
         weighs = self.fit is None or self.fit.name in ("search", "mse", "hqq")
-        return self.needs_calibration is not None or weighs or (self.solver is not None and self.solver.name == "kmeans")
+        return (
+            self.needs_calibration is not None or weighs or (self.solver is not None and self.solver.name == "kmeans")
+        )
 
     def calibrated(self) -> Recipe:
         """What a preset stands for when calibration text is at hand; the recipe itself otherwise."""

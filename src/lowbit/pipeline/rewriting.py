@@ -22,9 +22,7 @@ def rewritten(source: Source, recipe: Recipe) -> Source:
         if FACTS[call.name].kind == "source":
             source = call.method.function(source, **dict(call.options))
     if getattr(source, "online", None):
-        raise RecipeError(
-            "rotations of inputs while the model runs (r4=1) cannot be stored yet; leave r4 out"
-        )
+        raise RecipeError("rotations of inputs while the model runs (r4=1) cannot be stored yet; leave r4 out")
     return source
 
 
@@ -68,7 +66,13 @@ class Rewriter:
         return Rewriter(source, recipe, arch_or_none(source, recipe)) if calls else None
 
     def scale(
-        self, names: list[str], tensors: Mapping[str, Tensor], stats: Stats, fmt: Format, transposed: bool, divides: bool
+        self,
+        names: list[str],
+        tensors: Mapping[str, Tensor],
+        stats: Stats,
+        fmt: Format,
+        transposed: bool,
+        divides: bool,
     ) -> tuple[dict[str, Tensor], Tensor] | None:
         """New tensors and the scale of the input that `names` share; None where nothing can take the division.
 

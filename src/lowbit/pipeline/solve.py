@@ -129,7 +129,9 @@ def _solve_stacked(
         final = (quadratic(error, stats.second_moment) / signal) ** 0.5 if signal else 0.0
         # How far feedback lowered the error is known of the stack; each of its parts is given the same share.
         ratio = (trace.start / trace.end) ** 0.5 if trace is not None and trace.end > 0 else 1.0
-        output = OutputError(six_digits(final * ratio), six_digits(final), stats.tokens, None if trace is None else trace.damp)
+        output = OutputError(
+            six_digits(final * ratio), six_digits(final), stats.tokens, None if trace is None else trace.damp
+        )
         out.append(Solved(plan, stored, six_digits(float(error.norm()) / size) if size else 0.0, output))
         begin += len(x)
     return out
@@ -160,7 +162,9 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
         six_digits(sum(o.nearest for o in outputs) / len(outputs)),
         six_digits(sum(o.final for o in outputs) / len(outputs)), everything.tokens,
     )  # fmt: skip
-    note = f"{few} of {len(weight)} experts saw fewer than {width} tokens and lean on the statistics of all" if few else ""
+    note = (
+        f"{few} of {len(weight)} experts saw fewer than {width} tokens and lean on the statistics of all" if few else ""
+    )
     return Solved(plan, stored, six_digits(mean), output, note)
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -125,6 +124,7 @@ def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise SourceError(f"{type(model).__name__} reads {model.main_input_name}, not text; calibrate it on its own data")
+        raise SourceError(
+            f"{type(model).__name__} reads {model.main_input_name}, not text; calibrate it on its own data"
+        )
     return inputs
-

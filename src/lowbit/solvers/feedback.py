@@ -33,7 +33,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.order not in (0, 1, 2):
-            raise RecipeError(f"order={self.order} is unknown: 0 as they stand, 1 activation order, 2 group-aware order")
+            raise RecipeError(
+                f"order={self.order} is unknown: 0 as they stand, 1 activation order, 2 group-aware order"
+            )
 
     @cached_property
     def factor(self) -> Factor:

@@ -86,4 +86,3 @@ def _by_group(x: Tensor, size: int, groups: int) -> Tensor:
     if short:
         x = torch.nn.functional.pad(x, (0, short))
     return x.view(len(x), groups, size).sum(2)
-

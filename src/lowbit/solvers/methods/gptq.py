@@ -26,4 +26,3 @@ def gptq(
     implementation; group-aware order: Gafni et al. 2025.
     """
     return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=polish)
-
