@@ -70,6 +70,10 @@ def main() -> None:
         raise SystemExit(f"config {arguments.config!r}: write w<bits>g<group>, such as w4g32, with 2, 4 or 8 bits")
     bits, group = map(int, asked.groups())
     out = common.fresh(arguments.out)
+    arguments.model, out = arguments.model.resolve(), out.resolve()
+    arguments.calibration, arguments.out = arguments.calibration.resolve(), out
+    arguments.eval = arguments.eval and arguments.eval.resolve()
+    os.chdir(out)  # the library writes logs into the folder that it runs in
     rows = common.windows(arguments.model, arguments.calibration, arguments.windows, arguments.length)
     calibration = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
     settings = QuantizeConfig(bits=bits, group_size=group)
