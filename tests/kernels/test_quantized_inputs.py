@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cache
 
@@ -115,14 +116,23 @@ def test_sums_too_long_for_int32_are_cut() -> None:
     asked = InputQuantizer(parse_inputs("int8:tensor:static"), torch.ones(1, 1))
     kernel = TorchInt()
     form = kernel.prepack(q, x.dtype)
-    assert [(p.start, p.stop) for p in form.pieces(width)] == [(0, 131071), (131071, width)]
+    assert form.cut(width).spans == [(0, 131071), (131071, width)]
     assert float(kernel.linear_of_quantized(x, form, None, asked)[0, 0]) == pytest.approx(128**2 * width, rel=1e-6)
 
 
 def test_pieces_end_where_a_scale_changes_and_are_made_once() -> None:
     form = TorchInt().prepack(packed("int8:g32"), torch.float32)
-    assert [p.start for p in form.pieces(24)] == [0, 24, 32, 48, 64, 72] and form.pieces(24) is form.pieces(24)
-    assert [p.start for p in TorchInt().prepack(packed("int8:channel"), torch.float32).pieces(80)] == [0]
+    cut = form.cut(24)
+    assert [start for start, _ in cut.spans] == [0, 24, 32, 48, 64, 72] and cut.group == [0, 1, 1, 2, 2, 3]
+    assert form.cut(24) is cut and cut.scale.shape == (6, 24)
+    assert TorchInt().prepack(packed("int8:channel"), torch.float32).cut(80).spans == [(0, 80)]
+
+
+@pytest.mark.parametrize("given", ["int8:g16", "int8:*x16:static", "uint8:token:asym", "int8:7x16"])
+def test_many_rows_go_in_chunks(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_int, "_CHUNK", 1)
+    for rows in (32, 33, 70):
+        assert "torch-int" in check(packed("int4:g32"), quantizer(given), normal((rows, 80), 2), 3e-6)
 
 
 def test_reasons() -> None:
@@ -162,7 +172,7 @@ def test_a_cpu_whose_products_overflow_is_found_out(monkeypatch: pytest.MonkeyPa
 
 
 def test_timings_are_kept_apart_by_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(kernel: registry.Kernel, q: QTensor, x: Tensor, asked: InputQuantizer | None = None) -> float:
+    def measure(kernel: registry.Kernel, q: QTensor, x: Tensor, asked: object, *others: object) -> float:
         return 1.0 if kernel.name == ("expand" if asked is None else "torch-int") else 2.0
 
     monkeypatch.setattr(registry, "_measure", measure)
@@ -184,3 +194,18 @@ def test_the_dispatcher_keeps_shapes(only: str | None) -> None:
             expected = round_inputs(x, asked.inputs).double() @ q.dequantize().double().T + 1
             assert error(y, expected) < 1e-5
     assert only is None or {kernel.name for kernel in dispatcher.chosen.values()} == {only}
+
+
+def test_a_kernel_that_is_slow_beyond_doubt_is_called_once() -> None:
+    class Slow(TorchInt):
+        calls = 0
+
+        def linear_of_quantized(self, *arguments: object) -> Tensor:  # type: ignore[override]
+            self.calls += 1
+            time.sleep(0.01)
+            return torch.zeros(1)
+
+    q, asked = packed("int8:channel"), InputQuantizer(parse_inputs("int8:token"))
+    for to_beat, calls in ((1e-4, 1), (1.0, 4)):
+        slow = Slow()
+        assert registry._measure(slow, q, torch.zeros(1, 80), asked, to_beat) >= 0.01 and slow.calls == calls

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -17,19 +17,24 @@ from torch import Tensor
 from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor, quantize_inputs
 from lowbit.formats.blocks import Block
 from lowbit.formats.inputs import outlier_columns
+from lowbit.formats.nearest import inverse
 from lowbit.kernels.registry import Kernel
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_CHUNK = 1 << 17  # sums that are scaled piece by piece at a time: half a megabyte stays in the cache
 _LONGEST = (2**31 - 1) // 128**2  # products of two int8 that an int32 holds
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Columns start:stop, for which every scale is constant: scale and minimum of each row, and its sum of weights."""
+class _Cut:
+    """Columns cut into P pieces for which every scale is constant; [P, out] float32: what belongs to each piece.
 
-    start: int
-    stop: int
-    codes: Tensor
+    spans: (start, stop) of each. group: the column block of the inputs that it lies in. scale, minimum: of the weight.
+    total: the sum of its values.
+    """
+
+    spans: list[tuple[int, int]]
+    group: list[int]
     scale: Tensor
     minimum: Tensor | None
     total: Tensor
@@ -43,21 +48,21 @@ class _Codes:
     width: int
     scale: Tensor
     minimum: Tensor | None
-    cut: dict[int, list[_Piece]] = field(default_factory=dict)
+    cuts: dict[int, _Cut] = field(default_factory=dict)
 
-    def pieces(self, input_width: int) -> list[_Piece]:
-        """The columns cut where a scale of the weight or of the inputs changes; made once."""
-        if input_width not in self.cut:
-            borders = _borders(self.codes.shape[1], self.width, input_width)
-            self.cut[input_width] = [self._piece(start, stop) for start, stop in pairwise(borders)]
-        return self.cut[input_width]
-
-    def _piece(self, start: int, stop: int) -> _Piece:
-        codes, at = self.codes[:, start:stop], start // self.width
-        scale, minimum = self.scale[:, at], None if self.minimum is None else self.minimum[:, at]
-        total = scale * codes.sum(1, dtype=torch.int32)
-        total = total if minimum is None else total + (stop - start) * minimum
-        return _Piece(start, stop, codes, scale.contiguous(), minimum, total)
+    def cut(self, input_width: int) -> _Cut:
+        """The columns cut where a scale of the weight, or of inputs in blocks of `input_width`, changes; made once."""
+        if input_width not in self.cuts:
+            spans = list(pairwise(_borders(self.codes.shape[1], self.width, input_width)))
+            starts = torch.tensor([start for start, _ in spans])
+            sums = torch.stack([self.codes[:, start:stop].sum(1, dtype=torch.int32) for start, stop in spans])
+            scale, minimum = self.scale.T[starts // self.width], None
+            total = scale * sums
+            if self.minimum is not None:
+                minimum = self.minimum.T[starts // self.width]
+                total += torch.tensor([[stop - start] for start, stop in spans]) * minimum
+            self.cuts[input_width] = _Cut(spans, (starts // input_width).tolist(), scale, minimum, total)
+        return self.cuts[input_width]
 
     def columns(self, index: Tensor) -> Tensor:
         """These columns of the weight, float32 [out, len(index)]."""
@@ -102,25 +107,27 @@ class TorchInt(Kernel):
         return _inexact() if dtype in _TYPES else f"it takes bfloat16, float16 and float32, not {dtype}"
 
     def prepack(self, q: QTensor, dtype: torch.dtype) -> _Codes:
-        lo, rows = int(q.format.grid.lo), q.shape[0]
-        shift = 128 if q.format.grid.hi > 127 else 0
-        codes = (q.unpacked().to(torch.int16) + (lo - shift)).to(torch.int8)
-        block = q.format.block
+        """Codes are levels with the zero-point taken off as far as int8 goes, so that little or no minimum is left."""
+        grid, block, rows = q.format.grid, q.format.block, q.shape[0]
         row = torch.zeros(rows, dtype=torch.int64) if block.rows == -1 else torch.arange(rows) // block.rows
         scale, offset = q.scales()[0, row], q.offsets()  # type: ignore[index]
-        minimum = scale * shift if shift else None
-        if offset is not None:
-            of_level_zero = offset[0, row] if q.format.offset_kind == "min" else -scale * offset[0, row]
-            minimum = of_level_zero if minimum is None else of_level_zero + minimum
-        return _Codes(codes, _block_width(block, q.shape[1]), scale, minimum)
+        kept = torch.zeros_like(scale) if offset is None else offset[0, row]
+        zero = -kept * inverse(scale) if q.format.offset_kind == "min" else kept
+        shift = zero.round().clamp_(grid.hi - 127, grid.lo + 128)
+        minimum = scale * shift + kept if q.format.offset_kind == "min" else scale * (shift - kept)
+        width = _block_width(block, q.shape[1])
+        codes = grid.decode(q.unpacked()).sub_(shift.repeat_interleave(width, 1)[:, : q.shape[1]]).to(torch.int8)
+        return _Codes(codes, width, scale, minimum if bool(minimum.any()) else None)
 
     def linear(self, x: Tensor, packed: _Codes, bias: Tensor | None) -> Tensor:
         raise NotImplementedError("this kernel multiplies quantized inputs only, and said so by declining")
 
     def linear_of_quantized(self, x: Tensor, packed: _Codes, bias: Tensor | None, quantizer: InputQuantizer) -> Tensor:
-        """With s_a, m_a scale and minimum of the inputs and s_b, m_b of the weight, for each group of columns:
+        """With scale and minimum s_a, m_a of the inputs and s_b, m_b of the weight, summed over pieces of n columns:
 
-        s_a (s_b sum q_a q_b + m_b sum q_a) + m_a (s_b sum q_b + n m_b), the last bracket known beforehand.
+        s_a s_b (sum q_a q_b)  +  s_a (sum q_a) m_b  +  m_a (s_b sum q_b + n m_b)
+
+        The first term is the integer product of each piece; the others are thin float products over all pieces.
         """
         inputs, values = quantizer.inputs, quantizer.divide(x)
         codes, scale, minimum = _signed(*quantize_inputs(values, inputs, quantizer.scale, quantizer.offset))
@@ -128,24 +135,41 @@ class TorchInt(Kernel):
         if block.rows not in (1, -1):
             row = torch.arange(x.shape[0]) // block.rows
             scale, minimum = scale[row], None if minimum is None else minimum[row]
-        width = _block_width(block, x.shape[1])
-        y: Tensor | None = None
-        for piece in packed.pieces(width):
-            at = piece.start // width
-            q_a = codes[:, piece.start : piece.stop]
-            part = torch._int_mm(q_a, piece.codes.t()).to(torch.float32).mul_(piece.scale)
-            if piece.minimum is not None:
-                part.addr_(q_a.sum(1, dtype=torch.int32).float(), piece.minimum)
-            part.mul_(scale[:, at, None])
-            if minimum is not None:
-                part.addcmul_(minimum[:, at, None], piece.total)
-            y = part if y is None else y.add_(part)
-        assert y is not None  # empty weights are declined
+        cut = packed.cut(_block_width(block, x.shape[1]))
+        step = max(32, _CHUNK // packed.codes.shape[0]) if len(cut.spans) > 1 else x.shape[0]
+        scales = scale.split(step) if len(scale) > 1 else repeat(scale)
+        parts = [_scaled_products(q_a, packed, cut, s_a) for q_a, s_a in zip(codes.split(step), scales)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if cut.minimum is not None:
+            sums = torch.stack([codes[:, start:stop].sum(1, dtype=torch.int32) for start, stop in cut.spans], 1)
+            y.addmm_(sums * scale[:, cut.group], cut.minimum)
+        if minimum is not None:
+            y.add_(minimum[:, cut.group] @ cut.total)
         if inputs.outliers is not None:
             hot = outlier_columns(values, inputs.outliers).nonzero()[:, 0]
             if len(hot):
                 y.addmm_(values.index_select(1, hot), packed.columns(hot).t())
         return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def _scaled_products(a: Tensor, packed: _Codes, cut: _Cut, scale: Tensor) -> Tensor:
+    """Sum over pieces of s_a s_b (a b'), float32 [rows, out]; a scale that is the same in all is applied to the sum."""
+    by_column, by_group = scale.shape[1] > 1, packed.scale.shape[1] > 1
+    y: Tensor | None = None
+    for i, (start, stop) in enumerate(cut.spans):
+        part = torch._int_mm(a[:, start:stop], packed.codes[:, start:stop].t()).to(torch.float32)
+        s_a, s_b = scale[:, cut.group[i], None], cut.scale[i]
+        if by_column and by_group:
+            part.mul_(s_a)
+        last = s_b if by_group else s_a if by_column else None
+        if y is None:
+            y = part if last is None else part.mul_(last)
+        else:
+            y = y.add_(part) if last is None else y.addcmul_(part, last)
+    assert y is not None  # empty weights are declined
+    if not by_group:
+        y.mul_(cut.scale[0])
+    return y if by_column else y.mul_(scale)
 
 
 def _signed(levels: Tensor, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
