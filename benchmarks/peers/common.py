@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+_STDOUT = 1
 RESULT, WEIGHTS = "result.json", "weights"
 
 # Stands between this process and a program, since Linux counts the memory of the process that starts a
@@ -60,8 +61,16 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
 
+def _keep_stdout() -> None:
+    """Libraries print what they like: all of it to stderr, so that stdout has the result alone."""
+    global _STDOUT
+    _STDOUT = os.dup(1)
+    os.dup2(2, 1)
+
+
 def parser(about: str, config: str) -> argparse.ArgumentParser:
     """The arguments that every adapter takes."""
+    _keep_stdout()
     made = argparse.ArgumentParser(description=about.split("\n")[0])
     made.add_argument("model", type=Path, help="Hugging Face folder of the float model")
     made.add_argument("calibration", type=Path, help="text to calibrate on")
@@ -229,4 +238,4 @@ def finish(
     }
     text = json.dumps(record, indent=1)
     (arguments.out / RESULT).write_text(text + "\n")
-    print(text)
+    os.write(_STDOUT, f"{text}\n".encode())
