@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.formats import QTensor
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
 from lowbit.pipeline.calibration import Calibration
@@ -26,7 +27,7 @@ from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.rewriting import Rewriter
 from lowbit.pipeline.solve import Solved, solve, solve_group
-from lowbit.pipeline.stages import LeaveForward, Stage, StagedModel, model_inputs
+from lowbit.pipeline.stages import REST, LeaveForward, Stage, StagedModel, model_inputs
 from lowbit.pipeline.states import InputFile, States
 from lowbit.pipeline.stored_inputs import StoredInputs
 from lowbit.pipeline.tap import Tap
@@ -66,22 +67,27 @@ class CalibratedRun:
         self.batches = micro_batches(calibration)
         self.tensors = {t.name: t for t in plan.tensors}
         solver = plan.recipe.solver
-        self.cross = solver is not None and solver.method.needs == "cross"
+        self.compares = solver is not None and solver.method.needs == "drift"
         self.rewriter = Rewriter.of(source, plan.recipe)
 
     def results(self) -> Iterator[tuple[Solved, str]]:
         """Every tensor of the plan, solved, with the SHA-256 of its source bytes; resumes after the last whole stage."""
         inside = {t for t in self.tensors for stage in self.stages if stage.owns(t)}
-        quantized: dict[str, Tensor] = {}
-        for name in (t for t in self.tensors if t not in inside):
+        around = [t for t in self.tensors if t not in inside]
+        later = [t for t in around if self._multiplies(t)]  # projections and heads beside the chains
+        quantized: dict[str, QTensor] = {}
+        for name in around:
             weight = self.source.read(name)
+            if name in later:
+                self.live.place(name, weight)
+                continue
             solved = solve(self.tensors[name], weight, self.plan.recipe)
             yield solved, _digest(weight)
-            if self.tensors[name].kind != "head":
+            if self.tensors[name].kind != "head" or later:
                 self.live.place(name, weight)
                 q = solved.qtensor()
                 if q is not None:
-                    quantized[name] = _oriented(q.dequantize(), self.tensors[name])
+                    quantized[name] = q
         begin = next((i + 1 for i in reversed(range(len(self.stages))) if self.states.has(i)), 0)
         for i, stage in enumerate(self.stages):
             names = [t for t in self.tensors if stage.owns(t)]
@@ -95,17 +101,21 @@ class CalibratedRun:
                 self.states.drop(i - 1)
             for name in names:
                 self.live.place(name, None)
+        if later:
+            weights = {name: self.source.read(name) for name in later}
+            yield from self._stage(len(self.stages), REST, weights, quantized)
         self.states.clear()
 
     def _stage(
-        self, i: int, stage: Stage, weights: dict[str, Tensor], skeleton: dict[str, Tensor]
+        self, i: int, stage: Stage, weights: dict[str, Tensor], skeleton: dict[str, QTensor]
     ) -> Iterator[tuple[Solved, str]]:
         digests = {name: _digest(weight) for name, weight in weights.items()}
         for name, weight in weights.items():
             self.live.place(name, weight)
-        inputs = self._float_stream(i, stage) if self.cross else {}
+        inputs = self._float_stream(i, stage, weights) if self.compares else {}
         for name, value in skeleton.items():  # the float stream has passed where they are read
-            self.live.place(name, value)
+            self.live.place(name, None)
+            self.live.place(name, _oriented(value.dequantize(), self.tensors[name]))
         skeleton.clear()
         stored = StoredInputs(self.plan)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
@@ -131,7 +141,7 @@ class CalibratedRun:
             if unused:
                 solved = replace(solved, stored=solved.stored | stored.unseen(name))
             yield solved, digests[name]
-        for batch in range(len(self.batches)):
+        for batch in range(len(self.batches) if stage is not REST else 0):
             with self._tap(weights, stored, lambda name, expert, x: None):
                 self.states.save(i, QUANT, batch, self._run(i, stage, batch, QUANT))
 
@@ -139,7 +149,7 @@ class CalibratedRun:
         self, i: int, stage: Stage, wave: Wave, weights: dict[str, Tensor], stored: StoredInputs,
         inputs: dict[str, InputFile], divisors: dict[str, Tensor],
     ) -> Iterator[tuple[Group, Stats | dict[int, Stats] | None]]:  # fmt: skip
-        collector = Collector(wave, self.cross)
+        collector = Collector(wave, self.settings.autocast)
         for batch in range(len(self.batches)):
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
             with self._tap(weights, stored, collector.seen):
@@ -177,7 +187,7 @@ class CalibratedRun:
             weights.update(changed)
         return divisors
 
-    def _float_stream(self, i: int, stage: Stage) -> dict[str, InputFile]:
+    def _float_stream(self, i: int, stage: Stage, weights: dict[str, Tensor]) -> dict[str, InputFile]:
         """Run the float model through the stage; keep the inputs of its weights, and what it returns."""
         files: dict[str, InputFile] = {}
         alive: dict[Any, Tensor] = {}
@@ -188,12 +198,13 @@ class CalibratedRun:
                 alive[key] = x  # until the batch is over, so that no other input gets the same memory
                 files.setdefault(name, InputFile(self.folder / f"input-{len(files):04d}")).append(x)
 
-        watched = {n: self.live.get(n) for n in self.tensors if stage.owns(n) and self._multiplies(n)}
+        watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
         for batch in range(len(self.batches)):
             alive.clear()
             with Tap(watched, seen):
                 out = self._run(i, stage, batch, FLOAT)
-            self.states.save(i, FLOAT, batch, out)
+            if stage is not REST:
+                self.states.save(i, FLOAT, batch, out)
         return files
 
     def _tap(self, weights: dict[str, Tensor], stored: StoredInputs, seen: Callable[..., None]) -> Tap:

@@ -64,12 +64,12 @@ def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: st
 class Collector:
     """Gathers the statistics of one wave; experts of a stack each have their own.
 
-    `stop`: leave the forward as soon as nothing more can come.
+    `half`: see StatsBuilder. `stop`: leave the forward as soon as nothing more can come.
     """
 
-    def __init__(self, wave: Wave, cross: bool = False, stop: bool = True) -> None:
+    def __init__(self, wave: Wave, half: bool = False, stop: bool = True) -> None:
         self.first = {group.first: group for group in wave}
-        self.cross = cross
+        self.half = half
         self.enough = wave[0].calls if stop and len(wave) == 1 else 0
         self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
         self.begin({})
@@ -89,7 +89,7 @@ class Collector:
         compare = self.x_float.get(name) if expert is None else None
         key = (name, expert)
         if key not in self.builders:
-            self.builders[key] = StatsBuilder(x.shape[-1], compare is not None)
+            self.builders[key] = StatsBuilder(x.shape[-1], compare is not None, self.half)
         self.builders[key].add(x, compare)
         self.calls += 1
         if expert is None and self.calls == self.enough:
@@ -100,4 +100,4 @@ class Collector:
         found = {expert: b.stats() for (name, expert), b in self.builders.items() if name == group.first}
         if None in found:
             return found[None]
-        return {e: s for e, s in sorted((e, s) for e, s in found.items() if e is not None)} or None
+        return {expert: found[expert] for expert in sorted(e for e in found if e is not None)} or None

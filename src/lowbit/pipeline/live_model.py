@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -24,10 +25,8 @@ class LiveModel:
         self.module = meta_model(source.config)
         self.tied = tied
         if hasattr(self.module, "set_experts_implementation"):
-            try:
+            with contextlib.suppress(ValueError, NotImplementedError):  # a mixture that has one implementation only
                 self.module.set_experts_implementation("eager")  # one product an expert, so that each is seen
-            except (ValueError, NotImplementedError):
-                pass  # a mixture that has one implementation only
         for config in (self.module.config, self.module.config.get_text_config()):
             config.use_cache = False
         self._compute_buffers()

@@ -25,7 +25,7 @@ MAX_SHARD = 5_000_000_000
 # What Python, PyTorch and transformers take before the first tensor is read, roughly.
 _BASE_BYTES = 420_000_000
 BY_RECIPE = "kept by the recipe"
-SLAB = 1 << 24  # elements of a weight that are in float32 at a time
+SLAB = 1 << 22  # elements of a weight that are in float32 at a time
 
 
 @dataclass(frozen=True)

@@ -20,20 +20,20 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "w8": Preset("absmax@int8:g128,embed=int8:g128", "8 bits, hard to tell from the original", "this project"),
-    "w4": Preset("search@int4:g32", "4.5 bits: the everyday choice", "this project", "gptq@int4:g32"),
+    "w4": Preset("search@int4:g32", "4.5 bits: the everyday choice", "this project", "qronos@int4:g32"),
     "w3": Preset(
         "search@uint3:g32:s=(uint6:g8):min=(int6:g8)",
         "3.5 bits, visibly worse without calibration",
         "this project",
-        "gptq@uint3:g32:s=(uint6:g8):min=(int6:g8)",
+        "qronos@uint3:g32:s=(uint6:g8):min=(int6:g8)",
     ),
     "w2": Preset(
         "search@uint2:g16:s=(uint4:g16):min=(int4:g16)",
         "2.6 bits, for experiments",
         "this project",
-        "gptq@uint2:g16:s=(uint4:g16):min=(int4:g16)",
+        "qronos@uint2:g16:s=(uint4:g16):min=(int4:g16)",
     ),
-    "nl4": Preset("search@iq4nl:g32", "4.5 bits on 16 uneven levels", "llama.cpp IQ4_NL", "gptq@iq4nl:g32"),
+    "nl4": Preset("search@iq4nl:g32", "4.5 bits on 16 uneven levels", "llama.cpp IQ4_NL", "qronos@iq4nl:g32"),
     "awq": Preset("awq+search@int4:g64", "int4, channels scaled by what flows through them", "AWQ"),
     "gptq": Preset("gptq@int4:g64", "int4, errors made up for by the columns that follow", "GPTQ"),
     "smoothquant": Preset(
@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
         "search@int4:g32,a=int8:g64",
         "4.5-bit weights, inputs in int8 while running",
         "this project",
-        "gptq@int4:g32,a=int8:g64",
+        "qronos@int4:g32,a=int8:g64",
     ),
     "absmax": Preset(
         "absmax@int8:tensor,embed=int8:tensor",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,17 @@ class OutputError:
 
 @dataclass(frozen=True)
 class Solved:
-    """What a weight became: its stored tensors by file name, and |w - w_q| / |w| (0 for a kept tensor)."""
+    """What a weight became: its stored tensors by file name, and |w - w_q| / |w| (0 for a kept tensor).
+
+    `tuned`: what a tuner of the whole model said of its work, where it changed this tensor.
+    """
 
     plan: TensorPlan
     stored: dict[str, Tensor]
     error: float
     output: OutputError | None = None
     note: str = ""
+    tuned: dict[str, Any] | None = None
 
     def qtensor(self) -> QTensor | None:
         """The quantized tensor, or None where the weight was kept."""

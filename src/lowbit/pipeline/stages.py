@@ -31,7 +31,7 @@ class LeaveForward(BaseException):
 class Stage:
     """Block `index` of the chain `chain` (the name of its ModuleList), with the name of the block itself.
 
-    The whole model is the one stage with an empty name, where nothing repeats.
+    The whole model is the one stage with an empty name, where nothing repeats. `REST` is what lies around the chains.
     """
 
     chain: str
@@ -41,6 +41,9 @@ class Stage:
     def owns(self, tensor: str) -> bool:
         """Whether a tensor lies in this block."""
         return not self.name or tensor.startswith(self.name + ".")
+
+
+REST = Stage("", -1, "")
 
 
 def stages_of(model: nn.Module) -> list[Stage]:
@@ -93,19 +96,20 @@ class StagedModel:
     def run(self, stage: Stage, inputs: dict[str, Tensor], before: dict[str, Any]) -> Any:
         """What the block returns for `inputs` of the model. `before`: by chain, what its last finished block returned.
 
-        SourceError when the model never calls the block.
+        Of REST, what the model returns with all blocks finished. SourceError when the model never calls the block.
         """
-        if not stage.chain:
-            return self.model(**inputs)
-        block = self.blocks[stage]
-        original = block.forward
-        replaced: dict[nn.Module, Callable[..., Any]] = {block: lambda *a, **k: _leave(original(*a, **k))}
+        replaced: dict[nn.Module, Callable[..., Any]] = {}
+        if stage.chain:
+            original = self.blocks[stage].forward
+            replaced[self.blocks[stage]] = lambda *a, **k: _leave(original(*a, **k))
         for other, module in self.blocks.items():
             if other.chain in before and (other.chain != stage.chain or other.index < stage.index):
                 replaced[module] = lambda *a, _given=before[other.chain], **k: _given
         try:
             with forwards_replaced(replaced):
-                self.model(**inputs)
+                found = self.model(**inputs)
+            if not stage.chain:
+                return found
         except LeaveForward as left:
             return left.value
         raise SourceError(f"{type(self.model).__name__} does not call {stage.name} when it reads text")

@@ -32,7 +32,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     offset: Literal["any", "never", "always"] = "any"
     learns_levels: bool = False
-    needs: Literal["nothing", "second_moment", "cross"] = "nothing"
+    needs: Literal["nothing", "second_moment", "drift"] = "nothing"
 
     def declines(self, fmt: Format) -> str | None:
         """Why this method cannot fill a format, or None if it can."""
@@ -41,7 +41,7 @@ class Method:
                 return f"learns the levels, and {fmt} has fixed ones; use a kmeans grid, e.g. kmeans4:channel"
             if not self.learns_levels and fmt.codebook is not None:
                 return f"cannot learn the levels of {fmt}; use kmeans@{fmt}"
-        elif self.kind == "transform":
+        elif self.kind in ("transform", "tuner"):
             return None
         elif fmt.scale is None:
             return f"finds a scale, and {fmt} has none; leave it out, or give the codebook a scale with cb=tensor"
@@ -75,12 +75,12 @@ def fit(offset: Literal["any", "never", "always"] = "any") -> Callable[[Callable
 
 
 def solver(
-    learns_levels: bool = False, needs: Literal["nothing", "second_moment", "cross"] = "nothing"
+    learns_levels: bool = False, needs: Literal["nothing", "second_moment", "drift"] = "nothing"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a solver under the name of its function.
 
     `learns_levels`: for learned grids, and only for them. `needs`: the statistics of the input that it cannot do
-    without; "cross" also needs the float model's own input, and so a second stream.
+    without; "drift" also needs the float model's own input, and so a second stream.
     """
     return lambda function: _register("solver", function, learns_levels=learns_levels, needs=needs)
 

@@ -11,7 +11,7 @@ from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
 
-@solver(needs="cross")
+@solver(needs="drift")
 def gptaq(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, alpha: float = 0.25, damp: float = 0.01, order: int = 1
 ) -> QTensor:
@@ -25,9 +25,9 @@ def gptaq(
     """
 
     def shift(factor: Factor, seen: Stats) -> Tensor:
-        assert seen.cross is not None
-        change = (seen.cross - seen.second_moment)[factor.perm][:, factor.perm]
+        assert seen.drift is not None
+        change = seen.drift[factor.perm][:, factor.perm]
         return alpha * (change @ factor.upper.T).triu(1) @ factor.upper
 
-    use = None if stats.cross is None else shift
+    use = None if stats.drift is None else shift
     return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=0, shift=use)

@@ -12,9 +12,9 @@ from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
 
-@solver(needs="cross")
+@solver(needs="drift")
 def qronos(
-    weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, blend: float = 0.5, ridge: float = 0.05,
+    weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, blend: float = 0.75, ridge: float = 0.05,
     damp: float = 0.01, order: int = 1, polish: int = 2,
 ) -> QTensor:  # fmt: skip
     """argmin over codes of E|x_f W' - x Q'|^2: x the inputs behind quantized layers, x_f the float model's own.
@@ -26,16 +26,16 @@ def qronos(
     """
     if not 0 <= blend <= 1:
         raise RecipeError(f"qronos(blend={blend}): a share from 0 (gptq) to 1 (the whole correction)")
-    target = weight if stats.cross is None else corrected(weight, stats, blend, ridge)
+    target = weight if stats.drift is None else corrected(weight, stats, blend, ridge)
     return solve_with_feedback(Problem(weight, fmt, fit, stats, damp, order), polish=polish, target=target)
 
 
 def corrected(weight: Tensor, stats: Stats, blend: float, ridge: float) -> Tensor:
-    """W + blend (W (G + r I) (H + r I)^-1 - W), float32 [N, K], computed in float64."""
-    assert stats.cross is not None
-    hessian, cross = stats.second_moment.double(), stats.cross.double()
+    """W + blend W (G - H) (H + r I)^-1, float32 [N, K], computed in float64: W' less W is W (G - H) (H + r I)^-1."""
+    assert stats.drift is not None
+    hessian, drift = stats.second_moment.double(), stats.drift.double()
     r = max(ridge * float(hessian.diagonal().mean()), 1e-30)
     eye = torch.eye(len(hessian), dtype=torch.float64)
     factor = torch.linalg.cholesky(hessian + r * eye)
-    change = torch.cholesky_solve((weight.double() @ (cross - hessian)).T, factor).T
+    change = torch.cholesky_solve((weight.double() @ drift).T, factor).T
     return (weight.double() + blend * change).float()
