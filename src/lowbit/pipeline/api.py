@@ -37,6 +37,7 @@ from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import rewritten
 from lowbit.pipeline.solve import Solved, check_finite
+from lowbit.pipeline.tuned import tune_solved
 
 
 class Quantized:
@@ -194,14 +195,17 @@ def _in_memory(
         solved = list(solved_tensors(plan, source, progress, device=device, on_layer=on_layer))
     else:
         with tempfile.TemporaryDirectory(prefix="lowbit-") as room:
-            run = CalibratedRun(plan, source, calibration, Path(room), Settings.of_this_machine())
+            settings = Settings.of_this_machine()
+            run = CalibratedRun(plan, source, calibration, Path(room), settings)
             solved = list(reported(run.results(), plan, progress, on_layer))
+            solved = tune_solved(plan, source, calibration, solved, settings, progress)
     facts = {s.plan.name: solved_facts(s) for s, _ in solved}
     result = Quantized(plan, make_report(plan, facts, calibration), source)
     # The copy shares memory with the model, but not its Parameter objects: a cast of the copy would change these.
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     shared |= {id(b): b.detach() for b in model.buffers()}
-    if plan.recipe.transforms:  # a head may be untied, and kept tensors differ: nothing is shared
+    changed = bool(plan.recipe.transforms) or plan.recipe.tuner is not None
+    if changed:  # a head may be untied, and kept tensors differ: nothing is shared
         result._model = copy.deepcopy(source.load_float(next(model.parameters()).dtype)).eval()
     else:
         result._model = copy.deepcopy(model, shared).eval()
@@ -214,7 +218,7 @@ def _in_memory(
             packed[s.plan.name] = PackedWeight.of(
                 q, transposed=s.plan.transposed, dtype=s.plan.dtype, inputs=s.plan.inputs, input_parts=extra
             )
-        elif plan.recipe.transforms:
+        elif changed:
             _set(result._model, s.plan.name, s.stored[s.plan.name])
     swap(result._model, packed, plan.tied)
     if source.config is not None:

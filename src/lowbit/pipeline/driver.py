@@ -21,6 +21,7 @@ from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.solve import OutputError, Solved, solve
+from lowbit.pipeline.tuned import tune_folder
 
 Progress = Callable[[str, int, int], None]
 OnLayer = Callable[[Solved], None]
@@ -44,7 +45,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What quantizing did: layers, coverage (share of parameters quantized), bytes, bits per weight."""
+    """What quantizing did: layers, coverage (share of parameters quantized), bytes, bits per weight.
+
+    `tuning`: what a tuner of the whole model said of its work, such as the loss before and after.
+    """
 
     recipe: str
     layers: tuple[LayerReport, ...]
@@ -55,6 +59,7 @@ class Report:
     linear_bits_per_weight: float
     kept: dict[str, tuple[int, int]]
     calibration: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -86,6 +91,7 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
     return Report(
         str(plan.recipe), layers, plan.coverage, plan.bytes_before, plan.bytes_after, plan.bits_per_weight,
         plan.linear_bits_per_weight, plan.kept(), None if calibration is None else calibration.to_json(),
+        next((entry["tuned"] for entry in facts.values() if "tuned" in entry), None),
     )  # fmt: skip
 
 
@@ -94,6 +100,8 @@ def solved_facts(solved: Solved) -> dict[str, Any]:
     facts: dict[str, Any] = {"error": solved.error}
     if solved.output is not None:
         facts["output"] = asdict(solved.output)
+    if solved.tuned is not None:
+        facts["tuned"] = solved.tuned
     return facts | ({"note": solved.note} if solved.note else {})
 
 
@@ -157,11 +165,14 @@ def write_folder(
     With `calibration` block by block, in the order of the model.
     """
     settings = None if calibration is None else Settings.of_this_machine()
+    run: CalibratedRun | None = None
     writer = FolderWriter(out, plan.shards, fingerprint(plan, source, device, calibration, settings), overwrite)
     try:
         done = frozenset(writer.journal)
         if solved is not None:
             results = solved
+        elif len(done) == len(plan.tensors):
+            results = iter(())
         elif calibration is not None and settings is not None:
             run = CalibratedRun(plan, source, calibration, writer.partial, settings, writer.flush)
             results = reported(run.results(), plan, progress, on_layer)
@@ -170,6 +181,9 @@ def write_folder(
         for result, digest in results:
             if result.plan.name not in done:
                 writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
+        run = None  # what it holds of the model
+        if solved is None and calibration is not None and settings is not None:
+            tune_folder(plan, source, calibration, writer, settings, progress)
         writer.verify()
         source.save_assets(writer.partial)
         write_config(plan, source, writer.partial)

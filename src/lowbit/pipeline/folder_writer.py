@@ -106,30 +106,52 @@ class FolderWriter:
 
     def write(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
         """Put the stored tensors of `name` in their places and enter it, with `facts`, in the journal."""
-        hashes = {}
         try:
-            for part, tensor in stored.items():
-                raw = bytes_of(tensor)
-                begin, end = self.place[part].spans[part]
-                if len(raw) != end - begin:
-                    raise OutputError(f"{part} takes {len(raw)} bytes and was planned with {end - begin}")
-                hashes[part] = hashlib.sha256(raw).hexdigest()
-                with (self.partial / self.place[part].file).open("r+b") as file:
-                    file.seek(begin)
-                    file.write(raw)
-                self._pending_bytes += len(raw)
-            self._pending.append({"tensor": name, "sha256": hashes, **facts})
-            if self._pending_bytes >= _FLUSH:
-                self.flush()
+            hashes = {part: self._put(part, tensor) for part, tensor in stored.items()}
+            self._enter({"tensor": name, "sha256": hashes, **facts})
         except OSError as error:
             raise self.cannot(error) from error
+
+    def rewrite(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
+        """Replace some of the stored tensors of `name`, which is in the journal, and add `facts` to its entry.
+
+        A kill in between leaves new bytes under an old hash, so that the caller must be able to repeat it.
+        """
+        try:
+            hashes = {part: self._put(part, tensor) for part, tensor in stored.items()}
+            entry = self.journal[name]
+            self._enter({**entry, "sha256": entry["sha256"] | hashes, **facts})
+        except OSError as error:
+            raise self.cannot(error) from error
+
+    def read(self, part: str) -> Tensor:
+        """A stored tensor that was written, as it is on the disk now."""
+        path = self.partial / self.place[part].file
+        return read_tensor(path, read_header(path).entries[part])
+
+    def _put(self, part: str, tensor: Tensor) -> str:
+        """Write a stored tensor to its place; returns its SHA-256."""
+        raw = bytes_of(tensor)
+        begin, end = self.place[part].spans[part]
+        if len(raw) != end - begin:
+            raise OutputError(f"{part} takes {len(raw)} bytes and was planned with {end - begin}")
+        with (self.partial / self.place[part].file).open("r+b") as file:
+            file.seek(begin)
+            file.write(raw)
+        self._pending_bytes += len(raw)
+        return hashlib.sha256(raw).hexdigest()
+
+    def _enter(self, entry: dict[str, Any]) -> None:
+        self._pending.append(entry)
+        if self._pending_bytes >= _FLUSH:
+            self.flush()
 
     def flush(self) -> None:
         """Make what was written safe on the disk, then say so in the journal."""
         if not self._pending:
             return
         for file_name in {self.place[part].file for entry in self._pending for part in entry["sha256"]}:
-            _sync(self.partial / file_name)
+            sync(self.partial / file_name)
         with (self.partial / JOURNAL).open("a", encoding="utf-8") as file:
             for entry in self._pending:
                 file.write(json.dumps(entry, sort_keys=True) + "\n")
@@ -162,8 +184,8 @@ class FolderWriter:
             (self.partial / MANIFEST).write_text(text, "utf-8")
             (self.partial / JOURNAL).unlink()
             for path in self.partial.iterdir():
-                _sync(path)
-            _sync(self.partial)
+                sync(path)
+            sync(self.partial)
             self.complete = True
             replace_folder(self.partial, self.out)
         except OSError as error:
@@ -221,12 +243,12 @@ def replace_folder(fresh: Path, out: Path) -> None:
             raise OutputError(f"{aside} is in the way of replacing {out}; move it. The new model is in {fresh}")
         os.rename(out, aside)
     os.rename(fresh, out)
-    _sync(out.parent)
+    sync(out.parent)
     if replaced:
         shutil.rmtree(aside)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """What is written of a file, or a name in a folder, reaches the disk; Windows can do neither from outside."""
     if os.name == "nt":
         return

@@ -4,6 +4,7 @@ METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
 
 absmax@int8:channel                 a fit; the solver is round-to-nearest
 gptq@int4:g32                       a solver that looks at calibration text
+gptq+distill@int4:g32               and a tuner of what is stored, after it
 rotate+awq+gptq@int4:g64            transforms of the model first, in this order
 smooth@int8:channel,a=int8:token    the inputs of linear layers in few bits too
 kmeans@kmeans4:channel              a solver
@@ -30,6 +31,7 @@ from lowbit.solvers import Call
 from lowbit.solvers.ranges.estimator import RangeMethod
 from lowbit.solvers.registry import announce, methods
 from lowbit.transforms.registry import FACTS, check_order
+from lowbit.tuning.registry import SCOPES, Scope
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,15 +43,17 @@ EMBED = parse_format("int8:channel")
 # Keys of the text form that are known but stand for something this version does not do.
 _LATER = {"kv": "KV-cache formats"}
 announce("lowbit.transforms")
+announce("lowbit.tuning")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Transforms in order, one fit, one solver, formats by layer, and how the inputs of linear layers are stored.
+    """Transforms in order, one fit, one solver, a tuner, formats by layer, and how inputs of linear layers are stored.
 
     `fit` and `solver` may be None: the best data-free one for each format is then taken (`fit_for`,
     `solver_for`). `embed` is the format of embeddings and of output heads, or None to keep them.
     `layers` are (glob over parameter names, format or None to keep), the last match wins.
+    `tuner` moves what the solver stored by gradient descent, or None.
     `inputs` (`a=`) are those of linear layers; static ones take their range from the estimator `range`.
     """
 
@@ -62,6 +66,7 @@ class Recipe:
     transforms: tuple[Call, ...] = ()
     inputs: Inputs | None = None
     range: RangeMethod | None = None
+    tuner: Call | None = None
 
     def __post_init__(self) -> None:
         check_order([call.name for call in self.transforms])
@@ -98,16 +103,22 @@ class Recipe:
 
         Without statistics of the input (`with_stats`) a solver that needs them does not serve.
         """
-        if self.solver is not None and self.solver.method.declines(fmt) is None:
-            if with_stats or self.solver.method.needs == "nothing":
-                return self.solver
+        own = self.solver
+        if own is not None and own.method.declines(fmt) is None and (with_stats or own.method.needs == "nothing"):
+            return own
         return Call("rtn" if fmt.codebook is None else "kmeans")
+
+    def tuner_of(self, scope: Scope) -> Call | None:
+        """The recipe's tuner if it works on this much of the model at once."""
+        return self.tuner if self.tuner is not None and SCOPES[self.tuner.name] == scope else None
 
     @property
     def needs_calibration(self) -> str | None:
         """Which part of the recipe looks at calibration text, or None."""
         if self.solver is not None and self.solver.method.needs != "nothing":
             return self.solver.name
+        if self.tuner is not None:
+            return self.tuner.name
         for call in self.transforms:
             if FACTS[call.name].kind == "group":
                 return call.name
@@ -130,7 +141,7 @@ class Recipe:
 
     def __str__(self) -> str:
         """The full text; `Recipe.parse(str(r)) == r` but for the name."""
-        steps = [str(call) for call in (*self.transforms, self.fit, self.solver) if call is not None]
+        steps = [str(call) for call in (*self.transforms, self.fit, self.solver, self.tuner) if call is not None]
         text = f"{'+'.join(steps)}@{self.format}" if steps else str(self.format)
         if self.embed != EMBED:
             text += f",embed={_text(self.embed)}"
@@ -182,9 +193,12 @@ class Recipe:
 def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
     fit: Call | None = None
     solver: Call | None = None
+    tuner: Call | None = None
     transforms: list[Call] = []
     for step in steps:
         call = _parse_call(step)
+        if tuner is not None:
+            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, and it comes last")
         if call.method.kind == "transform":
             if fit is not None or solver is not None:
                 first = fit or solver
@@ -197,11 +211,13 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
                 first = fit or solver
                 raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
             fit = call
+        elif call.method.kind == "tuner":
+            tuner = call
         else:
             if solver is not None:
                 raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
             solver = call
-    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms))
+    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner)
 
 
 def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:

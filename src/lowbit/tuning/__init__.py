@@ -1,0 +1,1 @@
+"""Gradient descent on what is stored: scales, minima, learned levels, rounding, and the vectors that stay float."""

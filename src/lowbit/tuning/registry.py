@@ -1,0 +1,29 @@
+"""Tuners by name. One is `(problem, *, options) -> Tuned`, and a recipe writes it after the solver.
+
+    gptq+distill@int4:g32               the whole model at once
+    gptq+reconstruct(steps=50)@int4:g64 each block when its weights have codes
+
+Writing `@tuner(...)` above a function, in a file of this room, is all that adding one takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lowbit.solvers.registry import _register, announce
+
+announce("lowbit.tuning")  # a new tuner is a file of this room
+
+Scope = Literal["model", "block"]
+SCOPES: dict[str, Scope] = {}
+
+
+def tuner(scope: Scope) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a tuner under the name of its function. `scope`: whether it sees the whole model or one block."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        SCOPES[function.__name__] = scope
+        return _register("tuner", function)
+
+    return register

@@ -1,0 +1,164 @@
+"""A stored weight as a function of parameters: what gradient descent may move, and what is stored of it.
+
+Parameters are relative and start at 0, so that one learning rate suits scales of every size: a scale is s0 (1 + d), a
+minimum m0 + d s0 R and a float zero-point z0 + d R, with R the reach of the grid. A scale that is itself quantized keeps its
+format: its own scale is a parameter, and so are its codes, which are rounded straight through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import QTensor, stores
+from lowbit.formats.format import Store
+from lowbit.formats.grids import IntGrid
+from lowbit.formats.packing import pack
+from lowbit.formats.qtensor import Stored, load, save
+from lowbit.tuning.expand import expand, look_up, round_through
+
+# Stores that are fine enough for small steps. An exponent or an fp8 scale stays as it is.
+_SMOOTH = ("fp32", "fp16", "bf16")
+
+
+class PerBlock:
+    """Scales or offsets: fixed, relative to what they were, or a quantized tensor of their own."""
+
+    def __init__(self, stored: Stored, store: Store, counts: tuple[int, ...], unit: Tensor | None = None) -> None:
+        """`unit`: what d = 1 stands for; the values themselves when None. Broadcasts to `counts`."""
+        self.stored, self.store, self.counts = stored, store, counts
+        self.inner: TunableWeight | None = None
+        self.delta: Tensor | None = None
+        self.start = load(stored, store, counts) if store != "grid" else torch.empty(0)
+        self.unit = self.start if unit is None else unit
+        if isinstance(stored, QTensor):
+            self.inner = TunableWeight(stored)
+            self.inner.free_codes()
+        elif store in _SMOOTH:
+            self.delta = torch.zeros(counts, requires_grad=True)
+
+    def parameters(self) -> Iterator[Tensor]:
+        if self.inner is not None:
+            yield from self.inner.parameters()
+        elif self.delta is not None:
+            yield self.delta
+
+    def values(self) -> Tensor:
+        """float32 `counts`, a function of the parameters."""
+        if self.inner is not None:
+            return self.inner.dense().view(self.counts)
+        return self.start if self.delta is None else self.start + self.unit * self.delta
+
+    def kept(self) -> Stored:
+        """What is stored of the present values."""
+        if self.inner is not None:
+            return self.inner.tuned()
+        return self.stored if self.delta is None else save(self.values().detach(), self.store)
+
+
+class TunableWeight:
+    """A QTensor whose scales, offsets and learned levels (and, once `free_codes` was called, codes) can be moved."""
+
+    def __init__(self, q: QTensor) -> None:
+        self.q, fmt = q, q.format
+        self.codes: Tensor | None = q.unpacked()
+        self.latent: Tensor | None = None  # level units; the codes are its rounding
+        self.move: Tensor | None = None
+        counts = fmt.block.counts(q.shape)
+        self.scale = None if q.scale is None or fmt.scale is None else PerBlock(q.scale, fmt.scale, counts)
+        self.offset: PerBlock | None = None
+        self.fixed_offset = q.offsets() if fmt.offset is not None and fmt.offset.store in ("grid", "int32") else None
+        if q.offset is not None and fmt.offset is not None and self.fixed_offset is None:
+            reach = torch.tensor(max(abs(fmt.grid.lo), abs(fmt.grid.hi)))
+            unit = reach * q.scales().abs() if fmt.offset.kind == "min" else reach  # type: ignore[union-attr]
+            self.offset = PerBlock(q.offset, fmt.offset.store, counts, unit)
+        self.levels: PerBlock | None = None
+        if q.levels is not None:
+            size = q.levels.float().square().mean(-1, keepdim=True).sqrt()
+            self.levels = PerBlock(q.levels, fmt.levels_store, tuple(q.levels.shape), size)
+
+    def free_codes(self, weight: Tensor | None = None, slack: float = 0.0) -> None:
+        """Let the codes move: level = round(t + unit d), unit being the reach of the grid.
+
+        t is the level of the present code; with `weight`, the float weight of the same shape, it is what that asks for,
+        w / s, as far as it rounds to the present code (`slack` inside its cell).
+        """
+        grid = self.q.format.grid
+        if self.q.format.codebook is not None:
+            return  # levels of a learned codebook are moved instead
+        assert self.codes is not None
+        level = grid.decode(self.codes)
+        self.latent = level
+        if weight is not None:
+            raise NotImplementedError
+        if isinstance(grid, IntGrid):
+            self.unit = torch.tensor(max(abs(grid.lo), abs(grid.hi)))
+        else:
+            self.unit = level.abs()
+        self.move, self.codes = torch.zeros_like(level, requires_grad=True), None
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Leaves that ask for gradients, in a fixed order."""
+        if self.move is not None:
+            yield self.move
+        for part in (self.scale, self.offset, self.levels):
+            if part is not None:
+                yield from part.parameters()
+
+    def _level(self) -> Tensor:
+        if self.move is None or self.latent is None:
+            assert self.codes is not None
+            return self.codes
+        return round_through(self.latent + self.unit * self.move, self.q.format)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight, `q.shape`, as `q.dequantize(dtype)` at the start; a function of the parameters."""
+        fmt = self.q.format
+        level = self._level()
+        if self.levels is not None:
+            level = look_up(level, self.levels.values(), fmt)
+            if self.scale is None:
+                return level.to(dtype)
+        assert self.scale is not None
+        offset = self.fixed_offset if self.offset is None else self.offset.values()
+        return expand(level, self.scale.values(), offset, fmt, dtype)
+
+    @torch.no_grad()
+    def tuned(self) -> QTensor:
+        """The present state as it is stored: codes packed, scales rounded to their type."""
+        q = self.q
+        if self.move is not None and self.latent is not None:
+            codes = q.format.grid.encode(self.latent + self.unit * self.move)
+            q = replace(q, codes=pack(codes, q.format.grid.cardinality))
+        if self.scale is not None:
+            q = replace(q, scale=self.scale.kept())
+        if self.offset is not None:
+            q = replace(q, offset=self.offset.kept())
+        if self.levels is not None:
+            q = replace(q, levels=stores.to_store(self.levels.values(), q.format.levels_store))
+        return q
+
+
+class TunableVector:
+    """A tensor that stays float, such as a norm's weight: p0 + d max(|p0|, rms p0); d alone where p0 is all zero."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.dtype, self.start = value.dtype, value.to(torch.float32)
+        rms = self.start.square().mean().sqrt()
+        self.unit = torch.maximum(self.start.abs(), rms) if float(rms) > 0 else torch.ones_like(self.start)
+        self.delta = torch.zeros_like(self.start, requires_grad=True)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield self.delta
+
+    def dense(self) -> Tensor:
+        """float32, a function of the parameter."""
+        return self.start + self.unit * self.delta
+
+    @torch.no_grad()
+    def tuned(self) -> Tensor:
+        """As it is stored, in the type it came in."""
+        return self.dense().to(self.dtype)
