@@ -24,6 +24,7 @@ _HOMES = {
     "QTensor": "lowbit.formats",
     "Quantized": "lowbit.pipeline.api",
     "Recipe": "lowbit.pipeline.recipe",
+    "allocate": "lowbit.pipeline.targets",
     "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.api",
     "evaluate": "lowbit.measure.api",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,4 +44,39 @@ Samples = Annotated[
 ]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Calibrate on chat: each paragraph or row becomes a user's message.")
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", help="Mixed precision: bytes of the weight files, such as 80MB.", show_default=False),
+]
+TargetBits = Annotated[
+    float | None,
+    typer.Option("--target-bits", help="Mixed precision: bits per weight in the linear layers.", show_default=False),
+]
+TargetKL = Annotated[
+    float | None,
+    typer.Option(
+        "--target-kl",
+        help="Mixed precision: the smallest size with this predicted KL, nats per token.",
+        show_default=False,
+    ),
+]
+FitMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--fit-memory",
+        help="Mixed precision: memory for weights and the KV cache of --context tokens, such as 8GB.",
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None, typer.Option("--context", min=1, help="Tokens in the KV cache of --fit-memory.", show_default=False)
+]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        help="What each format costs at each layer: read where the file exists, else measured and kept.",
+        show_default=False,
+    ),
 ]

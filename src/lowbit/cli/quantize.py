@@ -10,8 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli import console
-from lowbit.cli.options import Calibration, Chat, Json, Model, Recipe, Samples, Text
+from lowbit.cli import console, targets
+from lowbit.cli.options import (
+    Calibration,
+    Chat,
+    Context,
+    FitMemory,
+    Json,
+    Model,
+    Recipe,
+    Samples,
+    SensitivityFile,
+    TargetBits,
+    TargetKL,
+    TargetSize,
+    Text,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from lowbit.pipeline.recipe import Recipe as RecipeValue
@@ -34,6 +48,12 @@ def quantize(
     calibration: Calibration = None,
     samples: Samples = None,
     chat: Chat = False,
+    target_size: TargetSize = None,
+    target_bits: TargetBits = None,
+    target_kl: TargetKL = None,
+    fit_memory: FitMemory = None,
+    context: Context = None,
+    sensitivity: SensitivityFile = None,
     text: Text = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of the text the card is measured on.")] = 4,
     card: Annotated[bool, typer.Option("--card/--no-card", help="Reload the result and measure what it cost.")] = True,
@@ -48,6 +68,9 @@ def quantize(
     from lowbit.pipeline.recipe import Recipe as RecipeValue
 
     wanted = RecipeValue.of(recipe)
+    target = targets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
+    if target and calibration is None:
+        calibration = "self"
     if calibration is not None:
         wanted = wanted.calibrated()
     elif wanted.needs_calibration is None and (samples is not None or chat):
@@ -62,6 +85,11 @@ def quantize(
     console.quiet()
     screen = console.stderr() if as_json else console.stdout()
     screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(wanted.title)}")
+    if target:
+        wanted = targets.allocated(
+            model, wanted, target, sensitivity or out.with_name(out.name + ".sensitivity.json"), screen,
+            calibration=calibration, samples=samples or SAMPLES, chat=chat,
+        )  # fmt: skip
     start = time.perf_counter()
     with console.layers_bar("quantizing") as (progress, on_layer):
         made = lowbit.quantize(
