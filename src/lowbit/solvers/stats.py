@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _PANEL = 256  # columns of a second moment that are added up at a time
 
 
