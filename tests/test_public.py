@@ -16,7 +16,19 @@ from tiny import save_tiny
 
 SRC = Path(lowbit.__file__).parent
 # A room may import from itself and from those before it.
-ROOMS = ("formats", "solvers", "kernels", "nn", "interchange", "transforms", "tuning", "pipeline", "measure", "report", "cli")
+ROOMS = (
+    "formats",
+    "solvers",
+    "kernels",
+    "nn",
+    "interchange",
+    "transforms",
+    "tuning",
+    "pipeline",
+    "measure",
+    "report",
+    "cli",
+)
 FREE = ("errors",)
 
 

@@ -20,7 +20,8 @@ from lowbit.pipeline.budget import allocate, allocation, parse_size
 from lowbit.pipeline.knapsack import choose
 from lowbit.pipeline.layer_globs import with_layers
 from lowbit.pipeline.plan import make_plan
-from lowbit.pipeline.recipe import Recipe, to_toml
+from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.recipe_text import to_toml
 from lowbit.pipeline.sensitivity import Sensitivity
 from tiny import TINY
 

@@ -10,7 +10,8 @@ import pytest
 from lowbit.errors import FormatError, LowbitError, RecipeError
 from lowbit.formats import parse_format
 from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import EMBED, Recipe, to_toml
+from lowbit.pipeline.recipe import EMBED, Recipe
+from lowbit.pipeline.recipe_text import to_toml
 from lowbit.solvers import Call
 
 TEXTS = [
@@ -84,7 +85,6 @@ def test_embeddings_get_another_fit_only_where_the_recipe_s_own_cannot_serve() -
         ("rtn+rtn@int4:g32", "one solver"),
         ("int4:g32,foo=int8", "unknown option 'foo'"),
         ("int4:g32,embed", "is not KEY=VALUE"),
-        ("int4:g32,a=int8:token", "no activation formats"),
         ("int4:g32,kv=int8", "no KV-cache formats"),
         ("int4:g32,*.x=int9", "unknown grid 'int9'"),
         ("int4:g32:asm", "position 10"),
@@ -119,3 +119,39 @@ def test_toml_names_any_layer(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text('recipe = "w4"\n[layers]\n"proj" = "int8:channel"\n"*.0.*" = "keep"\n')
     assert Recipe.parse(str(path)).layers == (("proj", parse_format("int8:channel")), ("*.0.*", None))
+
+
+def test_inputs_and_transforms_are_written_and_read_back() -> None:
+    for text in (
+        "awq+gptq@int4:g64", "rotate+gptq@int4:g128,a=int8:token", "smooth@int8:channel,a=int8:token",
+        "smooth(alpha=0.8)+gptq(damp=0.05,order=2)@int8:channel,a=percentile(p=99.9)@int8:tensor:static",
+        "qronos(blend=1.0)@iq4nl:g32,embed=int6:g64,a=int8:g64", "fold+rotate+awq+gptq+distill@int4:g32",
+        "llm-int8", "smoothquant", "w8a8", "w4a8", "awq", "gptq",
+    ):  # fmt: skip
+        recipe = Recipe.parse(text)
+        assert Recipe.parse(str(recipe)) == dataclasses.replace(recipe, name=None), text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gptq+awq@int4:g64", "write awq\\+gptq"),
+        ("awq+rotate@int4:g64", "write rotate\\+awq"),
+        ("gptq+rtn@int4:g64", "one solver"),
+        ("distill+gptq@int4:g64", "comes last"),
+        ("gptq@int4:g64,a=percentile(q=3)@int8:tensor", "no option 'q'"),
+        ("gptq@int4:g64,a=int8:token:static", "a static scale serves all tokens"),
+        ("gptq(damp=-1)@int4:g64", "not negative"),
+        ("smooth+awq@int4:g64", "keep one"),
+    ],
+)
+def test_a_wrong_order_names_the_right_one(text: str, message: str) -> None:
+    with pytest.raises(LowbitError, match=message):
+        Recipe.parse(text)
+
+
+def test_a_preset_may_mean_more_when_text_is_at_hand() -> None:
+    plain = Recipe.parse("w4")
+    assert plain.needs_calibration is None and plain.calibrated().needs_calibration == "qronos"
+    assert plain.calibrated().name == "w4" and Recipe.parse("w8").calibrated() == Recipe.parse("w8")
+    assert not Recipe.parse("absmax").uses_calibration and Recipe.parse("int4:g32").uses_calibration

@@ -14,7 +14,7 @@ from lowbit.formats import QTensor, parse_format
 from lowbit.pipeline.api import quantize_tensor
 from lowbit.pipeline.recipe import Recipe
 from lowbit.tuning import divergence as divergence_module
-from lowbit.tuning.descent import descend, rate_at
+from lowbit.tuning.descent import Moving, SignDescent, descend, linear, warm_cosine
 from lowbit.tuning.divergence import divergence
 from lowbit.tuning.weight import TunableVector, TunableWeight
 
@@ -144,7 +144,7 @@ def test_divergence_is_that_of_the_textbook(temperature: float, piece: int, monk
 
 
 def test_rates_rise_and_fall() -> None:
-    rates = [rate_at(i, 100, 10) for i in range(100)]
+    rates = [warm_cosine(i, 100) for i in range(100)]
     assert rates[0] < 0.11 and max(rates) == pytest.approx(rates[9], rel=0.05) and rates[-1] < 0.06
     assert all(a < b for a, b in pairwise(rates[:10])) and all(a > b for a, b in pairwise(rates[10:]))
 
@@ -155,7 +155,7 @@ def bowl(p: Tensor) -> Tensor:
 
 def test_descent_finds_the_bottom_and_stays_at_the_best() -> None:
     p = torch.zeros(4, requires_grad=True)
-    start, best, step = descend([p], lambda i: bowl(p), 100, 0.03, score=lambda: float(bowl(p.detach())), checks=3)
+    start, best, step = descend([Moving([p], 0.03)], lambda i: bowl(p), 100, score=lambda: float(bowl(p.detach())))
     assert start == pytest.approx(0.36) and best < 1e-3 and step in (25, 50, 75, 100)
     assert float(bowl(p.detach())) == best
 
@@ -163,5 +163,16 @@ def test_descent_finds_the_bottom_and_stays_at_the_best() -> None:
 @pytest.mark.parametrize("rate", [1e3, math.inf])
 def test_descent_that_finds_nothing_better_ends_where_it_began(rate: float) -> None:
     p = torch.zeros(4, requires_grad=True)
-    start, best, step = descend([p], lambda i: bowl(p), 20, rate, score=lambda: float(bowl(p.detach())), checks=3)
+    start, best, step = descend([Moving([p], rate)], lambda i: bowl(p), 20, score=lambda: float(bowl(p.detach())))
     assert (start, step) == (best, 0) and p.tolist() == [0, 0, 0, 0]
+
+
+def test_signs_step_alike_and_stay_within_their_bound() -> None:
+    p, far = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    groups = [Moving([p], 0.02), Moving([far], 0.02, 0.05)]
+    descend(
+        groups, lambda i: 1e-9 * bowl(p) + (far - 9).square().sum(), 100, score=lambda: float(bowl(p.detach())),
+        optimizer=SignDescent, schedule=linear,
+    )  # fmt: skip
+    assert float(p.detach()) == pytest.approx(0.3, abs=0.02) and float(far.detach()) == pytest.approx(0.05)
+    assert [linear(i, 4) for i in range(4)] == [1, 0.75, 0.5, 0.25]

@@ -9,7 +9,7 @@ stream that never sees a quantized weight.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import Collector, Group, Wave, find_waves
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
+from lowbit.pipeline.reconstruction import BlockTuner
 from lowbit.pipeline.rewriting import Rewriter
 from lowbit.pipeline.solve import Solved, solve, solve_group
 from lowbit.pipeline.stages import REST, LeaveForward, Stage, StagedModel, model_inputs
@@ -69,6 +70,9 @@ class CalibratedRun:
         solver = plan.recipe.solver
         self.compares = solver is not None and solver.method.needs == "drift"
         self.rewriter = Rewriter.of(source, plan.recipe)
+        self.tuner = BlockTuner.of(
+            plan, folder, len(self.batches), torch.bfloat16 if settings.autocast else torch.float32
+        )
 
     def results(self) -> Iterator[tuple[Solved, str]]:
         """Every tensor of the plan, solved, with the SHA-256 of its source bytes; resumes after the last whole stage."""
@@ -112,7 +116,11 @@ class CalibratedRun:
         digests = {name: _digest(weight) for name, weight in weights.items()}
         for name, weight in weights.items():
             self.live.place(name, weight)
-        inputs = self._float_stream(i, stage, weights) if self.compares else {}
+        tuner = None if stage is REST else self.tuner
+        if tuner is not None:
+            tuner.begin()
+        two_streams = self.compares or (self.tuner is not None and self.tuner.drift)
+        inputs = self._float_stream(i, stage, weights, tuner) if two_streams else {}
         for name, value in skeleton.items():  # the float stream has passed where they are read
             self.live.place(name, None)
             self.live.place(name, _oriented(value.dequantize(), self.tensors[name]))
@@ -123,6 +131,9 @@ class CalibratedRun:
         if watched:
             waves = find_waves(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None)
         divisors = self._rewrite(i, stage, waves, weights, stored) if self.rewriter is not None else {}
+        if tuner is not None and not tuner.drift:
+            for batch in range(len(self.batches)):
+                tuner.aim(self._run(i, stage, batch, QUANT))
         done: dict[str, Solved] = {}
         for wave in waves:
             for group, stats in self._statistics(i, stage, wave, weights, stored, inputs, divisors):
@@ -135,6 +146,8 @@ class CalibratedRun:
                     done[name] = replace(solved, stored=solved.stored | stored.parts(name))
         for file in inputs.values():
             file.remove()
+        if tuner is not None and done:
+            done = self._tuned(i, stage, tuner, done, weights, stored)
         for name, weight in weights.items():
             unused = name not in done and self._multiplies(name)
             solved = done.get(name) or solve(self.tensors[name], weight, self.plan.recipe, note=_UNUSED * unused)
@@ -144,6 +157,23 @@ class CalibratedRun:
         for batch in range(len(self.batches) if stage is not REST else 0):
             with self._tap(weights, stored, lambda name, expert, x: None):
                 self.states.save(i, QUANT, batch, self._run(i, stage, batch, QUANT))
+
+    def _tuned(
+        self, i: int, stage: Stage, tuner: BlockTuner, done: dict[str, Solved], weights: dict[str, Tensor],
+        stored: StoredInputs,
+    ) -> dict[str, Solved]:  # fmt: skip
+        """The block's weights after its tuner, put in their places."""
+
+        def run(tensors: Mapping[str, Tensor], batch: int) -> Any:
+            with Tap(tensors, lambda name, expert, x: stored.rounded_through(name, x)):
+                return self._run(i, stage, batch, QUANT, dict(tensors))
+
+        found = tuner.tune(done, weights, run)
+        for name, solved in found.items():
+            q = solved.qtensor()
+            if q is not None and solved is not done[name]:
+                self.live.place(name, _oriented(q.dequantize(), solved.plan))
+        return found
 
     def _statistics(
         self, i: int, stage: Stage, wave: Wave, weights: dict[str, Tensor], stored: StoredInputs,
@@ -187,7 +217,9 @@ class CalibratedRun:
             weights.update(changed)
         return divisors
 
-    def _float_stream(self, i: int, stage: Stage, weights: dict[str, Tensor]) -> dict[str, InputFile]:
+    def _float_stream(
+        self, i: int, stage: Stage, weights: dict[str, Tensor], tuner: BlockTuner | None
+    ) -> dict[str, InputFile]:
         """Run the float model through the stage; keep the inputs of its weights, and what it returns."""
         files: dict[str, InputFile] = {}
         alive: dict[Any, Tensor] = {}
@@ -198,13 +230,15 @@ class CalibratedRun:
                 alive[key] = x  # until the batch is over, so that no other input gets the same memory
                 files.setdefault(name, InputFile(self.folder / f"input-{len(files):04d}")).append(x)
 
-        watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
+        watched = {n: self.live.get(n) for n in weights if self.compares and self._multiplies(n)}
         for batch in range(len(self.batches)):
             alive.clear()
             with Tap(watched, seen):
                 out = self._run(i, stage, batch, FLOAT)
             if stage is not REST:
                 self.states.save(i, FLOAT, batch, out)
+            if tuner is not None and tuner.drift:
+                tuner.aim(out)
         return files
 
     def _tap(self, weights: dict[str, Tensor], stored: StoredInputs, seen: Callable[..., None]) -> Tap:
@@ -217,12 +251,12 @@ class CalibratedRun:
 
         return Tap({n: self.live.get(n) for n in weights if self._multiplies(n)}, both)
 
-    def _run(self, i: int, stage: Stage, batch: int, stream: str) -> Any:
+    def _run(self, i: int, stage: Stage, batch: int, stream: str, tensors: dict[str, Tensor] | None = None) -> Any:
         last = {s.chain: j for j, s in enumerate(self.stages[:i])}  # the last finished stage of each chain
         before = {chain: self.states.load(j, stream, batch) for chain, j in last.items()}
         try:
-            with torch.no_grad(), self.settings.context():
-                return self.staged.run(stage, model_inputs(self.live.module, self.batches[batch]), before)
+            with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), self.settings.context():
+                return self.staged.run(stage, model_inputs(self.live.module, self.batches[batch]), before, tensors)
         except LeaveForward as left:
             return left.value
 

@@ -74,7 +74,11 @@ PRESETS: dict[str, Preset] = {
     "groupwise": Preset("absmax@int4:g64", "int4, one scale for 64 weights of a row", "Q-BERT; ZeroQuant"),
     "zeroquant": Preset("minmax@int8:g128:asym", "int8 groups whose zero is exact", "ZeroQuant; LLMEasyQuant"),
     "simquant": Preset("minmax@uint8:channel:zero=fp32", "uint8, min to max of each channel", "KVQuant; LLMEasyQuant"),
-    "llm-int8": Preset("absmax@int8:channel:narrow", "vector-wise int8 weights", "LLM.int8"),
+    "llm-int8": Preset(
+        "absmax@int8:channel:narrow,a=int8:token:outliers=6",
+        "int8 weights and inputs, columns of outliers in float",
+        "LLM.int8",
+    ),
     "kmeans": Preset("kmeans@kmeans4:channel", "16 learned levels for each row", "Deep Compression; SqueezeLLM"),
     "hqq": Preset("hqq@uint4:g64:zero=fp16", "uint4, zero-point by half-quadratic splitting", "HQQ"),
     "nf4": Preset("absmax@nf4:g64:s=(uint8:g256:s=fp32)", "normal-float levels, double-quantized scales", "QLoRA"),

@@ -17,31 +17,21 @@ search@int4:g32,*.down_proj=int8:channel,*.layers.0.*=keep      per layer, the l
 from __future__ import annotations
 
 import fnmatch
-import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from lowbit.errors import LowbitError, RecipeError, nearest
+from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
-from lowbit.formats.inputs import Inputs, parse_inputs
+from lowbit.formats.inputs import Inputs
 from lowbit.pipeline.presets import PRESETS
 from lowbit.solvers import Call
 from lowbit.solvers.ranges.estimator import RangeMethod
-from lowbit.solvers.registry import announce, methods
+from lowbit.solvers.registry import announce
 from lowbit.transforms.registry import FACTS, check_order
 from lowbit.tuning.registry import SCOPES, Scope
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 KEEP = "keep"
 EMBED = parse_format("int8:channel")
-# Keys of the text form that are known but stand for something this version does not do.
-_LATER = {"kv": "KV-cache formats"}
 announce("lowbit.transforms")
 announce("lowbit.tuning")
 
@@ -144,11 +134,11 @@ class Recipe:
         steps = [str(call) for call in (*self.transforms, self.fit, self.solver, self.tuner) if call is not None]
         text = f"{'+'.join(steps)}@{self.format}" if steps else str(self.format)
         if self.embed != EMBED:
-            text += f",embed={_text(self.embed)}"
+            text += f",embed={format_text(self.embed)}"
         if self.inputs is not None:
             text += f",a={self.inputs_text}"
         for pattern, fmt in self.layers:
-            text += f",{pattern}={_text(fmt)}"
+            text += f",{pattern}={format_text(fmt)}"
         return text
 
     @property
@@ -166,19 +156,9 @@ class Recipe:
     @staticmethod
     def parse(text: str) -> Recipe:
         """A preset name, a format, a composition, or the path of a TOML file."""
-        if text.endswith(".toml"):
-            return _from_toml(Path(text))
-        head, *settings = _split(text.strip(), ",")
-        if head in PRESETS:
-            recipe = replace(Recipe.parse(PRESETS[head].text), name=head)
-            return replace(_with_settings(recipe, settings, text), name=None if settings else head)
-        steps, at, fmt = head.rpartition("@")
-        if not at and _looks_like_name(head):
-            known = list(dict.fromkeys([*PRESETS, *methods()]))
-            if head in methods():
-                raise RecipeError(f"method {head!r} needs a format: write {head}@int4:g32, for example")
-            raise RecipeError(f"unknown recipe {head!r}{nearest(head, known)} (presets: {', '.join(PRESETS)})")
-        return _with_settings(_with_steps(Recipe(parse_format(fmt)), _split(steps, "+") if at else []), settings, text)
+        from lowbit.pipeline.recipe_text import parse_recipe
+
+        return parse_recipe(text)
 
     @staticmethod
     def of(value: str | Path | Format | Recipe) -> Recipe:
@@ -190,161 +170,6 @@ class Recipe:
         return Recipe.parse(str(value))
 
 
-def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
-    fit: Call | None = None
-    solver: Call | None = None
-    tuner: Call | None = None
-    transforms: list[Call] = []
-    for step in steps:
-        call = _parse_call(step)
-        if tuner is not None:
-            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, and it comes last")
-        if call.method.kind == "transform":
-            if fit is not None or solver is not None:
-                first = fit or solver
-                raise RecipeError(
-                    f"{call.name!r} after {first}: transforms rewrite the model first; write {call}+{first}"
-                )
-            transforms.append(call)
-        elif call.method.kind == "fit":
-            if fit is not None or solver is not None:
-                first = fit or solver
-                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
-            fit = call
-        elif call.method.kind == "tuner":
-            tuner = call
-        else:
-            if solver is not None:
-                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
-            solver = call
-    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner)
-
-
-def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
-    for setting in settings:
-        key, equals, value = setting.strip().partition("=")
-        if not equals or not value:
-            raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
-        if key in _LATER:
-            raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
-        if key == "a":
-            recipe = _with_inputs(recipe, value)
-            continue
-        is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
-        if key != "embed" and not is_glob:
-            raise RecipeError(
-                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', 'a'])} "
-                "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
-            )
-        fmt = _layer_format(value)
-        recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
-    return recipe
-
-
-def _with_inputs(recipe: Recipe, value: str) -> Recipe:
-    """`a=int8:token`, or with the estimator of a static range in front: `a=percentile(p=99.9)@int8:tensor`."""
-    head, at, text = value.rpartition("@")
-    inputs = parse_inputs(text)
-    if not at:
-        return replace(recipe, inputs=inputs, range=None)
-    name, options = _call_parts(head)
-    numbers = tuple((k, v) for k, v in options if not isinstance(v, str))
-    if len(numbers) < len(options):
-        raise RecipeError(f"the options of {name!r} are numbers: {head!r}")
-    if not inputs.static:
-        inputs = replace(inputs, static=True)
-    return replace(recipe, inputs=inputs, range=RangeMethod(name, numbers))
-
-
-def _from_toml(path: Path) -> Recipe:
-    """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep"."""
-    try:
-        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {str(path)!r} is not TOML: {error}") from None
-    allowed = ("recipe", "embed", "layers")
-    for key in table:
-        if key not in allowed:
-            raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
-    text = table.get("recipe")
-    if not isinstance(text, str) or text.endswith(".toml"):
-        raise RecipeError(f'recipe file {str(path)!r} needs a line such as recipe = "search@int4:g32"')
-    layers = table.get("layers", {})
-    if not isinstance(layers, dict) or not all(isinstance(v, str) for v in layers.values()):
-        raise RecipeError(f'[layers] in {str(path)!r} is a table of "glob" = "format"')
-    recipe = Recipe.parse(text)
-    if "embed" in table:
-        recipe = replace(_with_settings(recipe, [f"embed={table['embed']}"], str(path)), name=None)
-    if layers:
-        recipe = replace(
-            recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None
-        )
-    return recipe
-
-
-def to_toml(recipe: Recipe) -> str:
-    """The TOML form; reading it gives the recipe back."""
-    plain = replace(recipe, embed=EMBED, layers=())
-    lines = [f'recipe = "{plain}"', f'embed = "{_text(recipe.embed)}"']
-    if recipe.layers:
-        lines += ["", "[layers]", *(f'{json.dumps(pattern)} = "{_text(fmt)}"' for pattern, fmt in recipe.layers)]
-    return "\n".join(lines) + "\n"
-
-
-def _parse_call(text: str) -> Call:
-    return Call(*_call_parts(text))
-
-
-def _call_parts(text: str) -> tuple[str, tuple[tuple[str, float | int | str], ...]]:
-    """Name and options of `name(option=value,...)`."""
-    name, opened, rest = text.strip().partition("(")
-    if not opened:
-        return name, ()
-    if not rest.endswith(")"):
-        raise RecipeError(f"{text!r} opens a '(' that it does not close")
-    options: list[tuple[str, Any]] = []
-    for item in filter(None, rest[:-1].split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")
-        options.append((key.strip(), _number(value.strip())))
-    return name, tuple(options)
-
-
-def _number(value: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """The parts between separators outside parentheses."""
-    parts, depth, begin = [], 0, 0
-    for i, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if char == separator and depth == 0:
-            parts.append(text[begin:i])
-            begin = i + 1
-    return [*parts, text[begin:]]
-
-
-def _looks_like_name(text: str) -> bool:
-    """Whether a word without '@' is meant as a preset rather than as a format."""
-    try:
-        parse_format(text)
-    except LowbitError:
-        return ":" not in text
-    return False
-
-
-def _layer_format(value: str) -> Format | None:
-    return None if value == KEEP else parse_format(value)
-
-
-def _text(fmt: Format | None) -> str:
+def format_text(fmt: Format | None) -> str:
+    """A format as recipes write it; None is `keep`."""
     return KEEP if fmt is None else str(fmt)

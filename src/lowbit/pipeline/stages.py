@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit.errors import SourceError
@@ -93,10 +94,13 @@ class StagedModel:
         self.stages = stages_of(model)
         self.blocks = {stage: model.get_submodule(stage.name) for stage in self.stages}
 
-    def run(self, stage: Stage, inputs: dict[str, Tensor], before: dict[str, Any]) -> Any:
+    def run(
+        self, stage: Stage, inputs: dict[str, Tensor], before: dict[str, Any], tensors: dict[str, Tensor] | None = None
+    ) -> Any:
         """What the block returns for `inputs` of the model. `before`: by chain, what its last finished block returned.
 
-        Of REST, what the model returns with all blocks finished. SourceError when the model never calls the block.
+        Of REST, what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
+        names. SourceError when the model never calls the block.
         """
         replaced: dict[nn.Module, Callable[..., Any]] = {}
         if stage.chain:
@@ -107,7 +111,7 @@ class StagedModel:
                 replaced[module] = lambda *a, _given=before[other.chain], **k: _given
         try:
             with forwards_replaced(replaced):
-                found = self.model(**inputs)
+                found = functional_call(self.model, tensors or {}, (), inputs)
             if not stage.chain:
                 return found
         except LeaveForward as left:

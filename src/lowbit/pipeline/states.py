@@ -80,18 +80,18 @@ class States:
 
 
 class InputFile:
-    """The float model's input of one weight, all micro-batches, kept in bfloat16 until the quantized one is seen."""
+    """The float model's input of one weight (or output of a block), all micro-batches, kept until it is compared."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
+    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.path, self.dtype, self.count = path, dtype, 0
 
     def append(self, x: Tensor) -> None:
         """Add the input of the next micro-batch, [..., K]."""
-        save_file({"x": x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()}, self._file(self.count))
+        save_file({"x": x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()}, self._file(self.count))
         self.count += 1
 
     def read(self, batch: int) -> Tensor:
-        """bfloat16 [tokens, K] of micro-batch `batch`."""
+        """[tokens, K] of micro-batch `batch`, in the type that it is kept in."""
         with safe_open(self._file(batch), framework="pt") as file:
             return file.get_tensor("x").clone()
 

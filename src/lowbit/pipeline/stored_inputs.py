@@ -39,6 +39,15 @@ class StoredInputs:
         scale, offset = parts.get("input_scale"), parts.get("input_offset")
         return InputQuantizer(inputs, scale, offset).round(x)
 
+    def rounded_through(self, name: str, x: Tensor) -> Tensor | None:
+        """`rounded`, with gradients as if nothing were rounded."""
+        with torch.no_grad():
+            kept = self.rounded(name, x)
+        if kept is None or kept is x:
+            return None
+        plain = (x.to(torch.float32) / self.divisors[name]).to(x.dtype) if name in self.divisors else x
+        return plain + (kept - plain).detach()
+
     def divide(self, group: Group, scale: Tensor) -> None:
         """The input of these weights is divided by `scale` [K]."""
         self.divisors |= dict.fromkeys(group.members, scale.to(torch.float32))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.tuning.descent import descend
+from lowbit.tuning.descent import Moving, descend
 from lowbit.tuning.divergence import divergence
 from lowbit.tuning.problem import ModelProblem, Tunables, Tuned
 from lowbit.tuning.registry import tuner
@@ -54,7 +54,7 @@ def distill(
         found = [divergence(problem.student(tensors, w[None]), problem.teacher(w[None])) for w in held_out]
         return float(sum(found)) / len(found)
 
-    before, after, step = descend(tunables.parameters(), loss_at, steps, rate, score=score, checks=3)
+    before, after, step = descend([Moving(tunables.parameters(), rate)], loss_at, steps, score=score)
     if step == 0:  # nothing was better: what was there stays, to the last bit
         return Tuned({}, {}, {"divergence": [before, before], "step": 0, "held_out": len(held_out)})
     weights, vectors = tunables.stored()

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor, stores
-from lowbit.formats.format import Store
+from lowbit.formats.blocks import map_blocks
+from lowbit.formats.format import Format, Store
 from lowbit.formats.grids import IntGrid
+from lowbit.formats.nearest import inverse
 from lowbit.formats.packing import pack
 from lowbit.formats.qtensor import Stored, load, save
 from lowbit.tuning.expand import expand, look_up, round_through
@@ -67,6 +69,7 @@ class TunableWeight:
         self.codes: Tensor | None = q.unpacked()
         self.latent: Tensor | None = None  # level units; the codes are its rounding
         self.move: Tensor | None = None
+        self.unit = torch.tensor(1.0)
         counts = fmt.block.counts(q.shape)
         self.scale = None if q.scale is None or fmt.scale is None else PerBlock(q.scale, fmt.scale, counts)
         self.offset: PerBlock | None = None
@@ -80,22 +83,24 @@ class TunableWeight:
             size = q.levels.float().square().mean(-1, keepdim=True).sqrt()
             self.levels = PerBlock(q.levels, fmt.levels_store, tuple(q.levels.shape), size)
 
-    def free_codes(self, weight: Tensor | None = None, slack: float = 0.0) -> None:
-        """Let the codes move: level = round(t + unit d), unit being the reach of the grid.
+    def free_codes(self, weight: Tensor | None = None, slack: float = 0.1) -> None:
+        """Let the codes move: level = round(t + u d). Learned codebooks move their levels instead.
 
-        t is the level of the present code; with `weight`, the float weight of the same shape, it is what that asks for,
-        w / s, as far as it rounds to the present code (`slack` inside its cell).
+        t is the level of the present code. With `weight`, the float weight of the same shape, it is what that asks for,
+        w / s + z, as far as it lies `slack` levels inside the cell that rounds to the present code; and u is the distance
+        of levels, so that |d| <= 1/2 reaches neighbours only. Without, u is the reach of the grid: d is relative.
         """
-        grid = self.q.format.grid
-        if self.q.format.codebook is not None:
-            return  # levels of a learned codebook are moved instead
-        assert self.codes is not None
-        level = grid.decode(self.codes)
+        fmt = self.q.format
+        if fmt.codebook is not None or self.codes is None:
+            return
+        level = fmt.grid.decode(self.codes)
         self.latent = level
         if weight is not None:
-            raise NotImplementedError
-        if isinstance(grid, IntGrid):
-            self.unit = torch.tensor(max(abs(grid.lo), abs(grid.hi)))
+            room = (0.5 - slack) * spacing(level, fmt)
+            asked = _in_levels(weight.to(torch.float32), self.q)
+            self.latent, self.unit = torch.clamp(asked, level - room, level + room), spacing(level, fmt)
+        elif isinstance(fmt.grid, IntGrid):
+            self.unit = torch.tensor(max(abs(fmt.grid.lo), abs(fmt.grid.hi)))
         else:
             self.unit = level.abs()
         self.move, self.codes = torch.zeros_like(level, requires_grad=True), None
@@ -162,3 +167,26 @@ class TunableVector:
     def tuned(self) -> Tensor:
         """As it is stored, in the type it came in."""
         return self.dense().to(self.dtype)
+
+
+def spacing(level: Tensor, fmt: Format) -> Tensor:
+    """The distance of each `level` from its nearer neighbour on the grid; 1 on integer grids. Broadcasts to `level`."""
+    if isinstance(fmt.grid, IntGrid):
+        return torch.tensor(1.0)
+    table = fmt.grid.levels
+    table = table[table.isfinite()].unique()
+    gaps = table.diff()
+    nearer = torch.minimum(torch.cat([gaps[:1], gaps]), torch.cat([gaps, gaps[-1:]]))
+    return nearer[torch.searchsorted(table, level.contiguous()).clamp_max(len(table) - 1)]
+
+
+def _in_levels(weight: Tensor, q: QTensor) -> Tensor:
+    """What a float weight asks for, in level units; never NaN."""
+
+    def levels(block: Tensor, s: Tensor, o: Tensor | None) -> Tensor:
+        back = inverse(s)[:, None]
+        if o is None:
+            return block * back
+        return (block - o[:, None]) * back if q.format.offset_kind == "min" else block * back + o[:, None]
+
+    return map_blocks(levels, q.format.block, weight, q.scales(), q.offsets(), dtype=torch.float32)
