@@ -24,15 +24,27 @@ def recipes(as_json: Json = False) -> None:
     """List the presets, what each stands for, and the methods that recipes are built from."""
     from lowbit.formats.text import NAMED
     from lowbit.pipeline.presets import PRESETS
+    from lowbit.pipeline.recipe import Recipe  # which also announces transforms and tuners
     from lowbit.solvers.registry import methods
 
     if as_json:
-        presets = {n: {"recipe": p.text, "about": p.about, "source": p.source} for n, p in PRESETS.items()}
+        presets = {
+            n: {
+                "recipe": p.text,
+                "with_calibration": str(Recipe.parse(n).calibrated()),
+                "about": p.about,
+                "source": p.source,
+            }
+            for n, p in PRESETS.items()
+        }
         found = {n: {"kind": m.kind, "summary": m.summary, "options": m.options} for n, m in methods().items()}
         console.print_json({"presets": presets, "methods": found, "formats": NAMED})
         return
     screen = console.stdout()
-    rows = [(n, p.text, p.about, p.source) for n, p in PRESETS.items()]
+    rows = [
+        (n, p.text + (f"\nwith calibration text: {p.calibrated}" if p.calibrated else ""), p.about, p.source)
+        for n, p in PRESETS.items()
+    ]
     screen.print(_table("Presets", ("name", "stands for", "what it is", "from"), rows))
     rows = [(n, m.kind, m.summary, _options(m)) for n, m in methods().items()]
     screen.print(_table("Methods", ("name", "kind", "what it does", "options"), rows))

@@ -252,7 +252,8 @@ def load(
 
     `dtype`: what computing is done in (None: what the source had). `kernel`: "auto" measures and takes the
     fastest, "expand" always expands the weight (the reference), "dense" expands once and keeps the dense weights:
-    as fast and as large as the float model. Other options go to `from_pretrained`.
+    as fast and as large as the float model; for weights whose inputs are quantized that would be another model, and is an
+    error. Other options go to `from_pretrained`.
     """
     if kernel not in KERNELS:
         raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
@@ -277,6 +278,13 @@ def load(
         raise SourceError(f"{folder} lacks {', '.join(sorted(found['missing_keys'])[:5])}; copy or quantize it again")
     model = model.to(device).eval() if "device_map" not in options else model.eval()
     if kernel == "dense":
+        rounded = next(
+            (n for n, w in packed_weights(model) if w.inputs is not None and w.inputs.format is not None), None
+        )
+        if rounded is not None:
+            raise RecipeError(
+                f"the inputs of {rounded!r} are quantized, which dense weights would leave out; use kernel='expand'"
+            )
         return dequantize(model)
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel

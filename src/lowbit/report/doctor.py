@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.formats import InputQuantizer
 from lowbit.kernels.registry import survey
 from lowbit.measure.environment import environment
 from lowbit.pipeline.recipe import Recipe
@@ -54,7 +55,7 @@ _OPERATORS = {
     "_int_mm": "8-bit weights and activations",
     "_scaled_mm": "fp8 weights and activations",
 }
-_RECIPES = ("w8", "w4", "nl4", "nf4", "llm-int8")
+_RECIPES = ("w8", "w4", "nl4", "nf4", "per-channel", "w8a8", "int8:channel,a=int8:token")
 _SIDE = 1024
 _ROWS = (1, 64)
 
@@ -134,10 +135,15 @@ def _trials() -> list[KernelTrial]:
             recipe = Recipe.parse(recipe_name)
             q = recipe.solver_for(recipe.format)(weight, recipe.format, recipe.fit_for(recipe.format)).to(device)
             trials = []
-            for kernel, reason in survey(q, dtype, device):
+            quantizer = None if recipe.inputs is None else InputQuantizer(recipe.inputs)
+            for kernel, reason in survey(q, dtype, device, recipe.inputs):
                 times = ()
                 if reason is None:
-                    times = _times(partial(kernel.linear, packed=kernel.prepack(q, dtype), bias=None), inputs)
+                    packed = kernel.prepack(q, dtype)
+                    product = partial(kernel.linear, packed=packed, bias=None)
+                    if quantizer is not None:
+                        product = partial(kernel.linear_of_quantized, packed=packed, bias=None, quantizer=quantizer)
+                    times = _times(product, inputs)
                 trials.append(KernelTrial(recipe_name, name, kernel.name, times, reason))
             found += _with_choice(trials)
     return found

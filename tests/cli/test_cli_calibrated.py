@@ -1,0 +1,69 @@
+"""quantize with calibration text and with targets, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lowbit.cli.main import app
+from lowbit.interchange.folder import read_json
+from tiny import save_tiny
+
+TEXT = "the man in the rain and another thing in the train ran on and on " * 60
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli")
+    save_tiny("llama", path / "float")
+    (path / "text.txt").write_text(TEXT)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    return done.exit_code, done.output
+
+
+def test_w4_with_text_is_the_calibrated_recipe(room: Path) -> None:
+    code, said = run(
+        "quantize", room / "float", "w4", "-o", room / "w4", "--calibration", room / "text.txt", "--samples", 4,
+        "--no-card", "--json",
+    )  # fmt: skip
+    assert code == 0, said
+    told = json.loads(said[said.index("{") :])
+    assert told["plan"]["recipe"] == "qronos@int4:g32"
+    assert read_json(room / "w4" / "lowbit.json")["calibration"]["windows"] == 4
+
+
+def test_a_target_in_bits_is_met_from_below(room: Path) -> None:
+    arguments = (
+        "quantize", room / "float", "gptq@int4:g32", "--calibration", room / "text.txt", "--samples", 8, "--no-card",
+        "--json", "--target-bits", 5.0, "--sensitivity", room / "s.json",
+    )  # fmt: skip
+    code, said = run(*arguments, "-o", room / "mixed")
+    assert code == 0, said
+    bits = json.loads(said[said.index("{") :])["plan"]["linear_bits_per_weight"]
+    assert 4.5 < bits <= 5.0 and (room / "s.json").is_file()
+    before = (room / "s.json").read_bytes()
+    code, _ = run(*arguments, "-o", room / "mixed2")
+    assert code == 0 and (room / "s.json").read_bytes() == before
+    assert (room / "mixed" / "lowbit.json").read_bytes() == (room / "mixed2" / "lowbit.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples", "4"], "would be ignored"),
+        (["--target-bits", "4", "--target-kl", "0.1"], "exclude each other"),
+        (["--context", "1000"], "belongs to --fit-memory"),
+        (["--sensitivity", "x.json"], "without a target"),
+        (["--calibration", "no-such-file.txt"], "no-such-file.txt"),
+    ],
+)
+def test_options_that_would_be_ignored_are_errors(room: Path, options: list[str], message: str) -> None:
+    code, said = run("quantize", room / "float", "w4", "-o", room / "never", *options)
+    assert code == 2 and message in " ".join(said.split()) and not (room / "never").exists()
