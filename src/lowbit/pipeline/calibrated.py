@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.formats import QTensor
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
+from lowbit.pipeline.calibrated_memory import MICRO_BATCH
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import Collector, Group, Wave, find_waves
 from lowbit.pipeline.live_model import LiveModel
@@ -28,13 +29,12 @@ from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
 from lowbit.pipeline.rewriting import Rewriter
 from lowbit.pipeline.solve import Solved, solve, solve_group
-from lowbit.pipeline.stages import REST, LeaveForward, Stage, StagedModel, model_inputs
+from lowbit.pipeline.stages import REST, LeaveForward, Saved, Stage, StagedModel, model_inputs
 from lowbit.pipeline.states import InputFile, States
 from lowbit.pipeline.stored_inputs import StoredInputs
 from lowbit.pipeline.tap import Tap
 from lowbit.solvers.stats import Stats
 
-MICRO_BATCH = 2048  # tokens that are run at once
 FLOAT, QUANT = "float", "quant"
 _UNUSED = "not used while reading the calibration text"
 
@@ -92,12 +92,15 @@ class CalibratedRun:
                 q = solved.qtensor()
                 if q is not None:
                     quantized[name] = q
+            del weight, solved  # an embedding is large, and this frame lives as long as the run
         begin = next((i + 1 for i in reversed(range(len(self.stages))) if self.states.has(i)), 0)
         for i, stage in enumerate(self.stages):
             names = [t for t in self.tensors if stage.owns(t)]
             if i < begin:
                 yield from ((Solved(self.tensors[name], {}, 0.0), "") for name in names)  # in the journal already
                 continue
+            if i and not later:
+                self._drop_embeddings(i, stage, names)
             yield from self._stage(i, stage, {name: self.source.read(name) for name in names}, quantized)
             self.flush()
             self.states.commit(i)
@@ -123,7 +126,7 @@ class CalibratedRun:
         inputs = self._float_stream(i, stage, weights, tuner) if two_streams else {}
         for name, value in skeleton.items():  # the float stream has passed where they are read
             self.live.place(name, None)
-            self.live.place(name, _oriented(value.dequantize(), self.tensors[name]))
+            self.live.place(name, _oriented(by_rows_dense(value), self.tensors[name]))
         skeleton.clear()
         stored = StoredInputs(self.plan)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
@@ -251,6 +254,18 @@ class CalibratedRun:
 
         return Tap({n: self.live.get(n) for n in weights if self._multiplies(n)}, both)
 
+    def _drop_embeddings(self, i: int, stage: Stage, names: list[str]) -> None:
+        """Free the embeddings where a block in the middle of the last chain does not see them: tried, not assumed."""
+        if self.live.embeddings_dropped or stage.index == 0 or stage.chain != self.stages[-1].chain:
+            return
+        for name in names:
+            self.live.place(name, self.source.read(name))
+        before = Saved(self._run(i, stage, 0, QUANT)).tensors
+        with self.live.without_embeddings():
+            after = Saved(self._run(i, stage, 0, QUANT)).tensors
+        if all(torch.equal(before[key], after[key]) for key in before):
+            self.live.drop_embeddings()
+
     def _run(self, i: int, stage: Stage, batch: int, stream: str, tensors: dict[str, Tensor] | None = None) -> Any:
         last = {s.chain: j for j, s in enumerate(self.stages[:i])}  # the last finished stage of each chain
         before = {chain: self.states.load(j, stream, batch) for chain, j in last.items()}
@@ -274,6 +289,17 @@ def micro_batches(calibration: Calibration) -> list[Tensor]:
         else:
             batches.append([ids])
     return [torch.stack(batch) for batch in batches]
+
+
+def by_rows_dense(q: QTensor, step: int = 4096) -> Tensor:
+    """`q.dequantize()`, some rows at a time: an embedding is then in memory once, not three times."""
+    if len(q.shape) != 2 or q.shape[0] <= step or q.select(torch.arange(1)) is None:
+        return q.dequantize()
+    out = torch.empty(q.shape)
+    for begin in range(0, q.shape[0], step):
+        rows = torch.arange(begin, min(begin + step, q.shape[0]))
+        out[begin : begin + step] = q.index(rows)
+    return out
 
 
 def _oriented(dense: Tensor, plan: TensorPlan) -> Tensor:

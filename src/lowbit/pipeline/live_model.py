@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowbit.errors import SourceError
 from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.source import Source
+from lowbit.pipeline.stages import forwards_replaced
 
 
 class LiveModel:
@@ -23,6 +24,7 @@ class LiveModel:
                 "use a method that needs no calibration"
             )
         self.module = meta_model(source.config)
+        self.embeddings_dropped = False
         self.tied = tied
         if hasattr(self.module, "set_experts_implementation"):
             with contextlib.suppress(ValueError, NotImplementedError):  # a mixture that has one implementation only
@@ -47,6 +49,26 @@ class LiveModel:
             found = self._owner(alias)
             if found is not None:
                 found[0][found[1]] = kept
+
+    @contextlib.contextmanager
+    def without_embeddings(self) -> Iterator[None]:
+        """While this lasts, embeddings look up zeros."""
+        with forwards_replaced({m: _zeros_of(m) for m in self._embeddings()}):
+            yield
+
+    def drop_embeddings(self) -> None:
+        """From now on embeddings look up zeros, and their memory is free."""
+        for module in self._embeddings():
+            module.forward = _zeros_of(module)  # type: ignore[method-assign]
+            module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        for alias, canonical in self.tied.items():
+            found = self._owner(canonical)
+            if found is not None and found[0][found[1]].is_meta:
+                self.place(alias, None)
+        self.embeddings_dropped = True
+
+    def _embeddings(self) -> list[nn.Embedding]:
+        return [m for m in self.module.modules() if isinstance(m, nn.Embedding) and not m.weight.is_meta]
 
     def get(self, name: str) -> Tensor:
         """The parameter or buffer as it is."""
@@ -76,3 +98,8 @@ class LiveModel:
                 buffers[key] = torch.empty_like(buffers[key], device="cpu")  # type: ignore[arg-type]
             if computed:
                 self.module._init_weights(module)
+
+
+def _zeros_of(module: nn.Embedding) -> Callable[..., Tensor]:
+    """A look-up of zeros that take no memory."""
+    return lambda ids: torch.zeros(()).expand(*ids.shape, module.embedding_dim)

@@ -17,6 +17,7 @@ from lowbit.formats import Format, Inputs
 from lowbit.interchange.inventory import Inventory
 from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.source import Source, TensorSpec
+from lowbit.pipeline.calibrated_memory import calibrated_working_bytes
 from lowbit.pipeline.kvcache import KVCache, kv_cache
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import divided_inputs
@@ -143,7 +144,10 @@ class Plan:
             slab = min(t.count, max(SLAB, smallest)) if by_rows(t.format, t.stored_shape) else t.count
             return reading + t.bytes_after + 16 * slab
 
-        return _BASE_BYTES + max((working(t) for t in self.tensors), default=0)
+        most = max((working(t) for t in self.tensors), default=0)
+        if self.recipe.needs_calibration is not None:
+            most = max(most, calibrated_working_bytes(self.tensors))
+        return _BASE_BYTES + most
 
     @property
     def kv_bytes_per_token(self) -> int:
