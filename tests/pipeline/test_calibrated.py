@@ -216,7 +216,7 @@ def test_the_manifest_says_what_it_was_calibrated_on(tmp_path: Path) -> None:
     lowbit.quantize(tmp_path / "float", "w4", tmp_path / "out", calibration=token_ids(4))
     manifest = json.loads((tmp_path / "out" / "lowbit.json").read_text())
     assert manifest["calibration"]["windows"] == 4 and len(manifest["calibration"]["sha256"]) == 64
-    assert manifest["recipe"]["name"] == "w4" and manifest["recipe"]["text"].startswith("gptq@int4:g32")
+    assert manifest["recipe"]["name"] == "w4" and manifest["recipe"]["text"].startswith("qronos@int4:g32")
     entry = manifest["tensors"]["model.layers.0.mlp.down_proj.weight"]
     assert entry["output"]["final"] <= entry["output"]["nearest"] and entry["output"]["tokens"] == 96
 

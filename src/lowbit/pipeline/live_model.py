@@ -68,7 +68,9 @@ class LiveModel:
         self.embeddings_dropped = True
 
     def _embeddings(self) -> list[nn.Embedding]:
-        return [m for m in self.module.modules() if isinstance(m, nn.Embedding) and not m.weight.is_meta]
+        # A class that looks up in its own way, such as OPT's positions, is left alone: it is never the large one.
+        plain = [m for m in self.module.modules() if type(m).forward is nn.Embedding.forward]
+        return [m for m in plain if isinstance(m, nn.Embedding) and not m.weight.is_meta]
 
     def get(self, name: str) -> Tensor:
         """The parameter or buffer as it is."""
