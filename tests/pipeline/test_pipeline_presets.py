@@ -55,6 +55,9 @@ def test_every_preset(preset: str, folder: Path, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     source = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     recipe = Recipe.of(preset)
+    if recipe.transforms:  # the weights are others than the source's, and so is what they are compared with
+        assert card.quality.kl_mean.value < 0.1
+        return
     errors = {layer.name: layer.error for layer in result.report.layers}
     for name, weight in packed_weights(model):
         x = source.get_parameter(name).detach()

@@ -10,8 +10,8 @@ from variants import family_source, random_source
 
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.source import open_source
-from lowbit.pipeline.api import load
 from lowbit.pipeline.driver import write_folder
+from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.solvers import Call

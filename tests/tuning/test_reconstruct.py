@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_distill import token_ids
 from torch import Tensor
 
 import lowbit
@@ -18,7 +19,6 @@ from lowbit.pipeline.api import quantize_tensor
 from lowbit.pipeline.recipe import Recipe
 from lowbit.tuning.reconstruct import BlockProblem, held_out_batches, lkd, reconstruct, relative_error
 from lowbit.tuning.weight import TunableWeight
-from test_distill import token_ids
 from tiny import save_tiny, tiny_model
 
 FORMATS = ["int4:g8", "int3:g16", "uint3:g16:min=fp16", "uint4:g16:asym", "iq4nl:g16", "nf4:g16", "e4m3:channel"]

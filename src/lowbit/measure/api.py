@@ -29,8 +29,9 @@ from lowbit.measure.size import count_parameters, disk_size, module_bytes
 from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
-from lowbit.pipeline.api import Quantized, as_dtype, load, quantize
+from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.folder_writer import MANIFEST
+from lowbit.pipeline.loading import as_dtype, load
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
 

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import OutputError, RecipeError, SourceError, WeightError, nearest
-from lowbit.formats import Format, QTensor, parse_format, parse_inputs
-from lowbit.interchange.folder import quantization_method, read_json, weight_files
-from lowbit.interchange.safetensors_file import read_header, read_tensor
+from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
+from lowbit.formats import Format, QTensor
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
-from lowbit.nn.swap import dequantize_, packed_weights, swap
+from lowbit.nn.swap import swap
 from lowbit.pipeline.calibrated import CalibratedRun, Settings
 from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.pipeline.driver import (
@@ -32,7 +30,8 @@ from lowbit.pipeline.driver import (
     solved_tensors,
     write_folder,
 )  # fmt: skip
-from lowbit.pipeline.folder_writer import MANIFEST, replace_folder
+from lowbit.pipeline.folder_writer import replace_folder
+from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import rewritten
@@ -236,107 +235,6 @@ def plan(
     """What a recipe would make of a model, from its config and headers alone: no weight is read."""
     wanted = Recipe.of(recipe)
     return make_plan(rewritten(open_headers(model), wanted), wanted, context=context, max_shard_bytes=max_shard_bytes)
-
-
-KERNELS = ("auto", "expand", "dense")
-
-
-def load(
-    folder: str | Path,
-    dtype: torch.dtype | str | None = None,
-    device: str | torch.device = "cpu",
-    kernel: str = "auto",
-    **options: Any,
-) -> nn.Module:
-    """Load a model that lowbit wrote, in evaluation mode, its weights packed.
-
-    `dtype`: what computing is done in (None: what the source had). `kernel`: "auto" measures and takes the
-    fastest, "expand" always expands the weight (the reference), "dense" expands once and keeps the dense weights:
-    as fast and as large as the float model; for weights whose inputs are quantized that would be another model, and is an
-    error. Other options go to `from_pretrained`.
-    """
-    if kernel not in KERNELS:
-        raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
-    path = Path(folder)
-    if not path.is_dir():
-        raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
-    method = quantization_method(path)
-    if method != "lowbit":
-        raise SourceError(
-            f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit"
-        )
-    from lowbit.interchange.folder import load_config
-    from lowbit.interchange.inventory import model_class
-
-    if "device_map" in options and str(device) != "cpu":
-        raise RecipeError("device and device_map exclude each other; give one of them")
-    if dtype is not None:
-        options["dtype"] = as_dtype(dtype)
-    build: Any = model_class(load_config(path)).from_pretrained
-    model, found = build(path, local_files_only=True, output_loading_info=True, **options)
-    if found["missing_keys"]:
-        raise SourceError(f"{folder} lacks {', '.join(sorted(found['missing_keys'])[:5])}; copy or quantize it again")
-    model = model.to(device).eval() if "device_map" not in options else model.eval()
-    if kernel == "dense":
-        rounded = next(
-            (n for n, w in packed_weights(model) if w.inputs is not None and w.inputs.format is not None), None
-        )
-        if rounded is not None:
-            raise RecipeError(
-                f"the inputs of {rounded!r} are quantized, which dense weights would leave out; use kernel='expand'"
-            )
-        return dequantize(model)
-    for _, weight in packed_weights(model):
-        weight.dispatcher.only = None if kernel == "auto" else kernel
-    return model
-
-
-def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
-    """Load what was saved of a plain module (one without a transformers config) into a module of the same shape.
-
-    Its quantized parameters are replaced by packed weights, the kept ones get their values; the module is changed and
-    returned. SourceError when folder and module do not fit.
-    """
-    path = Path(folder)
-    manifest = read_json(path / MANIFEST)["quantization"]
-    files = {file: read_header(file).entries for file in weight_files(path)}
-    stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
-    packed, owners = {}, {name + ".": entry for name, entry in manifest["tensors"].items()}
-    for name, entry in manifest["tensors"].items():
-        inside = {key[len(name) + 1 :]: place for key, place in stored.items() if key.startswith(name + ".")}
-        parts = {part: read_tensor(*place) for part, place in inside.items()}
-        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
-        extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
-        q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
-        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra)
-    kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
-    swap(module, packed, manifest["tied"])
-    found = module.load_state_dict(kept, strict=False)
-    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in manifest["tied"])))]
-    if missing or found.unexpected_keys:
-        raise SourceError(
-            f"{folder} does not fit {type(module).__name__}: {(missing + found.unexpected_keys)[:5]} differ"
-        )
-    return module.eval()
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point type by name or as it is. RecipeError when there is none such."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16"}
-    found = getattr(torch, names.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise RecipeError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
-    return found
-
-
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn the packed weights of a model back into dense parameters, in place."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        whole: nn.Module = model.dequantize(dtype=dtype or model.dtype)
-        return whole
-    return dequantize_(model, dtype)
 
 
 def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 MICRO_BATCH = 2048  # tokens that are run at once
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
-_LIVE_WIDTHS = 8  # activations of the widest layer that a block holds at once, roughly: inputs, gate, up, product, masks
+_LIVE_WIDTHS = (
+    8  # activations of the widest layer that a block holds at once, roughly: inputs, gate, up, product, masks
+)
 
 
 def calibrated_working_bytes(tensors: Sequence[TensorPlan]) -> int:
