@@ -85,8 +85,8 @@ def dequantized(gguf_file: Path) -> dict[str, Any]:
 
 
 def version() -> str:
-    printed = subprocess.run([tool("llama-quantize"), "--version"], capture_output=True, text=True)
-    found = re.search(r"version: (.+)", printed.stdout + printed.stderr)
+    printed = subprocess.run([str(tool("llama-imatrix")), "--version"], capture_output=True, text=True)
+    found = re.search(r"version: (\S+)", printed.stdout + printed.stderr)
     return found[1] if found else f"beside gguf {importlib.metadata.version('gguf')}"
 
 
@@ -140,7 +140,13 @@ def quantize(arguments: Any, work: Path) -> common.Result:
 
 def main() -> None:
     made = common.parser(__doc__, "Q4_K_M-im")
-    made.add_argument("--work", type=Path, help="folder that keeps the float GGUF and the importance matrix")
+    kept_in = os.environ.get("LLAMA_PEER_WORK")
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=kept_in and Path(kept_in),
+        help="folder that keeps the float GGUF and the importance matrix (default: the variable LLAMA_PEER_WORK)",
+    )
     arguments = made.parse_args()
     common.fresh(arguments.out)
     if arguments.work:
