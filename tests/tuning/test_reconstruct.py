@@ -67,11 +67,16 @@ def test_roundings_pass_gradients_straight_through() -> None:
     torch.testing.assert_close(weight.scale.delta.grad[0], d.grad)  # type: ignore[union-attr,index]
 
 
-def linear_problem(w: Tensor, q: QTensor, tokens: int = 64, batches: int = 3) -> BlockProblem:
-    """A block that is one linear layer, with inputs whose channels go together."""
+def inputs_of(width: int, tokens: int, batches: int) -> list[Tensor]:
+    """Inputs whose channels go together, as those of models do."""
     generator = torch.Generator().manual_seed(5)
-    mix = torch.randn(w.shape[1], w.shape[1], generator=generator) * 0.5 + 1.5
-    x = [torch.randn(tokens, w.shape[1], generator=generator) @ mix for _ in range(batches)]
+    mix = torch.randn(width, width, generator=generator) * 0.5 + 1.5
+    return [torch.randn(tokens, width, generator=generator) @ mix for _ in range(batches)]
+
+
+def linear_problem(w: Tensor, q: QTensor, tokens: int = 64, batches: int = 3) -> BlockProblem:
+    """A block that is one linear layer."""
+    x = inputs_of(w.shape[1], tokens, batches)
     return BlockProblem({"w": q}, {"w": w}, frozenset(), lambda t, b: x[b] @ t["w"].T, lambda b: x[b] @ w.T, batches)
 
 
@@ -80,25 +85,25 @@ def error(problem: BlockProblem, dense: Tensor) -> float:
     return float(sum(parts)) / len(parts)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_rounding_comes_near_the_best_of_all_roundings(seed: int) -> None:
-    """One row of 8 weights: all 256 ways to round each of them up or down are tried."""
-    w = weight_of((1, 8), seed)
-    fmt = parse_format("int4:g8:s=fp32")
-    scale = (w.abs().max() / 7).reshape(1, 1, 1)
-    q = encode(w, fmt, scale)
-    problem = linear_problem(w, q)
-    down = (w / scale[0]).floor()
-    best = min(
-        error(problem, (down + torch.tensor(ups)).clamp(-8, 7) * scale[0])
-        for ups in itertools.product((0.0, 1.0), repeat=8)
-    )
-    tuned = reconstruct(problem, steps=200, rate=0.01, scales=0.0)
-    found = tuned.weights["w"].dequantize() if tuned.weights else q.dequantize()
-    start = error(problem, q.dequantize())
-    assert best <= error(problem, found) <= start
-    # Most of what rounding can gain at all is gained.
-    assert error(problem, found) - best < 0.25 * (start - best) + 1e-12
+def test_rounding_comes_near_the_best_of_all_roundings() -> None:
+    """24 rows of 8 weights: for each row all 256 ways to round its weights up or down are tried."""
+    w = weight_of((24, 8))
+    scale = (w.abs().amax(1) / 7).reshape(1, 24, 1)
+    q = encode(w, parse_format("int4:g8:s=fp32"), scale)
+    problem = linear_problem(w, q, tokens=256, batches=10)
+    x = torch.cat(inputs_of(8, 256, 10))
+    moment = x.T @ x / len(x)
+
+    def errors(dense: Tensor) -> Tensor:
+        return torch.einsum("...rk,kl,...rl->...r", dense - w, moment, dense - w)
+
+    ups = torch.tensor(list(itertools.product((0.0, 1.0), repeat=8)))[:, None]
+    every = ((w / scale[0]).floor() + ups).clamp(-8, 7) * scale[0]
+    best, start = errors(every).amin(0).sum(), errors(q.dequantize()).sum()
+    tuned = reconstruct(problem, steps=200, rate=0.005, scales=0.0)
+    found = errors(tuned.weights["w"].dequantize()).sum()
+    assert best <= found and best < 0.2 * start
+    assert (found - best) / (start - best) < 0.6  # of what rounding can gain at all, half is gained
 
 
 @pytest.mark.parametrize("method", [reconstruct, lkd])
@@ -107,10 +112,10 @@ def test_the_output_error_falls_far_below_that_of_rounding_to_nearest(method: ob
     w = weight_of((24, 48))
     q = quantize_tensor(w, Recipe(parse_format(fmt)))
     problem = linear_problem(w, q, tokens=256)
-    tuned = method(problem, steps=100, rate=0.01)  # type: ignore[operator]
+    tuned = method(problem, steps=100, rate=0.005)  # type: ignore[operator]
     assert tuned.facts["step"] > 0
     before, after = error(problem, q.dequantize()), error(problem, tuned.weights["w"].dequantize())
-    assert after < 0.6 * before
+    assert after < (0.7 if fmt.startswith("uint3") else 0.4) * before
     assert tuned.facts["error"][1] < tuned.facts["error"][0]
 
 

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated_memory import MICRO_BATCH
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import Collector, Group, Wave, find_waves
+from lowbit.pipeline.heap import trim
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
@@ -70,6 +72,7 @@ class CalibratedRun:
         solver = plan.recipe.solver
         self.compares = solver is not None and solver.method.needs == "drift"
         self.rewriter = Rewriter.of(source, plan.recipe)
+        self.around: list[str] = []
         self.tuner = BlockTuner.of(
             plan, folder, len(self.batches), torch.bfloat16 if settings.autocast else torch.float32
         )
@@ -78,7 +81,7 @@ class CalibratedRun:
         """Every tensor of the plan, solved, with the SHA-256 of its source bytes; resumes after the last whole stage."""
         inside = {t for t in self.tensors for stage in self.stages if stage.owns(t)}
         around = [t for t in self.tensors if t not in inside]
-        later = [t for t in around if self._multiplies(t)]  # projections and heads beside the chains
+        later = self.around = [t for t in around if self._multiplies(t)]  # projections beside the chains
         quantized: dict[str, QTensor] = {}
         for name in around:
             weight = self.source.read(name)
@@ -93,6 +96,7 @@ class CalibratedRun:
                 if q is not None:
                     quantized[name] = q
             del weight, solved  # an embedding is large, and this frame lives as long as the run
+        trim()
         begin = next((i + 1 for i in reversed(range(len(self.stages))) if self.states.has(i)), 0)
         for i, stage in enumerate(self.stages):
             names = [t for t in self.tensors if stage.owns(t)]
@@ -125,8 +129,10 @@ class CalibratedRun:
         two_streams = self.compares or (self.tuner is not None and self.tuner.drift)
         inputs = self._float_stream(i, stage, weights, tuner) if two_streams else {}
         for name, value in skeleton.items():  # the float stream has passed where they are read
-            self.live.place(name, None)
-            self.live.place(name, _oriented(by_rows_dense(value), self.tensors[name]))
+            if self.around:
+                self.live.place(name, self._dense(name, value))
+            else:
+                self.live.place_packed(name, value, partial(self._dense, name, value))
         skeleton.clear()
         stored = StoredInputs(self.plan)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
@@ -147,6 +153,8 @@ class CalibratedRun:
                     if q is not None:
                         self.live.place(name, _oriented(q.dequantize(), solved.plan))
                     done[name] = replace(solved, stored=solved.stored | stored.parts(name))
+                del stats
+                trim()
         for file in inputs.values():
             file.remove()
         if tuner is not None and done:
@@ -187,6 +195,7 @@ class CalibratedRun:
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
             with self._tap(weights, stored, collector.seen):
                 self._run(i, stage, batch, QUANT)
+        trim()
         for group in wave:
             yield group, collector.stats(group)
 
@@ -254,6 +263,9 @@ class CalibratedRun:
 
         return Tap({n: self.live.get(n) for n in weights if self._multiplies(n)}, both)
 
+    def _dense(self, name: str, q: QTensor) -> Tensor:
+        return _oriented(q.dequantize(), self.tensors[name])
+
     def _drop_embeddings(self, i: int, stage: Stage, names: list[str]) -> None:
         """Free the embeddings where a block in the middle of the last chain does not see them: tried, not assumed."""
         if self.live.embeddings_dropped or stage.index == 0 or stage.chain != self.stages[-1].chain:
@@ -289,17 +301,6 @@ def micro_batches(calibration: Calibration) -> list[Tensor]:
         else:
             batches.append([ids])
     return [torch.stack(batch) for batch in batches]
-
-
-def by_rows_dense(q: QTensor, step: int = 4096) -> Tensor:
-    """`q.dequantize()`, some rows at a time: an embedding is then in memory once, not three times."""
-    if len(q.shape) != 2 or q.shape[0] <= step or q.select(torch.arange(1)) is None:
-        return q.dequantize()
-    out = torch.empty(q.shape)
-    for begin in range(0, q.shape[0], step):
-        rows = torch.arange(begin, min(begin + step, q.shape[0]))
-        out[begin : begin + step] = q.index(rows)
-    return out
 
 
 def _oriented(dense: Tensor, plan: TensorPlan) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowbit.pipeline.plan import TensorPlan
 
-MICRO_BATCH = 2048  # tokens that are run at once
+MICRO_BATCH = 1024  # tokens that are run at once
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _LIVE_WIDTHS = (
     8  # activations of the widest layer that a block holds at once, roughly: inputs, gate, up, product, masks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SourceError
+from lowbit.formats import QTensor
 from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.source import Source
 from lowbit.pipeline.stages import forwards_replaced
@@ -25,6 +26,7 @@ class LiveModel:
             )
         self.module = meta_model(source.config)
         self.embeddings_dropped = False
+        self._packed: list[nn.Module] = []
         self.tied = tied
         if hasattr(self.module, "set_experts_implementation"):
             with contextlib.suppress(ValueError, NotImplementedError):  # a mixture that has one implementation only
@@ -50,6 +52,21 @@ class LiveModel:
             if found is not None:
                 found[0][found[1]] = kept
 
+    def place_packed(self, name: str, q: QTensor, dense: Callable[[], Tensor]) -> None:
+        """Let look-ups read from the stored form, row by row, if only embeddings use `name`; else place `dense()`."""
+        names = {name, *(alias for alias, canonical in self.tied.items() if canonical == name)}
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        owners = [modules[n.rpartition(".")[0]] for n in names if n.rpartition(".")[0] in modules]
+        self.place(name, None)
+        plain = [m for m in owners if type(m).forward is nn.Embedding.forward and isinstance(m, nn.Embedding)]
+        heads = [m for m in owners if m not in plain and m is not self.module.get_output_embeddings()]
+        if heads or any(m.max_norm is not None for m in plain) or q.select(torch.zeros(1, dtype=torch.int64)) is None:
+            self.place(name, dense())
+            return
+        for module in plain:
+            module.forward = q.index  # type: ignore[method-assign]
+            self._packed.append(module)
+
     @contextlib.contextmanager
     def without_embeddings(self) -> Iterator[None]:
         """While this lasts, embeddings look up zeros."""
@@ -70,7 +87,7 @@ class LiveModel:
     def _embeddings(self) -> list[nn.Embedding]:
         # A class that looks up in its own way, such as OPT's positions, is left alone: it is never the large one.
         plain = [m for m in self.module.modules() if type(m).forward is nn.Embedding.forward]
-        return [m for m in plain if isinstance(m, nn.Embedding) and not m.weight.is_meta]
+        return [m for m in plain if isinstance(m, nn.Embedding) and (m in self._packed or not m.weight.is_meta)]
 
     def get(self, name: str) -> Tensor:
         """The parameter or buffer as it is."""

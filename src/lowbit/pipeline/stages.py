@@ -77,13 +77,16 @@ class Saved:
 @contextmanager
 def forwards_replaced(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Modules compute something else while this lasts."""
+    before = {module: module.__dict__.get("forward") for module in replaced}
     try:
         for module, function in replaced.items():
             module.forward = function  # type: ignore[method-assign]
         yield
     finally:
-        for module in replaced:
+        for module, own in before.items():
             module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own  # type: ignore[method-assign]
 
 
 class StagedModel:

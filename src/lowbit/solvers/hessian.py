@@ -42,23 +42,23 @@ def factorize(stats: Stats, damp: float, perm: Tensor) -> Factor:
 
 
 def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
-    hessian = moment.double()
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean())
+    mean = float(moment.diagonal().double().mean())
     if mean <= 0:  # nothing was ever seen: every order and every error are the same
-        hessian, mean = torch.eye(len(moment), dtype=torch.float64), 1.0
-    dead = hessian.diagonal() <= 0
-    hessian = hessian.clone()
-    hessian.diagonal()[dead] = mean
+        moment, mean = torch.eye(len(moment)), 1.0
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped[perm][:, perm])
+        # Three matrices of float64 at a time at most: of wide layers each is large.
+        damped = moment.double()
+        diagonal = damped.diagonal()
+        diagonal[diagonal <= 0] = mean
+        diagonal.add_(damp * mean)
+        single, damped = damped.float(), damped[perm][:, perm]
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped, diagonal
         if not int(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            torch.cholesky_inverse(lower, out=lower)
+            upper, failed = torch.linalg.cholesky_ex(lower, upper=True)
             if not int(failed) and bool(torch.isfinite(upper).all()):
-                return Factor(damped.float(), upper.float(), perm, damp)
+                return Factor(single, upper.float(), perm, damp)
         damp = max(1e-6, damp) * 10
         if damp > _MOST_DAMPING:  # not a second moment at all: no error feedback is the honest answer
             eye = torch.eye(len(moment))

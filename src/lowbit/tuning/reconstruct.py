@@ -14,8 +14,6 @@ from lowbit.tuning.problem import Tuned
 from lowbit.tuning.registry import tuner
 from lowbit.tuning.weight import TunableWeight
 
-_SLACK = 0.1  # a weight starts at least this far inside the cell of its code, in levels
-
 
 @dataclass(frozen=True)
 class BlockProblem:
@@ -51,7 +49,7 @@ def reconstruct(
     """
     weights = {name: TunableWeight(q) for name, q in problem.weights.items()}
     for name, weight in weights.items():
-        weight.free_codes(problem.floats[name], _SLACK)
+        weight.free_codes(problem.floats[name])
     rounding = [w.move for w in weights.values() if w.move is not None]
     others = [p for w in weights.values() for p in w.parameters() if not any(p is r for r in rounding)]
     moving = [Moving(rounding, rate, 0.5), Moving(others, rate * scales)]
@@ -70,7 +68,7 @@ def lkd(problem: BlockProblem, *, steps: int = 50, rate: float = 0.01, drift: in
     """
     weights = {name: TunableWeight(q) for name, q in problem.weights.items()}
     for name, weight in weights.items():
-        weight.free_codes(problem.floats[name], _SLACK)
+        weight.free_codes(problem.floats[name])
     rounding = [w.move for w in weights.values() if w.move is not None]
     return _descend(problem, weights, [Moving(rounding, rate)], steps, sign=False)
 
@@ -99,7 +97,9 @@ def _descend(
         return float(sum(found)) / len(found)
 
     method, schedule = (SignDescent, linear) if sign else (adam, warm_cosine)
-    before, after, step = descend(moving, loss_at, steps, score=score, checks=2, optimizer=method, schedule=schedule)
+    before, after, step = descend(
+        moving, loss_at, steps, score=score, checks=steps // 5, optimizer=method, schedule=schedule
+    )
     tuned = {name: weight.tuned() for name, weight in weights.items()} if step else {}
     return Tuned(tuned, {}, {"error": [before**0.5, after**0.5], "step": step})
 

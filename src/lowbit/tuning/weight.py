@@ -83,12 +83,14 @@ class TunableWeight:
             size = q.levels.float().square().mean(-1, keepdim=True).sqrt()
             self.levels = PerBlock(q.levels, fmt.levels_store, tuple(q.levels.shape), size)
 
-    def free_codes(self, weight: Tensor | None = None, slack: float = 0.1) -> None:
+    def free_codes(self, weight: Tensor | None = None) -> None:
         """Let the codes move: level = round(t + u d). Learned codebooks move their levels instead.
 
         t is the level of the present code. With `weight`, the float weight of the same shape, it is what that asks for,
-        w / s + z, as far as it lies `slack` levels inside the cell that rounds to the present code; and u is the distance
-        of levels, so that |d| <= 1/2 reaches neighbours only. Without, u is the reach of the grid: d is relative.
+        w / s + z, where that rounds to the present code. Where it does not, as a solver chose another one, it is mirrored
+        at the cell's edge: a code further away is held faster, and no crowd of weights waits at the edge to cross it in
+        one step. u is the distance of levels, so that |d| <= 1/2 reaches neighbours only. Without `weight`, u is the reach
+        of the grid: d is relative.
         """
         fmt = self.q.format
         if fmt.codebook is not None or self.codes is None:
@@ -96,9 +98,10 @@ class TunableWeight:
         level = fmt.grid.decode(self.codes)
         self.latent = level
         if weight is not None:
-            room = (0.5 - slack) * spacing(level, fmt)
-            asked = _in_levels(weight.to(torch.float32), self.q)
-            self.latent, self.unit = torch.clamp(asked, level - room, level + room), spacing(level, fmt)
+            self.unit = spacing(level, fmt)
+            away = (_in_levels(weight.to(torch.float32), self.q) - level) / self.unit
+            away = torch.where(away.abs() > 0.5, away.sign() * (1 - away.abs()).clamp_min(0), away)
+            self.latent = level + self.unit * away.clamp(-0.499, 0.499)  # ties go to either side, so keep off them
         elif isinstance(fmt.grid, IntGrid):
             self.unit = torch.tensor(max(abs(fmt.grid.lo), abs(fmt.grid.hi)))
         else:

@@ -33,9 +33,9 @@ def qronos(
 def corrected(weight: Tensor, stats: Stats, blend: float, ridge: float) -> Tensor:
     """W + blend W (G - H) (H + r I)^-1, float32 [N, K], computed in float64: W' less W is W (G - H) (H + r I)^-1."""
     assert stats.drift is not None
-    hessian, drift = stats.second_moment.double(), stats.drift.double()
-    r = max(ridge * float(hessian.diagonal().mean()), 1e-30)
-    eye = torch.eye(len(hessian), dtype=torch.float64)
-    factor = torch.linalg.cholesky(hessian + r * eye)
-    change = torch.cholesky_solve((weight.double() @ drift).T, factor).T
+    hessian = stats.second_moment.double()
+    hessian.diagonal().add_(max(ridge * float(hessian.diagonal().mean()), 1e-30))
+    factor = torch.linalg.cholesky(hessian)
+    del hessian
+    change = torch.cholesky_solve((weight.double() @ stats.drift.double()).T, factor).T
     return (weight.double() + blend * change).float()
