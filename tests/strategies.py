@@ -89,3 +89,15 @@ def random_parts(fmt: Format, shape: tuple[int, ...], seed: int) -> dict[str, Te
         else:
             out[name] = torch.randn(size, generator=generator).sort(-1).values.to(dtype)
     return out
+
+
+class Weighing:
+    """Statistics of which only the importance is known: any weight for each element."""
+
+    def __init__(self, importance: torch.Tensor) -> None:
+        self.importance = importance
+
+
+def weighing(v: torch.Tensor | None) -> Weighing | None:
+    """`v` as a solver takes it."""
+    return None if v is None else Weighing(v)

@@ -105,7 +105,7 @@ def test_a_disk_that_fills_late_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     targets = {
-        "create": (folder_writer, "create"), "assets": (shutil, "copyfile"), "sync": (folder_writer, "_sync"),
+        "create": (folder_writer, "create"), "assets": (shutil, "copyfile"), "sync": (folder_writer, "sync"),
         "config": ("transformers.PretrainedConfig.save_pretrained",), "rename": (folder_writer.os, "rename"),
     }  # fmt: skip
     monkeypatch.setattr(*targets[stage], full)

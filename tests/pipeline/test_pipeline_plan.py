@@ -18,7 +18,7 @@ from lowbit.interchange import folder, hub, safetensors_file
 from lowbit.interchange.safetensors_writer import index_json, shards_of
 from lowbit.pipeline.kvcache import kv_cache
 from lowbit.pipeline.presets import PRESETS
-from tiny import TINY, tiny_model
+from tiny import TINY, tiny_model, tiny_tokenizer
 
 Float = Callable[[str], Path]
 
@@ -52,9 +52,10 @@ def test_bytes_are_exact_for_every_recipe_type_and_shard_size(recipe: str, tmp_p
         model = tiny_model("llama").to(dtype)
         folder = tmp_path / str(dtype)
         model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
         plan = lowbit.plan(folder, recipe, max_shard_bytes=shard)
         out = tmp_path / f"out-{dtype}"
-        lowbit.quantize(folder, recipe, out, max_shard_bytes=shard)
+        lowbit.quantize(folder, recipe, out, max_shard_bytes=shard, samples=2, length=16)
         assert plan.output_bytes == weight_bytes(out)
         assert [s.file for s in plan.shards] == sorted(p.name for p in out.glob("*.safetensors"))
         assert all(s.file_bytes == (out / s.file).stat().st_size for s in plan.shards)

@@ -24,7 +24,7 @@ def test_every_kernel_is_timed_or_says_why_not(report: doctor.Report) -> None:
         fmt = Recipe.parse(recipe).format
         weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
         q = Recipe.parse(recipe).solver_for(fmt)(weight, fmt, Recipe.parse(recipe).fit_for(fmt))
-        for kernel, reason in survey(q, torch.float32, torch.device("cpu")):
+        for kernel, reason in survey(q, torch.float32, torch.device("cpu"), Recipe.parse(recipe).inputs):
             (trial,) = [t for t in report.kernels if (t.recipe, t.dtype, t.kernel) == (recipe, "float32", kernel.name)]
             assert trial.declines == reason
             assert (len(trial.microseconds) == 0) == (reason is not None)

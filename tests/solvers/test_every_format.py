@@ -11,7 +11,7 @@ from lowbit.errors import FormatError, LowbitError, RecipeError
 from lowbit.formats import IntGrid, QTensor, encode, parse_format
 from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.registry import methods
-from strategies import FIXED_GRIDS, normal, steady
+from strategies import FIXED_GRIDS, normal, steady, weighing
 
 GRIDS = [grid for grid in FIXED_GRIDS if grid != "int1"]
 OFFSETS = ["asym", "zero=int32", "zero=fp32", "zero=fp16", "min=fp32", "min=fp16"]
@@ -177,8 +177,8 @@ def test_fit_blocks_has_one_scale_a_block():
 def test_importance_may_be_one_row():
     x, row = normal((6, 32), 11), normal((32,), 12).abs()
     for text, fit in (("int3:g8", "search"), ("uint3:g8:min=fp16", "search"), ("int3:g8", "mse")):
-        a = Call("rtn")(x, parse_format(text), Call(fit), row)
-        b = Call("rtn")(x, parse_format(text), Call(fit), row.expand(6, 32).contiguous())
+        a = Call("rtn")(x, parse_format(text), Call(fit), weighing(row))
+        b = Call("rtn")(x, parse_format(text), Call(fit), weighing(row.expand(6, 32).contiguous()))
         assert torch.equal(a.dequantize(), b.dequantize())
         assert not torch.equal(a.dequantize(), quantize(x, text, fit).dequantize())
 
@@ -186,7 +186,9 @@ def test_importance_may_be_one_row():
 def test_registry_finds_every_method_and_its_options():
     fits, solvers = methods("fit"), methods("solver")
     assert {"absmax", "minmax", "symmetric", "percentile", "mse", "search", "hqq", "mx"} <= set(fits)
-    assert {"rtn", "kmeans"} <= set(solvers) and set(methods()) == set(fits) | set(solvers)
+    assert {"rtn", "kmeans", "gptq", "gptaq", "qronos"} <= set(solvers)
+    others = {name: m.kind for name, m in methods().items() if name not in fits and name not in solvers}
+    assert set(others.values()) <= {"transform", "tuner"}  # what rooms above announced, if they were imported
     assert all(m.summary for m in methods().values())
     assert methods()["percentile"].options == {"p": 99.9}
     assert list(methods()) == sorted(methods())

@@ -12,13 +12,13 @@ from torch import Tensor
 from lowbit.errors import RecipeError
 from lowbit.formats import QTensor, parse_format
 from lowbit.solvers import Call
-from strategies import normal, steady
+from strategies import normal, steady, weighing
 
 SEEDS = st.integers(0, 10**6)
 
 
 def kmeans(x: Tensor, text: str, v: Tensor | None = None, fit: str = "search", **options: int) -> QTensor:
-    return Call("kmeans", tuple(options.items()))(x, parse_format(text), Call(fit), v)
+    return Call("kmeans", tuple(options.items()))(x, parse_format(text), Call(fit), weighing(v))
 
 
 def exact(x: np.ndarray, v: np.ndarray, count: int) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.formats import Format, encode, parse_format
 from lowbit.solvers import Call
-from strategies import normal
+from strategies import normal, weighing
 
 SYMMETRIC = ["int2", "int3", "int4", "int6", "int8", "int4:narrow", "ternary", "binary", "e2m1", "nf4", "iq4nl", "e4m3"]
 AFFINE = [f"{grid}:g32:{kind}" for grid in ("uint2", "int3", "uint4", "uint8") for kind in
@@ -26,7 +26,7 @@ def samples(kind: str) -> Tensor:
 
 def errors(x: Tensor, fmt: Format, fit: Call, v: Tensor | None = None) -> Tensor:
     """Sum of v (x - x_q)^2 for each block (row), in float64, of what is stored in the end."""
-    q = Call("rtn")(x, fmt, fit, v)
+    q = Call("rtn")(x, fmt, fit, weighing(v))
     weight = 1.0 if v is None else v.double()
     return ((q.dequantize().double() - x.double()).square() * weight).sum(1)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import FewWindows, Json, Length, Model, Speed, Text
+from lowbit.cli.options import Calibration, FewWindows, Json, Length, Model, Samples, Speed, Text
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def compare(
     model: Model,
-    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every preset when left out.")] = None,
+    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every data-free preset when left out.")] = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
     text: Text = None,
     windows: FewWindows = 8,
     length: Length = 1024,
@@ -32,6 +34,7 @@ def compare(
 ) -> None:
     """Measure many recipes on one model and print one table."""
     import lowbit
+    from lowbit.pipeline.calibration import SAMPLES
     from lowbit.pipeline.recipe import Recipe
 
     for recipe in recipes or []:
@@ -40,7 +43,7 @@ def compare(
     with console.count_bar("comparing", "windows") as progress:
         rows = lowbit.compare(
             model, recipes or None, text=text, windows=windows, length=length, speed=speed, plots=plots,
-            progress=progress,
+            calibration=calibration, samples=samples or SAMPLES, progress=progress,
         )  # fmt: skip
     from lowbit.report.tables import compare_json, markdown_compare, render_compare
 

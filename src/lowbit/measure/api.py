@@ -30,10 +30,12 @@ from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, quantize
+from lowbit.pipeline.calibration import SAMPLES
 from lowbit.pipeline.folder_writer import MANIFEST
 from lowbit.pipeline.loading import as_dtype, load
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
+from lowbit.pipeline.recipe import Recipe
 
 
 def evaluate(
@@ -126,16 +128,20 @@ def compare(
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
     on_made: Callable[[str, Quantized], None] | None = None,
+    calibration: Any = None,
+    samples: int = SAMPLES,
 ) -> list[CompareRow]:
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
+    `calibration`: text (as in `quantize`) for every recipe that looks at data; the others do without.
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
     sees each before it is measured, `on_row` after.
     """
     if isinstance(recipes, str):
         recipes = [recipes]
     source = open_source(model, tokenizer=tokenizer)
-    names = [str(recipe) for recipe in recipes] if recipes else list(PRESETS)
+    data_free = [name for name in PRESETS if Recipe.parse(name).needs_calibration is None]
+    names = [str(recipe) for recipe in recipes] if recipes else data_free if calibration is None else list(PRESETS)
     run = _type_of(model, None) if isinstance(model, nn.Module) else torch.float32
     base = source.load_float(run)
     tok = source.tokenizer()
@@ -148,7 +154,8 @@ def compare(
 
     def build(recipe: str) -> tuple[nn.Module, CardParts]:
         start = time.perf_counter()
-        made = quantize(model, recipe, tokenizer=tokenizer)
+        looks = calibration is not None and Recipe.parse(recipe).calibrated().uses_calibration
+        made = quantize(model, recipe, tokenizer=tokenizer, calibration=calibration if looks else None, samples=samples)
         seconds = time.perf_counter() - start
         if on_made is not None:
             on_made(recipe, made)

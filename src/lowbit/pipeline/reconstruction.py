@@ -70,6 +70,9 @@ class BlockTuner:
         self.targets.remove()
         before, after = (six_digits(e) for e in tuned.facts["error"])
         out = dict(done)
+        for name in weights if not tuned.weights else ():
+            note = f"{self.call.name}: nothing better than an error of the block's output of {before:.4g}"
+            out[name] = replace(done[name], note=_joined(done[name].note, note))
         for name, q in tuned.weights.items():
             own = done[name]
             error = (q.dequantize() - problem.floats[name]).norm() / problem.floats[name].norm().clamp_min(1e-30)
@@ -77,9 +80,13 @@ class BlockTuner:
             note = f"{self.call.name}: error of the block's output {before:.4g} -> {after:.4g}"
             out[name] = replace(
                 own, stored=own.stored | parts, error=six_digits(float(error)), output=None,
-                note=f"{own.note}; {note}" if own.note else note,
+                note=_joined(own.note, note),
             )  # fmt: skip
         return out
+
+
+def _joined(note: str, more: str) -> str:
+    return f"{note}; {more}" if note else more
 
 
 def _hidden(output: Any) -> Tensor:

@@ -22,7 +22,7 @@ def compare(
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
     `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). Other
-    options are those of `lowbit.measure.api.compare`: text, windows, length, speed, tokenizer, progress, on_row.
+    options are those of `lowbit.measure.api.compare`: calibration, samples, text, windows, length, speed, tokenizer, progress, on_row.
     """
     if plots is None:
         return api.compare(model, recipes, **options)
