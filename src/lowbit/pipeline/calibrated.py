@@ -38,6 +38,7 @@ from lowbit.pipeline.tap import Tap
 from lowbit.solvers.stats import Stats
 
 FLOAT, QUANT = "float", "quant"
+STATES = "states"  # the folder of what stages returned
 _UNUSED = "not used while reading the calibration text"
 
 
@@ -66,7 +67,7 @@ class CalibratedRun:
         self.live = LiveModel(source, plan.tied)
         self.staged = StagedModel(self.live.module)
         self.stages = self.staged.stages
-        self.states, self.folder = States(folder / "states"), folder
+        self.states, self.folder = States(folder / STATES), folder
         self.batches = micro_batches(calibration)
         self.tensors = {t.name: t for t in plan.tensors}
         solver = plan.recipe.solver
@@ -157,8 +158,9 @@ class CalibratedRun:
                 trim()
         for file in inputs.values():
             file.remove()
-        if tuner is not None and done:
-            done = self._tuned(i, stage, tuner, done, weights, stored)
+        if tuner is not None:
+            done = self._tuned(i, stage, tuner, done, weights, stored) if done else done
+            tuner.targets.remove()
         for name, weight in weights.items():
             unused = name not in done and self._multiplies(name)
             solved = done.get(name) or solve(self.tensors[name], weight, self.plan.recipe, note=_UNUSED * unused)

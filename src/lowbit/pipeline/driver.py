@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
-from lowbit.pipeline.calibrated import CalibratedRun, Settings
+from lowbit.pipeline.calibrated import STATES, CalibratedRun, Settings
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
@@ -173,6 +174,7 @@ def write_folder(
             results = solved
         elif len(done) == len(plan.tensors):
             results = iter(())
+            shutil.rmtree(writer.partial / STATES, ignore_errors=True)  # the kill came between the journal and this
         elif calibration is not None and settings is not None:
             run = CalibratedRun(plan, source, calibration, writer.partial, settings, writer.flush)
             results = reported(run.results(), plan, progress, on_layer)

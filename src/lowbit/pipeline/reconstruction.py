@@ -67,7 +67,6 @@ class BlockTuner:
             {name: self.fast for name, t in plans.items() if t.kind in ("linear", "conv1d")},
         )
         tuned = self.call.method.function(problem, **dict(self.call.options))
-        self.targets.remove()
         before, after = (six_digits(e) for e in tuned.facts["error"])
         out = dict(done)
         for name in weights if not tuned.weights else ():
