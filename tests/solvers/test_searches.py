@@ -100,7 +100,7 @@ def test_search_is_close_to_a_fine_scan(grid, mean, tail, weighted):
 def test_search_without_importance_weighs_by_magnitude():
     x, fmt = samples("heavy"), parse_format("int3:g32:s=fp32")
     implicit = Call("rtn")(x, fmt, Call("search"), None)
-    explicit = Call("rtn")(x, fmt, Call("search"), x.abs())
+    explicit = Call("rtn")(x, fmt, Call("search"), weighing(x.abs()))
     assert torch.equal(implicit.scale, explicit.scale)
     squares = Call("rtn")(x, fmt, Call("search", (("emphasis", 0),)), None)
     assert not torch.equal(implicit.scale, squares.scale)
@@ -114,7 +114,7 @@ def test_search_ends_at_the_least_squares_refit(text):
     """numpy's lstsq on the codes found gains nothing, or next to it: the refinement stops after two rounds."""
     x, fmt = samples("normal"), parse_format(text)
     v = normal((64, 32), 3).abs() + 0.05
-    q = Call("rtn")(x, fmt, Call("search"), v)
+    q = Call("rtn")(x, fmt, Call("search"), weighing(v))
     levels, root = fmt.grid.decode(q.unpacked()).double().numpy(), v.double().sqrt().numpy()
     found = errors(x, fmt, Call("search"), v).numpy()
     settled = 0
