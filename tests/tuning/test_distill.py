@@ -206,3 +206,10 @@ def test_one_window_is_too_few() -> None:
         lowbit.quantize(tiny_model("llama"), TUNED, calibration=token_ids(1), length=32)
     with pytest.raises(RecipeError, match="temperature"):
         lowbit.quantize(tiny_model("llama"), "distill(temperature=0.0)@int4:g16", calibration=token_ids(), length=32)
+
+
+def test_the_plan_counts_the_whole_float_model(float_folder: Path) -> None:
+    without = lowbit.plan(float_folder, "gptq@int4:g16")
+    tuned_plan = lowbit.plan(float_folder, "gptq+distill@int4:g16")
+    assert tuned_plan.peak_bytes > 4 * tuned_plan.parameters and tuned_plan.peak_bytes >= without.peak_bytes
+    assert tuned_plan.output_bytes == without.output_bytes
