@@ -214,3 +214,12 @@ def test_a_format_and_its_parts_make_a_weight_of_their_own() -> None:
     parts = {k: torch.zeros(s, dtype=d) for k, (d, s) in fmt.parts((4, 32)).items()}
     assert torch.equal(PackedWeight(fmt, (4, 32), parts).dequantize(), torch.zeros(4, 32))
     assert isinstance(PackedWeight(fmt, (4, 32), parts).qtensor(), QTensor)
+
+
+def test_what_a_product_gives_may_be_written_to_while_gradients_are_recorded() -> None:
+    weight = lowbit.quantize_tensor(torch.randn(6, 32, generator=torch.Generator().manual_seed(0)), "int8:channel")
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    y = torch.nn.functional.linear(x, PackedWeight.of(weight))
+    y += 1
+    y.sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad[0, 0], weight.dequantize().sum(0), rtol=1e-4, atol=1e-5)

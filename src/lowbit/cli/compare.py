@@ -34,11 +34,13 @@ def compare(
 ) -> None:
     """Measure many recipes on one model and print one table."""
     import lowbit
+    from lowbit.errors import RecipeError
     from lowbit.pipeline.calibration import SAMPLES
     from lowbit.pipeline.recipe import Recipe
 
-    for recipe in recipes or []:
-        Recipe.of(recipe)  # a misspelt one is better known now than after the others are measured
+    wanted = [Recipe.of(recipe) for recipe in recipes or []]  # a misspelt one is better known before any is measured
+    if samples is not None and calibration is None and not any(r.needs_calibration for r in wanted):
+        raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
     console.quiet()
     with console.count_bar("comparing", "windows") as progress:
         rows = lowbit.compare(

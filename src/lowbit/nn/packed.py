@@ -109,7 +109,8 @@ class PackedWeight(Parts):
         """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = Product.apply(x, self)
-            return y if bias is None else y + bias
+            # What a custom function returns may be a view that nobody may write to; models such as Falcon do.
+            return y.clone() if bias is None else y + bias
         return self.dispatcher.linear(x, self.qtensor, bias, self.quantizer())
 
     def rows(self, index: Tensor) -> Tensor:
