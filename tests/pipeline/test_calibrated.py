@@ -17,11 +17,12 @@ import lowbit
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.source import open_source
 from lowbit.pipeline import driver
-from lowbit.pipeline.calibrated import CalibratedRun, Settings, micro_batches
+from lowbit.pipeline.calibrated import CalibratedRun, micro_batches
 from lowbit.pipeline.calibration import load_calibration
 from lowbit.pipeline.groups import Group
 from lowbit.pipeline.plan import make_plan
 from lowbit.pipeline.recipe import Recipe
+from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.stages import Stage, stages_of
 from lowbit.solvers.stats import Stats
 from tiny import TINY, VOCAB, save_tiny, tiny_model

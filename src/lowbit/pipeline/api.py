@@ -17,7 +17,7 @@ from lowbit.formats import Format, QTensor
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import swap
-from lowbit.pipeline.calibrated import CalibratedRun, Settings
+from lowbit.pipeline.calibrated import CalibratedRun
 from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.pipeline.driver import (
     OnLayer,
@@ -35,6 +35,7 @@ from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import rewritten
+from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import Solved, check_finite
 from lowbit.pipeline.tuned import tune_solved
 

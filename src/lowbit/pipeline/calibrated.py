@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,30 +29,18 @@ from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
 from lowbit.pipeline.rewriting import Rewriter
+from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import Solved, solve, solve_group
 from lowbit.pipeline.stages import REST, LeaveForward, Saved, Stage, StagedModel, model_inputs
 from lowbit.pipeline.states import InputFile, States
 from lowbit.pipeline.stored_inputs import StoredInputs
 from lowbit.pipeline.tap import Tap
+from lowbit.pipeline.token_weights import TokenWeights
 from lowbit.solvers.stats import Stats
 
 FLOAT, QUANT = "float", "quant"
 STATES = "states"  # the folder of what stages returned
 _UNUSED = "not used while reading the calibration text"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the streams run. `autocast`: products in bfloat16 (everything else float32), where the machine is fast at it."""
-
-    autocast: bool
-
-    @staticmethod
-    def of_this_machine() -> Settings:
-        return Settings(bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported()))
-
-    def context(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if self.autocast else nullcontext()
 
 
 class CalibratedRun:
@@ -74,6 +61,7 @@ class CalibratedRun:
         self.compares = solver is not None and solver.method.needs == "drift"
         self.rewriter = Rewriter.of(source, plan.recipe)
         self.around: list[str] = []
+        self.tokens = TokenWeights(None)
         self.tuner = BlockTuner.of(
             plan, folder, len(self.batches), torch.bfloat16 if settings.autocast else torch.float32
         )
@@ -98,6 +86,9 @@ class CalibratedRun:
                     quantized[name] = q
             del weight, solved  # an embedding is large, and this frame lives as long as the run
         trim()
+        multiplied = [t.name for t in self.plan.tensors if self._multiplies(t.name) and t.kind != "experts"]
+        weighting = self.plan.recipe.weighting
+        self.tokens = TokenWeights.of(weighting, self.source, multiplied, self.batches, self.folder, self.settings)
         begin = next((i + 1 for i in reversed(range(len(self.stages))) if self.states.has(i)), 0)
         for i, stage in enumerate(self.stages):
             names = [t for t in self.tensors if stage.owns(t)]
@@ -117,6 +108,7 @@ class CalibratedRun:
             weights = {name: self.source.read(name) for name in later}
             yield from self._stage(len(self.stages), REST, weights, quantized)
         self.states.clear()
+        self.tokens.clear()
 
     def _stage(
         self, i: int, stage: Stage, weights: dict[str, Tensor], skeleton: dict[str, QTensor]
@@ -195,6 +187,7 @@ class CalibratedRun:
         collector = Collector(wave, self.settings.autocast)
         for batch in range(len(self.batches)):
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
+            collector.token_weights = {k: w for k in collector.first if (w := self.tokens.read(k, batch)) is not None}
             with self._tap(weights, stored, collector.seen):
                 self._run(i, stage, batch, QUANT)
         trim()

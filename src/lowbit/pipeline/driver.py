@@ -17,10 +17,11 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
-from lowbit.pipeline.calibrated import STATES, CalibratedRun, Settings
+from lowbit.pipeline.calibrated import STATES, CalibratedRun
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import OutputError, Solved, solve
 from lowbit.pipeline.tuned import tune_folder
 

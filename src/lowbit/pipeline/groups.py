@@ -72,6 +72,7 @@ class Collector:
         self.half = half
         self.enough = wave[0].calls if stop and len(wave) == 1 else 0
         self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
+        self.token_weights: Mapping[str, Tensor] = {}
         self.begin({})
 
     def wants(self, name: str) -> bool:
@@ -90,7 +91,7 @@ class Collector:
         key = (name, expert)
         if key not in self.builders:
             self.builders[key] = StatsBuilder(x.shape[-1], compare is not None, self.half)
-        self.builders[key].add(x, compare)
+        self.builders[key].add(x, compare, self.token_weights.get(name) if expert is None else None)
         self.calls += 1
         if expert is None and self.calls == self.enough:
             raise LeaveForward

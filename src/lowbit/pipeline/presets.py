@@ -73,7 +73,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "groupwise": Preset("absmax@int4:g64", "int4, one scale for 64 weights of a row", "Q-BERT; ZeroQuant"),
     "zeroquant": Preset(
-        "minmax@int8:g128:asym", "int8 groups whose zero is exact", "ZeroQuant; LLMEasyQuant",
+        "minmax@int8:g128:asym",
+        "int8 groups whose zero is exact",
+        "ZeroQuant; LLMEasyQuant",
         "minmax+lkd@int8:g128:asym,a=int8:token",
     ),
     "simquant": Preset("minmax@uint8:channel:zero=fp32", "uint8, min to max of each channel", "KVQuant; LLMEasyQuant"),

@@ -4,6 +4,7 @@ METHOD[(OPTION=VALUE,...)][+METHOD...]@FORMAT[,KEY=VALUE...]
 
 absmax@int8:channel                 a fit; the solver is round-to-nearest
 gptq@int4:g32                       a solver that looks at calibration text
+guided+gptq@int4:g32                tokens count by their gradients
 gptq+distill@int4:g32               and a tuner of what is stored, after it
 rotate+awq+gptq@int4:g64            transforms of the model first, in this order
 smooth@int8:channel,a=int8:token    the inputs of linear layers in few bits too
@@ -34,6 +35,7 @@ KEEP = "keep"
 EMBED = parse_format("int8:channel")
 announce("lowbit.transforms")
 announce("lowbit.tuning")
+announce("lowbit.pipeline.weightings")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Recipe:
     `fit` and `solver` may be None: the best data-free one for each format is then taken (`fit_for`,
     `solver_for`). `embed` is the format of embeddings and of output heads, or None to keep them.
     `layers` are (glob over parameter names, format or None to keep), the last match wins.
+    `weighting` says how much each token counts in the statistics; None: all the same.
     `tuner` moves what the solver stored by gradient descent, or None.
     `inputs` (`a=`) are those of linear layers; static ones take their range from the estimator `range`.
     """
@@ -57,6 +60,7 @@ class Recipe:
     inputs: Inputs | None = None
     range: RangeMethod | None = None
     tuner: Call | None = None
+    weighting: Call | None = None
 
     def __post_init__(self) -> None:
         check_order([call.name for call in self.transforms])
@@ -107,8 +111,9 @@ class Recipe:
         """Which part of the recipe looks at calibration text, or None."""
         if self.solver is not None and self.solver.method.needs != "nothing":
             return self.solver.name
-        if self.tuner is not None:
-            return self.tuner.name
+        for other in (self.weighting, self.tuner):
+            if other is not None:
+                return other.name
         for call in self.transforms:
             if FACTS[call.name].kind == "group":
                 return call.name
@@ -131,7 +136,11 @@ class Recipe:
 
     def __str__(self) -> str:
         """The full text; `Recipe.parse(str(r)) == r` but for the name."""
-        steps = [str(call) for call in (*self.transforms, self.fit, self.solver, self.tuner) if call is not None]
+        steps = [
+            str(call)
+            for call in (*self.transforms, self.weighting, self.fit, self.solver, self.tuner)
+            if call is not None
+        ]
         text = f"{'+'.join(steps)}@{self.format}" if steps else str(self.format)
         if self.embed != EMBED:
             text += f",embed={format_text(self.embed)}"

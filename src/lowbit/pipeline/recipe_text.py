@@ -47,6 +47,7 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
     fit: Call | None = None
     solver: Call | None = None
     tuner: Call | None = None
+    weighting: Call | None = None
     transforms: list[Call] = []
     for step in steps:
         call = _parse_call(step)
@@ -64,13 +65,20 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
                 first = fit or solver
                 raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
             fit = call
+        elif call.method.kind == "weighting":
+            if fit is not None or solver is not None or weighting is not None:
+                before = weighting or fit or solver
+                raise RecipeError(
+                    f"{call.name!r} after {before}: statistics are weighed before they are used; write it first"
+                )
+            weighting = call
         elif call.method.kind == "tuner":
             tuner = call
         else:
             if solver is not None:
                 raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
             solver = call
-    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner)
+    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner, weighting=weighting)
 
 
 def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:

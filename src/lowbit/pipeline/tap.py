@@ -35,16 +35,19 @@ _PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 class Tap(TorchFunctionMode):
     """Watches `weights` (name -> parameter, 2-D or 3-D stacks of experts) and calls `seen` at each product."""
 
-    def __init__(self, weights: Mapping[str, Tensor], seen: Seen) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], seen: Seen, made: Callable[[str, int | None, Tensor], None] | None = None
+    ) -> None:
+        """`made` is called with what each product gave."""
         super().__init__()
-        self.seen = seen
+        self.seen, self.made = seen, made
         self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        product = _PRODUCTS.get(func)
+        product, found = _PRODUCTS.get(func), None
         if product is not None:
             (at, name), (weight_at, weight_name) = product
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)
@@ -56,7 +59,10 @@ class Tap(TorchFunctionMode):
                     args = (*args[:at], other, *args[at + 1 :])
                 else:
                     kwargs[name] = other
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if found is not None and self.made is not None:
+            self.made(*found, result)
+        return result
 
     def _find(self, weight: Any) -> tuple[str, int | None] | None:
         if not isinstance(weight, Tensor) or weight.is_meta:

@@ -11,11 +11,11 @@ from lowbit.formats import Format
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.allocation import Allocation
 from lowbit.pipeline.budget import allocation
-from lowbit.pipeline.calibrated import Settings
 from lowbit.pipeline.calibration import LENGTH, SAMPLES, load_calibration
 from lowbit.pipeline.driver import Progress
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
+from lowbit.pipeline.settings import Settings
 
 
 def allocate(

@@ -21,11 +21,11 @@ from torch.func import functional_call
 from lowbit.errors import RecipeError
 from lowbit.formats import InputQuantizer, QTensor
 from lowbit.interchange.source import Source
-from lowbit.pipeline.calibrated import Settings
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter, sync
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
+from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import Solved
 from lowbit.pipeline.stages import model_inputs
 from lowbit.pipeline.tap import Tap

@@ -69,6 +69,11 @@ def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable
     return function
 
 
+def register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
+    """Register a method of another kind, which a room above this one knows: a transform, a weighting, a tuner."""
+    return _register(kind, function, **facts)
+
+
 def fit(offset: Literal["any", "never", "always"] = "any") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fit under the name of its function. `offset`: whether it fills formats with or without one."""
     return lambda function: _register("fit", function, offset=offset)

@@ -83,24 +83,26 @@ class StatsBuilder:
         self.half = half
         self.absmax, self.abs = torch.zeros(width), torch.zeros(width)
 
-    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
-        """`x` [..., K] as the quantized model computes it; `x_float` the same of the float model."""
+    def add(self, x: Tensor, x_float: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """`x` [..., K] as the quantized model computes it; `x_float` the same of the float model; `weights` [tokens] say
+        how much each token counts in the products, mean 1."""
         x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32)
         if not len(x):
             return
         self.tokens += len(x)
+        weighed = x if weights is None else x * weights[:, None]
         for begin in range(0, x.shape[1], _PANEL):  # the upper triangle by panels; the lower one mirrors it
             panel = slice(begin, begin + _PANEL)
-            self.sum[: begin + _PANEL, panel].addmm_(x[:, : begin + _PANEL].T, x[:, panel])
+            self.sum[: begin + _PANEL, panel].addmm_(weighed[:, : begin + _PANEL].T, x[:, panel])
         size = x.abs()
         torch.maximum(self.absmax, size.amax(0), out=self.absmax)
         self.abs += size.sum(0)
         if self.drift is not None and x_float is not None:
             change = x_float.reshape(x.shape).to("cpu", torch.float32) - x
             if self.half:
-                self.drift += change.to(torch.bfloat16).T @ x.to(torch.bfloat16)
+                self.drift += change.to(torch.bfloat16).T @ weighed.to(torch.bfloat16)
             else:
-                self.drift.addmm_(change.T, x)
+                self.drift.addmm_(change.T, weighed)
 
     def stats(self) -> Stats:
         """The moments of everything added. With no tokens at all, every moment is 0."""
