@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.source import open_source
+from lowbit.nn.swap import packed_weights
 from lowbit.pipeline import driver
 from lowbit.pipeline.calibrated import CalibratedRun, micro_batches
 from lowbit.pipeline.calibration import load_calibration
@@ -271,3 +272,18 @@ class _Bare(nn.Module):
         self.config = tiny_model("llama").config
         self.config.vocab_size = 10_000
         self.config.max_position_embeddings = 10_000
+
+
+@pytest.mark.parametrize(
+    "recipe", ["smooth@int8:channel,a=minmax@int8:tensor", "search@int8:channel,a=minmax@int8:tensor"]
+)
+def test_a_static_range_is_that_of_the_input_that_the_layer_sees(recipe: str) -> None:
+    """Also where scaling changed the input after it was first seen."""
+    ids = token_ids(8)
+    made = lowbit.quantize(tiny_model("llama"), recipe, calibration=ids)
+    names = [n for n, w in packed_weights(made.model) if w.inputs is not None]
+    assert len(names) == 14
+    for name in names:
+        weight = made.model.get_submodule(name)
+        x = hooked_inputs(made.model, [name], ids)[name]
+        assert float(weight.input_scale) * 127 == pytest.approx(float(x.abs().max()), rel=0.02), name

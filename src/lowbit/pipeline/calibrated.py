@@ -185,6 +185,7 @@ class CalibratedRun:
         inputs: dict[str, InputFile], divisors: dict[str, Tensor],
     ) -> Iterator[tuple[Group, Stats | dict[int, Stats] | None]]:  # fmt: skip
         collector = Collector(wave, self.settings.autocast)
+        stored.observe(wave)
         for batch in range(len(self.batches)):
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
             collector.token_weights = {k: w for k in collector.first if (w := self.tokens.read(k, batch)) is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -21,19 +23,26 @@ class StoredInputs:
         self.divisors: dict[str, Tensor] = {}
         self.estimators: dict[str, RangeEstimator] = {}
         self.scales: dict[str, dict[str, Tensor]] = {}
+        self.observed: set[str] = set()
+
+    def observe(self, groups: Iterable[Group]) -> None:
+        """From now on the static ranges of these groups, and of no others, are looked for; one weight stands for its
+        group, whose members share the input."""
+        self.observed = {group.first for group in groups}
 
     def rounded(self, name: str, x: Tensor) -> Tensor | None:
-        """What the weight is multiplied with instead of `x`; None: `x` itself. A static range is observed until it is
-        settled, and inputs stay float so long."""
+        """What the weight is multiplied with instead of `x`; None: `x` itself. Until its range is settled, a static input
+        stays float."""
         inputs = self.inputs.get(name)
         if inputs is None:
             return None
         if inputs.divisor and name in self.divisors:
             x = (x.to(torch.float32) / self.divisors[name]).to(x.dtype)
         if inputs.static and name not in self.scales and inputs.format is not None:
-            if name not in self.estimators:
-                self.estimators[name] = self.method.start(inputs.format)
-            self.estimators[name].observe(x)
+            if name in self.observed:
+                if name not in self.estimators:
+                    self.estimators[name] = self.method.start(inputs.format)
+                self.estimators[name].observe(x)
             return x
         parts = {k: v for k, v in self.parts(name, prefix="").items() if k != "input_divisor"}
         scale, offset = parts.get("input_scale"), parts.get("input_offset")
@@ -51,15 +60,13 @@ class StoredInputs:
     def divide(self, group: Group, scale: Tensor) -> None:
         """The input of these weights is divided by `scale` [K]."""
         self.divisors |= dict.fromkeys(group.members, scale.to(torch.float32))
-        for name in group.members:
-            self.estimators.pop(name, None)  # what was seen before was not divided
 
     def settle(self, group: Group) -> None:
         """Everything was seen: static scales from now on; members of a group share one input, and so one scale."""
         for name in group.members:
             inputs = self.inputs.get(name)
-            if inputs is not None and inputs.static and name in self.estimators:
-                self.scales[name] = self.estimators[name].input_parts(inputs)
+            if inputs is not None and inputs.static and group.first in self.estimators:
+                self.scales[name] = self.estimators[group.first].input_parts(inputs)
 
     def parts(self, name: str, prefix: str | None = None) -> dict[str, Tensor]:
         """What is stored beside the weight, by the name in the file."""
