@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def quantized_row(
     told = json.loads(done.stdout)
     plan = told["plan"]
     return {
-        "recipe": " ".join([recipe, *extra]), "text": plan["recipe"], "seconds": round(told["seconds"], 1),
+        "recipe": shown(" ".join([recipe, *extra])), "text": plan["recipe"], "seconds": round(told["seconds"], 1),
         "process_seconds": round(time.perf_counter() - start, 1), "peak_mb": round(told["peak_bytes"] / 1e6),
         "linear_bits": round(plan["linear_bits_per_weight"], 4), "bits": round(plan["bits_per_weight"], 4),
         "file_mib": round(plan["output_bytes"] / 2**20, 2), "planned_peak_mb": round(plan["peak_bytes"] / 1e6),
@@ -129,7 +130,7 @@ def main() -> None:
         rows = json.loads(arguments.out.read_text())["rows"]
     done = {r["recipe"] for r in rows} | {r.get("spec") for r in rows}
     for kind, what in alternating(arguments.recipes, arguments.peer):
-        if what in done:
+        if shown(what) in done or what in done:
             continue
         with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as room:
             out = Path(room) / "out"
@@ -162,6 +163,13 @@ def main() -> None:
         arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1, default=str) + "\n")
         arguments.out.with_suffix(".md").write_text(markdown(rows) + "\n")
     print(markdown(rows))
+
+
+def shown(what: str) -> str:
+    """A recipe with its options, without the place of a sensitivity file; a peer by adapter and configuration."""
+    if what.count(":") == 2 and "@" not in what:
+        return what.split(":")[0] + ":" + what.split(":")[2]
+    return re.sub(r" --sensitivity \S+", "", what)
 
 
 def alternating(recipes: list[str], peers: list[str]) -> list[tuple[str, str]]:
