@@ -287,3 +287,34 @@ def test_a_static_range_is_that_of_the_input_that_the_layer_sees(recipe: str) ->
         weight = made.model.get_submodule(name)
         x = hooked_inputs(made.model, [name], ids)[name]
         assert float(weight.input_scale) * 127 == pytest.approx(float(x.abs().max()), rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    "recipe", [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:tensor", "gptq+lkd(steps=2)@int4:g16"]
+)
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
+def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.pipeline.remembered import Remembered
+
+    if recipe.startswith("smooth") and name == "t5":
+        recipe = RECIPE
+    computed = {"count": 0}
+    result = Remembered.result
+
+    def count(self: Remembered, compute: Any) -> Tensor:
+        def counted() -> Tensor:
+            computed["count"] += 1
+            return compute()
+
+        return result(self, counted)
+
+    def parts(made: Any) -> dict[str, Tensor]:
+        return dict(made.model.state_dict())
+
+    monkeypatch.setattr(Remembered, "result", count)
+    with_memory = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
+    fewer, computed["count"] = computed["count"], 0
+    monkeypatch.setattr(Remembered, "touched", lambda self, n: setattr(self, "_final", False))
+    without = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
+    assert all(torch.equal(with_memory[k], without[k]) for k in without)
+    assert fewer < computed["count"] or name == "t5"  # its attention is spelled out

@@ -28,6 +28,7 @@ from lowbit.pipeline.heap import trim
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
+from lowbit.pipeline.remembered import Remembered
 from lowbit.pipeline.rewriting import Rewriter
 from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import Solved, solve, solve_group
@@ -62,6 +63,7 @@ class CalibratedRun:
         self.rewriter = Rewriter.of(source, plan.recipe)
         self.around: list[str] = []
         self.tokens = TokenWeights(None)
+        self.attention = Remembered(folder)
         self.tuner = BlockTuner.of(
             plan, folder, len(self.batches), torch.bfloat16 if settings.autocast else torch.float32
         )
@@ -146,12 +148,14 @@ class CalibratedRun:
                     if q is not None:
                         self.live.place(name, _oriented(q.dequantize(), solved.plan))
                     done[name] = replace(solved, stored=solved.stored | stored.parts(name))
+                self.attention.settled.update(group.members)
                 del stats
                 trim()
         for file in inputs.values():
             file.remove()
         if tuner is not None:
             done = self._tuned(i, stage, tuner, done, weights, stored) if done else done
+            self.attention.forget()
             tuner.targets.remove()
         for name, weight in weights.items():
             unused = name not in done and self._multiplies(name)
@@ -160,8 +164,9 @@ class CalibratedRun:
                 solved = replace(solved, stored=solved.stored | stored.unseen(name))
             yield solved, digests[name]
         for batch in range(len(self.batches) if stage is not REST else 0):
-            with self._tap(weights, stored, lambda name, expert, x: None):
+            with self._tap(weights, stored, lambda name, expert, x: None, batch):
                 self.states.save(i, QUANT, batch, self._run(i, stage, batch, QUANT))
+        self.attention.forget()
 
     def _tuned(
         self, i: int, stage: Stage, tuner: BlockTuner, done: dict[str, Solved], weights: dict[str, Tensor],
@@ -189,7 +194,7 @@ class CalibratedRun:
         for batch in range(len(self.batches)):
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
             collector.token_weights = {k: w for k in collector.first if (w := self.tokens.read(k, batch)) is not None}
-            with self._tap(weights, stored, collector.seen):
+            with self._tap(weights, stored, collector.seen, batch):
                 self._run(i, stage, batch, QUANT)
         trim()
         for group in wave:
@@ -249,7 +254,9 @@ class CalibratedRun:
                 tuner.aim(out)
         return files
 
-    def _tap(self, weights: dict[str, Tensor], stored: StoredInputs, seen: Callable[..., None]) -> Tap:
+    def _tap(
+        self, weights: dict[str, Tensor], stored: StoredInputs, seen: Callable[..., None], batch: int | None = None
+    ) -> Tap:
         """Watches the block's weights; what is seen, and computed with, are inputs as they are stored in few bits."""
 
         def both(name: str, expert: int | None, x: Tensor) -> Tensor | None:
@@ -257,7 +264,10 @@ class CalibratedRun:
             seen(name, expert, x if kept is None else kept)
             return kept
 
-        return Tap({n: self.live.get(n) for n in weights if self._multiplies(n)}, both)
+        if batch is not None:
+            self.attention.begin(batch)
+        watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
+        return Tap(watched, both, remembered=None if batch is None else self.attention)
 
     def _dense(self, name: str, q: QTensor) -> Tensor:
         return _oriented(q.dequantize(), self.tensors[name])

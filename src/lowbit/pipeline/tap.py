@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lowbit.pipeline.remembered import REMEMBERED, Remembered
+
 # Called with (name of the weight, expert or None, input [..., K]); what it returns takes the input's place.
 Seen = Callable[[str, "int | None", Tensor], "Tensor | None"]
 
@@ -36,11 +38,12 @@ class Tap(TorchFunctionMode):
     """Watches `weights` (name -> parameter, 2-D or 3-D stacks of experts) and calls `seen` at each product."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], seen: Seen, made: Callable[[str, int | None, Tensor], None] | None = None
-    ) -> None:
-        """`made` is called with what each product gave."""
+        self, weights: Mapping[str, Tensor], seen: Seen, made: Callable[[str, int | None, Tensor], None] | None = None,
+        remembered: Remembered | None = None,
+    ) -> None:  # fmt: skip
+        """`made` is called with what each product gave; `remembered` answers for attention."""
         super().__init__()
-        self.seen, self.made = seen, made
+        self.seen, self.made, self.remembered = seen, made, remembered
         self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
 
     def __torch_function__(
@@ -59,6 +62,8 @@ class Tap(TorchFunctionMode):
                     args = (*args[:at], other, *args[at + 1 :])
                 else:
                     kwargs[name] = other
+        if self.remembered is not None and func in REMEMBERED:
+            return self.remembered.result(lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
         if found is not None and self.made is not None:
             self.made(*found, result)
@@ -78,6 +83,8 @@ class Tap(TorchFunctionMode):
         return name, (weight.storage_offset() - whole.storage_offset()) // (whole.shape[1] * whole.shape[2])
 
     def _watch(self, name: str, expert: int | None, x: Tensor) -> Tensor:
+        if self.remembered is not None:
+            self.remembered.touched(name)
         if expert == -1:
             parts = [self._seen(name, e, part) for e, part in enumerate(x)]
             changed = any(new is not old for new, old in zip(parts, x))
