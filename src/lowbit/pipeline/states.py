@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
+from lowbit.pipeline.folder_writer import sync
 from lowbit.pipeline.stages import Saved
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -45,14 +46,14 @@ class States:
         }
         path = room / f"{stream}-{batch:04d}.safetensors"
         save_file(tensors, path, metadata=facts)
-        _sync(path)
+        sync(path)
 
     def commit(self, stage: int) -> None:
         """Everything of the stage is saved: give its folder the name that counts."""
         shutil.rmtree(self._final(stage), ignore_errors=True)
-        _sync(self._fresh(stage))
+        sync(self._fresh(stage))
         os.rename(self._fresh(stage), self._final(stage))
-        _sync(self.folder)
+        sync(self.folder)
 
     def load(self, stage: int, stream: str, batch: int) -> Any:
         """What `save` kept, in fresh memory."""
@@ -101,13 +102,3 @@ class InputFile:
 
     def _file(self, batch: int) -> Path:
         return self.path.with_name(f"{self.path.name}-{batch:04d}.safetensors")
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
