@@ -188,7 +188,8 @@ def test_registry_finds_every_method_and_its_options():
     assert {"absmax", "minmax", "symmetric", "percentile", "mse", "search", "hqq", "mx"} <= set(fits)
     assert {"rtn", "kmeans", "gptq", "gptaq", "qronos"} <= set(solvers)
     others = {name: m.kind for name, m in methods().items() if name not in fits and name not in solvers}
-    assert set(others.values()) <= {"transform", "weighting", "tuner"}  # what rooms above announced, if they were imported
+    # What rooms above announced, if they were imported.
+    assert set(others.values()) <= {"transform", "weighting", "tuner"}
     assert all(m.summary for m in methods().values())
     assert methods()["percentile"].options == {"p": 99.9}
     assert list(methods()) == sorted(methods())
