@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.solvers.registry import _register, announce
+from lowbit.solvers.registry import announce
+from lowbit.solvers.registry import register as register_method
 
 announce("lowbit.transforms")  # a new transform is a file of this room
 
@@ -40,7 +41,7 @@ def transform(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         FACTS[function.__name__] = Facts(kind, undone_by or {}, replaces or {})
-        return _register("transform", function)
+        return register_method("transform", function)
 
     return register
 

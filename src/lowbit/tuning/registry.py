@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lowbit.solvers.registry import _register, announce
+from lowbit.solvers.registry import announce
+from lowbit.solvers.registry import register as register_method
 
 announce("lowbit.tuning")  # a new tuner is a file of this room
 
@@ -24,6 +25,6 @@ def tuner(scope: Scope) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         SCOPES[function.__name__] = scope
-        return _register("tuner", function)
+        return register_method("tuner", function)
 
     return register
