@@ -1,0 +1,12 @@
+// One function a topic, each in a file of its own, called from module.cpp.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace lowbit {
+
+namespace nb = nanobind;
+
+void bind_features(nb::module_ &m);
+
+} // namespace lowbit

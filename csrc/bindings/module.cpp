@@ -1,0 +1,6 @@
+#include "bindings/bindings.h"
+
+NB_MODULE(_core, m) {
+    m.doc() = "Products with packed weights, in C++.";
+    lowbit::bind_features(m);
+}

@@ -1,0 +1,33 @@
+# Which instructions a file of kernels/ may use is said by the end of its name; the dispatcher calls it only
+# where the processor has them. A name that says nothing known is an error.
+if(MSVC)
+  set(ISA_FLAGS_avx2 /arch:AVX2)
+  set(ISA_FLAGS_avx512 /arch:AVX512)
+  set(ISA_FLAGS_avx512vnni /arch:AVX512)
+else()
+  set(ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(ISA_FLAGS_avx512 ${ISA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+  set(ISA_FLAGS_avx512vnni ${ISA_FLAGS_avx512} -mavx512vnni)
+endif()
+
+# The files of kernels/ that this processor family can use, portable ones first.
+function(lowbit_kernel_sources OUT)
+  file(GLOB ALL CONFIGURE_DEPENDS kernels/*.cpp)
+  set(FOUND "")
+  foreach(ISA portable avx2 avx512 avx512vnni)
+    set(MATCHING ${ALL})
+    list(FILTER MATCHING INCLUDE REGEX "_${ISA}\\.cpp$")
+    list(REMOVE_ITEM ALL ${MATCHING})
+    if(ISA STREQUAL "portable")
+      list(APPEND FOUND ${MATCHING})
+    elseif(LOWBIT_X86 AND MATCHING)
+      set_source_files_properties(${MATCHING} PROPERTIES COMPILE_OPTIONS "${ISA_FLAGS_${ISA}}")
+      list(APPEND FOUND ${MATCHING})
+    endif()
+  endforeach()
+  if(ALL)
+    message(FATAL_ERROR "${ALL}: name a file of csrc/kernels/ *_portable.cpp, *_avx2.cpp, *_avx512.cpp or "
+      "*_avx512vnni.cpp after the instructions that it uses; what uses none of them goes to csrc/core/")
+  endif()
+  set(${OUT} ${FOUND} PARENT_SCOPE)
+endfunction()
