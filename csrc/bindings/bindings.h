@@ -8,5 +8,7 @@ namespace lowbit {
 namespace nb = nanobind;
 
 void bind_features(nb::module_ &m);
+void bind_weights(nb::module_ &m);
+void bind_decoder(nb::module_ &m);
 
 } // namespace lowbit

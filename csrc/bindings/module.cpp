@@ -3,4 +3,6 @@
 NB_MODULE(_core, m) {
     m.doc() = "Products with packed weights, in C++.";
     lowbit::bind_features(m);
+    lowbit::bind_weights(m);
+    lowbit::bind_decoder(m);
 }

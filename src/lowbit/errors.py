@@ -6,6 +6,7 @@
     ├── SourceError     a model, file or tokenizer that cannot be read
     ├── WeightError     a tensor whose values cannot be quantized
     ├── TransformError  a model that a transform cannot rewrite
+    ├── EngineError     a model that the fast engine does not compute
     ├── OutputError     a place that cannot be written to
     └── TextError       evaluation text that cannot be used
 
@@ -41,6 +42,10 @@ class WeightError(LowbitError, ValueError):
 
 class TransformError(LowbitError, ValueError):
     """A model whose architecture a transform does not know or cannot rewrite."""
+
+
+class EngineError(LowbitError, ValueError):
+    """A model that the fast engine does not compute; transformers does."""
 
 
 class OutputError(LowbitError):

@@ -11,6 +11,7 @@ expert is a plain index into it; otherwise the stream is flat. The bytes are the
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -100,6 +101,8 @@ def _pack_units(codes: Tensor, cardinality: int, size: int) -> Tensor:
 def _unpack_units(units: Tensor, out: Tensor, cardinality: int) -> None:
     """[n, size] bytes -> [n, codes], written into `out`."""
     base = _base(cardinality)
+    if units.shape[1] == 1 and base != 3 and sys.byteorder == "little":
+        return _spread(units[:, 0], out)
     if units.shape[1] == 1:
         value = units[:, 0]
     else:
@@ -111,3 +114,17 @@ def _unpack_units(units: Tensor, out: Tensor, cardinality: int) -> None:
             out[:, j] = value // 3**j % 3
         else:
             out[:, j] = (value >> (j * (base.bit_length() - 1))) & (base - 1)
+
+
+def _spread(value: Tensor, out: Tensor) -> None:
+    """One byte [n] -> 2, 4 or 8 codes [n, codes]: copies of it, each shifted to its own byte, in one wide integer."""
+    count = out.shape[1]
+    bits = 8 // count
+    wide = {2: torch.int16, 4: torch.int32, 8: torch.int64}[count]
+    value = value.to(wide)
+    spread = value.clone()
+    for j in range(1, count):
+        spread |= value << (j * (8 - bits))
+    # the low bits of every byte
+    spread &= int.from_bytes(bytes([(1 << bits) - 1] * count), "little")
+    out.copy_(spread.view(torch.uint8).view(out.shape))

@@ -1,0 +1,163 @@
+#include "bindings/weights.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "core/pack.h"
+#include "engine/multiplier.h"
+
+namespace lowbit {
+namespace {
+
+using Codes = Array<std::uint8_t, 2>;
+using Scales = Array<float, 2>;
+using Source = std::tuple<Codes, Scales, std::optional<Scales>>;
+
+// Where the rows of each source go: one after another, or alternately where they are a pair.
+struct Places {
+    int first, step;
+};
+
+std::vector<Places> places_of(const std::vector<int>& rows, bool paired) {
+    std::vector<Places> places;
+    if (paired) {
+        require(rows.size() == 2 && rows[0] == rows[1], "a pair is two weights of the same shape");
+        require(rows[0] % kTile == 0, "a pair has whole tiles of 16 rows");
+        return {{0, 2}, {1, 2}};
+    }
+    int tile = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+        require(i + 1 == rows.size() || rows[i] % kTile == 0, "weights but the last have whole tiles of 16 rows");
+        places.push_back({tile, 1});
+        tile += (rows[i] + kTile - 1) / kTile;
+    }
+    return places;
+}
+
+Weight pack(int bits, int group, int zero, const std::vector<Source>& sources, const std::optional<Array<std::uint8_t, 1>>& table,
+            bool paired, int segment) {
+    require(!sources.empty(), "no weights to pack");
+    require(bits == 4 || bits == 8, "codes have 4 or 8 bits");
+    require(!table || (bits == 4 && table->shape(0) == 16), "a table has 16 entries, for codes of 4 bits");
+    Layout layout;
+    layout.code = bits == 8 ? Code::u8 : table ? Code::table4 : Code::u4;
+    layout.cols = static_cast<int>(std::get<0>(sources[0]).shape(1));
+    layout.group = group;
+    layout.segment = segment;
+    layout.zero = zero;
+    layout.paired = paired;
+    layout.table = table ? table->data() : nullptr;
+    std::vector<int> rows;
+    const std::size_t groups = group == 0 ? 1 : (layout.cols + group - 1) / group;
+    for (const auto& [codes, scale, minimum] : sources) {
+        require(static_cast<int>(codes.shape(1)) == layout.cols, "weights of different width");
+        require(scale.shape(0) == codes.shape(0) && scale.shape(1) == groups, "scales are [rows, groups]");
+        require(!minimum || (minimum->shape(0) == codes.shape(0) && minimum->shape(1) == groups), "minima are [rows, groups]");
+        rows.push_back(static_cast<int>(codes.shape(0)));
+        layout.rows += rows.back();
+        layout.minimum = layout.minimum || minimum.has_value();
+        layout.wide_scale = layout.wide_scale || !fits_half(scale.data(), scale.size()) ||
+                            (minimum && !fits_half(minimum->data(), minimum->size()));
+        if (bits == 4) {
+            std::uint8_t all = 0;
+            for (std::size_t i = 0; i < codes.size(); ++i) all |= codes.data()[i];
+            require(all < 16, "a code of 4 bits is below 16");
+        }
+    }
+    const auto places = places_of(rows, paired);
+    auto linear = std::make_shared<Linear>(make_linear(layout));
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+        const auto& [codes, scale, minimum] = sources[i];
+        fill(*linear, places[i].first, places[i].step, rows[i], codes.data(), scale.data(), minimum ? minimum->data() : nullptr);
+    }
+    return {linear};
+}
+
+Weight pack_floats(const std::string& type, const std::vector<nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>>& sources,
+                   bool paired) {
+    require(!sources.empty(), "no weights to pack");
+    require(type == "f32" || type == "f16" || type == "bf16", "float weights are f32, f16 or bf16");
+    Layout layout;
+    layout.code = type == "f32" ? Code::f32 : type == "f16" ? Code::f16 : Code::bf16;
+    layout.cols = static_cast<int>(sources[0].shape(1));
+    layout.paired = paired;
+    std::vector<int> rows;
+    for (const auto& values : sources) {
+        require(static_cast<int>(values.shape(1)) == layout.cols, "weights of different width");
+        require(values.dtype().bits == (type == "f32" ? 32 : 16), "values have the size of their type");
+        rows.push_back(static_cast<int>(values.shape(0)));
+        layout.rows += rows.back();
+    }
+    const auto places = places_of(rows, paired);
+    auto linear = std::make_shared<Linear>(make_linear(layout));
+    for (std::size_t i = 0; i < sources.size(); ++i)
+        fill_floats(*linear, places[i].first, places[i].step, rows[i], sources[i].data());
+    return {linear};
+}
+
+void multiply(Multiplier& self, const Weight& weight, const Array<float, 2>& x, const Output<float, 2>& y, int planes,
+              bool whole, float fixed, const std::optional<Array<float, 1>>& divisor, const std::optional<Array<float, 1>>& bias) {
+    const Linear& w = *weight.linear;
+    require(!w.paired, "a pair is multiplied by the decoder only");
+    require(static_cast<int>(x.shape(1)) == w.cols, "x is [rows, columns of the weight]");
+    require(y.shape(0) == x.shape(0) && static_cast<int>(y.shape(1)) == w.rows, "y is [rows of x, rows of the weight]");
+    require(planes == 1 || planes == 2, "activations have one plane of 8 bits, or two");
+    require(!divisor || static_cast<int>(divisor->shape(0)) == w.cols, "a divisor for each column");
+    require(!bias || static_cast<int>(bias->shape(0)) == w.rows, "a bias for each row");
+    Input input;
+    input.planes = planes;
+    input.whole = whole;
+    input.fixed = fixed;
+    if (divisor) input.divisor.assign(divisor->data(), divisor->data() + divisor->shape(0));
+    const Buffer<float> padded = bias ? vector_of(nb::cast(*bias)) : Buffer<float>();
+    const nb::gil_scoped_release released;
+    self.linear(w, input, x.data(), static_cast<int>(x.shape(0)), bias ? padded.data() : nullptr, y.data());
+}
+
+}  // namespace
+
+void bind_weights(nb::module_& m) {
+    nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
+        .def(nb::init<int>(), nb::arg("threads"))
+        .def_prop_ro("threads", &Pool::threads);
+    nb::class_<Weight>(m, "Weight", "A weight [rows, cols] packed for the kernels.")
+        .def_prop_ro("rows", [](const Weight& w) { return w.linear->rows; })
+        .def_prop_ro("cols", [](const Weight& w) { return w.linear->cols; })
+        .def_prop_ro("segment", [](const Weight& w) { return w.linear->segment; }, "Columns of activations with one scale.")
+        .def_prop_ro("nbytes", [](const Weight& w) { return w.linear->data.bytes(); })
+        .def("unpack_row",
+             [](const Weight& w, int row, const Output<float, 1>& out) {
+                 require(row >= 0 && row < w.linear->rows, "no such row");
+                 require(static_cast<int>(out.shape(0)) == w.linear->cols, "a row has as many values as the weight columns");
+                 kernels_for("")->unpack_row(*w.linear, row, out.data());
+             },
+             nb::arg("row"), nb::arg("out").noconvert());
+    m.def("pack", &pack, nb::arg("bits"), nb::arg("group"), nb::arg("zero"), nb::arg("sources"), nb::arg("table").none() = nb::none(),
+          nb::arg("paired") = false, nb::arg("segment") = 0,
+          "Packs (codes uint8 [rows, cols], scale float32 [rows, groups], minimum float32 [rows, groups] or None) one after "
+          "another: w = scale * (level - zero) + minimum, level the code or its entry in `table` uint8 [16]. group 0: the row.");
+    m.def("pack_floats", &pack_floats, nb::arg("type"), nb::arg("sources"), nb::arg("paired") = false,
+          "Packs values [rows, cols] of type 'f32', 'f16' or 'bf16' (given as 16-bit integers) one after another.");
+    nb::class_<Multiplier>(m, "Multiplier", "Multiplies with packed weights. One product at a time.")
+        .def("__init__",
+             [](Multiplier* self, std::shared_ptr<Pool> pool, const std::string& isa) {
+                 const Kernels* kernels = kernels_for(isa);
+                 require(kernels != nullptr, "no kernels for " + isa + " on this processor; isas() names those that run here");
+                 new (self) Multiplier(std::move(pool), *kernels);
+             },
+             nb::arg("pool"), nb::arg("isa") = "")
+        .def_prop_ro("isa", [](const Multiplier& self) { return self.kernels().name; })
+        .def("linear", &multiply, nb::arg("weight"), nb::arg("x").noconvert(), nb::arg("y").noconvert(), nb::arg("planes") = 2,
+             nb::arg("whole") = false, nb::arg("fixed") = 0.0f, nb::arg("divisor").none() = nb::none(),
+             nb::arg("bias").none() = nb::none(),
+             "y [n, rows] = x [n, cols] W' + bias, float32. planes: 1, activations of 8 bits; 2, of 15.");
+}
+
+}  // namespace lowbit

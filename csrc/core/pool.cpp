@@ -1,0 +1,111 @@
+#include "core/pool.h"
+
+#include <chrono>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace lowbit {
+
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Between two tokens a worker spins, as waking it costs as much as a layer; after that it sleeps, so that an idle
+// program takes no processor from others. At a barrier it yields after a while: its partner may not be running.
+constexpr auto kSpin = std::chrono::microseconds(300);
+constexpr int kSpinsBeforeYield = 2000;
+
+template <class Done>
+void spin_until(const Done& done) {
+    for (int i = 0; !done(); ++i) {
+        if (i < kSpinsBeforeYield) {
+            pause();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
+}  // namespace
+
+Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) {
+    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard lock(sleeping_);
+        stop_ = true;
+        generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+}
+
+void Pool::reset_counters() {
+    for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+}
+
+void Pool::run_erased(Function function, const void* job) {
+    std::lock_guard one(callers_);
+    Member self(*this, 0);
+    if (threads_ == 1) {
+        function(job, self);
+        return;
+    }
+    function_ = function;
+    job_ = job;
+    reset_counters();
+    arrived_.store(0, std::memory_order_relaxed);
+    sense_.store(false, std::memory_order_relaxed);
+    running_.store(threads_ - 1, std::memory_order_relaxed);
+    generation_.fetch_add(1);  // sequentially consistent, as is asleep_: one of the two sides sees the other
+    if (asleep_.load() > 0) {
+        std::lock_guard lock(sleeping_);
+        wake_.notify_all();
+    }
+    function(job, self);
+    spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+}
+
+void Pool::work(int index) {
+    std::uint64_t seen = 0;
+    for (;;) {
+        const auto start = std::chrono::steady_clock::now();
+        while (generation_.load(std::memory_order_acquire) == seen) {
+            pause();
+            if (std::chrono::steady_clock::now() - start < kSpin) continue;
+            std::unique_lock lock(sleeping_);
+            asleep_.fetch_add(1);
+            wake_.wait(lock, [&] { return generation_.load() != seen; });
+            asleep_.fetch_sub(1);
+        }
+        seen = generation_.load(std::memory_order_acquire);
+        if (stop_) return;
+        Member self(*this, index);
+        function_(job_, self);
+        running_.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+void Member::barrier() {
+    if (pool_.threads_ == 1) return;
+    sense_ = !sense_;
+    if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool_.threads_) {
+        pool_.arrived_.store(0, std::memory_order_relaxed);
+        pool_.reset_counters();  // everyone has left the loops that used them
+        pool_.sense_.store(sense_, std::memory_order_release);
+    } else {
+        spin_until([this] { return pool_.sense_.load(std::memory_order_acquire) == sense_; });
+    }
+}
+
+}  // namespace lowbit

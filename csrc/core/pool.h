@@ -1,0 +1,101 @@
+// A team of threads that runs one function at a time, and meets at barriers inside it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace lowbit {
+
+class Pool;
+
+// What a member of the team sees while it runs.
+class Member {
+ public:
+    int index() const { return index_; }
+    int count() const;
+
+    // Nobody goes on before everyone is here.
+    void barrier();
+
+    // Calls body(first, last) on shares of [0, total), `grain` items at a time, taken by whoever is free: cores differ
+    // in speed and are shared with others. What an item computes must not depend on who computes it. `counter` is one
+    // of kCounters, used by one loop between two barriers.
+    template <class Body>
+    void share(int counter, std::int64_t total, std::int64_t grain, Body&& body);
+
+ private:
+    friend class Pool;
+    Member(Pool& pool, int index) : pool_(pool), index_(index) {}
+    Pool& pool_;
+    int index_;
+    bool sense_ = false;
+};
+
+class Pool {
+ public:
+    static constexpr int kCounters = 4;
+
+    explicit Pool(int threads);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return threads_; }
+
+    // Runs job(member) on every thread, the caller among them, and returns when all are done. One caller at a time;
+    // others wait. The job must not throw.
+    template <class Job>
+    void run(const Job& job) {
+        run_erased([](const void* j, Member& m) { (*static_cast<const Job*>(j))(m); }, &job);
+    }
+
+ private:
+    friend class Member;
+    using Function = void (*)(const void*, Member&);
+
+    void run_erased(Function function, const void* job);
+    void work(int index);
+    void reset_counters();
+
+    struct alignas(64) Counter {
+        std::atomic<std::int64_t> next{0};
+    };
+
+    const int threads_;
+    std::vector<std::thread> workers_;
+    std::mutex callers_;
+    std::mutex sleeping_;
+    std::condition_variable wake_;
+    Function function_ = nullptr;
+    const void* job_ = nullptr;
+    bool stop_ = false;
+    alignas(64) std::atomic<std::uint64_t> generation_{0};
+    alignas(64) std::atomic<int> running_{0};
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<bool> sense_{false};
+    alignas(64) std::atomic<int> asleep_{0};
+    Counter counters_[kCounters];
+};
+
+inline int Member::count() const { return pool_.threads_; }
+
+template <class Body>
+void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
+    if (pool_.threads_ == 1) {
+        if (total > 0) body(std::int64_t{0}, total);
+        return;
+    }
+    auto& next = pool_.counters_[counter].next;
+    for (;;) {
+        const std::int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
+        if (first >= total) return;
+        const std::int64_t last = first + grain < total ? first + grain : total;
+        body(first, last);
+    }
+}
+
+}  // namespace lowbit

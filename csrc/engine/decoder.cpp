@@ -1,0 +1,378 @@
+#include "engine/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace lowbit {
+
+namespace {
+
+constexpr int kRowBlock = 96;       // rows of activations that stay in the second cache
+constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
+constexpr std::int64_t kChunk = 512;  // positions of one piece, where a sequence is shared by threads
+
+// Columns of padded results: whole tiles, so that rows begin at cache lines.
+int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
+
+}  // namespace
+
+void RowsBuffer::shape(const Linear& weight, int planes, int count) {
+    rows.count = count;
+    rows.planes = planes;
+    rows.padded_cols = weight.padded_cols;
+    rows.segment = weight.segment;
+    rows.segments = weight.segment > 0 ? weight.padded_cols / weight.segment : 0;
+    const std::size_t segments = static_cast<std::size_t>(count) * rows.segments;
+    for (int plane = 0; plane < planes; ++plane) {
+        q[plane].reserve(static_cast<std::size_t>(count) * weight.padded_cols);
+        minus[plane].reserve(segments);
+        rows.q[plane] = q[plane].data();
+        rows.minus[plane] = minus[plane].data();
+    }
+    scale.reserve(segments);
+    total.reserve(segments);
+    rows.scale = scale.data();
+    rows.total = total.data();
+}
+
+Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels)
+    : model_(std::move(model)), pool_(std::move(pool)), kernels_(kernels) {
+    const Model& m = *model_;
+    qkv_width_ = padded(m.query_width() + 2 * m.key_width());
+    for (const Layer& layer : m.layers) {
+        mlp_columns_ = std::max(mlp_columns_, padded(layer.gate_up.width));
+        hidden_ = std::max({hidden_, layer.qkv.cols, layer.output.cols, layer.gate_up.cols, layer.down.cols});
+    }
+    hidden_ = padded(std::max(hidden_, m.width));
+    angles_.resize(m.ropes.size());
+    query_rows_ = std::max(kQueryRows, m.heads / m.key_heads);
+    own_.resize(pool_->threads());
+    for (Own& own : own_) {
+        own.row = Buffer<float>(2 * hidden_);
+        own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 2 * m.head_dim);
+        own.scores = Buffer<float>(6 * 64 + 2 * query_rows_);
+        own.first.resize(query_rows_);
+        own.last.resize(query_rows_);
+    }
+}
+
+void Decoder::prepare(int count, int wanted, int longest) {
+    const Model& m = *model_;
+    const std::size_t n = count;
+    x_.reserve(n * padded(m.width));
+    qkv_.reserve(n * qkv_width_);
+    mlp_.reserve(n * mlp_columns_);
+    added_.reserve(n * padded(m.width));
+    normed_.reserve(std::max<std::size_t>(n, wanted) * hidden_);
+    for (std::size_t i = 0; i < m.ropes.size(); ++i) angles_[i].reserve(n * 2 * m.ropes[i].inverse_frequency.size());
+    // Where there are fewer queries than threads can share, the positions are shared.
+    const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads;
+    chunks_ = 1;
+    if (shares < 4 * pool_->threads()) chunks_ = static_cast<int>((longest + kChunk - 1) / kChunk);
+    chunks_ = std::max(chunks_, 1);
+    chunk_ = chunks_ == 1 ? longest : static_cast<int>(kChunk);
+    part_out_.reserve(n * chunks_ * m.query_width());
+    part_max_.reserve(n * chunks_ * m.heads);
+    part_sum_.reserve(n * chunks_ * m.heads);
+}
+
+void Decoder::forward(const Tokens& tokens, Cache& cache, float* logits) {
+    const Model& m = *model_;
+    items_.clear();
+    const int together = std::max(1, query_rows_ / (m.heads / m.key_heads));
+    int longest = 0;
+    for (int t = 0; t < tokens.count; ++t) {
+        longest = std::max(longest, tokens.position[t] + 1);
+        const bool joins = t > 0 && tokens.sequence[t] == tokens.sequence[t - 1] && items_.back().count < together;
+        if (joins) {
+            ++items_.back().count;
+        } else {
+            items_.push_back({t, 1});
+        }
+    }
+    prepare(tokens.count, tokens.wanted_count, longest);
+    pool_->run([&](Member& member) { run(member, tokens, cache, logits); });
+}
+
+void Decoder::embed(Member& member, const Tokens& tokens) {
+    const Model& m = *model_;
+    member.share(0, tokens.count, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            float* row = x_.data() + t * padded(m.width);
+            kernels_.unpack_row(*m.embedding, tokens.ids[t], row);
+            if (m.embedding_scale != 1) {
+                for (int i = 0; i < m.width; ++i) row[i] *= m.embedding_scale;
+            }
+            for (std::size_t i = 0; i < m.ropes.size(); ++i) {
+                const auto& frequencies = m.ropes[i].inverse_frequency;
+                float* angles = angles_[i].data() + t * 2 * frequencies.size();
+                for (std::size_t j = 0; j < frequencies.size(); ++j) {
+                    // The angle in float32, as models are trained with it.
+                    const float angle = static_cast<float>(tokens.position[t]) * frequencies[j];
+                    angles[j] = static_cast<float>(std::cos(static_cast<double>(angle))) * m.ropes[i].factor;
+                    angles[frequencies.size() + j] =
+                        static_cast<float>(std::sin(static_cast<double>(angle))) * m.ropes[i].factor;
+                }
+            }
+        }
+    });
+    member.barrier();
+}
+
+// y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,
+// which is cheaper than waiting for another; several are shared. Ends at a barrier.
+template <class Row>
+void Decoder::multiply(Member& member, const Product& product, int count, const Row& row, float* y,
+                       std::int64_t stride, Gate gate, const float* residual) {
+    Own& own = own_[member.index()];
+    const bool alone = count == 1;
+    std::vector<RowsBuffer>& buffers = alone ? own.rows : shared_;
+    // Parts that round their input alike share it.
+    const std::size_t parts = product.parts.size();
+    std::size_t kind_of[8], representative[8], kinds = 0;
+    for (std::size_t i = 0; i < parts; ++i) {
+        const Part& part = product.parts[i];
+        std::size_t kind = 0;
+        for (; kind < kinds; ++kind) {
+            const Part& other = product.parts[representative[kind]];
+            if (other.weight->segment == part.weight->segment && other.weight->padded_cols == part.weight->padded_cols &&
+                other.input == part.input)
+                break;
+        }
+        if (kind == kinds) representative[kinds++] = i;
+        kind_of[i] = kind;
+    }
+    if (alone || member.index() == 0) {
+        if (buffers.size() < kinds) buffers.resize(kinds);
+        for (std::size_t kind = 0; kind < kinds; ++kind) {
+            const Part& part = product.parts[representative[kind]];
+            buffers[kind].shape(*part.weight, part.input.planes, count);
+        }
+    }
+    if (!alone) member.barrier();
+
+    const bool keeps = std::any_of(product.parts.begin(), product.parts.end(),
+                                   [](const Part& part) { return is_float(part.weight->code); });
+    const auto prepare_row = [&](std::int64_t i, float* scratch, float* kept) {
+        const float* values = row(static_cast<int>(i), scratch);
+        if (keeps && values != kept) std::memcpy(kept, values, sizeof(float) * product.cols);
+        for (std::size_t kind = 0; kind < kinds; ++kind) {
+            const Part& part = product.parts[representative[kind]];
+            if (is_float(part.weight->code)) continue;
+            const float* from = values;
+            if (!part.input.divisor.empty()) {
+                float* divided = scratch + hidden_;
+                for (int k = 0; k < product.cols; ++k) divided[k] = values[k] / part.input.divisor[k];
+                from = divided;
+            }
+            kernels_.quantize(from, product.cols, buffers[kind].rows, static_cast<int>(i), part.input.fixed,
+                              part.input.whole);
+        }
+    };
+    const float* values = own.row.data();
+    if (alone) {
+        prepare_row(0, own.row.data(), own.row.data());
+    } else {
+        member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) prepare_row(i, own.row.data(), normed_.data() + i * hidden_);
+        });
+        member.barrier();
+        values = normed_.data();
+    }
+
+    const int blocks = (count + kRowBlock - 1) / kRowBlock;
+    for (std::size_t i = 0; i < parts; ++i) {
+        const Part& part = product.parts[i];
+        const Linear& w = *part.weight;
+        Rows rows = buffers[kind_of[i]].rows;
+        rows.values = values;
+        rows.stride = hidden_;
+        Epilogue e;
+        e.bias = part.bias.size() > 0 ? part.bias.data() : nullptr;
+        e.residual = residual != nullptr ? residual + part.offset : nullptr;
+        e.gate = gate;
+        const int pairs = (w.tiles() + 1) / 2;
+        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
+        const int grain = std::clamp(pairs / (4 * member.count()), 1, 16);
+        const std::int64_t groups = (pairs + grain - 1) / grain;
+        // A loop has a counter of its own until the next barrier; a product has at most three parts.
+        member.share(1 + static_cast<int>(i) % 3, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t share = begin; share < end; ++share) {
+                const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
+                const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
+                kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+            }
+        });
+    }
+    member.barrier();
+}
+
+void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
+    const int half = static_cast<int>(rope.inverse_frequency.size());
+    const int step = rope.interleaved ? 2 : 1, apart = rope.interleaved ? 1 : half;
+    for (int i = 0; i < half; ++i) {
+        float &a = head[i * step], &b = head[i * step + apart];
+        const float cosine = angles[i], sine = angles[half + i], before = a;
+        a = before * cosine - b * sine;
+        b = b * cosine + before * sine;
+    }
+}
+
+void Decoder::rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
+    const Model& m = *model_;
+    AttentionShape shape;
+    shape.head_dim = m.head_dim;
+    shape.int8 = cache.int8();
+    const int heads = m.heads + m.key_heads;
+    member.share(0, std::int64_t{tokens.count} * heads, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const std::int64_t t = i / heads;
+            const int h = static_cast<int>(i % heads), key_head = h - m.heads;
+            float* head = qkv_.data() + t * qkv_width_ + h * m.head_dim;
+            const Buffer<float>& norm = key_head < 0 ? layer.query_norm : layer.key_norm;
+            if (norm.size() > 0) kernels_.rms_norm(head, norm.data(), m.head_dim, m.epsilon, head);
+            if (layer.rope >= 0) {
+                const Rope& rope = m.ropes[layer.rope];
+                rotate(rope, angles_[layer.rope].data() + t * 2 * rope.inverse_frequency.size(), head);
+            }
+            if (key_head >= 0) {
+                const float* value = qkv_.data() + t * qkv_width_ + (m.heads + m.key_heads + key_head) * m.head_dim;
+                kernels_.append(shape, cache.at(index, tokens.sequence[t], key_head), head, value, tokens.position[t]);
+            }
+        }
+    });
+    member.barrier();
+}
+
+void Decoder::attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
+    const Model& m = *model_;
+    Own& own = own_[member.index()];
+    AttentionShape shape;
+    shape.head_dim = m.head_dim;
+    shape.group = m.heads / m.key_heads;
+    shape.scale = m.attention_scale;
+    shape.soft_cap = m.attention_soft_cap;
+    shape.int8 = cache.int8();
+    const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads * chunks_;
+    member.share(1, shares, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t share = begin; share < end; ++share) {
+            const int chunk = static_cast<int>(share % chunks_), key_head = static_cast<int>(share / chunks_ % m.key_heads);
+            const Item& item = items_[share / chunks_ / m.key_heads];
+            const int rows = item.count * shape.group;
+            float* q = own.queries.data();
+            float* out = q + rows * m.head_dim;
+            float* maximum = own.scores.data() + 6 * 64;
+            float* sum = maximum + query_rows_;
+            for (int r = 0; r < rows; ++r) {
+                const int t = item.token + r / shape.group, h = key_head * shape.group + r % shape.group;
+                std::memcpy(q + r * m.head_dim, qkv_.data() + std::int64_t{t} * qkv_width_ + h * m.head_dim,
+                            sizeof(float) * m.head_dim);
+                const int end_of = tokens.position[t] + 1;
+                const int start = layer.window > 0 ? std::max(0, end_of - layer.window) : 0;
+                own.first[r] = std::max(start, chunk * chunk_);
+                own.last[r] = std::min(end_of, (chunk + 1) * chunk_);
+            }
+            kernels_.attend(shape, cache.at(index, tokens.sequence[item.token], key_head), q, rows, own.first.data(),
+                            own.last.data(), out, maximum, sum, own.scores.data());
+            for (int r = 0; r < rows; ++r) {
+                const int t = item.token + r / shape.group, h = key_head * shape.group + r % shape.group;
+                const std::int64_t at = (std::int64_t{t} * chunks_ + chunk) * m.heads + h;
+                std::memcpy(part_out_.data() + at * m.head_dim, out + r * m.head_dim, sizeof(float) * m.head_dim);
+                part_max_[at] = maximum[r];
+                part_sum_[at] = sum[r];
+            }
+        }
+    });
+    member.barrier();
+}
+
+// What all heads of a token attended to, its parts joined: out [heads, head_dim].
+const float* Decoder::attended(int token, float* out) const {
+    const Model& m = *model_;
+    for (int h = 0; h < m.heads; ++h) {
+        const std::int64_t at = std::int64_t{token} * chunks_ * m.heads + h;
+        float highest = part_max_[at];
+        for (int c = 1; c < chunks_; ++c) highest = std::max(highest, part_max_[at + std::int64_t{c} * m.heads]);
+        float* head = out + h * m.head_dim;
+        float total = 0;
+        for (int c = 0; c < chunks_; ++c) {
+            const std::int64_t part = at + std::int64_t{c} * m.heads;
+            const float weight = chunks_ == 1 ? 1.0f : std::exp(part_max_[part] - highest);
+            const float* from = part_out_.data() + part * m.head_dim;
+            total += weight * part_sum_[part];
+            for (int d = 0; d < m.head_dim; ++d) head[d] = c == 0 ? weight * from[d] : head[d] + weight * from[d];
+        }
+        for (int d = 0; d < m.head_dim; ++d) head[d] /= total;
+    }
+    return out;
+}
+
+// x += norm(added)
+void Decoder::add_normed(Member& member, int count, const Buffer<float>& norm) {
+    const Model& m = *model_;
+    member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            float *x = x_.data() + t * padded(m.width), *added = added_.data() + t * padded(m.width);
+            if (norm.size() > 0) kernels_.rms_norm(added, norm.data(), m.width, m.epsilon, added);
+            for (int i = 0; i < m.width; ++i) x[i] += m.residual_scale * added[i];
+        }
+    });
+    member.barrier();
+}
+
+void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* logits) {
+    const Model& m = *model_;
+    const int count = tokens.count, stride = padded(m.width);
+    const auto normed = [&](const Buffer<float>& norm) {
+        return [this, &m, &norm, stride](int i, float* scratch) -> const float* {
+            const float* x = x_.data() + std::int64_t{i} * stride;
+            if (norm.size() == 0) return x;
+            kernels_.rms_norm(x, norm.data(), m.width, m.epsilon, scratch);
+            return scratch;
+        };
+    };
+    // Added to the residual stream at once, unless something happens to it before.
+    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row) {
+        const bool plain = norm.size() == 0 && m.residual_scale == 1;
+        multiply(member, product, count, row, plain ? x_.data() : added_.data(), stride, Gate::none,
+                 plain ? x_.data() : nullptr);
+        if (!plain) add_normed(member, count, norm);
+    };
+
+    embed(member, tokens);
+    for (std::size_t i = 0; i < m.layers.size(); ++i) {
+        const Layer& layer = m.layers[i];
+        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr);
+        rotate_and_append(member, layer, static_cast<int>(i), tokens, cache);
+        attend(member, layer, static_cast<int>(i), tokens, cache);
+        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); });
+
+        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr);
+        const bool paired = layer.gate_up.parts.size() == 1;
+        add(layer.down, layer.mlp_post_norm, [&](int t, float* scratch) -> const float* {
+            const float* row = mlp_.data() + std::int64_t{t} * mlp_columns_;
+            if (paired) return row;
+            std::memcpy(scratch, row, sizeof(float) * layer.down.cols);
+            kernels_.gate(m.gate, scratch, row + layer.gate_up.parts[1].offset, layer.down.cols);
+            return scratch;
+        });
+    }
+    if (tokens.wanted_count == 0) return;
+    const auto last = normed(m.final_norm);
+    multiply(member, m.head, tokens.wanted_count, [&](int i, float* scratch) { return last(tokens.wanted[i], scratch); },
+             logits, m.vocabulary, Gate::none, nullptr);
+    if (m.logit_soft_cap > 0 || m.logit_scale != 1) {
+        const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
+        member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) {
+                float v = logits[i] * m.logit_scale;
+                if (m.logit_soft_cap > 0) v = m.logit_soft_cap * std::tanh(v / m.logit_soft_cap);
+                logits[i] = v;
+            }
+        });
+        member.barrier();
+    }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,85 @@
+// Runs a model over tokens: a decode step of several sequences, or a chunk of a prompt, all layers in one go.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/pool.h"
+#include "engine/cache.h"
+#include "engine/model.h"
+#include "kernels/linear.h"
+
+namespace lowbit {
+
+// What a forward is called with. Tokens of one sequence stand together, in the order of their positions, and their
+// positions follow what the cache holds of that sequence.
+struct Tokens {
+    int count = 0;
+    const std::int32_t* ids = nullptr;
+    const std::int32_t* sequence = nullptr;
+    const std::int32_t* position = nullptr;
+    const std::int32_t* wanted = nullptr;  // indices of the tokens whose logits are wanted
+    int wanted_count = 0;
+};
+
+// Memory for quantized activations of some rows.
+struct RowsBuffer {
+    Rows rows;
+    Buffer<std::int8_t> q[2];
+    Buffer<std::int32_t> minus[2];
+    Buffer<float> scale, total;
+
+    void shape(const Linear& weight, int planes, int count);
+};
+
+class Decoder {
+ public:
+    Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels);
+
+    // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions.
+    void forward(const Tokens& tokens, Cache& cache, float* logits);
+
+    const Model& model() const { return *model_; }
+
+ private:
+    struct Run {  // tokens of one sequence, one after another
+        int first, count;
+    };
+    struct Item {  // queries that are attended together
+        int token, count;
+    };
+
+    void prepare(int count, int wanted, int longest);
+    void run(Member& member, const Tokens& tokens, Cache& cache, float* logits);
+    void embed(Member& member, const Tokens& tokens);
+    template <class Row>
+    void multiply(Member& member, const Product& product, int count, const Row& row, float* y, std::int64_t stride,
+                  Gate gate, const float* residual);
+    void rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
+    void attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
+    const float* attended(int token, float* scratch) const;
+    void add_normed(Member& member, int count, const Buffer<float>& norm);
+    void rotate(const Rope& rope, const float* angles, float* head) const;
+
+    std::shared_ptr<const Model> model_;
+    std::shared_ptr<Pool> pool_;
+    const Kernels& kernels_;
+    int qkv_width_ = 0, hidden_ = 0, mlp_columns_ = 0, query_rows_ = 0;
+
+    // Of the forward at hand.
+    std::vector<Item> items_;
+    int chunks_ = 1, chunk_ = 0;
+    Buffer<float> x_, qkv_, mlp_, added_, normed_;
+    Buffer<float> part_out_, part_max_, part_sum_;
+    std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines
+    std::vector<RowsBuffer> shared_;     // one for each kind of input of a product
+    struct Own {
+        Buffer<float> row, queries, scores;
+        std::vector<RowsBuffer> rows;
+        std::vector<int> first, last;
+    };
+    std::vector<Own> own_;  // of each thread
+};
+
+}  // namespace lowbit

@@ -1,0 +1,11 @@
+#include "kernels/simd_avx512.h"
+
+#include "kernels/linear.inl"
+#include "kernels/vector.inl"
+#include "kernels/attention.inl"
+#include "kernels/table.inl"
+
+namespace lowbit {
+extern const Kernels kernels_avx512;
+const Kernels kernels_avx512 = table_of("avx512");
+}  // namespace lowbit

@@ -1,0 +1,117 @@
+// A packed weight, quantized activations, and the table of kernels that multiply them.
+//
+// Layout of a weight [N, K], in tiles of 16 rows, every tile one forward stream of memory:
+//
+//   tile: the codes of all columns | for each group 16 scales | for each group 16 minima (only with an offset)
+//   4-bit codes, 64 bytes for 8 columns:  byte[4 r + j] = q[r][8 c + j] | q[r][8 c + 4 + j] << 4
+//   8-bit codes, 64 bytes for 4 columns:  byte[4 r + j] = q[r][4 c + j]
+//   float weights, for each column:       16 values
+//
+// Codes are unsigned, activations signed: that is what the dot products of four bytes take (vpdpbusd), and neither
+// signs nor zero-points cost an instruction. A weight is w = scale * (level - zero) + minimum, with `zero` the same for
+// all and `level` the code or its entry in a table. The sum of -zero * x is where an accumulator starts.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "core/buffer.h"
+
+namespace lowbit {
+
+constexpr int kTile = 16;
+
+enum class Code : std::uint8_t { u4, table4, u8, f16, bf16, f32 };
+
+constexpr bool is_float(Code code) { return code >= Code::f16; }
+
+struct Linear {
+    Code code = Code::u8;
+    int rows = 0;           // N
+    int cols = 0;           // K
+    int padded_cols = 0;    // whole groups
+    int group = 0;          // columns that share a scale
+    int segment = 0;        // columns of the activations that share a scale; divides the group
+    int zero = 0;
+    bool wide_scale = false;  // float32 instead of float16
+    bool minimum = false;
+    bool paired = false;      // tiles alternate between two weights: gate and up
+    alignas(64) std::uint8_t table[16] = {};
+    std::int64_t code_bytes = 0;  // of a tile, whole cache lines
+    std::int64_t tile_bytes = 0;
+    Buffer<std::uint8_t> data;
+
+    int tiles() const { return (rows + kTile - 1) / kTile; }
+    int groups() const { return is_float(code) ? 0 : padded_cols / group; }
+    int scale_bytes() const { return (wide_scale ? 4 : 2) * kTile; }
+    const std::uint8_t* tile(int t) const { return data.data() + t * tile_bytes; }
+    const std::uint8_t* scales(int t) const { return tile(t) + code_bytes; }
+    const std::uint8_t* minima(int t) const { return scales(t) + groups() * scale_bytes(); }
+};
+
+// Rows of activations in 8 bits, x ~= scale * q; or in 15 bits as two planes, x ~= scale * (128 q0 + q1).
+// The scale belongs to a row and a segment of columns.
+struct Rows {
+    int count = 0;
+    int planes = 1;
+    int padded_cols = 0;
+    int segment = 0;
+    int segments = 0;
+    std::int8_t* q[2] = {};       // [count, padded_cols]
+    float* scale = nullptr;       // [count, segments]
+    std::int32_t* minus[2] = {};  // [count, segments], minus the sum of q
+    float* total = nullptr;       // [count, segments], of the values: scale * sum
+    const float* values = nullptr;  // [count, cols], what float weights multiply
+    std::int64_t stride = 0;        // of values
+};
+
+enum class Gate : std::uint8_t { none, silu, gelu_tanh, gelu };
+
+// y = gate(product + bias) or product + bias + residual.
+struct Epilogue {
+    const float* bias = nullptr;      // padded to whole tiles
+    const float* residual = nullptr;  // as y
+    Gate gate = Gate::none;           // of a paired weight: act(first) * second, half as wide
+};
+
+struct AttentionShape {
+    int head_dim = 0;
+    int group = 1;  // query heads that share a key head
+    float scale = 1;
+    float soft_cap = 0;  // 0: none
+    bool int8 = false;
+};
+
+// The keys and values of one sequence and one key head. Keys lie in tiles of 16 positions, [tile][head_dim][16], values
+// plainly, [position][head_dim]. float16, or int8 with one scale a position.
+struct KeyValues {
+    void* keys = nullptr;
+    void* values = nullptr;
+    float* key_scale = nullptr;
+    float* value_scale = nullptr;
+};
+
+struct Kernels {
+    const char* name;
+    // One row of x [k] into row `row` of `out`. `fixed` > 0: the scale, given. `whole`: one scale for the row.
+    void (*quantize)(const float* x, int k, const Rows& out, int row, float fixed, bool whole);
+    // Rows [m0, m1) times tiles [t0, t1): y [count, N], `stride` floats apart. Pairs of tiles where the weight is paired.
+    void (*linear)(const Linear&, const Rows&, int m0, int m1, int t0, int t1, const Epilogue&, float* y,
+                   std::int64_t stride);
+    // y = x / rms(x) * weight
+    void (*rms_norm)(const float* x, const float* weight, int k, float epsilon, float* y);
+    // y = act(a) * b, in place in a
+    void (*gate)(Gate, float* a, const float* b, int n);
+    // Softmax attention of `rows` queries that share one key head; see attention.inl.
+    void (*attend)(const AttentionShape&, const KeyValues&, const float* q, int rows, const int* first, const int* last,
+                   float* out, float* maximum, float* denominator, float* scratch);
+    void (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
+    // Row r of an 8-bit, 4-bit or float weight.
+    void (*unpack_row)(const Linear&, int row, float* out);
+};
+
+// By name ("avx512vnni", "avx512", "avx2", "portable"), or the best for an empty one; nullptr for what this build or
+// processor lacks.
+const Kernels* kernels_for(std::string_view isa);
+
+}  // namespace lowbit

@@ -1,0 +1,284 @@
+// Products of rows and tiles. Included once for each instruction set, after `Simd`.
+#include "kernels/linear.h"
+
+namespace lowbit {
+namespace {
+
+using I = Simd::I;
+using F = Simd::F;
+using B = Simd::B;
+
+LOWBIT_INLINE int least(int a, int b) { return a < b ? a : b; }
+
+// Codes of one 64-byte line, as the unsigned bytes of `kQuads` dot products.
+template <Code code>
+struct Line;
+
+template <>
+struct Line<Code::u4> {
+    static constexpr int kQuads = 2;
+    LOWBIT_INLINE void expand(const std::uint8_t* p, const B&, B* out) {
+        const B bytes = Simd::load_bytes(p);
+        out[0] = Simd::low_nibbles(bytes);
+        out[1] = Simd::high_nibbles(bytes);
+    }
+    LOWBIT_INLINE I dot(I sum, const B& w, const B& x) { return Simd::dot_small(sum, w, x); }
+};
+
+template <>
+struct Line<Code::table4> {
+    static constexpr int kQuads = 2;
+    LOWBIT_INLINE void expand(const std::uint8_t* p, const B& table, B* out) {
+        const B bytes = Simd::load_bytes(p);
+        out[0] = Simd::look_up(table, Simd::low_nibbles(bytes));
+        out[1] = Simd::look_up(table, Simd::high_nibbles(bytes));
+    }
+    LOWBIT_INLINE I dot(I sum, const B& w, const B& x) { return Simd::dot(sum, w, x); }
+};
+
+template <>
+struct Line<Code::u8> {
+    static constexpr int kQuads = 1;
+    LOWBIT_INLINE void expand(const std::uint8_t* p, const B&, B* out) { out[0] = Simd::load_bytes(p); }
+    LOWBIT_INLINE I dot(I sum, const B& w, const B& x) { return Simd::dot(sum, w, x); }
+};
+
+LOWBIT_INLINE F load_scale(const std::uint8_t* p, bool wide) {
+    return wide ? Simd::load(reinterpret_cast<const float*>(p))
+                : Simd::load_f16(reinterpret_cast<const std::uint16_t*>(p));
+}
+
+LOWBIT_INLINE int power_of(int zero) {
+    int bits = 0;
+    while ((1 << bits) < zero) ++bits;
+    return bits;
+}
+
+// Sums of `kM` rows from `m0` and `kT` tiles from `t0`:
+//
+//   y[m, n] = sum over segments  scale_x[m, s] scale_w[n, g] (sum_k q_x q_w - zero sum_k q_x) + minimum[n, g] total_x[m, s]
+//
+// The integer sums are exact; what is rounded is the float32 sum over segments.
+template <Code code, int kPlanes, int kM, int kT>
+LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
+    using L = Line<code>;
+    const int segments_in_group = w.group / w.segment, lines = w.segment / (4 * L::kQuads);
+    const bool one_group = w.groups() == 1, seeded = w.zero != 0;
+    const int zero_bits = power_of(w.zero);
+    B table{};
+    if constexpr (code == Code::table4) table = Simd::load_table(w.table);
+
+    const std::uint8_t* p[kT];
+    for (int t = 0; t < kT; ++t) p[t] = w.tile(t0 + t);
+    const std::int8_t* q[kPlanes][kM];
+    for (int plane = 0; plane < kPlanes; ++plane)
+        for (int m = 0; m < kM; ++m) q[plane][m] = x.q[plane] + std::int64_t{m0 + m} * x.padded_cols;
+    for (int m = 0; m < kM; ++m)
+        for (int t = 0; t < kT; ++t) y[m][t] = Simd::zero();
+
+    int s = 0;
+    for (int g = 0; g < w.groups(); ++g) {
+        F scale[kT];
+        for (int t = 0; t < kT; ++t) scale[t] = load_scale(w.scales(t0 + t) + g * w.scale_bytes(), w.wide_scale);
+        for (int in_group = 0; in_group < segments_in_group; ++in_group, ++s) {
+            I sum[kPlanes][kM][kT];
+            for (int plane = 0; plane < kPlanes; ++plane) {
+                for (int m = 0; m < kM; ++m) {
+                    I start = Simd::all(0);
+                    if (seeded) start = Simd::shift_left(Simd::all(x.minus[plane][(m0 + m) * x.segments + s]), zero_bits);
+                    for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
+                }
+            }
+#pragma GCC unroll 4
+            for (int line = 0; line < lines; ++line) {
+                B codes[kT][L::kQuads];
+                for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
+                for (int quad = 0; quad < L::kQuads; ++quad) {
+                    for (int plane = 0; plane < kPlanes; ++plane) {
+                        for (int m = 0; m < kM; ++m) {
+                            const B four = Simd::four_bytes(q[plane][m] + 4 * quad);
+                            for (int t = 0; t < kT; ++t)
+                                sum[plane][m][t] = L::dot(sum[plane][m][t], codes[t][quad], four);
+                        }
+                    }
+                }
+                for (int plane = 0; plane < kPlanes; ++plane)
+                    for (int m = 0; m < kM; ++m) q[plane][m] += 4 * L::kQuads;
+            }
+            for (int t = 0; t < kT; ++t) p[t] += std::int64_t{lines} * 64;
+            for (int m = 0; m < kM; ++m) {
+                const F scale_x = Simd::all(x.scale[(m0 + m) * x.segments + s]);
+                for (int t = 0; t < kT; ++t) {
+                    I whole = sum[0][m][t];
+                    if constexpr (kPlanes == 2) whole = Simd::add(Simd::shift_left(whole, 7), sum[1][m][t]);
+                    const F factor = one_group ? scale_x : Simd::multiply(scale_x, scale[t]);
+                    y[m][t] = Simd::fma(Simd::to_float(whole), factor, y[m][t]);
+                }
+            }
+        }
+        if (one_group) {
+            for (int m = 0; m < kM; ++m)
+                for (int t = 0; t < kT; ++t) y[m][t] = Simd::multiply(y[m][t], scale[t]);
+        }
+        if (w.minimum) {
+            for (int m = 0; m < kM; ++m) {
+                float total = 0;
+                for (int i = s - segments_in_group; i < s; ++i) total += x.total[(m0 + m) * x.segments + i];
+                for (int t = 0; t < kT; ++t) {
+                    const F minimum = load_scale(w.minima(t0 + t) + g * w.scale_bytes(), w.wide_scale);
+                    y[m][t] = Simd::fma(Simd::all(total), minimum, y[m][t]);
+                }
+            }
+        }
+    }
+}
+
+template <Code code>
+LOWBIT_INLINE F float_weights(const std::uint8_t* p) {
+    if constexpr (code == Code::f16) return Simd::load_f16(reinterpret_cast<const std::uint16_t*>(p));
+    if constexpr (code == Code::bf16) return Simd::load_bf16(reinterpret_cast<const std::uint16_t*>(p));
+    return Simd::load(reinterpret_cast<const float*>(p));
+}
+
+template <Code code, int kM, int kT>
+LOWBIT_INLINE void float_block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
+    constexpr int bytes = code == Code::f32 ? 64 : 32;
+    const std::uint8_t* p[kT];
+    const float* values[kM];
+    for (int t = 0; t < kT; ++t) p[t] = w.tile(t0 + t);
+    for (int m = 0; m < kM; ++m) values[m] = x.values + (m0 + m) * x.stride;
+    for (int m = 0; m < kM; ++m)
+        for (int t = 0; t < kT; ++t) y[m][t] = Simd::zero();
+#pragma GCC unroll 4
+    for (int k = 0; k < w.cols; ++k) {
+        F weights[kT];
+        for (int t = 0; t < kT; ++t) weights[t] = float_weights<code>(p[t] + std::int64_t{k} * bytes);
+        for (int m = 0; m < kM; ++m) {
+            const F value = Simd::all(values[m][k]);
+            for (int t = 0; t < kT; ++t) y[m][t] = Simd::fma(value, weights[t], y[m][t]);
+        }
+    }
+}
+
+F gated(Gate gate, F a, F b);
+
+template <int kM, int kT>
+LOWBIT_INLINE void finish(const Linear& w, const Epilogue& e, int m0, int t0, F (&sums)[kM][kT], float* y,
+                          std::int64_t stride) {
+    if (w.paired) {
+        if constexpr (kT == 2) {
+            const int column = t0 / 2 * kTile, left = w.rows / 2 - column;
+            for (int m = 0; m < kM; ++m) {
+                F first = sums[m][0], second = sums[m][1];
+                if (e.bias != nullptr) {
+                    first = Simd::add(first, Simd::load(e.bias + t0 * kTile));
+                    second = Simd::add(second, Simd::load(e.bias + (t0 + 1) * kTile));
+                }
+                Simd::store_some(y + (m0 + m) * stride + column, gated(e.gate, first, second), left);
+            }
+        }
+        return;
+    }
+    for (int m = 0; m < kM; ++m) {
+        for (int t = 0; t < kT; ++t) {
+            const int column = (t0 + t) * kTile, left = w.rows - column;
+            const std::int64_t at = (m0 + m) * stride + column;
+            F v = sums[m][t];
+            if (e.bias != nullptr) v = Simd::add(v, Simd::load(e.bias + column));
+            if (e.residual != nullptr) v = Simd::add(v, Simd::load_some(e.residual + at, left));
+            Simd::store_some(y + at, v, left);
+        }
+    }
+}
+
+template <Code code, int kPlanes, int kM, int kT>
+void product(const Linear& w, const Rows& x, int m0, int t0, const Epilogue& e, float* y, std::int64_t stride) {
+    F sums[kM][kT];
+    if constexpr (is_float(code)) {
+        float_block<code, kM, kT>(w, x, m0, t0, sums);
+    } else {
+        block<code, kPlanes, kM, kT>(w, x, m0, t0, sums);
+    }
+    finish<kM, kT>(w, e, m0, t0, sums, y, stride);
+}
+
+// Tiles outside, rows inside: a pair of tiles stays in the nearest cache while all rows pass it.
+template <Code code, int kPlanes>
+void all_products(const Linear& w, const Rows& x, int m0, int m1, int t0, int t1, const Epilogue& e, float* y,
+                  std::int64_t stride) {
+    constexpr int kM = Simd::kRows / kPlanes > 0 ? Simd::kRows / kPlanes : 1, kT = Simd::kTiles;
+    constexpr int kPair = 2, kPairM = kT == 2 ? kM : 1;
+    int t = t0;
+    const int two = w.paired ? 2 : kT;
+    if (two == 2) {
+        for (; t + kPair <= t1; t += kPair) {
+            int m = m0;
+            for (; m + kPairM <= m1; m += kPairM) product<code, kPlanes, kPairM, kPair>(w, x, m, t, e, y, stride);
+            if constexpr (kPairM > 4) {
+                if (m + 4 <= m1) product<code, kPlanes, 4, kPair>(w, x, m, t, e, y, stride), m += 4;
+            }
+            if constexpr (kPairM > 2) {
+                if (m + 2 <= m1) product<code, kPlanes, 2, kPair>(w, x, m, t, e, y, stride), m += 2;
+            }
+            for (; m < m1; ++m) product<code, kPlanes, 1, kPair>(w, x, m, t, e, y, stride);
+        }
+    }
+    for (; t < t1; ++t) {
+        int m = m0;
+        for (; m + kM <= m1; m += kM) product<code, kPlanes, kM, 1>(w, x, m, t, e, y, stride);
+        for (; m < m1; ++m) product<code, kPlanes, 1, 1>(w, x, m, t, e, y, stride);
+    }
+}
+
+void linear(const Linear& w, const Rows& x, int m0, int m1, int t0, int t1, const Epilogue& e, float* y,
+            std::int64_t stride) {
+    const bool two = x.planes == 2;
+    switch (w.code) {
+        case Code::u4:
+            return (two ? all_products<Code::u4, 2> : all_products<Code::u4, 1>)(w, x, m0, m1, t0, t1, e, y, stride);
+        case Code::table4:
+            return (two ? all_products<Code::table4, 2> : all_products<Code::table4, 1>)(w, x, m0, m1, t0, t1, e, y,
+                                                                                         stride);
+        case Code::u8:
+            return (two ? all_products<Code::u8, 2> : all_products<Code::u8, 1>)(w, x, m0, m1, t0, t1, e, y, stride);
+        case Code::f16:
+            return all_products<Code::f16, 1>(w, x, m0, m1, t0, t1, e, y, stride);
+        case Code::bf16:
+            return all_products<Code::bf16, 1>(w, x, m0, m1, t0, t1, e, y, stride);
+        case Code::f32:
+            return all_products<Code::f32, 1>(w, x, m0, m1, t0, t1, e, y, stride);
+    }
+}
+
+// Row `row` of the weight as float32 [cols].
+void unpack_row(const Linear& w, int row, float* out) {
+    const int lane = row % kTile;
+    const std::uint8_t* p = w.tile(row / kTile);
+    if (is_float(w.code)) {
+        float lanes[kTile];
+        const int bytes = w.code == Code::f32 ? 64 : 32;
+        for (int k = 0; k < w.cols; ++k, p += bytes) {
+            Simd::store(lanes, w.code == Code::f16    ? float_weights<Code::f16>(p)
+                               : w.code == Code::bf16 ? float_weights<Code::bf16>(p)
+                                                      : float_weights<Code::f32>(p));
+            out[k] = lanes[lane];
+        }
+        return;
+    }
+    const int per_line = w.code == Code::u8 ? 4 : 8, tile = row / kTile;
+    for (int g = 0; g < w.groups(); ++g, p += w.group / per_line * 64) {
+        float scales[kTile], minima[kTile] = {};
+        Simd::store(scales, load_scale(w.scales(tile) + g * w.scale_bytes(), w.wide_scale));
+        if (w.minimum) Simd::store(minima, load_scale(w.minima(tile) + g * w.scale_bytes(), w.wide_scale));
+        for (int k = 0; k < w.group && g * w.group + k < w.cols; ++k) {
+            const std::uint8_t byte = p[k / per_line * 64 + lane * 4 + k % 4];
+            int code = byte;
+            if (per_line == 8) code = k % 8 < 4 ? byte & 15 : byte >> 4;
+            if (w.code == Code::table4) code = w.table[code];
+            out[g * w.group + k] = scales[lane] * static_cast<float>(code - w.zero) + minima[lane];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace lowbit

@@ -1,0 +1,8 @@
+// The table of this instruction set; included last.
+namespace lowbit {
+namespace {
+constexpr Kernels table_of(const char* name) {
+    return {name, quantize, linear, rms_norm, gate, attend, append, unpack_row};
+}
+}  // namespace
+}  // namespace lowbit

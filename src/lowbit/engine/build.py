@@ -1,0 +1,228 @@
+"""From a shape and weights to the program that the C++ core runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.engine.shape import Shape
+from lowbit.engine.weights import Found, Weights, as_float
+from lowbit.errors import EngineError
+from lowbit.formats import IntGrid, QTensor
+from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, why_not
+
+ACTIVATIONS = ("exact", "int8")
+
+
+@dataclass
+class Program:
+    """What `lowbit._core.Decoder` takes, and what had to be changed of the weights on the way.
+
+    expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose levels
+    were rounded to fit (see `kernels.layout`).
+    """
+
+    model: dict[str, Any]
+    nbytes: int = 0
+    expanded: dict[str, str] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """How activations are rounded before a weight: the arguments of the core; segment 0: as suits the weight."""
+
+    planes: int = 2
+    whole: bool = False
+    fixed: float = 0.0
+    divisor: Tensor | None = None
+    segment: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        divisor = None if self.divisor is None else self.divisor.numpy().tobytes()
+        return self.planes, self.whole, self.fixed, divisor, self.segment
+
+
+class Builder:
+    """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8"."""
+
+    def __init__(self, core: Any, shape: Shape, weights: Weights, activations: str = "exact") -> None:
+        self.core, self.shape, self.weights = core, shape, weights
+        self.planes = {"exact": 2, "int8": 1}[activations]
+        self.program = Program({})
+
+    def build(self) -> Program:
+        """Reads every weight once. EngineError for one that the engine cannot use."""
+        s, names = self.shape, self.shape.family
+        embedding = self._source("model.embed_tokens")
+        tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
+        packed = self._pack([embedding[0]])
+        head = packed if tied else self._pack([self._source("lm_head")[0]])
+        self.program.nbytes += packed.nbytes + (0 if tied else head.nbytes)
+        _, inputs = embedding if tied else self._source("lm_head")
+        self.program.model = {
+            "width": s.width, "heads": s.heads, "key_heads": s.key_heads, "head_dim": s.head_dim,
+            "vocabulary": s.vocabulary, "epsilon": s.epsilon, "attention_scale": s.attention_scale,
+            "attention_soft_cap": s.attention_soft_cap, "logit_soft_cap": s.logit_soft_cap,
+            "logit_scale": s.logit_scale, "embedding_scale": s.embedding_scale, "residual_scale": s.residual_scale,
+            "gate": s.gate,
+            "ropes": [
+                {"inverse_frequency": r.inverse_frequency, "factor": r.factor, "interleaved": r.interleaved}
+                for r in s.rotations
+            ],
+            "embedding": packed,
+            "final_norm": self._norm("model.norm"),
+            "head": {
+                "cols": s.width, "width": s.vocabulary,
+                "parts": [self._part(head, inputs, 0, self.weights.vector("lm_head.bias"))],
+            },
+            "layers": [self._layer(i) for i in range(s.layers)],
+        }  # fmt: skip
+        del names
+        return self.program
+
+    def _layer(self, i: int) -> dict[str, Any]:
+        s, family = self.shape, self.shape.family
+        norms = {
+            name: self._norm(family.norms[name].format(i=i)) if name in family.norms else None
+            for name in (
+                "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "query_norm", "key_norm",
+            )
+        }  # fmt: skip
+        queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
+        return {
+            **norms,
+            "qkv": self._product([n.format(i=i) for n in family.qkv], s.width, [queries, keys, keys]),
+            "output": self._product([family.output.format(i=i)], queries, [s.width]),
+            "gate_up": self._pair([n.format(i=i) for n in family.gate_up]),
+            "down": self._product([family.down.format(i=i)], s.hidden, [s.width]),
+            "rope": s.rope[i],
+            "window": s.window[i],
+        }
+
+    def _product(self, names: list[str], cols: int, widths: list[int]) -> dict[str, Any]:
+        """Weights that read one input, one after another; packed as one where they can be."""
+        found = [self._source(name) for name in names]
+        biases = [self.weights.vector(f"{name}.bias") for name in names]
+        rows = [source.rows for source, _ in found]
+        if sum(rows) != sum(widths):
+            raise EngineError(f"{names[0]!r} has {sum(rows)} rows where the config says {sum(widths)}")
+        sources, inputs = [f[0] for f in found], found[0][1]
+        if can_join(sources, paired=False) and len({i.key for _, i in found}) == 1:  # type: ignore[arg-type]
+            weight = self._pack(sources, inputs)
+            parts = [self._part(weight, inputs, 0, _joined(biases, rows))]
+        else:
+            offsets = [sum(rows[:i]) for i in range(len(rows))]
+            parts = [
+                self._part(self._pack([s], i), i, o, b) for (s, i), o, b in zip(found, offsets, biases, strict=True)
+            ]
+        self.program.nbytes += sum(part["weight"].nbytes for part in parts)
+        return {"cols": cols, "width": sum(widths), "parts": parts}
+
+    def _pair(self, names: list[str]) -> dict[str, Any]:
+        """Gate and up: as a pair whose products meet in registers, or one after the other."""
+        s = self.shape
+        if len(names) == 1:
+            source, inputs = self._source(names[0])
+            found = [(source.part(0, s.hidden), inputs), (source.part(s.hidden, 2 * s.hidden), inputs)]
+            bias = self.weights.vector(f"{names[0]}.bias")
+            biases = [None, None] if bias is None else [bias[: s.hidden], bias[s.hidden :]]
+        else:
+            found = [self._source(name) for name in names]
+            biases = [self.weights.vector(f"{name}.bias") for name in names]
+        sources, inputs = [f[0] for f in found], found[0][1]
+        if can_join(sources, paired=True) and len({i.key for _, i in found}) == 1:  # type: ignore[arg-type]
+            weight = self._pack(sources, inputs, paired=True)
+            parts = [self._part(weight, inputs, 0, _alternated(biases))]
+            width = s.hidden
+        else:
+            offsets = [0, s.hidden]
+            parts = [
+                self._part(self._pack([source], i), i, o, b)
+                for (source, i), o, b in zip(found, offsets, biases, strict=True)
+            ]
+            width = 2 * s.hidden
+        self.program.nbytes += sum(part["weight"].nbytes for part in parts)
+        return {"cols": s.width, "width": width, "parts": parts}
+
+    def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Any:
+        try:
+            return pack(self.core, sources, paired, inputs.segment if inputs else 0)
+        except ValueError as error:
+            raise EngineError(f"the engine cannot pack a weight: {error}") from None
+
+    @staticmethod
+    def _part(weight: Any, inputs: _Input, offset: int, bias: Tensor | None) -> dict[str, Any]:
+        return {
+            "weight": weight, "planes": inputs.planes, "whole": inputs.whole, "fixed": inputs.fixed, "offset": offset,
+            "divisor": None if inputs.divisor is None else inputs.divisor.numpy(),
+            "bias": None if bias is None else bias.numpy(),
+        }  # fmt: skip
+
+    def _source(self, name: str) -> tuple[Codes | Floats, _Input]:
+        """A weight as the kernels read it, and how its input is rounded."""
+        found = self.weights.get(f"{name}.weight")
+        if isinstance(found.value, QTensor):
+            reason = why_not(found.value)
+            if reason is None:
+                codes = codes_of(found.value)
+                if codes.rounded:
+                    self.program.rounded.append(name)
+                return codes, self._input(name, found)
+            self.program.expanded[name] = reason
+            return Floats(found.value.dequantize(torch.float16)), self._input(name, found)
+        return Floats(as_float(found.value)), _Input(self.planes)
+
+    def _input(self, name: str, found: Found) -> _Input:
+        quantizer = found.inputs
+        if quantizer is None:
+            return _Input(self.planes)
+        inputs, fmt = quantizer.inputs, quantizer.inputs.format
+        divisor = quantizer.divisor
+        if fmt is None:
+            return _Input(self.planes, divisor=divisor)
+        symmetric = isinstance(fmt.grid, IntGrid) and fmt.grid.bits == 8 and fmt.grid.signed and fmt.offset is None
+        if not symmetric or fmt.scale != "fp32" or inputs.outliers is not None or fmt.block.rows not in (1, -1):
+            raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds them to symmetric int8")
+        if inputs.static:
+            if quantizer.scale is None or quantizer.scale.numel() != 1:
+                raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
+            return _Input(1, fixed=float(quantizer.scale), divisor=divisor)
+        if fmt.block.rows == -1:
+            raise EngineError(f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static")
+        if fmt.block.cols == -1:
+            return _Input(1, whole=True, divisor=divisor)
+        return _Input(1, divisor=divisor, segment=fmt.block.cols)
+
+    def _norm(self, name: str) -> Any:
+        weight = self.weights.vector(f"{name}.weight")
+        if weight is None:
+            return None
+        return (weight + 1 if self.shape.family.plus_one else weight).numpy()
+
+    def _same(self, one: str, other: str) -> bool:
+        a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))
+        if isinstance(a, QTensor) and isinstance(b, QTensor):
+            return a.codes.data_ptr() == b.codes.data_ptr() or (
+                a.format == b.format and a.shape == b.shape and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
+            )
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def _joined(biases: list[Tensor | None], rows: list[int]) -> Tensor | None:
+    if all(b is None for b in biases):
+        return None
+    return torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, rows, strict=True)])
+
+
+def _alternated(biases: list[Tensor | None]) -> Tensor | None:
+    """Biases of a pair in the order of its tiles of 16."""
+    if all(b is None for b in biases):
+        return None
+    size = next(len(b) for b in biases if b is not None)
+    both = [torch.zeros(size) if b is None else b for b in biases]
+    return torch.stack([b.view(-1, 16) for b in both], 1).reshape(-1)

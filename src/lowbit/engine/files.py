@@ -1,0 +1,16 @@
+"""Folders as the engine reads them, without transformers: it takes longer to import than a small model to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowbit.interchange.folder import read_json, weight_files
+from lowbit.interchange.safetensors_file import Entry, read_header
+
+__all__ = ["read_json", "stored_tensors"]
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """Every tensor of a folder: its file and where it lies there."""
+    files = {file: read_header(file).entries for file in weight_files(folder)}
+    return {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}

@@ -1,0 +1,196 @@
+"""The numbers of a decoder, read from a config: widths, heads, scales, rotations, windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowbit.engine.families import FAMILIES, Config, Family
+from lowbit.errors import EngineError
+
+_GATES = {
+    "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary positions (Su et al. 2021): the first 2 * len(frequencies) channels of a head turn by position * frequency."""
+
+    inverse_frequency: np.ndarray[Any, np.dtype[np.float32]]
+    factor: float
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none."""
+
+    family: Family
+    layers: int
+    width: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    epsilon: float
+    gate: str
+    positions: int
+    rotations: tuple[Rotation, ...]
+    rope: tuple[int, ...]
+    window: tuple[int, ...]
+    attention_scale: float
+    attention_soft_cap: float = 0.0
+    logit_soft_cap: float = 0.0
+    logit_scale: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+
+
+def shape_of(config: Config, positions: int | None = None) -> Shape:
+    """The shape of a model by its config, as JSON. `positions`: how long sequences may get, for rotations that depend on it.
+
+    EngineError with the reason for a model that the engine does not compute.
+    """
+    kind = config.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
+    reason = family.refuses(config)
+    if reason is not None:
+        raise EngineError(f"the engine cannot run this {kind} model: {reason}")
+    layers, width, heads = (int(config[k]) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    head_dim = int(config.get("head_dim") or width // heads)
+    if head_dim % 16 or head_dim > 512:
+        raise EngineError(f"heads of {head_dim} channels; the engine takes multiples of 16 up to 512")
+    act = str(config.get("hidden_activation") or config.get("hidden_act"))
+    if act not in _GATES:
+        raise EngineError(f"the activation {act!r}; the engine has {', '.join(_GATES)}")
+    longest = int(config.get("max_position_embeddings") or 2048)
+    kinds = _kinds(config, layers)
+    rotations, index = _rotations(config, kinds, head_dim, positions or longest)
+    skipped = config.get("no_rope_layers")  # 1 where positions are used, as SmolLM3 has it
+    return Shape(
+        family=family,
+        layers=layers,
+        width=width,
+        heads=heads,
+        key_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim,
+        hidden=int(config["intermediate_size"]),
+        vocabulary=int(config["vocab_size"]),
+        epsilon=float(config["rms_norm_eps"]),
+        gate=_GATES[act],
+        positions=longest,
+        rotations=rotations,
+        rope=tuple(-1 if skipped and not skipped[i] else index[kind] for i, kind in enumerate(kinds)),
+        window=tuple(_window(config, kind) for kind in kinds),
+        **{"attention_scale": head_dim**-0.5, **family.values(config)},
+    )
+
+
+def _kinds(config: Config, layers: int) -> list[str]:
+    """full_attention or sliding_attention, for each layer."""
+    given = config.get("layer_types")
+    if given:
+        return [str(k) for k in given]
+    # Before layer types there was one window for all, which Qwen2 has a switch for.
+    sliding = config.get("sliding_window") and config.get("use_sliding_window", True)
+    return ["sliding_attention" if sliding else "full_attention"] * layers
+
+
+def _window(config: Config, kind: str) -> int:
+    if kind == "full_attention":
+        return 0
+    if kind != "sliding_attention":
+        raise EngineError(f"layers of type {kind!r}; the engine has full and sliding attention")
+    return int(config.get("sliding_window") or 0)
+
+
+def _rotations(
+    config: Config, kinds: list[str], head_dim: int, positions: int
+) -> tuple[tuple[Rotation, ...], dict[str, int]]:
+    """The distinct rotations, and which of them each kind of layer has."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_kind = {k: given[k] for k in set(kinds)} if given and all(k in given for k in set(kinds)) else {}
+    rotations, index = [], {}
+    for kind in dict.fromkeys(kinds):
+        index[kind] = len(rotations) if by_kind or not rotations else 0
+        if index[kind] == len(rotations):
+            rotations.append(_rotation(config, by_kind.get(kind, given), head_dim, positions))
+    return tuple(rotations), index
+
+
+def _rotation(config: Config, rope: Mapping[str, Any], head_dim: int, positions: int) -> Rotation:
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    width = int(head_dim * partial)
+    frequency = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    if kind not in _SCALINGS:
+        raise EngineError(f"positions scaled by {kind!r}; the engine has {', '.join(_SCALINGS)}")
+    scaled, factor = _SCALINGS[kind](frequency.astype(np.float32), rope, config, positions)
+    return Rotation(np.ascontiguousarray(scaled, dtype=np.float32), factor)
+
+
+def _default(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
+    return frequency, 1.0
+
+
+def _linear(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
+    return frequency / np.float32(rope["factor"]), 1.0
+
+
+def _llama3(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
+    """Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated."""
+    factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    old = float(rope["original_max_position_embeddings"])
+    length = 2 * np.pi / frequency
+    smooth = (old / length - low) / (high - low)
+    between = (1 - smooth) * frequency / factor + smooth * frequency
+    scaled = np.where(length > old / low, frequency / factor, frequency)
+    return np.where((length >= old / high) & (length <= old / low), between, scaled), 1.0
+
+
+def _yarn(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
+    """YaRN (Peng et al. 2023, section 3): dimensions that turn often are kept, slow ones stretched, a ramp between."""
+    factor = float(rope["factor"])
+    old = float(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+    theta, width = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), 2 * len(frequency)
+
+    def dimension(turns: float) -> float:
+        return width * np.log(old / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+    low, high = dimension(float(rope.get("beta_fast") or 32)), dimension(float(rope.get("beta_slow") or 1))
+    if rope.get("truncate", True):
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = np.clip((np.arange(len(frequency)) - low) / max(high - low, 0.001), 0, 1)
+    scaled = frequency / factor * ramp + frequency * (1 - ramp)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * float(np.log(factor)) + 1.0
+
+    given = rope.get("attention_factor")
+    one, every = rope.get("mscale"), rope.get("mscale_all_dim")
+    found = magnitude(one) / magnitude(every) if one and every else magnitude(1.0)
+    return scaled, float(found if given is None else given)
+
+
+def _longrope(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
+    """LongRoPE (Ding et al. 2024): a factor for each frequency, one set for short and one for long sequences."""
+    old = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    old = float(old or config["max_position_embeddings"])
+    stretch = np.asarray(rope["long_factor" if positions > old else "short_factor"], dtype=np.float32)
+    factor = float(rope.get("factor") or config["max_position_embeddings"] / old)
+    given = rope.get("attention_factor")
+    grown = 1.0 if factor <= 1 else float(np.sqrt(1 + np.log(factor) / np.log(old)))
+    return frequency / stretch, float(grown if given is None else given)
+
+
+_SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

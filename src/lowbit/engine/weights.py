@@ -1,0 +1,109 @@
+"""The weights of a model by name, for the engine: from a folder that lowbit wrote, a float folder, or a live model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.engine.files import read_json, stored_tensors
+from lowbit.errors import EngineError
+from lowbit.formats import InputQuantizer, QTensor, parse_format, parse_inputs
+from lowbit.interchange.safetensors_file import read_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A weight: a QTensor, or a float tensor; and what becomes of its inputs."""
+
+    value: QTensor | Tensor
+    inputs: InputQuantizer | None = None
+
+
+class Weights(ABC):
+    """The tensors of a model by their names in transformers, without `.weight`."""
+
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def find(self, name: str) -> Found | None:
+        """The tensor `name`, or None; one tied to another is that other."""
+
+    def get(self, name: str) -> Found:
+        """The tensor `name`. EngineError when there is none."""
+        found = self.find(name)
+        if found is None:
+            raise EngineError(f"the model has no {name!r}, which the engine needs")
+        return found
+
+    def vector(self, name: str) -> Tensor | None:
+        """A norm or bias as float32, or None."""
+        found = self.find(name)
+        if found is None:
+            return None
+        value = found.value
+        return (value.dequantize() if isinstance(value, QTensor) else value).float().contiguous()
+
+
+class FolderWeights(Weights):
+    """Read from safetensors, one tensor at a time, when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / "config.json")
+        section = config.get("quantization_config") or {}
+        method = section.get("quant_method", "lowbit")
+        if method != "lowbit":
+            raise EngineError(f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote")
+        self.config, self._stored = config, stored_tensors(folder)
+        self._packed: Mapping[str, Any] = section.get("tensors", {})
+        self._tied: Mapping[str, str] = dict(section.get("tied", {}))
+        if config.get("tie_word_embeddings") and "lm_head.weight" not in self._stored:
+            self._tied = {"lm_head.weight": "model.embed_tokens.weight", **self._tied}
+
+    def find(self, name: str) -> Found | None:
+        key = self._tied.get(name, name)
+        entry = self._packed.get(key)
+        if entry is None:
+            place = self._stored.get(key)
+            return None if place is None else Found(read_tensor(*place))
+        if entry.get("transposed"):
+            raise EngineError(f"{name!r} is stored as [in, out]; the engine reads [out, in]")
+        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
+        shape = tuple(entry["shape"])
+        extra = inputs.parts(shape[-1]) if inputs else {}
+        fmt = parse_format(entry["format"])
+        parts = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in fmt.parts(shape)}
+        beside = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in extra}
+        quantizer = InputQuantizer.of(inputs, shape[-1], beside) if inputs else None
+        return Found(QTensor.from_parts(fmt, shape, parts), quantizer)
+
+
+class ModelWeights(Weights):
+    """Of a transformers model in memory, packed or not; shares its memory until the engine has packed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.config = model.config.to_dict()  # type: ignore[operator, union-attr]
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def find(self, name: str) -> Found | None:
+        from lowbit.nn.packed import PackedWeight
+
+        module = self._modules.get(name)
+        if isinstance(module, PackedWeight):
+            if module.transposed:
+                raise EngineError(f"{name!r} is stored as [in, out]; the engine reads [out, in]")
+            return Found(module.qtensor(), module.quantizer())
+        value = self._parameters.get(name)
+        return None if value is None else Found(value.detach())
+
+
+def as_float(value: Tensor) -> Tensor:
+    """A float weight in a type that the kernels read."""
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    return (value if value.dtype in known else value.float()).contiguous()
