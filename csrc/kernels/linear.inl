@@ -59,10 +59,13 @@ LOWBIT_INLINE int power_of(int zero) {
 //   y[m, n] = sum over segments  scale_x[m, s] scale_w[n, g] (sum_k q_x q_w - zero sum_k q_x) + minimum[n, g] total_x[m, s]
 //
 // The integer sums are exact; what is rounded is the float32 sum over segments.
-template <Code code, int kPlanes, int kM, int kT>
+//
+// kSegment: columns of a segment where they are known, so that nothing is counted while running; else 0.
+template <Code code, int kPlanes, int kM, int kT, int kSegment>
 LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
     using L = Line<code>;
-    const int segments_in_group = w.group / w.segment, lines = w.segment / (4 * L::kQuads);
+    const int segment = kSegment > 0 ? kSegment : w.segment;
+    const int segments_in_group = w.group / segment, lines = segment / (4 * L::kQuads);
     const bool one_group = w.groups() == 1, seeded = w.zero != 0;
     const int zero_bits = power_of(w.zero);
     B table{};
@@ -89,7 +92,7 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
                     for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
                 }
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int line = 0; line < lines; ++line) {
                 B codes[kT][L::kQuads];
                 for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
@@ -196,8 +199,10 @@ void product(const Linear& w, const Rows& x, int m0, int t0, const Epilogue& e, 
     F sums[kM][kT];
     if constexpr (is_float(code)) {
         float_block<code, kM, kT>(w, x, m0, t0, sums);
+    } else if (w.segment == 32) {
+        block<code, kPlanes, kM, kT, 32>(w, x, m0, t0, sums);
     } else {
-        block<code, kPlanes, kM, kT>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 0>(w, x, m0, t0, sums);
     }
     finish<kM, kT>(w, e, m0, t0, sums, y, stride);
 }
