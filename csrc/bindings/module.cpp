@@ -2,5 +2,6 @@
 
 NB_MODULE(_core, m) {
     m.doc() = "Products with packed weights, in C++.";
+    m.attr("version") = LOWBIT_VERSION;
     lowbit::bind_features(m);
 }

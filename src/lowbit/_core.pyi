@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+version: str
+
 class Caches(TypedDict):
     l1d: int
     l2: int
