@@ -14,7 +14,7 @@ import lowbit
 _log = logging.getLogger("lowbit")
 _NAME = "lowbit._core"
 _HOME = Path(lowbit.__file__).parent
-_MEND = "reinstall with a C++ compiler: pip install --force-reinstall --no-deps lowbit (from a checkout: pip install .)"
+_MEND = "reinstall with a C++ compiler: pip install --force-reinstall --no-deps --no-cache-dir lowbit (from a checkout: pip install .)"
 
 
 def core() -> ModuleType | None:
