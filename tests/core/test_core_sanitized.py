@@ -65,10 +65,16 @@ def run(module: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_sanitizer_is_live(module: Path) -> None:
     """Without this the other tests could pass because nothing watches."""
-    done = run(module, "import ctypes; ctypes.CDLL(None).__asan_init; print(ctypes.CDLL(sys.argv[1]).__ubsan_version)")
     linked = subprocess.run(["ldd", str(module)], capture_output=True, text=True).stdout
     assert "libasan" in linked and "libubsan" in linked
-    assert "__asan" not in done.stderr
+    overflow = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+ctypes.memset(libc.malloc(16), 0, 17)
+"""
+    done = run(module, overflow)
+    assert done.returncode == 99 and "heap-buffer-overflow" in done.stderr
 
 
 def test_features(module: Path) -> None:
