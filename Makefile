@@ -1,6 +1,11 @@
 # Two commands: `make demo` and `make test`. Each sets up its own .venv from nothing but Python and pip.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CORE := $(wildcard csrc/CMakeLists.txt csrc/*/*.cmake csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+# Where there are a compiler and Python's headers, C++ that does not compile is an error, not a reason to go without.
+HEADERS := $(wildcard $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))")/Python.h)
+BUILD_ENV := CMAKE_BUILD_PARALLEL_LEVEL=2 LOWBIT_REQUIRE_CORE=$(if $(HEADERS),$(if $(shell command -v $${CXX:-c++}),1,0),0)
 # One thread a test process: two processes run side by side.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -20,10 +25,12 @@ lint: .venv/ready
 slow: .venv/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or peer"
 
-.venv/ready: pyproject.toml constraints.txt
+# Built without isolation: the tools' paths stay the same, so that a change of csrc compiles only what changed.
+.venv/ready: pyproject.toml constraints.txt $(CORE)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PIP) nanobind scikit-build-core $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))
+	$(BUILD_ENV) $(PIP) --no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	touch .venv/ready
 
 clean:
-	rm -rf .venv demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis src/lowbit/_core.*.so

@@ -1,6 +1,9 @@
 """What csrc/ gives to Python. Written by hand, so that types are checked where nothing was built; a test compares."""
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+version: str
 
 class Caches(TypedDict):
     l1d: int
@@ -15,3 +18,73 @@ class Features(TypedDict):
 
 def features() -> Features: ...
 def isas() -> list[str]: ...
+
+class Pool:
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+
+class Weight:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def segment(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def unpack_row(self, row: int, out: Any) -> None: ...
+
+def pack(
+    bits: int,
+    group: int,
+    zero: int,
+    sources: Sequence[tuple[Any, Any, Any | None]],
+    table: Any | None = None,
+    paired: bool = False,
+    segment: int = 0,
+) -> Weight: ...
+def pack_floats(type: str, sources: Sequence[Any], paired: bool = False) -> Weight: ...
+
+class Multiplier:
+    def __init__(self, pool: Pool, isa: str = "") -> None: ...
+    @property
+    def isa(self) -> str: ...
+    def linear(
+        self,
+        weight: Weight,
+        x: Any,
+        y: Any,
+        planes: int = 2,
+        whole: bool = False,
+        fixed: float = 0.0,
+        divisor: Any | None = None,
+        bias: Any | None = None,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(self, model: dict[str, Any], pool: Pool, isa: str = "") -> None: ...
+    def forward(self, cache: Cache, ids: Any, sequence: Any, position: Any, wanted: Any, logits: Any) -> None: ...
+
+class Cache:
+    def __init__(self, decoder: Decoder, sequences: int, capacity: int, int8: bool = False) -> None: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def bytes_per_position(self) -> int: ...
+
+class Random:
+    def __init__(self, seed: int) -> None: ...
+
+def sample(
+    logits: Any,
+    random: Random,
+    seen: Any | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+) -> int: ...

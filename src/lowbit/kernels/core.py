@@ -14,7 +14,7 @@ import lowbit
 _log = logging.getLogger("lowbit")
 _NAME = "lowbit._core"
 _HOME = Path(lowbit.__file__).parent
-_MEND = "reinstall with a C++ compiler: pip install --force-reinstall --no-deps lowbit (from a checkout: pip install .)"
+_MEND = "reinstall with a C++ compiler: pip install --force-reinstall --no-deps --no-cache-dir lowbit (from a checkout: pip install .)"
 
 
 def core() -> ModuleType | None:
@@ -56,4 +56,4 @@ def _not_built() -> str:
     others = sorted(p.name for p in _HOME.glob("_core*") if p.suffix in {Path(s).suffix for s in EXTENSION_SUFFIXES})
     if others:
         return f"{_HOME / others[0]} was built for another Python; {_MEND}"
-    return f"built without: no compiler when installed; {_MEND}"
+    return f"built without: no C++ compiler, or no Python headers, when installed; {_MEND}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputQuantizer
+from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.registry import survey
 from lowbit.measure.environment import environment
 from lowbit.pipeline.recipe import Recipe
@@ -88,6 +89,7 @@ class Report:
     usable_cores: int
     threads: int
     operators: dict[str, bool]
+    core: dict[str, str]
     bfloat16: bool
     accelerator: str
     memory: int
@@ -112,6 +114,7 @@ def examine(kernels: bool = True) -> Report:
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         operators={name: hasattr(torch, name) for name in _OPERATORS},
+        core=_core(),
         bfloat16=_bfloat16(),
         accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         memory=memory,
@@ -192,6 +195,23 @@ def _features() -> tuple[str, ...]:
     return tuple(name for name in _FEATURES if name in flags)
 
 
+def _core() -> dict[str, str]:
+    """What the C++ part can use here: set of instructions -> "live", "supported" or why not; or why there is none."""
+    absent = why_absent()
+    module = core() if absent is None else None
+    if module is None:
+        return {"absent": absent or ""}
+    missing: dict[str, list[str]] = module.features()["missing"]
+    able: list[str] = module.isas()
+    found = {}
+    for isa, flags in missing.items():
+        if isa in able:
+            found[isa] = "live" if isa == able[0] else "supported"
+        else:
+            found[isa] = f"not on this processor, which lacks {', '.join(flags)}" if flags else "not in this build"
+    return found
+
+
 def _bfloat16() -> bool:
     """Whether PyTorch's matrix library multiplies bfloat16 in hardware on this CPU."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
@@ -247,9 +267,14 @@ def _lines(report: Report) -> list[tuple[str, str]]:
         ("accelerator", report.accelerator or "none that PyTorch can use"),
         ("memory", memory),
         ("disk", f"{bytes_text(report.disk_free)} free in {Path.cwd()}"),
+        *(("C++ core" if i == 0 else "", line) for i, line in enumerate(_core_lines(report.core))),
         *(("PyTorch has" if i == 0 else "", path) for i, path in enumerate(paths)),
         *(("optional" if i == 0 else "", line) for i, line in enumerate(optional)),
     ]
+
+
+def _core_lines(core: dict[str, str]) -> list[str]:
+    return [core["absent"]] if "absent" in core else [f"{isa}: {state}" for isa, state in core.items()]
 
 
 def _kernel_table(report: Report) -> RenderableType:
