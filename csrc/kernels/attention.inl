@@ -53,7 +53,7 @@ LOWBIT_INLINE void gather(const AttentionShape& a, const void* values, std::int6
 
 template <bool kInt8, int kR>
 void score_rows(const AttentionShape& a, const void* keys, std::int64_t tile, const float* q, float* scores) {
-    constexpr int kT = kR >= 6 ? 1 : kR >= 3 ? 2 : 4;
+    constexpr int kT = Simd::kRows < 6 ? 1 : kR >= 3 ? 2 : 4;  // sums enough to hide the latency of each
     for (int t = 0; t < kKeys / kTile; t += kT) score<kInt8, kR, kT>(a, keys, tile + t, q, scores + t * kTile);
 }
 

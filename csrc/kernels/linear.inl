@@ -96,6 +96,9 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
             for (int line = 0; line < lines; ++line) {
                 B codes[kT][L::kQuads];
                 for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
+                // One row is as fast as memory: the tiles after these are on their way while these are used.
+                if constexpr (kM == 1)
+                    for (int t = 0; t < kT; ++t) Simd::prefetch(p[t] + line * 64 + kT * w.tile_bytes);
                 for (int quad = 0; quad < L::kQuads; ++quad) {
                     for (int plane = 0; plane < kPlanes; ++plane) {
                         for (int m = 0; m < kM; ++m) {

@@ -29,6 +29,7 @@ struct Simd {
     LOWBIT_INLINE B load_bytes(const std::uint8_t* p) { return {halves_of(p), halves_of(p + 32)}; }
     LOWBIT_INLINE __m256i low(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
     LOWBIT_INLINE __m256i high(__m256i v) { return low(_mm256_srli_epi16(v, 4)); }
+    LOWBIT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     LOWBIT_INLINE B low_nibbles(B v) { return {low(v.a), low(v.b)}; }
     LOWBIT_INLINE B high_nibbles(B v) { return {high(v.a), high(v.b)}; }
     LOWBIT_INLINE B load_table(const std::uint8_t* p) {

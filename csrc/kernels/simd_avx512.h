@@ -19,6 +19,7 @@ struct Simd {
     static constexpr int kWideRows = 12;  // rows where there is one tile
 
     LOWBIT_INLINE B load_bytes(const std::uint8_t* p) { return _mm512_load_si512(p); }
+    LOWBIT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     LOWBIT_INLINE B low_nibbles(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
     LOWBIT_INLINE B high_nibbles(B b) { return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15)); }
     LOWBIT_INLINE B load_table(const std::uint8_t* p) {

@@ -40,6 +40,7 @@ struct Simd {
         std::memcpy(out.v, p, 64);
         return out;
     }
+    LOWBIT_INLINE void prefetch(const void*) {}
     LOWBIT_INLINE B low_nibbles(B b) {
         for (auto& byte : b.v) byte &= 15;
         return b;
