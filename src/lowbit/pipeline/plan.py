@@ -209,6 +209,11 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
             raise RecipeError(
                 f"{pattern}={fmt} can do nothing: {first.name!r} is never quantized ({first.keep}); leave it out"
             )
+    for pattern, rule in recipe.layer_inputs:
+        matched = [t for t in tensors if recipe.matches(pattern, t.name)]
+        if not any(has_inputs(t) for t in matched):
+            what = "has no quantized linear layer" if matched else "matches no tensor"
+            raise RecipeError(f"a:{pattern}={rule} {what} of {source.label}; names look like {_example(tensors)!r}")
     return Plan(
         source.label,
         recipe,
@@ -239,11 +244,19 @@ def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe, divided: boo
             keep = BY_RECIPE
         elif not spec.dtype.is_floating_point:
             fmt, keep = None, f"not a float tensor ({spec.dtype})"
-    # Experts index their stacks, which the int8 product does not serve; embeddings are looked up, not multiplied.
-    inputs = recipe.inputs if fmt is not None and param.kind in ("linear", "conv1d") else None
-    if inputs is not None and divided:
-        inputs = replace(inputs, divisor=True)
-    return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep, inputs)
+    found = TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep)
+    if not has_inputs(found):
+        return found
+    inputs = recipe.rule_for(spec.name).inputs
+    if divided:  # also where it stays float: weights that share an input are scaled together
+        inputs = Inputs(None, divisor=True) if inputs is None else replace(inputs, divisor=True)
+    return replace(found, inputs=inputs)
+
+
+def has_inputs(t: TensorPlan) -> bool:
+    """Whether the inputs of a tensor can be in few bits: experts index their stacks, which the int8 product does not
+    serve; embeddings are looked up, not multiplied."""
+    return t.format is not None and t.kind in ("linear", "conv1d")
 
 
 def _example(tensors: tuple[TensorPlan, ...]) -> str:
