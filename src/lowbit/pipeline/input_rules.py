@@ -9,7 +9,9 @@ fallback=int8:g64:over=32                  what static inputs become in layers w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lowbit.errors import RecipeError
 from lowbit.formats.inputs import FLOAT, Inputs, parse_inputs
@@ -93,6 +95,19 @@ def parse_fallback(value: str) -> Fallback | None:
     if len(ratios) > 1:
         raise RecipeError(f"fallback={value} says 'over' twice")
     return Fallback(parse_rule(text).inputs, *ratios)
+
+
+def inputs_text(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> str:
+    """How the inputs of layers are stored, for people: `counts` by the text of inputs, `ranges` as `Survey.to_json`."""
+    text = ", ".join(f"{count} layer{'s' * (count != 1)} {inputs}" for inputs, count in counts.items())
+    exploded = (ranges or {}).get("exploded")
+    if not ranges or not exploded:
+        return text
+    worst = max(exploded, key=lambda name: exploded[name])
+    return (
+        f"{text}; {len(exploded)} of {len(exploded) + ranges['static']} are not static because their largest value is over "
+        f"{_plain(ranges['over'])} times a typical one (most: {exploded[worst]:g}, {worst.removesuffix('.weight')})"
+    )
 
 
 def _plain(value: float) -> str:

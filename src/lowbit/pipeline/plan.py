@@ -6,6 +6,7 @@ What every tensor becomes, the exact bytes of the files, the peak memory, and th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -81,10 +82,30 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What calibration text said of static ranges before the plan: `ratios` by weight, of the largest |x| to the root mean
+    square of the median token; those `over` a limit have exploded. `key`: what it depends on."""
+
+    key: str
+    over: float
+    ratios: dict[str, float]
+
+    @property
+    def exploded(self) -> dict[str, float]:
+        return {name: ratio for name, ratio in self.ratios.items() if ratio > self.over}
+
+    def to_json(self) -> dict[str, Any]:
+        """How many layers were looked at, how many stay static, and the others with their ratios."""
+        exploded = self.exploded
+        return {"over": self.over, "static": len(self.ratios) - len(exploded), "exploded": exploded}
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact.
 
     `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
+    `survey`: which layers of a static recipe are not static, and why; None where no text was looked at.
     """
 
     label: str
@@ -95,6 +116,7 @@ class Plan:
     context: int
     max_shard_bytes: int = MAX_SHARD
     source_bytes: int | None = None
+    survey: Survey | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -172,6 +194,18 @@ class Plan:
                 out[t.keep or ""] = (tensors + 1, count + t.count)
         return out
 
+    def input_counts(self) -> dict[str, int]:
+        """Text of inputs in few bits -> layers that have them, the most common first."""
+        found = Counter(str(t.inputs) for t in self.tensors if t.inputs is not None)
+        return dict(found.most_common())
+
+    def note_of(self, name: str) -> str:
+        """Why the inputs of a weight are not what the recipe has for all; empty where they are."""
+        ratio = None if self.survey is None else self.survey.exploded.get(name)
+        if self.survey is None or ratio is None:
+            return ""
+        return f"inputs not static: their largest value is {ratio:g} times a typical one, over {self.survey.over:g}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything above, as JSON values."""
         keys = (
@@ -182,6 +216,9 @@ class Plan:
         out["recipe"] = str(self.recipe)
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
+        out["inputs"] = self.input_counts()
+        if self.survey is not None:
+            out["ranges"] = self.survey.to_json()
         out["tensors"] = [
             {
                 "name": t.name, "shape": list(t.shape), "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."),

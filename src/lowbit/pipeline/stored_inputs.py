@@ -42,8 +42,7 @@ class StoredInputs:
         inputs, keys = self.inputs.get(name), self.observed.get(name, set())
         if inputs is None and not keys:
             return None
-        if name in self.divisors and (inputs is None or inputs.divisor):
-            x = (x.to(torch.float32) / self.divisors[name]).to(x.dtype)
+        x = self.divided(name, x)
         for key in keys:
             if key not in self.estimators:
                 self.estimators[key] = key[2].start(_format(key[1]))
@@ -60,8 +59,12 @@ class StoredInputs:
             kept = self.rounded(name, x)
         if kept is None or kept is x:
             return None
-        plain = (x.to(torch.float32) / self.divisors[name]).to(x.dtype) if name in self.divisors else x
+        plain = self.divided(name, x)
         return plain + (kept - plain).detach()
+
+    def divided(self, name: str, x: Tensor) -> Tensor:
+        """x / d of this weight, where its input is divided while running; in the type of x."""
+        return (x.to(torch.float32) / self.divisors[name]).to(x.dtype) if name in self.divisors else x
 
     def divide(self, group: Group, scale: Tensor) -> None:
         """The input of these weights is divided by `scale` [K]."""
