@@ -37,7 +37,8 @@ def token_ids(count: int = 6, length: int = 24, seed: int = 0) -> list[Tensor]:
 
 def logits(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(ids).logits
+        extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        found: Tensor = model(input_ids=ids, **extra).logits
     return found
 
 
@@ -183,6 +184,18 @@ def test_layers_whose_range_explodes_fall_back_and_no_others(tmp_path: Path) -> 
     again = lowbit.quantize(tmp_path / "float", made.plan.recipe, tmp_path / "again", calibration=token_ids())
     files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "again")]
     assert files[0] == files[1] and again.plan.survey is None, "the recipe of the result says it all"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral", "bert"])
+def test_every_architecture_is_looked_at(name: str) -> None:
+    model = tiny_model(name).eval()
+    plan = lowbit.quantize(model, STATIC, calibration=token_ids()).plan
+    static = [t.name for t in plan.tensors if t.inputs is not None]
+    assert plan.survey is not None and static and set(plan.survey.ratios) == set(static)
+    for weight, x in inputs_of(model, static, token_ids()).items():
+        tokens = x.double().square().mean(1).sqrt().sort().values
+        expected = float(x.abs().max() / tokens[(len(tokens) - 1) // 2])
+        assert plan.survey.ratios[weight] == pytest.approx(expected, rel=0.05), weight
 
 
 def test_scaling_is_seen_through_and_own_globs_are_left_alone() -> None:

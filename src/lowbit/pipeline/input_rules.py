@@ -15,6 +15,7 @@ from typing import Any
 
 from lowbit.errors import RecipeError
 from lowbit.formats.inputs import FLOAT, Inputs, parse_inputs
+from lowbit.pipeline.call_text import call_parts
 from lowbit.solvers.ranges.estimator import RangeMethod
 
 NEVER = "never"
@@ -43,8 +44,6 @@ class InputRule:
 
 def parse_rule(value: str) -> InputRule:
     """`int8:token`, `float`, or with the estimator of a static range in front: `percentile(p=99.9)@int8:tensor`."""
-    from lowbit.pipeline.recipe_text import call_parts
-
     head, at, text = value.rpartition("@")
     if text == FLOAT:
         return InputRule(None, RangeMethod(head) if at else None)
@@ -95,6 +94,25 @@ def parse_fallback(value: str) -> Fallback | None:
     if len(ratios) > 1:
         raise RecipeError(f"fallback={value} says 'over' twice")
     return Fallback(parse_rule(text).inputs, *ratios)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What calibration text said of static ranges before the plan: `ratios` by weight, of the largest |x| to the root mean
+    square of the median token; those `over` a limit have exploded. `key`: what it depends on."""
+
+    key: str
+    over: float
+    ratios: dict[str, float]
+
+    @property
+    def exploded(self) -> dict[str, float]:
+        return {name: ratio for name, ratio in self.ratios.items() if ratio > self.over}
+
+    def to_json(self) -> dict[str, Any]:
+        """How many layers were looked at, how many stay static, and the others with their ratios."""
+        exploded = self.exploded
+        return {"over": self.over, "static": len(self.ratios) - len(exploded), "exploded": exploded}
 
 
 def inputs_text(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> str:

@@ -19,6 +19,7 @@ from lowbit.interchange.inventory import Inventory
 from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.calibrated_memory import calibrated_working_bytes
+from lowbit.pipeline.input_rules import Survey
 from lowbit.pipeline.kvcache import KVCache, kv_cache
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import divided_inputs
@@ -79,25 +80,6 @@ class TensorPlan:
             return {self.name: (self.dtype, self.shape)}
         parts = self.format.parts(self.stored_shape) | self.input_parts()
         return {f"{self.name}.{part}": spec for part, spec in parts.items()}
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What calibration text said of static ranges before the plan: `ratios` by weight, of the largest |x| to the root mean
-    square of the median token; those `over` a limit have exploded. `key`: what it depends on."""
-
-    key: str
-    over: float
-    ratios: dict[str, float]
-
-    @property
-    def exploded(self) -> dict[str, float]:
-        return {name: ratio for name, ratio in self.ratios.items() if ratio > self.over}
-
-    def to_json(self) -> dict[str, Any]:
-        """How many layers were looked at, how many stay static, and the others with their ratios."""
-        exploded = self.exploded
-        return {"over": self.over, "static": len(self.ratios) - len(exploded), "exploded": exploded}
 
 
 @dataclass(frozen=True)

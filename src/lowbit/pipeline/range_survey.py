@@ -20,9 +20,10 @@ from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated import QUANT, CalibratedRun
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import find_waves
-from lowbit.pipeline.input_rules import InputRule
+from lowbit.pipeline.heap import trim
+from lowbit.pipeline.input_rules import InputRule, Survey
 from lowbit.pipeline.layer_globs import globs_of
-from lowbit.pipeline.plan import Plan, Survey, TensorPlan, make_plan
+from lowbit.pipeline.plan import Plan, TensorPlan, make_plan
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import Rewriter
 from lowbit.pipeline.settings import Settings
@@ -62,6 +63,7 @@ def survey(
     """
     assert plan.recipe.fallback is not None
     found = _SurveyRun(plan, source, _some(calibration), room, settings).ratios(told)
+    trim()
     ratios = {name: float(f"{found[name]:.{_DIGITS}g}") for name in judged(plan) if name in found}
     return Survey(key, plan.recipe.fallback.over, ratios)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
+from lowbit.pipeline.call_text import call_parts
 from lowbit.pipeline.input_rules import parse_fallback, parse_rule
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import EMBED, KEEP, Recipe, format_text
@@ -21,9 +22,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Keys of the text form for the inputs of linear layers, and those that are known but stand for something this version does not do.
-_OF_INPUTS = ("a", "fallback")
-_TABLES = ("layers", "inputs")
+_OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
+_TABLES = ("layers", "inputs")  # of the TOML form, by glob
+# Keys of the text form that are known but stand for something this version does not do.
 _LATER = {"kv": "KV-cache formats"}
 
 
@@ -164,31 +165,6 @@ def to_toml(recipe: Recipe) -> str:
 
 def _parse_call(text: str) -> Call:
     return Call(*call_parts(text))
-
-
-def call_parts(text: str) -> tuple[str, tuple[tuple[str, float | int | str], ...]]:
-    """Name and options of `name(option=value,...)`."""
-    name, opened, rest = text.strip().partition("(")
-    if not opened:
-        return name, ()
-    if not rest.endswith(")"):
-        raise RecipeError(f"{text!r} opens a '(' that it does not close")
-    options: list[tuple[str, Any]] = []
-    for item in filter(None, rest[:-1].split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")
-        options.append((key.strip(), _number(value.strip())))
-    return name, tuple(options)
-
-
-def _number(value: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
 
 
 def _split(text: str, separator: str) -> list[str]:
