@@ -20,7 +20,7 @@ from lowbit.nn.swap import packed_weights
 from lowbit.pipeline import api, driver
 from lowbit.pipeline.input_rules import FALLBACK, Fallback, InputRule, inputs_text
 from lowbit.pipeline.layer_globs import globs_of
-from lowbit.pipeline.range_survey import Spread
+from lowbit.pipeline.range_survey import BOUNDLESS, Spread
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.recipe_text import to_toml
 from lowbit.solvers.ranges.estimator import RangeMethod
@@ -260,7 +260,7 @@ def test_the_ratio_is_of_the_largest_value_to_the_median_token() -> None:
     assert Spread().ratio() == 0.0
     zeros = Spread()
     zeros.add(torch.tensor([[0.0, 0.0], [0.0, 0.0], [7.0, 0.0]]))
-    assert zeros.ratio() == float("inf")
+    assert zeros.ratio() == BOUNDLESS
 
 
 def test_globs_match_what_they_are_made_for() -> None:

@@ -33,6 +33,7 @@ from lowbit.pipeline.tap import Tap
 from lowbit.solvers import Call
 
 WINDOWS = 8  # explosions are of single tokens that every text has, such as the first; spread evenly over the text
+BOUNDLESS = 1e30
 _DIGITS = 4  # of a ratio: fewer than the order of additions changes
 
 
@@ -174,9 +175,12 @@ class Spread:
         self.tokens.append(x.square().mean(1).sqrt())
 
     def ratio(self) -> float:
-        """max |x| / median over tokens of the root mean square over channels; 0 of nothing but zeros."""
+        """max |x| / median over tokens of the root mean square over channels; 0 of nothing but zeros.
+
+        Where most tokens are zero throughout, so that nothing is typical, it is BOUNDLESS, which JSON can hold.
+        """
         typical = float(torch.cat(self.tokens).median()) if self.largest else 1.0
-        return self.largest / typical if typical else float("inf")
+        return self.largest / typical if typical else BOUNDLESS
 
 
 def _cheap(recipe: Recipe) -> Recipe:
