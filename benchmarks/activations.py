@@ -87,7 +87,10 @@ def main() -> None:
     lines += ["", "| input of | largest | median largest of a token | root mean square | largest / median |"]
     lines += ["| --- | --: | --: | --: | --: |", *massive(model, windows)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(f"{arguments.windows} windows of 1024 tokens\n\n" + "\n".join(lines) + "\n")
+    # What is written by hand below the tables stays.
+    told = arguments.out.read_text().partition("\n## ") if arguments.out.exists() else ("", "", "")
+    tables = f"{arguments.windows} windows of 1024 tokens\n\n" + "\n".join(lines) + "\n"
+    arguments.out.write_text(tables + told[1] + told[2])
     print("\n".join(lines))
 
 

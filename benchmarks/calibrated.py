@@ -52,7 +52,8 @@ def quantized_row(
         raise SystemExit(f"{recipe}: {done.stderr.strip()}")
     told = json.loads(done.stdout)
     plan = told["plan"]
-    return {
+    inputs = {key: plan[key] for key in ("inputs", "ranges") if plan.get(key)}
+    return inputs | {
         "recipe": shown(" ".join([recipe, *extra])), "text": plan["recipe"], "seconds": round(told["seconds"], 1),
         "process_seconds": round(time.perf_counter() - start, 1), "peak_mb": round(told["peak_bytes"] / 1e6),
         "linear_bits": round(plan["linear_bits_per_weight"], 4), "bits": round(plan["bits_per_weight"], 4),
@@ -148,7 +149,7 @@ def main() -> None:
             if folder is not None:
                 if reference is None:
                     reference = Reference(source.load_float(), windows, 6 << 30)
-                whole = kind == "peer" or " a=" in row["text"] or ",a=" in row["text"]
+                whole = kind == "peer" or bool(row.get("inputs"))
                 built = open_source(folder).load_float() if kind == "peer" else lowbit.load(
                     folder, dtype=torch.float32, kernel="auto" if whole else "dense"
                 )  # fmt: skip

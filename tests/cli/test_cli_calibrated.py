@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import lowbit
 from lowbit.cli.main import app
 from lowbit.interchange.folder import read_json
+from lowbit.measure.api import folder_parts
 from tiny import save_tiny
 
 TEXT = "the man in the rain and another thing in the train ran on and on " * 60
@@ -67,3 +69,24 @@ def test_a_target_in_bits_is_met_from_below(room: Path) -> None:
 def test_options_that_would_be_ignored_are_errors(room: Path, options: list[str], message: str) -> None:
     code, said = run("quantize", room / "float", "w4", "-o", room / "never", *options)
     assert code == 2 and message in " ".join(said.split()) and not (room / "never").exists()
+
+
+def test_layers_that_are_not_static_are_shown(room: Path) -> None:
+    """By the plan as a possibility, then by what quantized, by the card of a folder and by inspect as they are."""
+    recipe = "absmax@int8:channel,a=minmax@int8:tensor,fallback=int8:g16:over=1"
+    planned = " ".join(run("plan", room / "float", recipe)[1].split())
+    assert "layers int8:tensor:static; int8:g16:over=1 where calibration text shows that a range explodes" in planned
+    out, text = room / "static", room / "text.txt"
+    _, said = run("quantize", room / "float", recipe, "-o", out, "--calibration", text, "--no-card", "--json")
+    told = json.loads(said[said.index("{") :])
+    ranges = told["plan"]["ranges"]
+    count = len(ranges["exploded"])
+    assert count and ranges["static"] == 0 and told["plan"]["inputs"] == {"int8:g16": count}
+    facts = {t["name"]: t["inputs"] for t in json.loads(run("inspect", out, "--json")[1])["tensors"]}
+    assert {n for n, inputs in facts.items() if inputs == "int8:g16"} == set(ranges["exploded"])
+    notes = folder_parts(out, lowbit.load(out)).notes
+    assert (
+        len(notes) == 1 and f"{count} of {count} are not static because their largest value is over 1 times" in notes[0]
+    )
+    listed = json.loads(run("recipes", "--json")[1])
+    assert listed["fallback"] == "int8:g64:over=32" and listed["ranges"]["percentile"] == {"p": 99.99}

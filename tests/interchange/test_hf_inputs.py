@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 import lowbit
 from lowbit.errors import FormatError
@@ -119,3 +120,25 @@ def test_inputs_that_mean_nothing_are_an_error(folder: Path) -> None:
     config.write_text(config.read_text().replace('"inputs": "int8:token"', '"inputs": "int8:tokens"'))
     with pytest.raises(FormatError, match="int8:tokens"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_head_of_its_own_loads_where_its_class_could_tie_it(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny_model("t5").config)
+    config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    plain = T5ForConditionalGeneration(config).eval()
+    plain.save_pretrained(tmp_path / "float")
+    made = lowbit.quantize(tmp_path / "float", "int8:channel", tmp_path / "packed")
+    assert "lm_head.weight" not in made.plan.tied
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "packed")
+    weights = dict(packed_weights(model))
+    head, shared = weights["lm_head.weight"], weights["shared.weight"]
+    assert head is not shared and not torch.equal(head.dequantize(), shared.dequantize())
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        x, y = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (plain, model))
+    assert float((x - y).norm() / x.norm()) < 0.03
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids, decoder_input_ids=ids).logits, y)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +237,26 @@ def test_embeddings_are_measured_in_the_format_that_recipes_give_them() -> None:
         "int4:g16"
     }
     assert replace(found).candidates == ("int4:g16",)
+
+
+def test_a_file_of_another_text_or_other_candidates_is_refused(tmp_path: Path) -> None:
+    model, path = tiny_model("llama"), tmp_path / "sensitivity.json"
+    candidates = ("int4:g16", "int8:g16")
+
+    def run(seed: int = 0, **other: Any) -> Any:
+        given = {
+            "calibration": [x for i in range(4) for x in text(VOCAB, 128, 9 * seed + i)],
+            "candidates": candidates,
+            "sensitivity": path,
+        } | other
+        return lowbit.allocate(model, "search@int4:g16", target_bits=6.0, **given)
+
+    first = run()
+    assert run(candidates=candidates[::-1]).recipe == first.recipe, "read again, in whatever order"
+    assert run(calibration=None).recipe == first.recipe, "a text that is not at hand is not compared"
+    with pytest.raises(RecipeError, match="another calibration text.*another file"):
+        run(seed=1)
+    with pytest.raises(RecipeError, match="candidates int4:g16, int8:g16 and not int4:g16, int6:g16"):
+        run(candidates=("int4:g16", "int6:g16"))
+    content = json.loads(path.read_text())
+    assert content["candidates"] == list(candidates) and len(content["settings"]["calibration"]) == 64

@@ -94,6 +94,7 @@ def _row(group: list[TensorPlan]) -> list[str]:
 
 
 def _totals(plan: Plan) -> list[tuple[str, str]]:
+    from lowbit.pipeline.input_rules import inputs_text
     from lowbit.report.wording import bytes_text, count_text
 
     before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
@@ -107,6 +108,11 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
     ]
+    counts, fallback = plan.input_counts(), plan.recipe.fallback
+    if counts:
+        static = any(t.inputs is not None and t.inputs.static for t in plan.tensors)
+        falls = f"; {fallback} where calibration text shows that a range explodes" if static and fallback else ""
+        lines.append(("inputs", inputs_text(counts, None) + falls))
     lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
     if plan.kv_bytes_per_token:
         each, whole = bytes_text(plan.kv_bytes_per_token), bytes_text(plan.kv_bytes)

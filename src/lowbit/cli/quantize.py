@@ -138,13 +138,16 @@ def _measure(made: Any, text: str | None, windows: int) -> Any:
 
 
 def _written(made: Any, out: Path, seconds: float) -> str:
+    from lowbit.pipeline.input_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
     plan = made.plan
     speed = bytes_text(plan.bytes_before / max(seconds, 1e-9))
+    counts, ranges = plan.input_counts(), made.report.ranges
+    inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
         f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {seconds:.1f} s ({speed}/s)"
+        f"({plan.bits_per_weight:.2f} bits per weight) in {seconds:.1f} s ({speed}/s){inputs}"
     )
 
 

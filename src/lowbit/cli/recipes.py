@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -23,8 +23,10 @@ def register(app: typer.Typer) -> None:
 def recipes(as_json: Json = False) -> None:
     """List the presets, what each stands for, and the methods that recipes are built from."""
     from lowbit.formats.text import NAMED
+    from lowbit.pipeline.input_rules import FALLBACK
     from lowbit.pipeline.presets import PRESETS
     from lowbit.pipeline.recipe import Recipe  # which also announces transforms and tuners
+    from lowbit.solvers.ranges.estimator import estimators, options_of
     from lowbit.solvers.registry import methods
 
     if as_json:
@@ -38,8 +40,17 @@ def recipes(as_json: Json = False) -> None:
             for n, p in PRESETS.items()
         }
         found = {n: {"kind": m.kind, "summary": m.summary, "options": m.options} for n, m in methods().items()}
-        console.print_json({"presets": presets, "methods": found, "formats": NAMED})
+        console.print_json(
+            {
+                "presets": presets,
+                "methods": found,
+                "formats": NAMED,
+                "ranges": {n: options_of(k) for n, k in estimators().items()},
+                "fallback": f"{FALLBACK}:over={FALLBACK.over:g}",
+            }
+        )
         return
+    ranges = ", ".join(f"{n}({_pairs(options_of(k))})".removesuffix("()") for n, k in estimators().items())
     screen = console.stdout()
     rows = [
         (n, p.text + (f"\nwith calibration text: {p.calibrated}" if p.calibrated else ""), p.about, p.source)
@@ -51,13 +62,21 @@ def recipes(as_json: Json = False) -> None:
     screen.print(_table("Formats with a name of their own", ("name", "stands for"), list(NAMED.items())))
     screen.print(
         "A recipe is a preset, a format (int4:g32), METHOD@FORMAT, or any of these with settings:\n"
-        "  search@int4:g32,embed=int6:g64,*.down_proj=int8:channel,*.layers.0.*=keep",
+        "  search@int4:g32,embed=int6:g64,*.down_proj=int8:channel,*.layers.0.*=keep\n"
+        "Inputs of linear layers in few bits: a= for all, a:GLOB= for some; static ranges name an estimator, and layers whose\n"
+        f"range explodes on the text fall back to dynamic ones (fallback={FALLBACK}:over={FALLBACK.over:g} unless told; never):\n"
+        "  smooth+search@int8:channel,a=minmax@int8:tensor,a:*.down_proj=int8:g64,a:*.layers.0.*=float\n"
+        f"Estimators of ranges: {ranges}",
         markup=False,
     )
 
 
 def _options(method: Method) -> str:
-    return ", ".join(f"{name}={default}" for name, default in method.options.items())
+    return _pairs(method.options)
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={default}" for name, default in options.items())
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> RenderableType:

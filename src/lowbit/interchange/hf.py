@@ -66,6 +66,8 @@ class LowbitQuantizer(HfQuantizer):
             weight = self.quantization_config.packed(name, dtype)
             weight._is_hf_initialized = True  # what initializes modules with missing tensors leaves it alone
             place(model, name, weight)
+            # Some classes list the head among what is tied even where it has a weight of its own, as T5 does.
+            model.all_tied_weights_keys.pop(name, None)
         for alias, name in self.quantization_config.packed_aliases().items():
             place(model, alias, _Awaited(self.quantization_config.packed(name, dtype).shape))
             model.all_tied_weights_keys.pop(alias, None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.calibration import SAMPLES
 from lowbit.pipeline.folder_writer import MANIFEST
+from lowbit.pipeline.input_rules import inputs_text
 from lowbit.pipeline.loading import as_dtype, load
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
@@ -175,9 +177,10 @@ def plan_parts(plan: Plan) -> CardParts:
     """What a plan knows for the card: sizes, coverage, what was kept and why."""
     quantized = sum(t.count for t in plan.tensors if t.format is not None)
     kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
-    notes: tuple[str, ...] = ()
+    ranges = None if plan.survey is None else plan.survey.to_json()
+    notes = _inputs_note(plan.input_counts(), ranges)
     if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
-        notes = (
+        notes += (
             f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
         )
     return CardParts(
@@ -185,6 +188,10 @@ def plan_parts(plan: Plan) -> CardParts:
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
         notes=notes,
     )  # fmt: skip
+
+
+def _inputs_note(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> tuple[str, ...]:
+    return (f"inputs: {inputs_text(counts, ranges)}",) if counts else ()
 
 
 def folder_parts(folder: Path, model: nn.Module) -> CardParts:
@@ -197,9 +204,11 @@ def folder_parts(folder: Path, model: nn.Module) -> CardParts:
     recipe = manifest.get("recipe", {})
     title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
     kept = total - quantized
+    counts = Counter(str(w.inputs) for w in packed.values() if w.inputs is not None)
     return CardParts(
         str(folder), title, total, Coverage(quantized, total, (f"{kept:,} in float",) if kept else ()),
         bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
+        notes=_inputs_note(dict(counts.most_common()), manifest.get("ranges")),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from lowbit.pipeline.driver import (
     OnLayer,
     Progress,
     Report,
+    fingerprint,
     make_report,
     quantization_config,
     reported,
@@ -30,9 +31,10 @@ from lowbit.pipeline.driver import (
     solved_tensors,
     write_folder,
 )  # fmt: skip
-from lowbit.pipeline.folder_writer import replace_folder
+from lowbit.pipeline.folder_writer import head_of, replace_folder
 from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
+from lowbit.pipeline.range_survey import judged, recalled, survey, with_survey
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import rewritten
 from lowbit.pipeline.settings import Settings
@@ -131,6 +133,7 @@ def quantize(
             raise RecipeError("calibrated methods run on the CPU in this version; leave device out")
         tok = None if _has_ids(calibration) else source.tokenizer()
         text = load_calibration(calibration, tok, source, samples=samples, length=length, chat=chat)
+        plan = _surveyed(plan, source, text, None if out is None else head_of(out), progress)
     if isinstance(model, nn.Module) and out is None:
         return _in_memory(model, source, plan, progress, device, text, on_layer)
     if out is None:
@@ -154,6 +157,23 @@ def quantize(
     result = Quantized(plan, report, source)
     result.folder = Path(out)
     return result
+
+
+def _surveyed(
+    plan: Plan, source: Source, text: Calibration, head: dict[str, Any] | None, progress: Progress | None
+) -> Plan:
+    """The plan after its static ranges were looked at; what an unfinished run found (`head` of its journal) counts."""
+    if not judged(plan):
+        return plan
+    settings = Settings.of_this_machine()
+    key = fingerprint(plan, source, "cpu", text, settings)
+    found = recalled(head or {}, key)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="lowbit-") as room:
+            total = plan.bytes_before
+            told = (lambda name: progress(f"ranges of inputs: {name}", 0, total)) if progress else (lambda name: None)
+            found = survey(plan, source, text, Path(room), settings, key, told)
+    return with_survey(plan, source, found)
 
 
 def _check_apart(model: Path, out: Path) -> None:

@@ -21,6 +21,7 @@ from lowbit.pipeline.calibrated import STATES, CalibratedRun
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
+from lowbit.pipeline.range_survey import remembered
 from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.solve import OutputError, Solved, solve
 from lowbit.pipeline.tuned import tune_folder
@@ -49,7 +50,8 @@ class LayerReport:
 class Report:
     """What quantizing did: layers, coverage (share of parameters quantized), bytes, bits per weight.
 
-    `tuning`: what a tuner of the whole model said of its work, such as the loss before and after.
+    `tuning`: what a tuner of the whole model said of its work, such as the loss before and after. `ranges`: of static
+    inputs, which layers are not static because their range explodes.
     """
 
     recipe: str
@@ -62,6 +64,7 @@ class Report:
     kept: dict[str, tuple[int, int]]
     calibration: dict[str, Any] | None = None
     tuning: dict[str, Any] | None = None
+    ranges: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -86,7 +89,7 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
             8 * t.bytes_after / max(1, t.count),
             float(facts[t.name]["error"]),
             OutputError(**found) if (found := facts[t.name].get("output")) else None,
-            str(facts[t.name].get("note", "")),
+            "; ".join(filter(None, (str(facts[t.name].get("note", "")), plan.note_of(t.name)))),
         )
         for t in plan.tensors
     )
@@ -94,6 +97,7 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
         str(plan.recipe), layers, plan.coverage, plan.bytes_before, plan.bytes_after, plan.bits_per_weight,
         plan.linear_bits_per_weight, plan.kept(), None if calibration is None else calibration.to_json(),
         next((entry["tuned"] for entry in facts.values() if "tuned" in entry), None),
+        None if plan.survey is None else plan.survey.to_json(),
     )  # fmt: skip
 
 
@@ -168,7 +172,9 @@ def write_folder(
     """
     settings = None if calibration is None else Settings.of_this_machine()
     run: CalibratedRun | None = None
-    writer = FolderWriter(out, plan.shards, fingerprint(plan, source, device, calibration, settings), overwrite)
+    writer = FolderWriter(
+        out, plan.shards, fingerprint(plan, source, device, calibration, settings), overwrite, remembered(plan.survey)
+    )
     try:
         done = frozenset(writer.journal)
         if solved is not None:
@@ -235,19 +241,23 @@ def _manifest(
     import safetensors
     import transformers
 
-    return {
-        "lowbit": lowbit.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "recipe": {"name": plan.recipe.name, "text": str(plan.recipe)},
-        "source": source.identity(),
-        "coverage": plan.coverage,
-        "bits_per_weight": plan.bits_per_weight,
-        "linear_bits_per_weight": plan.linear_bits_per_weight,
-        "quantization": quantization_config(plan),
-        "tensors": {
-            name: {key: value for key, value in entry.items() if key != "tensor"}
-            for name, entry in sorted(writer.journal.items())
-        },
-    } | ({} if calibration is None else {"calibration": calibration.to_json()})
+    return (
+        {
+            "lowbit": lowbit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "recipe": {"name": plan.recipe.name, "text": str(plan.recipe)},
+            "source": source.identity(),
+            "coverage": plan.coverage,
+            "bits_per_weight": plan.bits_per_weight,
+            "linear_bits_per_weight": plan.linear_bits_per_weight,
+            "quantization": quantization_config(plan),
+            "tensors": {
+                name: {key: value for key, value in entry.items() if key != "tensor"}
+                for name, entry in sorted(writer.journal.items())
+            },
+        }
+        | ({} if calibration is None else {"calibration": calibration.to_json()})
+        | ({} if plan.survey is None else {"ranges": plan.survey.to_json()})
+    )

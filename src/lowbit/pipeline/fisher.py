@@ -63,8 +63,13 @@ def cut(ids: Sequence[Tensor], sequences: int, length: int) -> tuple[list[Tensor
         raise TextError(
             f"the calibration text has {total} tokens, fewer than 2 pieces of {length}; give more, or a shorter length"
         )
+    picked = torch.linspace(0, len(pieces) - 1, min(sequences, len(pieces))).round().long().tolist()
+    return [pieces[i] for i in picked], text_digest(ids)
+
+
+def text_digest(ids: Sequence[Tensor]) -> str:
+    """SHA-256 of token ids [any length] each, every piece after its length."""
     digest = hashlib.sha256()
     for x in ids:
         digest.update(len(x).to_bytes(8, "little") + x.to(torch.int64).cpu().numpy().tobytes())
-    picked = torch.linspace(0, len(pieces) - 1, min(sequences, len(pieces))).round().long().tolist()
-    return [pieces[i] for i in picked], digest.hexdigest()
+    return digest.hexdigest()

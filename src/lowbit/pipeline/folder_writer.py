@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ class FolderWriter:
     `complete`: everything is written and checked, and only the folder's name is missing.
     """
 
-    def __init__(self, out: str | Path, shards: tuple[Shard, ...], fingerprint: str, overwrite: bool = False) -> None:
-        """OutputError when OUT has something in it, cannot be written, or holds an unfinished other run."""
+    def __init__(
+        self, out: str | Path, shards: tuple[Shard, ...], fingerprint: str, overwrite: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """OutputError when OUT has something in it, cannot be written, or holds an unfinished other run.
+
+        `notes` stand in the journal's first line, for `head_of` to find when the run is taken up again.
+        """
         if not str(out):
             raise OutputError("the name of the folder to write is empty; give one")
         self.out = Path(out).resolve()
         self.complete = False
-        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.partial, self.notes = partial_of(self.out), dict(notes or {})
         self.shards, self.overwrite = shards, overwrite
         self.place = {name: shard for shard in shards for name in shard.spans}
         self.journal: dict[str, dict[str, Any]] = {}
@@ -91,7 +98,7 @@ class FolderWriter:
             raise OutputError(
                 f"{self.out} needs {needed:,} bytes and the disk has {free:,} free; make room or choose another"
             )
-        self._write_journal({"fingerprint": fingerprint})  # first of all: it says that the folder is ours
+        self._write_journal({"fingerprint": fingerprint, **self.notes})  # first of all: it says that the folder is ours
         create(self.partial, self.shards)
 
     def _write_journal(self, head: dict[str, Any]) -> None:
@@ -203,6 +210,17 @@ class FolderWriter:
                 f"the disk is full at {self.partial}; what was written has been removed: make room and repeat"
             )
         return OutputError(f"cannot write {self.partial}: {error.strerror or error}; check the path and its rights")
+
+
+def partial_of(out: Path) -> Path:
+    """Where the folder `out` is made."""
+    return out.with_name(out.name + ".partial")
+
+
+def head_of(out: str | Path) -> dict[str, Any]:
+    """The first line of the journal of an unfinished run; empty where there is none."""
+    path = partial_of(Path(out).resolve()) / JOURNAL
+    return next(iter(_readable(path)), {}) if path.is_file() else {}
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:

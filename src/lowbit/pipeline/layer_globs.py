@@ -49,6 +49,21 @@ def with_layers(
     return replace(made, layers=(*ours, *wrong, *recipe.layers))
 
 
+def globs_of(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Few globs that match all of `names` and nothing else of `known`."""
+    wanted, every = dict.fromkeys(names), list(known)
+    roles: defaultdict[str, list[str]] = defaultdict(list)
+    for name in wanted:
+        roles[role_of(name)].append(name)
+    found: list[str] = []
+    for role, members in roles.items():
+        for tried in ((role,), tuple(_numbered(members)), tuple(members)):
+            if {n for n in every if any(Recipe.matches(p, n) for p in tried)} == set(members):
+                found += tried
+                break
+    return tuple(found)
+
+
 def role_of(name: str) -> str:
     """`model.layers.3.mlp.up_proj.weight` -> `model.layers.*.mlp.up_proj`."""
     return ".".join("*" if part.isdigit() else part for part in name.removesuffix(".weight").split("."))

@@ -6,6 +6,7 @@ What every tensor becomes, the exact bytes of the files, the peak memory, and th
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from lowbit.interchange.inventory import Inventory
 from lowbit.interchange.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.calibrated_memory import calibrated_working_bytes
+from lowbit.pipeline.input_rules import Survey
 from lowbit.pipeline.kvcache import KVCache, kv_cache
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import divided_inputs
@@ -85,6 +87,7 @@ class Plan:
     """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact.
 
     `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
+    `survey`: which layers of a static recipe are not static, and why; None where no text was looked at.
     """
 
     label: str
@@ -95,6 +98,7 @@ class Plan:
     context: int
     max_shard_bytes: int = MAX_SHARD
     source_bytes: int | None = None
+    survey: Survey | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -172,6 +176,18 @@ class Plan:
                 out[t.keep or ""] = (tensors + 1, count + t.count)
         return out
 
+    def input_counts(self) -> dict[str, int]:
+        """Text of inputs in few bits -> layers that have them, the most common first."""
+        found = Counter(str(t.inputs) for t in self.tensors if t.inputs is not None)
+        return dict(found.most_common())
+
+    def note_of(self, name: str) -> str:
+        """Why the inputs of a weight are not what the recipe has for all; empty where they are."""
+        ratio = None if self.survey is None else self.survey.exploded.get(name)
+        if self.survey is None or ratio is None:
+            return ""
+        return f"inputs not static: their largest value is {ratio:g} times a typical one, over {self.survey.over:g}"
+
     def to_json(self) -> dict[str, Any]:
         """Everything above, as JSON values."""
         keys = (
@@ -182,6 +198,9 @@ class Plan:
         out["recipe"] = str(self.recipe)
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
+        out["inputs"] = self.input_counts()
+        if self.survey is not None:
+            out["ranges"] = self.survey.to_json()
         out["tensors"] = [
             {
                 "name": t.name, "shape": list(t.shape), "kind": t.kind, "dtype": str(t.dtype).removeprefix("torch."),
@@ -209,6 +228,11 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
             raise RecipeError(
                 f"{pattern}={fmt} can do nothing: {first.name!r} is never quantized ({first.keep}); leave it out"
             )
+    for pattern, rule in recipe.layer_inputs:
+        matched = [t for t in tensors if recipe.matches(pattern, t.name)]
+        if not any(has_inputs(t) for t in matched):
+            what = "has no quantized linear layer" if matched else "matches no tensor"
+            raise RecipeError(f"a:{pattern}={rule} {what} of {source.label}; names look like {_example(tensors)!r}")
     return Plan(
         source.label,
         recipe,
@@ -239,11 +263,19 @@ def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe, divided: boo
             keep = BY_RECIPE
         elif not spec.dtype.is_floating_point:
             fmt, keep = None, f"not a float tensor ({spec.dtype})"
-    # Experts index their stacks, which the int8 product does not serve; embeddings are looked up, not multiplied.
-    inputs = recipe.inputs if fmt is not None and param.kind in ("linear", "conv1d") else None
-    if inputs is not None and divided:
-        inputs = replace(inputs, divisor=True)
-    return TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep, inputs)
+    found = TensorPlan(spec.name, spec.shape, param.kind, spec.dtype, param.transposed, fmt, keep)
+    if not has_inputs(found):
+        return found
+    inputs = recipe.rule_for(spec.name).inputs
+    if divided:  # also where it stays float: weights that share an input are scaled together
+        inputs = Inputs(None, divisor=True) if inputs is None else replace(inputs, divisor=True)
+    return replace(found, inputs=inputs)
+
+
+def has_inputs(t: TensorPlan) -> bool:
+    """Whether the inputs of a tensor can be in few bits: experts index their stacks, which the int8 product does not
+    serve; embeddings are looked up, not multiplied."""
+    return t.format is not None and t.kind in ("linear", "conv1d")
 
 
 def _example(tensors: tuple[TensorPlan, ...]) -> str:

@@ -8,6 +8,7 @@ guided+gptq@int4:g32                tokens count by their gradients
 gptq+distill@int4:g32               and a tuner of what is stored, after it
 rotate+awq+gptq@int4:g64            transforms of the model first, in this order
 smooth@int8:channel,a=int8:token    the inputs of linear layers in few bits too
+...,a=minmax@int8:tensor,a:*.down_proj=int8:g64,fallback=never      those of single layers: see `input_rules.py`
 kmeans@kmeans4:channel              a solver
 hqq+rtn@uint4:g64:zero=fp16         both
 int4:g32                            a format alone: the best data-free fit and solver for it
@@ -24,6 +25,7 @@ from pathlib import Path
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.formats.inputs import Inputs
+from lowbit.pipeline.input_rules import FALLBACK, NEVER, Fallback, InputRule
 from lowbit.pipeline.presets import PRESETS
 from lowbit.solvers import Call
 from lowbit.solvers.ranges.estimator import RangeMethod
@@ -48,6 +50,8 @@ class Recipe:
     `weighting` says how much each token counts in the statistics; None: all the same.
     `tuner` moves what the solver stored by gradient descent, or None.
     `inputs` (`a=`) are those of linear layers; static ones take their range from the estimator `range`.
+    `layer_inputs` (`a:GLOB=`) are those of single layers, the last match wins. `fallback`: what static inputs of `a=`
+    become where their range explodes on the calibration text, None for never.
     """
 
     format: Format
@@ -61,6 +65,8 @@ class Recipe:
     range: RangeMethod | None = None
     tuner: Call | None = None
     weighting: Call | None = None
+    layer_inputs: tuple[tuple[str, InputRule], ...] = ()
+    fallback: Fallback | None = FALLBACK
 
     def __post_init__(self) -> None:
         check_order([call.name for call in self.transforms])
@@ -72,6 +78,11 @@ class Recipe:
             reason = call.method.declines(self.format) if call is not None else None
             if reason is not None:
                 raise RecipeError(f"{call.name!r} {reason}")  # type: ignore[union-attr]
+        if self.fallback != FALLBACK and not (self.inputs is not None and self.inputs.static):
+            raise RecipeError(
+                f"fallback={self.fallback or NEVER} is for static inputs, and this recipe has none for all layers; "
+                "add a=minmax@int8:tensor, or leave it out"
+            )
 
     def format_for(self, name: str, kind: str) -> Format | None:
         """The format of a parameter (`kind` as in the inventory), or None to keep it."""
@@ -85,6 +96,24 @@ class Recipe:
     def matches(pattern: str, name: str) -> bool:
         """Whether a layer glob means this parameter; `.weight` at the end may be left out."""
         return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))
+
+    def rule_for(self, name: str) -> InputRule:
+        """How the inputs of a parameter of a linear layer are stored, and what finds their range."""
+        chosen = InputRule(self.inputs, self.range)
+        for pattern, rule in self.layer_inputs:
+            if self.matches(pattern, name):
+                chosen = rule
+        return chosen
+
+    @property
+    def rules(self) -> tuple[InputRule, ...]:
+        """Of all layers, then of single ones."""
+        return InputRule(self.inputs, self.range), *(rule for _, rule in self.layer_inputs)
+
+    @property
+    def stores_inputs(self) -> bool:
+        """Whether the inputs of any layer are in few bits."""
+        return any(rule.inputs is not None for rule in self.rules)
 
     def fit_for(self, fmt: Format) -> Call:
         """The recipe's fit, or where that cannot serve a format of embeddings or single layers the best for it."""
@@ -117,7 +146,7 @@ class Recipe:
         for call in self.transforms:
             if FACTS[call.name].kind == "group":
                 return call.name
-        return f"a={self.inputs}" if self.inputs is not None and self.inputs.static else None
+        return next((f"a={rule}" for rule in self.rules if rule.inputs is not None and rule.inputs.static), None)
 
     @property
     def uses_calibration(self) -> bool:
@@ -145,17 +174,14 @@ class Recipe:
         if self.embed != EMBED:
             text += f",embed={format_text(self.embed)}"
         if self.inputs is not None:
-            text += f",a={self.inputs_text}"
+            text += f",a={InputRule(self.inputs, self.range)}"
+        if self.fallback != FALLBACK:
+            text += f",fallback={self.fallback or NEVER}"
+        for pattern, rule in self.layer_inputs:
+            text += f",a:{pattern}={rule}"
         for pattern, fmt in self.layers:
             text += f",{pattern}={format_text(fmt)}"
         return text
-
-    @property
-    def inputs_text(self) -> str:
-        """As after `a=`: the estimator of a static range, then the format."""
-        if self.range is None or (self.range == RangeMethod("minmax")):
-            return str(self.inputs)
-        return f"{self.range}@{self.inputs}"
 
     @property
     def title(self) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
-from lowbit.formats.inputs import parse_inputs
+from lowbit.pipeline.call_text import call_parts
+from lowbit.pipeline.input_rules import parse_fallback, parse_rule
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import EMBED, KEEP, Recipe, format_text
 from lowbit.solvers import Call
-from lowbit.solvers.ranges.estimator import RangeMethod
 from lowbit.solvers.registry import methods
 
 if sys.version_info >= (3, 11):
@@ -22,6 +22,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
+_TABLES = ("layers", "inputs")  # of the TOML form, by glob
 # Keys of the text form that are known but stand for something this version does not do.
 _LATER = {"kv": "KV-cache formats"}
 
@@ -82,59 +84,61 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
 
 
 def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
-    for setting in settings:
+    # A fallback is for the static inputs that another setting names, wherever that stands.
+    for setting in sorted(settings, key=lambda s: s.strip().startswith("fallback=")):
         key, equals, value = setting.strip().partition("=")
         if not equals or not value:
             raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
         if key in _LATER:
             raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
-        if key == "a":
-            recipe = _with_inputs(recipe, value)
+        if key.partition(":")[0] in _OF_INPUTS:
+            recipe = _with_inputs(recipe, key, value, whole)
             continue
         is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
         if key != "embed" and not is_glob:
             raise RecipeError(
-                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', 'a'])} "
-                "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
+                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', *_OF_INPUTS])} "
+                "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, a:*.down_proj=FORMAT for those of some, "
+                "fallback=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
             )
         fmt = _layer_format(value)
         recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
     return recipe
 
 
-def _with_inputs(recipe: Recipe, value: str) -> Recipe:
-    """`a=int8:token`, or with the estimator of a static range in front: `a=percentile(p=99.9)@int8:tensor`."""
-    head, at, text = value.rpartition("@")
-    inputs = parse_inputs(text)
-    if not at:
-        return replace(recipe, inputs=inputs, range=None)
-    name, options = _call_parts(head)
-    numbers = tuple((k, v) for k, v in options if not isinstance(v, str))
-    if len(numbers) < len(options):
-        raise RecipeError(f"the options of {name!r} are numbers: {head!r}")
-    if not inputs.static:
-        inputs = replace(inputs, static=True)
-    return replace(recipe, inputs=inputs, range=RangeMethod(name, numbers))
+def _with_inputs(recipe: Recipe, key: str, value: str, whole: str) -> Recipe:
+    """`a=INPUTS`, `a:GLOB=INPUTS` or `fallback=INPUTS`: see `input_rules.py`."""
+    word, colon, pattern = key.partition(":")
+    if colon and (word == "fallback" or not pattern):
+        raise RecipeError(f"{key!r} in recipe {whole!r} names no layers; write a:*.down_proj={value}, for example")
+    if word == "fallback":
+        return replace(recipe, fallback=parse_fallback(value))
+    rule = parse_rule(value)
+    if colon:
+        return replace(recipe, layer_inputs=(*recipe.layer_inputs, (pattern, rule)))
+    return replace(recipe, inputs=rule.inputs, range=rule.range)
 
 
 def _from_toml(path: Path) -> Recipe:
-    """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep"."""
+    """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep", [inputs] with
+    "glob" = "inputs or float"."""
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe file {str(path)!r} is not TOML: {error}") from None
-    allowed = ("recipe", "embed", "layers")
+    allowed = ("recipe", "embed", *_TABLES)
     for key in table:
         if key not in allowed:
             raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
     text = table.get("recipe")
     if not isinstance(text, str) or text.endswith(".toml"):
         raise RecipeError(f'recipe file {str(path)!r} needs a line such as recipe = "search@int4:g32"')
-    layers = table.get("layers", {})
-    if not isinstance(layers, dict) or not all(isinstance(v, str) for v in layers.values()):
-        raise RecipeError(f'[layers] in {str(path)!r} is a table of "glob" = "format"')
+    layers, inputs = (table.get(key, {}) for key in _TABLES)
+    for key, found in zip(_TABLES, (layers, inputs)):
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise RecipeError(f'[{key}] in {str(path)!r} is a table of "glob" = "format"')
     recipe = parse_recipe(text)
     if "embed" in table:
         recipe = replace(_with_settings(recipe, [f"embed={table['embed']}"], str(path)), name=None)
@@ -142,45 +146,25 @@ def _from_toml(path: Path) -> Recipe:
         recipe = replace(
             recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None
         )
+    if inputs:
+        rules = tuple((g, parse_rule(v)) for g, v in inputs.items())
+        recipe = replace(recipe, layer_inputs=(*recipe.layer_inputs, *rules), name=None)
     return recipe
 
 
 def to_toml(recipe: Recipe) -> str:
     """The TOML form; reading it gives the recipe back."""
-    plain = replace(recipe, embed=EMBED, layers=())
+    plain = replace(recipe, embed=EMBED, layers=(), layer_inputs=())
     lines = [f'recipe = "{plain}"', f'embed = "{format_text(recipe.embed)}"']
     if recipe.layers:
         lines += ["", "[layers]", *(f'{json.dumps(pattern)} = "{format_text(fmt)}"' for pattern, fmt in recipe.layers)]
+    if recipe.layer_inputs:
+        lines += ["", "[inputs]", *(f'{json.dumps(pattern)} = "{rule}"' for pattern, rule in recipe.layer_inputs)]
     return "\n".join(lines) + "\n"
 
 
 def _parse_call(text: str) -> Call:
-    return Call(*_call_parts(text))
-
-
-def _call_parts(text: str) -> tuple[str, tuple[tuple[str, float | int | str], ...]]:
-    """Name and options of `name(option=value,...)`."""
-    name, opened, rest = text.strip().partition("(")
-    if not opened:
-        return name, ()
-    if not rest.endswith(")"):
-        raise RecipeError(f"{text!r} opens a '(' that it does not close")
-    options: list[tuple[str, Any]] = []
-    for item in filter(None, rest[:-1].split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")
-        options.append((key.strip(), _number(value.strip())))
-    return name, tuple(options)
-
-
-def _number(value: str) -> float | int | str:
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
+    return Call(*call_parts(text))
 
 
 def _split(text: str, separator: str) -> list[str]:

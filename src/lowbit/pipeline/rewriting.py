@@ -37,14 +37,14 @@ def arch_or_none(source: Source, recipe: Recipe) -> Arch | None:
     try:
         return arch_of(source)
     except TransformError:
-        if recipe.inputs is not None:
+        if recipe.stores_inputs:
             return None
         raise
 
 
 def divided_inputs(source: Source, recipe: Recipe) -> Callable[[str], bool]:
     """Whether the input of a weight is divided while running: it is scaled, and nothing before can take the division."""
-    if not group_transforms(recipe) or recipe.inputs is None:
+    if not group_transforms(recipe) or not recipe.stores_inputs:
         return lambda name: False
     arch = arch_or_none(source, recipe)
     taken = set() if arch is None else {name for point in arch.points for name in point.consumers}

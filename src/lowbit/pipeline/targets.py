@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.formats import Format
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, parse_format
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.allocation import Allocation
 from lowbit.pipeline.budget import allocation
-from lowbit.pipeline.calibration import LENGTH, SAMPLES, load_calibration
+from lowbit.pipeline.calibration import LENGTH, SAMPLES, SELF, Calibration, load_calibration
 from lowbit.pipeline.driver import Progress
+from lowbit.pipeline.fisher import text_digest
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
 from lowbit.pipeline.settings import Settings
@@ -37,7 +39,9 @@ def allocate(
     The target is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
     and `sequences`: weights and KV cache together). `recipe` gives the method; its format is only a starting point.
     `sensitivity`: what `measure_sensitivity` gave, or a file: read where it exists, else measured on `calibration`
-    (text as in `quantize`; None: what the model writes itself) and written. `allocation.recipe` goes to `quantize`.
+    (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
+    text or with other candidates; a text that the model would have to write first is not compared.
+    `allocation.recipe` goes to `quantize`.
     """
     source = open_source(model, tokenizer=tokenizer)
     wanted = Recipe.of(recipe).calibrated()
@@ -51,11 +55,31 @@ def _sensitivity(
 ) -> Sensitivity:  # fmt: skip
     if isinstance(given, Sensitivity):
         return given
-    if given is not None and Path(given).exists():
-        return Sensitivity.load(given)
+    known = Sensitivity.load(given) if given is not None and Path(given).exists() else None
+    if known is not None and (calibration is None or calibration == SELF):
+        return _same(known, given, candidates, None)
     text = load_calibration(calibration, None, source, samples=samples, length=length, chat=chat)
+    if known is not None:
+        return _same(known, given, candidates, text)
     autocast = Settings.of_this_machine().autocast
     found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress)
     if given is not None:
         found.save(given)
     return found
+
+
+def _same(known: Sensitivity, path: Any, candidates: tuple[str, ...], text: Calibration | None) -> Sensitivity:
+    """`known`, read from `path`, if it was measured with these candidates and, where it is at hand, on this text."""
+    differ = []
+    wanted = tuple(dict.fromkeys(str(parse_format(c)) for c in candidates))
+    if set(wanted) != set(known.candidates):
+        differ.append(f"with the candidates {', '.join(known.candidates)} and not {', '.join(wanted)}")
+    measured = known.settings.get("calibration")
+    if text is not None and measured is not None and measured != text_digest(text.ids):
+        differ.append(f"on another calibration text than {text.name} ({len(text.ids)} windows, {text.tokens} tokens)")
+    if differ:
+        raise RecipeError(
+            f"the sensitivity in {path} was measured {' and '.join(differ)}; give what it was measured with, "
+            "or another file (or remove this one) to measure it again"
+        )
+    return known

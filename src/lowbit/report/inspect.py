@@ -49,7 +49,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor. Of a float model: `moments`, and `keep`, why it stays. Quantized: `format`, `bits`."""
+    """One tensor. Of a float model: `moments`, and `keep`, why it stays. Quantized: `format`, `bits`, and how `inputs` are
+    stored while the model runs, None for float ones."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,6 +62,7 @@ class TensorFacts:
     keep: str | None = None
     format: str | None = None
     bits: float | None = None
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def inspect_quantized(folder: Path) -> Inspection:
                     nbytes / total,
                     format=table[name]["format"],
                     bits=bits,
+                    inputs=table[name].get("inputs"),
                 )
             )
         else:
@@ -215,7 +218,7 @@ _PACKED = ("bits/weight",)
 
 
 def _alike(t: TensorFacts) -> Any:
-    return pattern_of(t.name), t.shape, t.dtype, t.keep, t.format
+    return pattern_of(t.name), t.shape, t.dtype, t.keep, t.format, t.inputs
 
 
 def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
@@ -223,6 +226,7 @@ def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
     first = group[0]
     kind = f"stays: {first.keep}" if first.keep else first.kind
     cells = [span_text([t.name for t in group]), shape_text(first.shape), kind, first.format or first.dtype]
+    cells[-1] += f", inputs {first.inputs}" if first.inputs else ""
     known = [t.moments for t in group if t.moments is not None]
     if is_float and known:
         numbers = (
