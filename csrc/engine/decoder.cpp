@@ -210,12 +210,12 @@ void Decoder::multiply(Member& member, const Product& product, int count, const 
 
 void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
     const int half = static_cast<int>(rope.inverse_frequency.size());
-    const int step = rope.interleaved ? 2 : 1, apart = rope.interleaved ? 1 : half;
+    if (!rope.interleaved) return kernels_.rotate(head, angles, half);
     for (int i = 0; i < half; ++i) {
-        float &a = head[i * step], &b = head[i * step + apart];
-        const float cosine = angles[i], sine = angles[half + i], before = a;
-        a = before * cosine - b * sine;
-        b = b * cosine + before * sine;
+        float &a = head[2 * i], &b = head[2 * i + 1];
+        const float before = a;
+        a = before * angles[i] - b * angles[half + i];
+        b = b * angles[i] + before * angles[half + i];
     }
 }
 
@@ -225,7 +225,7 @@ void Decoder::rotate_and_append(Member& member, const Layer& layer, int index, c
     shape.head_dim = m.head_dim;
     shape.int8 = cache.int8();
     const int heads = m.heads + m.key_heads;
-    member.share(0, std::int64_t{tokens.count} * heads, 4, [&](std::int64_t begin, std::int64_t end) {
+    member.share(0, std::int64_t{tokens.count} * heads, tokens.count == 1 ? 2 : heads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             const std::int64_t t = i / heads;
             const int h = static_cast<int>(i % heads), key_head = h - m.heads;

@@ -102,6 +102,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, int k, float epsilon, float* y);
     // y = act(a) * b, in place in a
     void (*gate)(Gate, float* a, const float* b, int n);
+    // Turns pairs (i, i + half) of a head by angles: cosines [half], then sines [half].
+    void (*rotate)(float* head, const float* angles, int half);
     // Softmax attention of `rows` queries that share one key head; see attention.inl.
     void (*attend)(const AttentionShape&, const KeyValues&, const float* q, int rows, const int* first, const int* last,
                    float* out, float* maximum, float* denominator, float* scratch);

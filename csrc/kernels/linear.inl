@@ -65,76 +65,75 @@ template <Code code, int kPlanes, int kM, int kT, int kSegment>
 LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
     using L = Line<code>;
     const int segment = kSegment > 0 ? kSegment : w.segment;
-    const int segments_in_group = w.group / segment, lines = segment / (4 * L::kQuads);
-    const bool one_group = w.groups() == 1, seeded = w.zero != 0;
+    const int lines = segment / (4 * L::kQuads), segments = x.segments, scale_bytes = w.scale_bytes();
+    const int segments_in_group = w.group / segment;
+    const bool one_group = w.groups() == 1 && !w.minimum, seeded = w.zero != 0;
     const int zero_bits = power_of(w.zero);
     B table{};
     if constexpr (code == Code::table4) table = Simd::load_table(w.table);
 
     const std::uint8_t* p[kT];
     for (int t = 0; t < kT; ++t) p[t] = w.tile(t0 + t);
-    const std::int8_t* q[kPlanes][kM];
-    for (int plane = 0; plane < kPlanes; ++plane)
-        for (int m = 0; m < kM; ++m) q[plane][m] = x.q[plane] + std::int64_t{m0 + m} * x.padded_cols;
+    const std::int8_t* q[kPlanes];
+    for (int plane = 0; plane < kPlanes; ++plane) q[plane] = x.q[plane] + std::int64_t{m0} * x.padded_cols;
+    const float* scale_x = x.scale + std::int64_t{m0} * segments;
     for (int m = 0; m < kM; ++m)
         for (int t = 0; t < kT; ++t) y[m][t] = Simd::zero();
 
-    int s = 0;
-    for (int g = 0; g < w.groups(); ++g) {
-        F scale[kT];
-        for (int t = 0; t < kT; ++t) scale[t] = load_scale(w.scales(t0 + t) + g * w.scale_bytes(), w.wide_scale);
-        for (int in_group = 0; in_group < segments_in_group; ++in_group, ++s) {
-            I sum[kPlanes][kM][kT];
-            for (int plane = 0; plane < kPlanes; ++plane) {
-                for (int m = 0; m < kM; ++m) {
-                    I start = Simd::all(0);
-                    if (seeded) start = Simd::shift_left(Simd::all(x.minus[plane][(m0 + m) * x.segments + s]), zero_bits);
-                    for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
-                }
+    std::int64_t scale_at = 0;
+    for (int s = 0, in_group = 0; s < segments; ++s) {
+        I sum[kPlanes][kM][kT];
+        for (int plane = 0; plane < kPlanes; ++plane) {
+            const std::int32_t* minus = x.minus[plane] + std::int64_t{m0} * segments + s;
+            for (int m = 0; m < kM; ++m) {
+                I start = Simd::all(0);
+                if (seeded) start = Simd::shift_left(Simd::all(minus[m * segments]), zero_bits);
+                for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
             }
+        }
 #pragma GCC unroll 8
-            for (int line = 0; line < lines; ++line) {
-                B codes[kT][L::kQuads];
-                for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
-                // One row is as fast as memory: the tiles after these are on their way while these are used.
-                if constexpr (kM == 1)
-                    for (int t = 0; t < kT; ++t) Simd::prefetch(p[t] + line * 64 + kT * w.tile_bytes);
-                for (int quad = 0; quad < L::kQuads; ++quad) {
-                    for (int plane = 0; plane < kPlanes; ++plane) {
-                        for (int m = 0; m < kM; ++m) {
-                            const B four = Simd::four_bytes(q[plane][m] + 4 * quad);
-                            for (int t = 0; t < kT; ++t)
-                                sum[plane][m][t] = L::dot(sum[plane][m][t], codes[t][quad], four);
-                        }
+        for (int line = 0; line < lines; ++line) {
+            B codes[kT][L::kQuads];
+            for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
+            // One row is as fast as memory: the tiles after these are on their way while these are used.
+            if constexpr (kM == 1)
+                for (int t = 0; t < kT; ++t) Simd::prefetch(p[t] + line * 64 + kT * w.tile_bytes);
+            for (int quad = 0; quad < L::kQuads; ++quad) {
+                for (int plane = 0; plane < kPlanes; ++plane) {
+                    for (int m = 0; m < kM; ++m) {
+                        const B four = Simd::four_bytes(q[plane] + std::int64_t{m} * x.padded_cols + 4 * quad);
+                        for (int t = 0; t < kT; ++t) sum[plane][m][t] = L::dot(sum[plane][m][t], codes[t][quad], four);
                     }
                 }
-                for (int plane = 0; plane < kPlanes; ++plane)
-                    for (int m = 0; m < kM; ++m) q[plane][m] += 4 * L::kQuads;
             }
-            for (int t = 0; t < kT; ++t) p[t] += std::int64_t{lines} * 64;
-            for (int m = 0; m < kM; ++m) {
-                const F scale_x = Simd::all(x.scale[(m0 + m) * x.segments + s]);
-                for (int t = 0; t < kT; ++t) {
-                    I whole = sum[0][m][t];
-                    if constexpr (kPlanes == 2) whole = Simd::add(Simd::shift_left(whole, 7), sum[1][m][t]);
-                    const F factor = one_group ? scale_x : Simd::multiply(scale_x, scale[t]);
-                    y[m][t] = Simd::fma(Simd::to_float(whole), factor, y[m][t]);
-                }
-            }
+            for (int plane = 0; plane < kPlanes; ++plane) q[plane] += 4 * L::kQuads;
         }
-        if (one_group) {
-            for (int m = 0; m < kM; ++m)
-                for (int t = 0; t < kT; ++t) y[m][t] = Simd::multiply(y[m][t], scale[t]);
+        for (int t = 0; t < kT; ++t) {
+            p[t] += std::int64_t{lines} * 64;
+            const F scale = one_group ? Simd::all(1.0f) : load_scale(w.scales(t0 + t) + scale_at, w.wide_scale);
+            for (int m = 0; m < kM; ++m) {
+                I whole = sum[0][m][t];
+                if constexpr (kPlanes == 2) whole = Simd::add(Simd::shift_left(whole, 7), sum[1][m][t]);
+                const F factor = Simd::multiply(scale, Simd::all(scale_x[m * segments + s]));
+                y[m][t] = Simd::fma(Simd::to_float(whole), factor, y[m][t]);
+            }
         }
         if (w.minimum) {
-            for (int m = 0; m < kM; ++m) {
-                float total = 0;
-                for (int i = s - segments_in_group; i < s; ++i) total += x.total[(m0 + m) * x.segments + i];
-                for (int t = 0; t < kT; ++t) {
-                    const F minimum = load_scale(w.minima(t0 + t) + g * w.scale_bytes(), w.wide_scale);
-                    y[m][t] = Simd::fma(Simd::all(total), minimum, y[m][t]);
-                }
+            for (int t = 0; t < kT; ++t) {
+                const F minimum = load_scale(w.minima(t0 + t) + scale_at, w.wide_scale);
+                for (int m = 0; m < kM; ++m)
+                    y[m][t] = Simd::fma(Simd::all(x.total[(m0 + m) * std::int64_t{segments} + s]), minimum, y[m][t]);
             }
+        }
+        if (++in_group == segments_in_group) {
+            in_group = 0;
+            scale_at += scale_bytes;
+        }
+    }
+    if (one_group) {
+        for (int t = 0; t < kT; ++t) {
+            const F scale = load_scale(w.scales(t0 + t), w.wide_scale);
+            for (int m = 0; m < kM; ++m) y[m][t] = Simd::multiply(y[m][t], scale);
         }
     }
 }

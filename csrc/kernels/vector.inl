@@ -86,9 +86,22 @@ void rms_norm(const float* x, const float* weight, int k, float epsilon, float* 
     }
 }
 
+void rotate(float* head, const float* angles, int half) {
+    for (int i = 0; i < half; i += kTile) {
+        const int n = half - i;
+        const F a = Simd::load_some(head + i, n), b = Simd::load_some(head + half + i, n);
+        const F cosine = Simd::load_some(angles + i, n), sine = Simd::load_some(angles + half + i, n);
+        const F minus_sine = Simd::multiply(sine, Simd::all(-1.0f));
+        Simd::store_some(head + i, Simd::fma(a, cosine, Simd::multiply(b, minus_sine)), n);
+        Simd::store_some(head + half + i, Simd::fma(b, cosine, Simd::multiply(a, sine)), n);
+    }
+}
+
 LOWBIT_INLINE float largest_magnitude(const float* x, int n) {
     F peak = Simd::zero();
-    for (int i = 0; i < n; i += kTile) peak = Simd::max(peak, Simd::abs(Simd::load_some(x + i, n - i)));
+    int i = 0;
+    for (; i + kTile <= n; i += kTile) peak = Simd::max(peak, Simd::abs(Simd::load(x + i)));
+    if (i < n) peak = Simd::max(peak, Simd::abs(Simd::load_some(x + i, n - i)));
     return Simd::largest(peak);
 }
 
@@ -107,7 +120,9 @@ void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool
         const F bound = Simd::all(reach), minus_bound = Simd::all(-reach);
         I sums[2] = {Simd::all(0), Simd::all(0)};
         for (int i = 0; i < out.segment; i += kTile) {
-            const F v = count - i > 0 ? Simd::load_some(x + start + i, count - i) : Simd::zero();
+            const F v = count - i >= kTile ? Simd::load(x + start + i)
+                        : count - i > 0    ? Simd::load_some(x + start + i, count - i)
+                                           : Simd::zero();
             const I code = Simd::to_int(Simd::max(Simd::min(Simd::multiply(v, inverse), bound), minus_bound));
             if (out.planes == 1) {
                 Simd::store_bytes(out.q[0] + at + i, code);
