@@ -6,4 +6,5 @@ NB_MODULE(_core, m) {
     lowbit::bind_features(m);
     lowbit::bind_weights(m);
     lowbit::bind_decoder(m);
+    lowbit::bind_limits(m);
 }

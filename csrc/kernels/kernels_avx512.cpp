@@ -3,6 +3,7 @@
 #include "kernels/linear.inl"
 #include "kernels/vector.inl"
 #include "kernels/attention.inl"
+#include "kernels/limits.inl"
 #include "kernels/table.inl"
 
 namespace lowbit {

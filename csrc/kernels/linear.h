@@ -110,6 +110,9 @@ struct Kernels {
     void (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
     // Row r of an 8-bit, 4-bit or float weight.
     void (*unpack_row)(const Linear&, int row, float* out);
+    // What this processor could do at best: see limits.inl.
+    std::int64_t (*peak)(std::int64_t rounds);
+    std::int64_t (*read)(const std::uint8_t* from, std::int64_t bytes);
 };
 
 // By name ("avx512vnni", "avx512", "avx2", "portable"), or the best for an empty one; nullptr for what this build or

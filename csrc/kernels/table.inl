@@ -2,7 +2,7 @@
 namespace lowbit {
 namespace {
 constexpr Kernels table_of(const char* name) {
-    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, unpack_row};
+    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, unpack_row, peak, read};
 }
 }  // namespace
 }  // namespace lowbit
