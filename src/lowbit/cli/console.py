@@ -57,8 +57,6 @@ def quiet() -> None:
 
 def generator(model: str, **options: Any) -> Any:
     """What generates text with this model; one dim line on stderr says whether it is the engine or transformers."""
-    from rich.markup import escape
-
     from lowbit.engine.engine import Engine
     from lowbit.errors import EngineError
 
@@ -76,8 +74,15 @@ def generator(model: str, **options: Any) -> Any:
 
         found = Transformers.open(model, str(error))
         said = str(found)
-    stderr().print(f"[dim]{escape(said)}[/dim]", soft_wrap=True)
+    dim(said)
     return found
+
+
+def dim(text: str) -> None:
+    """One quiet line on stderr."""
+    from rich.markup import escape
+
+    stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
 
 @contextmanager

@@ -171,14 +171,16 @@ class Builder:
         """A weight as the kernels read it, and how its input is rounded."""
         found = self.weights.get(f"{name}.weight")
         if isinstance(found.value, QTensor):
-            reason = why_not(found.value)
+            inputs, reason = self._input(name, found), why_not(found.value)
             if reason is None:
                 codes = codes_of(found.value)
-                if codes.rounded:
-                    self.program.rounded.append(name)
-                return codes, self._input(name, found)
+                if not codes.rounded or inputs.planes == 1:
+                    self.program.rounded += [name] * codes.rounded
+                    return codes, inputs
+                # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
+                reason = f"the levels of {found.value.format.grid} would have to be rounded"
             self.program.expanded[name] = reason
-            return Floats(found.value.dequantize(torch.float16)), self._input(name, found)
+            return Floats(found.value.dequantize(torch.float16)), inputs
         return Floats(as_float(found.value)), _Input(self.planes)
 
     def _input(self, name: str, found: Found) -> _Input:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.engine.batch import CHUNK, Batch, Running, marks
 from lowbit.engine.build import ACTIVATIONS, Builder, Program
+from lowbit.engine.conversation import KeptConversation
 from lowbit.engine.results import Generated, OnText, Prompt, Sampling
 from lowbit.engine.shape import Shape, shape_of
 from lowbit.engine.text import TokenText
@@ -215,6 +216,10 @@ class Engine:
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
                 "cache='int8'"
             ) from None
+
+    def conversation(self, system: str | None = None, **sampling: Any) -> KeptConversation:
+        """A conversation with this model. system: what it is told first; the rest are the fields of `Sampling`."""
+        return KeptConversation(self, system, sampling_of(sampling))
 
     def continued(self, running: Running, memory: Memory, sampling: Sampling) -> Iterator[str]:
         """Go on with one sequence whose keys and values are in place 0 of `memory` up to `running.done`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.engine.conversation import PlainConversation
 from lowbit.engine.engine import sampling_of
 from lowbit.engine.results import Generated, OnText, Sampling
 from lowbit.engine.text import TokenText
@@ -62,19 +63,13 @@ class Transformers:
         """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch."""
         alone = isinstance(prompts, str)
         every = [prompts] if alone else list(prompts)
-        results = [
-            self._one(
-                i,
-                prompt,
-                max_new_tokens,
-                [stop] if isinstance(stop, str) else list(stop),
-                raw,
-                stream,
-                sampling_of(sampling),
-            )
-            for i, prompt in enumerate(every)
-        ]
+        strings, how = [stop] if isinstance(stop, str) else list(stop), sampling_of(sampling)
+        results = [self._one(i, p, max_new_tokens, strings, raw, stream, how) for i, p in enumerate(every)]
         return results[0] if alone else results
+
+    def conversation(self, system: str | None = None, **sampling: Any) -> PlainConversation:
+        """As `Engine.conversation`; every turn reads all of it again."""
+        return PlainConversation(self, system, sampling_of(sampling))
 
     def _one(
         self, index: int, prompt: Any, limit: int, stop: list[str], raw: bool, stream: OnText | None, how: Sampling
@@ -85,15 +80,14 @@ class Transformers:
         if not ids:
             raise SourceError(f"the prompt {prompt!r} has no tokens; write a few words")
         watch = _watch(TokenText(self.tokenizer.decode, stop), index, stream)
-        device = next(self.model.parameters()).device
-        given = torch.tensor([ids], device=device)
+        given = torch.tensor([ids], device=self.model.device)  # type: ignore[arg-type]
         torch.manual_seed(how.seed + index)
         with torch.inference_mode():
-            out = type(self.model).generate(  # type: ignore[attr-defined]
+            type(self.model).generate(  # type: ignore[attr-defined]
                 self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,
                 stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(), **_options(how),
-            )[0].tolist()  # fmt: skip
-        tokens = out[1:] if self.model.config.is_encoder_decoder else out[len(ids) :]  # type: ignore[union-attr]
+            )  # fmt: skip
+        tokens = watch.tokens
         eos = getattr(self.model.generation_config, "eos_token_id", None)
         ends = {eos} if isinstance(eos, int) else set(eos or ())
         reason = "stop" if watch.text.stopped else "eos" if tokens and tokens[-1] in ends else "length"
@@ -134,15 +128,19 @@ def _watch(text: TokenText, index: int, stream: OnText | None) -> Any:
 
         def __init__(self) -> None:
             self.text, self.criterion = text, Criterion()
+            self.tokens: list[int] = []
             self.started, self.first, self.last, self._prompt = perf_counter(), 0.0, 0.0, True
 
         def put(self, value: Any) -> None:
             if self._prompt:
                 self._prompt = False
                 return
+            if self.text.stopped:  # transformers may look at its criteria one token late
+                return
             self.last = perf_counter()
             self.first = self.first or self.last
             for token in value.reshape(-1).tolist():
+                self.tokens.append(token)
                 self._show(self.text.push(token))
 
         def end(self) -> None:

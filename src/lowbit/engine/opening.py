@@ -32,7 +32,7 @@ def _of_folder(folder: Path, tokenizer: Any) -> Opened:
     if int(str(config.get("transformers_version", "0")).partition(".")[0] or 0) < 5:
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
-    words = AnyTokenizer(tokenizer) if tokenizer is not None else tokenizer_of(folder)
+    words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
     generation = folder / "generation_config.json"
     return FolderWeights(folder, config), words, _eos(read_json(generation) if generation.is_file() else {}, config)
 
@@ -46,7 +46,7 @@ def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
     words: TextTokenizer | None = None
     folder = Path(str(getattr(config, "_name_or_path", "") or "."))
     if tokenizer is not None:
-        words = AnyTokenizer(tokenizer)
+        words = _given(tokenizer)
     elif (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
         words = tokenizer_of(folder)
     generation = getattr(model, "generation_config", None)
@@ -74,6 +74,10 @@ def refuse(config: Mapping[str, Any]) -> None:
         raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
     if classes and not any(str(c).endswith("ForCausalLM") for c in classes):
         raise EngineError(f"the engine generates text, and this is a {classes[0]}")
+
+
+def _given(tokenizer: Any) -> TextTokenizer:
+    return tokenizer if isinstance(tokenizer, TextTokenizer) else AnyTokenizer(tokenizer)
 
 
 def _normalized(folder: Path) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class TokenText:
         return self._stop.found
 
     def push(self, token: int) -> str:
-        """The new text that can be shown."""
-        return self._shown(self._stop.push(self._stream.push(token)))
+        """The new text that can be shown; nothing after a stop string."""
+        return "" if self.stopped else self._shown(self._stop.push(self._stream.push(token)))
 
     def close(self) -> str:
         """The rest, when no more tokens come."""

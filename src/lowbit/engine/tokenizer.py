@@ -56,8 +56,6 @@ class FolderTokenizer(TextTokenizer):
         self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
         self._template = _template(folder, config)
         self.has_template = self._template is not None
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self._surround(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
@@ -71,17 +69,6 @@ class FolderTokenizer(TextTokenizer):
         if self._template is None:
             raise SourceError("this model has no chat template; give the prompt raw")
         return render(self._template, messages, True, self._special)
-
-    def _surround(self, bos: bool, eos: bool) -> None:
-        """The config's word on what is put around a text goes before that of tokenizer.json, as in transformers."""
-        if type(self._tokenizer.post_processor).__name__ not in ("NoneType", "ByteLevel", "TemplateProcessing"):
-            return
-        from tokenizers import processors
-
-        ends = [self._special.get("bos_token") if bos else None, self._special.get("eos_token") if eos else None]
-        tokens = [(t, self._tokenizer.token_to_id(t)) for t in dict.fromkeys(ends) if t is not None]
-        single = " ".join([*([f"{ends[0]}:0"] if ends[0] else []), "$A:0", *([f"{ends[1]}:0"] if ends[1] else [])])
-        self._tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
 
 
 class AnyTokenizer(TextTokenizer):
