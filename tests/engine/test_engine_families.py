@@ -12,7 +12,7 @@ from engine_models import MODELS, apart, build_model, reference, tokens
 
 import lowbit
 from lowbit import Engine
-from lowbit.errors import EngineError
+from lowbit.errors import EngineError, RecipeError
 from lowbit.kernels.core import core
 
 EXACT, ROUNDED = 2e-3, 2.5e-2  # rounding differs in the last bit, and a model this small does not average it away
@@ -181,7 +181,7 @@ def test_wrong_options_say_what_there_is(packed_folder: Folder) -> None:
         ({"threads": 0}, "1 or more"),
         ({"isa": "sse"}, "portable"),
     ):
-        with pytest.raises(EngineError, match=reason):
+        with pytest.raises(RecipeError, match=reason):
             Engine.open(folder, **options)
     engine = Engine.open(folder, threads=1)
     with pytest.raises(EngineError, match="1024 positions"):

@@ -17,7 +17,7 @@ from engine_models import build_model, tokens
 import lowbit
 from lowbit import Engine
 from lowbit.engine.text import StopStrings, TextStream, TokenText
-from lowbit.errors import EngineError
+from lowbit.errors import EngineError, RecipeError
 from lowbit.kernels.core import core
 
 Folder = Callable[..., Path]
@@ -105,9 +105,9 @@ def test_prompts_that_do_not_fit(engine: Engine) -> None:
         engine.generate(tokens(1000), max_new_tokens=100)
     with pytest.raises(EngineError, match="no tokens"):
         engine.generate("")
-    with pytest.raises(EngineError, match="'temperature'"):
+    with pytest.raises(RecipeError, match="'temperature'"):
         engine.generate("the", temprature=1.0)
-    with pytest.raises(EngineError, match="top_p=0"):
+    with pytest.raises(RecipeError, match="top_p=0"):
         engine.generate("the", top_p=0.0)
     with pytest.raises(EngineError, match="without a tokenizer"):
         Engine.open(build_model("llama"), threads=1).generate("the")

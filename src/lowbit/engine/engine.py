@@ -21,7 +21,7 @@ from lowbit.engine.shape import Shape, shape_of
 from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.engine.weights import Weights
-from lowbit.errors import EngineError, nearest
+from lowbit.errors import EngineError, RecipeError, nearest
 from lowbit.kernels.core import core, why_absent
 
 CACHES = ("fp16", "int8")
@@ -87,7 +87,7 @@ class Engine:
         if isa:
             _known("isa", isa, tuple(module.isas()))
         if threads is not None and threads < 1:
-            raise EngineError(f"threads={threads}; give 1 or more, or nothing for all cores")
+            raise RecipeError(f"threads={threads}; give 1 or more, or nothing for all cores")
         self._core: Any = module
         self._isa, self._activations, self._cache = isa or module.isas()[0], activations, cache
         self._pool = self._core.Pool(threads or module.features()["cores"])
@@ -244,7 +244,7 @@ class Engine:
 
     def _start(self, ids: list[list[int]], limit: int, stop: str | Sequence[str], sampling: Sampling) -> list[Running]:
         if limit < 1:
-            raise EngineError(f"max_new_tokens={limit}; ask for 1 or more")
+            raise RecipeError(f"max_new_tokens={limit}; ask for 1 or more")
         return [self.running(i, prompt, limit, stop, sampling) for i, prompt in enumerate(ids)]
 
     def _run(self, running: list[Running], sampling: Sampling, batch: int) -> Iterator[tuple[Running, str]]:
@@ -305,17 +305,17 @@ class Engine:
 
 
 def sampling_of(options: dict[str, Any]) -> Sampling:
-    """The `Sampling` of these options. EngineError for one that there is not."""
+    """The `Sampling` of these options. RecipeError for one that there is not."""
     fields = Sampling.__dataclass_fields__
     for name in options:
         if name not in fields:
-            raise EngineError(f"there is no option {name!r}{nearest(name, fields)} (known: {', '.join(fields)})")
+            raise RecipeError(f"there is no option {name!r}{nearest(name, fields)} (known: {', '.join(fields)})")
     return Sampling(**options)
 
 
 def _known(what: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise EngineError(f"{what}={value!r}{nearest(value, known)} (known: {', '.join(known)})")
+        raise RecipeError(f"{what}={value!r}{nearest(value, known)} (known: {', '.join(known)})")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lowbit.errors import EngineError
+from lowbit.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Sampling:
         }  # fmt: skip
         for name, (fine, what) in rules.items():
             if not fine:
-                raise EngineError(f"{name}={getattr(self, name)}; it is a number {what}")
+                raise RecipeError(f"{name}={getattr(self, name)}; it is a number {what}")
 
 
 @dataclass(frozen=True)
