@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_models import MODELS, apart, build_model, reference, tokens
+from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit import Engine
@@ -136,6 +139,27 @@ def test_an_int8_cache_is_smaller_and_near(packed_folder: Folder) -> None:
     assert small.describe().cache_bytes_per_token < 0.6 * wide.describe().cache_bytes_per_token
 
 
+OLD = {  # what versions of transformers before 5 wrote: fields by other names, and defaults left out
+    "llama3": lambda c: {**{k: v for k, v in c.items() if k != "rope_parameters"}, "rope_theta": 10000.0, "rope_scaling": {
+        k: v for k, v in c["rope_parameters"].items() if k != "rope_theta"}},
+    "qwen2-sliding": lambda c: {**{k: v for k, v in c.items() if k not in ("layer_types", "rope_parameters")}, "rope_theta": 500.0},
+    "gemma2": lambda c: {k: v for k, v in c.items() if k not in ("layer_types", "rope_parameters")},
+    "gemma3_text": lambda c: {
+        **{k: v for k, v in c.items() if k not in ("layer_types", "rope_parameters")}, "sliding_window_pattern": 2,
+        "rope_theta": 1e6, "rope_local_base_freq": 500.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_old_configs_mean_what_they_meant(name: str, float_folder: Folder, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(float_folder(name), folder)
+    config = OLD[name](json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_version": "4.51.0"}))
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokens(65)
+    assert apart(Engine.open(folder, threads=1).logits(ids), reference(model, ids)) < EXACT
+
+
 def test_a_live_model_float_or_packed(packed_folder: Folder) -> None:
     ids = tokens(65)
     for model in (build_model("qwen2"), loaded(packed_folder("qwen2", "int4:g32"))):
@@ -162,9 +186,6 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused_says_why(case: str, float_folder: Folder, tmp_path: Path) -> None:
-    import json
-    import shutil
-
     change, reason = REFUSED[case]
     shutil.copytree(float_folder("llama"), tmp_path / "model")
     config = tmp_path / "model" / "config.json"
