@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_models import apart
+from engine_models import apart, reference
 
 import lowbit
 from lowbit import Engine
@@ -62,13 +62,21 @@ def test_greedy_texts_are_those_of_transformers(packed: Path, model: Any) -> Non
     assert same >= 9
 
 
-def test_inputs_in_int8(tmp_path: Path) -> None:
+def test_inputs_in_int8_are_as_near_as_rounding_lets_them(tmp_path: Path) -> None:
+    """A difference in the last bit of float32 flips roundings to int8, and layers multiply that: transformers with one
+    part in a million of noise on its embeddings is 0.03 to 0.04 from itself. The engine may not be farther than that."""
     lowbit.quantize("smollm2", "w8a8", tmp_path / "w8a8")
-    right: Any = lowbit.load(tmp_path / "w8a8", dtype="float32", kernel="expand")
+    model: Any = lowbit.load(tmp_path / "w8a8", dtype="float32", kernel="expand")
     ids = FolderTokenizer(tmp_path / "w8a8").prompt(PROMPTS[0] * 8)
-    with torch.inference_mode():
-        logits = right(torch.tensor([ids])).logits[0]
-    assert apart(Engine.open(tmp_path / "w8a8").logits(ids), logits) < 1e-2
+
+    def noisy(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        return output * (1 + 1e-6 * noise)
+
+    right = reference(model, ids)
+    with model.model.embed_tokens.register_forward_hook(noisy):
+        floor = apart(reference(model, ids), right)
+    assert apart(Engine.open(tmp_path / "w8a8").logits(ids), right) < 1.5 * floor
 
 
 def test_words_and_template(packed: Path) -> None:
