@@ -22,6 +22,7 @@ ROOMS = (
     "kernels",
     "nn",
     "interchange",
+    "engine",
     "transforms",
     "tuning",
     "pipeline",

@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
     "Card": "lowbit.measure.card",
+    "Engine": "lowbit.engine.engine",
     "Format": "lowbit.formats",
     "LowbitError": "lowbit.errors",
     "Plan": "lowbit.pipeline.plan",

@@ -6,7 +6,7 @@
     ├── SourceError     a model, file or tokenizer that cannot be read
     ├── WeightError     a tensor whose values cannot be quantized
     ├── TransformError  a model that a transform cannot rewrite
-    ├── EngineError     a model that the fast engine does not compute
+    ├── EngineError     a model or prompt that the fast engine does not compute
     ├── OutputError     a place that cannot be written to
     └── TextError       evaluation text that cannot be used
 
@@ -45,7 +45,7 @@ class TransformError(LowbitError, ValueError):
 
 
 class EngineError(LowbitError, ValueError):
-    """A model that the fast engine does not compute; transformers does."""
+    """A model or prompt that the fast engine does not compute; transformers may."""
 
 
 class OutputError(LowbitError):

@@ -55,6 +55,36 @@ def quiet() -> None:
         log.setLevel(logging.INFO)
 
 
+def generator(model: str, **options: Any) -> Any:
+    """What generates text with this model; one dim line on stderr says whether it is the engine or transformers."""
+    from lowbit.engine.engine import Engine
+    from lowbit.errors import EngineError
+
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        found: Any = Engine.open(model, **given)
+        said = str(found.describe())
+    except EngineError as error:
+        if given:
+            raise EngineError(
+                f"{error}; transformers runs it, without {' and '.join('--' + key for key in given)}"
+            ) from None
+        quiet()
+        from lowbit.engine.fallback import Transformers
+
+        found = Transformers.open(model, str(error))
+        said = str(found)
+    dim(said)
+    return found
+
+
+def dim(text: str) -> None:
+    """One quiet line on stderr."""
+    from rich.markup import escape
+
+    stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+
 @contextmanager
 def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with MB/s and the time left, moved by calls of (name, bytes done, bytes in all)."""

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Model
+from lowbit.cli.options import (
+    Activations,
+    CacheType,
+    MaxNewTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -18,71 +30,35 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to answer or to continue.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random numbers when the temperature is above 0.")] = 0,
+    prompt: Annotated[list[str], typer.Argument(help="What to answer or to continue.", show_default=False)],
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    activations: Activations = None,
+    cache: CacheType = None,
+    threads: Threads = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
 ) -> None:
-    """Let a model answer, word by word. Takes quantized folders and float models alike."""
-    import torch
+    """Let a model answer, word by word. Takes quantized folders and float models alike.
 
-    from lowbit.errors import SourceError
-
-    console.quiet()
+    The Llama family runs in lowbit's own engine, any other model in transformers. Several prompts are answered side
+    by side and printed one after another.
+    """
     with console.stderr().status("loading"):
-        module, tokenizer = _opened(model)
-    if not module.can_generate():
-        raise SourceError(f"{model}: a {type(module).__name__} does not generate text; name a causal or seq2seq model")
-    inputs = _inputs(tokenizer, prompt, raw)
-    if inputs["input_ids"].shape[1] == 0:
-        raise SourceError(f"the prompt {prompt!r} has no tokens; write a few words")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-    if temperature == 0:  # a sampling setting of the model's own would only be warned about
-        sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        module.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            streamer=_streamer(tokenizer, module),
-            **sampling,
-        )
+        generator = console.generator(model, activations=activations, cache=cache, threads=threads)
+    alone = len(prompt) == 1
+    results = generator.generate(
+        prompt, max_new_tokens=max_new_tokens, stop=stop or (), raw=raw, stream=_write if alone else None,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+    )  # fmt: skip
+    sys.stdout.write("\n" if alone else "\n\n".join(r.text for r in results) + "\n")
 
 
-def _opened(model: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a folder that lowbit wrote or of any float model."""
-    import lowbit
-    from lowbit.interchange.folder import load_tokenizer, quantization_method
-    from lowbit.interchange.source import open_source
-
-    if Path(model).is_dir() and quantization_method(model) == "lowbit":
-        return lowbit.load(model), load_tokenizer(Path(model), model)
-    source = open_source(model)
-    return source.load_float(), source.tokenizer()
-
-
-def _inputs(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Any]:
-    """Token ids and mask, with the chat template where there is one and `raw` is not asked for."""
-    if not raw and getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        found = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        found = tokenizer(prompt, return_tensors="pt")
-    return {key: found[key] for key in ("input_ids", "attention_mask")}
-
-
-def _streamer(tokenizer: Any, module: Any) -> Any:
-    from transformers import TextStreamer
-
-    class Stdout(TextStreamer):
-        """Writes whole words to stdout as they come."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
-
-    return Stdout(tokenizer, skip_prompt=not module.config.is_encoder_decoder, skip_special_tokens=True)
+def _write(piece: str, index: int) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

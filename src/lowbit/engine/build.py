@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.engine.shape import Shape
+from lowbit.engine.shape import Rotation, Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
 from lowbit.formats import IntGrid, QTensor
@@ -29,6 +30,14 @@ class Program:
     nbytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+
+    def with_rotations(self, rotations: Sequence[Rotation]) -> dict[str, Any]:
+        """`model` with these rotations."""
+        ropes = [
+            {"inverse_frequency": r.inverse_frequency, "factor": r.factor, "interleaved": r.interleaved}
+            for r in rotations
+        ]
+        return {**self.model, "ropes": ropes}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +66,7 @@ class Builder:
 
     def build(self) -> Program:
         """Reads every weight once. EngineError for one that the engine cannot use."""
-        s, names = self.shape, self.shape.family
+        s = self.shape
         embedding = self._source("model.embed_tokens")
         tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
         packed = self._pack([embedding[0]])
@@ -70,10 +79,6 @@ class Builder:
             "attention_soft_cap": s.attention_soft_cap, "logit_soft_cap": s.logit_soft_cap,
             "logit_scale": s.logit_scale, "embedding_scale": s.embedding_scale, "residual_scale": s.residual_scale,
             "gate": s.gate,
-            "ropes": [
-                {"inverse_frequency": r.inverse_frequency, "factor": r.factor, "interleaved": r.interleaved}
-                for r in s.rotations
-            ],
             "embedding": packed,
             "final_norm": self._norm("model.norm"),
             "head": {
@@ -82,7 +87,6 @@ class Builder:
             },
             "layers": [self._layer(i) for i in range(s.layers)],
         }  # fmt: skip
-        del names
         return self.program
 
     def _layer(self, i: int) -> dict[str, Any]:
@@ -167,14 +171,16 @@ class Builder:
         """A weight as the kernels read it, and how its input is rounded."""
         found = self.weights.get(f"{name}.weight")
         if isinstance(found.value, QTensor):
-            reason = why_not(found.value)
+            inputs, reason = self._input(name, found), why_not(found.value)
             if reason is None:
                 codes = codes_of(found.value)
-                if codes.rounded:
-                    self.program.rounded.append(name)
-                return codes, self._input(name, found)
+                if not codes.rounded or inputs.planes == 1:
+                    self.program.rounded += [name] * codes.rounded
+                    return codes, inputs
+                # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
+                reason = f"the levels of {found.value.format.grid} would have to be rounded"
             self.program.expanded[name] = reason
-            return Floats(found.value.dequantize(torch.float16)), self._input(name, found)
+            return Floats(found.value.dequantize(torch.float16)), inputs
         return Floats(as_float(found.value)), _Input(self.planes)
 
     def _input(self, name: str, found: Found) -> _Input:
@@ -193,7 +199,9 @@ class Builder:
                 raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
             return _Input(1, fixed=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
-            raise EngineError(f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static")
+            raise EngineError(
+                f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static"
+            )
         if fmt.block.cols == -1:
             return _Input(1, whole=True, divisor=divisor)
         return _Input(1, divisor=divisor, segment=fmt.block.cols)
@@ -208,7 +216,9 @@ class Builder:
         a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))
         if isinstance(a, QTensor) and isinstance(b, QTensor):
             return a.codes.data_ptr() == b.codes.data_ptr() or (
-                a.format == b.format and a.shape == b.shape and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
+                a.format == b.format
+                and a.shape == b.shape
+                and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
             )
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 

@@ -28,7 +28,10 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none."""
+    """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none.
+
+    short_positions: sequences longer than this have other rotations, 0 where all have the same.
+    """
 
     family: Family
     layers: int
@@ -41,6 +44,7 @@ class Shape:
     epsilon: float
     gate: str
     positions: int
+    short_positions: int
     rotations: tuple[Rotation, ...]
     rope: tuple[int, ...]
     window: tuple[int, ...]
@@ -52,7 +56,7 @@ class Shape:
     residual_scale: float = 1.0
 
 
-def shape_of(config: Config, positions: int | None = None) -> Shape:
+def shape_of(config: Config, positions: int = 1) -> Shape:
     """The shape of a model by its config, as JSON. `positions`: how long sequences may get, for rotations that depend on it.
 
     EngineError with the reason for a model that the engine does not compute.
@@ -73,7 +77,7 @@ def shape_of(config: Config, positions: int | None = None) -> Shape:
         raise EngineError(f"the activation {act!r}; the engine has {', '.join(_GATES)}")
     longest = int(config.get("max_position_embeddings") or 2048)
     kinds = _kinds(config, layers)
-    rotations, index = _rotations(config, kinds, head_dim, positions or longest)
+    rotations, index = _rotations(config, kinds, head_dim, positions)
     skipped = config.get("no_rope_layers")  # 1 where positions are used, as SmolLM3 has it
     return Shape(
         family=family,
@@ -87,11 +91,22 @@ def shape_of(config: Config, positions: int | None = None) -> Shape:
         epsilon=float(config["rms_norm_eps"]),
         gate=_GATES[act],
         positions=longest,
+        short_positions=_short_positions(config),
         rotations=rotations,
         rope=tuple(-1 if skipped and not skipped[i] else index[kind] for i, kind in enumerate(kinds)),
         window=tuple(_window(config, kind) for kind in kinds),
         **{"attention_scale": head_dim**-0.5, **family.values(config)},
     )
+
+
+def _short_positions(config: Config) -> int:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return _original(rope, config) if "long_factor" in rope else 0
+
+
+def _original(rope: Mapping[str, Any], config: Config) -> int:
+    old = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(old or config["max_position_embeddings"])
 
 
 def _kinds(config: Config, layers: int) -> list[str]:
@@ -118,11 +133,12 @@ def _rotations(
     """The distinct rotations, and which of them each kind of layer has."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_kind = {k: given[k] for k in set(kinds)} if given and all(k in given for k in set(kinds)) else {}
-    rotations, index = [], {}
+    rotations: list[Rotation] = []
+    index: dict[str, int] = {}
     for kind in dict.fromkeys(kinds):
         index[kind] = len(rotations) if by_kind or not rotations else 0
         if index[kind] == len(rotations):
-            rotations.append(_rotation(config, by_kind.get(kind, given), head_dim, positions))
+            rotations.append(_rotation(config, by_kind.get(kind) or given, head_dim, positions))
     return tuple(rotations), index
 
 
@@ -184,8 +200,7 @@ def _yarn(frequency: Any, rope: Mapping[str, Any], config: Config, positions: in
 
 def _longrope(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
     """LongRoPE (Ding et al. 2024): a factor for each frequency, one set for short and one for long sequences."""
-    old = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    old = float(old or config["max_position_embeddings"])
+    old = _original(rope, config)
     stretch = np.asarray(rope["long_factor" if positions > old else "short_factor"], dtype=np.float32)
     factor = float(rope.get("factor") or config["max_position_embeddings"] / old)
     given = rope.get("attention_factor")

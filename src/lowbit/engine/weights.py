@@ -15,6 +15,7 @@ from lowbit.engine.files import read_json, stored_tensors
 from lowbit.errors import EngineError
 from lowbit.formats import InputQuantizer, QTensor, parse_format, parse_inputs
 from lowbit.interchange.safetensors_file import read_tensor
+from lowbit.interchange.source import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,15 @@ class Weights(ABC):
 class FolderWeights(Weights):
     """Read from safetensors, one tensor at a time, when they are asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        config = read_json(folder / "config.json")
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        """config: that of the folder where it is at hand already."""
+        config = read_json(folder / "config.json") if config is None else config
         section = config.get("quantization_config") or {}
         method = section.get("quant_method", "lowbit")
         if method != "lowbit":
-            raise EngineError(f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote")
+            raise EngineError(
+                f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote"
+            )
         self.config, self._stored = config, stored_tensors(folder)
         self._packed: Mapping[str, Any] = section.get("tensors", {})
         self._tied: Mapping[str, str] = dict(section.get("tied", {}))
@@ -100,7 +104,20 @@ class ModelWeights(Weights):
                 raise EngineError(f"{name!r} is stored as [in, out]; the engine reads [out, in]")
             return Found(module.qtensor(), module.quantizer())
         value = self._parameters.get(name)
-        return None if value is None else Found(value.detach())
+        return None if value is None else Found(value.detach().cpu())
+
+
+class SourceWeights(Weights):
+    """Of a float model by any name that lowbit opens, such as a GGUF file: read one tensor at a time."""
+
+    def __init__(self, source: Source) -> None:
+        if source.config is None:
+            raise EngineError(f"{source.label} has no transformers config, by which the engine knows a model")
+        self.config, self._source = source.config.to_dict(), source
+
+    def find(self, name: str) -> Found | None:
+        key = self._source.inventory.tied.get(name, name)
+        return Found(self._source.read(key)) if key in self._source.tensors else None
 
 
 def as_float(value: Tensor) -> Tensor:

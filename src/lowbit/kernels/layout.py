@@ -109,7 +109,7 @@ def _whole_levels(grid: Grid, whole: Tensor, factor: float) -> _Levels | str:
         for zero in zeros:
             if low + zero >= 0 and high + zero < 1 << bits:
                 return _Levels(bits, zero, factor, tuple(int(v) + zero for v in whole), None, False)
-        if grid.cardinality <= 16 and -128 <= low and high <= 127:
+        if grid.cardinality <= 16 and low >= -128 and high <= 127:
             return _table(whole, factor, False)
     return f"the levels of {grid} span more than a byte"
 

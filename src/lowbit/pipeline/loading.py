@@ -32,6 +32,9 @@ def load(
     fastest, "expand" always expands the weight (the reference), "dense" expands once and keeps the dense weights:
     as fast and as large as the float model; for weights whose inputs are quantized that would be another model, and is an
     error. Other options go to `from_pretrained`.
+
+    Given text, `generate` of a model that generates is that of `lowbit.Engine`; given tensors, that of transformers
+    (see `engine.attached`).
     """
     if kernel not in KERNELS:
         raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
@@ -63,9 +66,13 @@ def load(
             raise RecipeError(
                 f"the inputs of {rounded!r} are quantized, which dense weights would leave out; use kernel='expand'"
             )
-        return dequantize(model)
+        model = dequantize(model)
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel
+    if getattr(model, "can_generate", bool)():
+        from lowbit.engine.attached import TextOrTensors
+
+        model.generate = TextOrTensors(model, str(path))
     return model
 
 

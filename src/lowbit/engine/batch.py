@@ -1,0 +1,120 @@
+"""Sequences on their way through the decoder: chunks of prompts and single tokens, side by side in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from lowbit.engine.results import Generated, Sampling
+from lowbit.engine.text import TokenText
+
+CHUNK = 512  # tokens of prompts in one forward
+
+
+@dataclass(eq=False)
+class Running:
+    """One sequence. ids: all its tokens; done: how many of them have keys and values."""
+
+    index: int
+    ids: list[int]
+    text: TokenText
+    limit: int  # of generated tokens
+    random: Any = None
+    seen: Any = None  # uint8 [vocabulary], for the repetition penalty
+    slot: int = -1
+    done: int = 0
+    prompt: int = 0
+    reason: str = ""
+    first: float = 0.0
+    last: float = 0.0
+    started: float = field(default_factory=perf_counter)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.ids)
+
+    @property
+    def generated(self) -> int:
+        return len(self.ids) - self.prompt
+
+    def result(self) -> Generated:
+        """What came of it so far."""
+        first, last = (t - self.started if t else 0.0 for t in (self.first, self.last))
+        return Generated(self.text.text, self.ids[self.prompt :], self.prompt, self.reason, first, last)
+
+
+Forward = Callable[[Any, Sequence[tuple[int, Sequence[int], int]], Sequence[int]], Any]
+
+
+class Batch:
+    """Runs sequences until each has ended. At most as many at a time as the memory has places; others wait.
+
+    forward(memory, [(place, ids, position), ...], wanted) -> float32 [len(wanted), vocabulary]: the logits after the last
+    token of those pieces that are wanted.
+    """
+
+    def __init__(self, core: Any, forward: Forward, memory: Any, sampling: Sampling, eos: frozenset[int]) -> None:
+        self._core, self._forward, self._memory = core, forward, memory
+        self._sampling, self._eos = sampling, eos
+
+    def run(self, sequences: Sequence[Running]) -> Iterator[tuple[Running, str]]:
+        """(sequence, new text) as it comes; a sequence has ended when it has a reason."""
+        waiting, active = list(sequences), list[Running]()
+        free = [p for p in range(self._memory.sequences) if p not in {s.slot for s in sequences}][::-1]
+        while waiting or active:
+            while waiting and (free or waiting[0].slot >= 0):
+                sequence = waiting.pop(0)
+                sequence.slot = sequence.slot if sequence.slot >= 0 else free.pop()
+                active.append(sequence)
+            for sequence, logits in self._step(active):
+                yield sequence, self._pick(sequence, logits)
+            free += [s.slot for s in active if s.reason]
+            active = [s for s in active if not s.reason]
+
+    def _step(self, active: Sequence[Running]) -> list[tuple[Running, Any]]:
+        """One forward; the sequences whose tokens it finished, and their logits."""
+        left, pieces = CHUNK, list[tuple[Running, int]]()
+        # Decoding first: each takes one token, and nobody waits for another's prompt longer than a chunk.
+        for sequence in sorted(active, key=lambda s: (len(s.ids) - s.done > 1, s.index)):
+            count = min(len(sequence.ids) - sequence.done, max(left, 0))
+            if len(sequence.ids) - sequence.done == 1:
+                count = 1
+            if count > 0:
+                pieces.append((sequence, count))
+                left -= count
+        given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in pieces]
+        wanted = [i for i, (s, n) in enumerate(pieces) if s.done + n == len(s.ids)]
+        logits = self._forward(self._memory, given, wanted)
+        for sequence, count in pieces:
+            sequence.done += count
+        return [(pieces[i][0], logits[row]) for row, i in enumerate(wanted)]
+
+    def _pick(self, sequence: Running, logits: Any) -> str:
+        how = self._sampling
+        token = self._core.sample(
+            logits, sequence.random, sequence.seen, how.temperature, how.top_k, how.top_p, how.min_p,
+            how.repetition_penalty,
+        )  # fmt: skip
+        sequence.ids.append(token)
+        sequence.last = perf_counter()
+        sequence.first = sequence.first or sequence.last
+        if sequence.seen is not None:
+            sequence.seen[token] = 1
+        piece: str = sequence.text.push(token)
+        if token in self._eos:
+            sequence.reason = "eos"
+        elif sequence.text.stopped:
+            sequence.reason = "stop"
+        elif sequence.generated >= sequence.limit:
+            sequence.reason = "length"
+        return piece + sequence.text.close() if sequence.reason else piece
+
+
+def marks(ids: Sequence[int], vocabulary: int) -> Any:
+    """uint8 [vocabulary]: 1 for the tokens in `ids`."""
+    found: Any = np.zeros(vocabulary, dtype=np.uint8)
+    found[np.asarray(ids, dtype=np.int64)] = 1
+    return found

@@ -1,0 +1,123 @@
+"""A conversation that goes on: its keys and values stay, so that each turn reads only what is new."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from lowbit.engine.chat_template import Message
+from lowbit.engine.results import Generated, Sampling
+from lowbit.engine.tokenizer import TextTokenizer
+from lowbit.errors import EngineError
+
+if TYPE_CHECKING:
+    from lowbit.engine.engine import Engine, Memory
+    from lowbit.engine.fallback import Transformers
+
+_FIRST = 1024  # positions that a conversation begins with
+
+
+class Conversation(ABC):
+    """Turns of a user and a model. system: what the model is told first."""
+
+    def __init__(self, tokenizer: TextTokenizer, system: str | None) -> None:
+        if not tokenizer.has_template:
+            raise EngineError("this model has no chat template, so it was not taught to chat; use `lowbit generate`")
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._tokenizer = tokenizer
+        self.messages = list(self._system)
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = list(self._system)
+
+    def ask(
+        self,
+        text: str,
+        show: Callable[[str], object] = lambda piece: None,
+        max_new_tokens: int = 1024,
+        stop: Sequence[str] = (),
+    ) -> Generated:
+        """The answer; `show` is called with its pieces as they come. When interrupted, what was said so far stays."""
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        ids = self._tokenizer.encode(self._tokenizer.chat(messages), special=False)
+        said: list[str] = []
+
+        def keep(piece: str) -> None:
+            said.append(piece)
+            show(piece)
+
+        try:
+            return self._answer(ids, keep, max_new_tokens, stop)
+        finally:
+            if said:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+
+    @abstractmethod
+    def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated: ...
+
+
+class KeptConversation(Conversation):
+    """With an engine: tokens that a text shares with what was read before are not read again, whatever the template does.
+
+    read: how many tokens of its prompt the last turn did read.
+    """
+
+    def __init__(self, engine: Engine, system: str | None, sampling: Sampling) -> None:
+        super().__init__(engine.tokenizer, system)
+        self._engine, self._sampling = engine, sampling
+        self._memory: Memory | None = None
+        self._known: list[int] = []  # the tokens that have keys and values
+        self.read = 0
+
+    def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
+        limit = min(limit, self._engine.shape.positions - len(ids))
+        if limit < 1:
+            raise EngineError(
+                f"the conversation has {len(ids)} tokens, and this model {self._engine.shape.positions} positions; begin anew with /reset"
+            )
+        memory = self._room(len(ids) + limit)
+        running = self._engine.running(0, ids, limit, stop, self._sampling)
+        running.done = _shared(self._known, ids[:-1])  # the last is read in any case, for its logits
+        self.read = len(ids) - running.done
+        try:
+            for piece in self._engine.continued(running, memory, self._sampling):
+                show(piece)
+        finally:
+            self._known = running.ids[: running.done]
+        return running.result()
+
+    def _room(self, positions: int) -> Memory:
+        """Memory for so many positions, the old one where it is enough; it grows by doubling."""
+        if self._memory is None or self._memory.positions < positions:
+            wanted = _FIRST
+            while wanted < positions:
+                wanted *= 2
+            self._memory = self._engine.memory(1, max(positions, min(wanted, self._engine.shape.positions)))
+            self._known = []
+        return self._memory
+
+
+class PlainConversation(Conversation):
+    """With transformers: every turn reads all of it."""
+
+    def __init__(self, generator: Transformers, system: str | None, sampling: Sampling) -> None:
+        super().__init__(generator.tokenizer, system)
+        self._generator, self._sampling = generator, sampling
+
+    def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
+        found: Generated = self._generator.generate(
+            [ids], max_new_tokens=limit, stop=stop, stream=lambda piece, index: show(piece), **vars(self._sampling)
+        )[0]
+        return found
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,94 @@
+"""What an engine is opened from: a folder, a live model, or any name that lowbit takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.engine.families import FAMILIES
+from lowbit.engine.files import read_json
+from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
+from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
+from lowbit.errors import EngineError, SourceError
+
+Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
+
+
+def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
+    """(weights, tokenizer, the tokens that end a text). EngineError for a model that the engine cannot run."""
+    if isinstance(model, nn.Module):
+        return _of_model(model, tokenizer)
+    path = Path(model)
+    return _of_folder(path, tokenizer) if path.is_dir() else _of_source(str(model), tokenizer)
+
+
+def _of_folder(folder: Path, tokenizer: Any) -> Opened:
+    config = read_json(folder / "config.json")
+    refuse(config)
+    if int(str(config.get("transformers_version", "0")).partition(".")[0] or 0) < 5:
+        # What older versions left out are defaults that only its class knows; importing that takes a second.
+        config = _normalized(folder)
+    words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
+    generation = folder / "generation_config.json"
+    return FolderWeights(folder, config), words, _eos(read_json(generation) if generation.is_file() else {}, config)
+
+
+def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        raise EngineError(f"a {type(model).__name__} has no transformers config, by which the engine knows a model")
+    weights = ModelWeights(model)
+    refuse(weights.config)
+    words: TextTokenizer | None = None
+    folder = Path(str(getattr(config, "_name_or_path", "") or "."))
+    if tokenizer is not None:
+        words = _given(tokenizer)
+    elif (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
+        words = tokenizer_of(folder)
+    generation = getattr(model, "generation_config", None)
+    return weights, words, _eos(generation.to_dict() if generation is not None else {}, weights.config)
+
+
+def _of_source(name: str, tokenizer: Any) -> Opened:
+    from lowbit.interchange.source import open_source
+
+    source = open_source(name, tokenizer=tokenizer)
+    weights = SourceWeights(source)
+    refuse(weights.config)
+    words: TextTokenizer | None
+    try:
+        words = AnyTokenizer(source.tokenizer())
+    except SourceError:
+        words = None
+    return weights, words, _eos({}, weights.config)
+
+
+def refuse(config: Mapping[str, Any]) -> None:
+    """EngineError for a model whose type or purpose the engine does not know, before anything large is read."""
+    kind, classes = str(config.get("model_type")), config.get("architectures") or []
+    if kind not in FAMILIES:
+        raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
+    if classes and not any(str(c).endswith("ForCausalLM") for c in classes):
+        raise EngineError(f"the engine generates text, and this is a {classes[0]}")
+
+
+def _given(tokenizer: Any) -> TextTokenizer:
+    return tokenizer if isinstance(tokenizer, TextTokenizer) else AnyTokenizer(tokenizer)
+
+
+def _normalized(folder: Path) -> dict[str, Any]:
+    from lowbit.interchange.folder import load_config
+
+    # Through JSON, so that what is not plain data is found here.
+    found: dict[str, Any] = json.loads(json.dumps(load_config(folder).to_dict(), default=str))
+    return found
+
+
+def _eos(generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
+    given = generation.get("eos_token_id")
+    given = config.get("eos_token_id") if given is None else given
+    return frozenset([given] if isinstance(given, int) else given or [])

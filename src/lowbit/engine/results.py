@@ -1,0 +1,68 @@
+"""What is asked of a generation, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lowbit.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked: penalty, temperature, top-k, top-p and min-p apply in this order.
+
+    temperature 0: the likeliest token, whatever the rest says. top_k 0, top_p 1, min_p 0, repetition_penalty 1: off.
+    seed: of the first prompt; prompt i has seed + i, so that the same prompt given twice has two answers.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rules = {
+            "temperature": (self.temperature >= 0, "0 or more"), "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"), "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"), "seed": (self.seed >= 0, "0 or more"),
+        }  # fmt: skip
+        for name, (fine, what) in rules.items():
+            if not fine:
+                raise RecipeError(f"{name}={getattr(self, name)}; it is a number {what}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer.
+
+    tokens: what was generated, the token that ended it included. reason: "eos", "length" or "stop" (a stop string,
+    which is not in the text). first_seconds: from the call to the first token; seconds: from the call to the last.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    reason: str
+    first_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding alone: tokens after the first by the time after the first."""
+        return (len(self.tokens) - 1) / max(self.seconds - self.first_seconds, 1e-9) if len(self.tokens) > 1 else 0.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class OnText(Protocol):
+    """Called with each new piece of text and the number of its prompt."""
+
+    def __call__(self, piece: str, index: int) -> object: ...
+
+
+Prompt = str | Sequence[int]

@@ -1,0 +1,125 @@
+"""Text to tokens and back: tokenizer.json read by `tokenizers` alone, or any tokenizer of transformers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit.engine.chat_template import Message, render
+from lowbit.engine.files import read_json
+from lowbit.errors import SourceError
+from lowbit.interchange.folder import load_tokenizer
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TextTokenizer(ABC):
+    """What the engine needs of a tokenizer."""
+
+    has_template: bool
+
+    @abstractmethod
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids. special: with what the tokenizer puts around a text, such as a token for its beginning."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens left out."""
+
+    @abstractmethod
+    def chat(self, messages: Sequence[Message]) -> str:
+        """A conversation as the model was taught to read it, up to where its answer begins."""
+
+    def prompt(self, text: str, raw: bool = False) -> list[int]:
+        """Token ids of what a user says: in the chat template where there is one and `raw` is not asked for."""
+        if raw or not self.has_template:
+            return self.encode(text)
+        return self.encode(self.chat([{"role": "user", "content": text}]), special=False)
+
+
+class FolderTokenizer(TextTokenizer):
+    """Reads tokenizer.json, tokenizer_config.json and the chat template of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception for a file that it cannot use
+            raise SourceError(f"{folder / 'tokenizer.json'}: not readable ({error}); download it again") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        config = _json(folder / "tokenizer_config.json")
+        given = {**_json(folder / "special_tokens_map.json"), **config}
+        self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
+        self._template = _template(folder, config)
+        self.has_template = self._template is not None
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        found: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return found
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        if self._template is None:
+            raise SourceError("this model has no chat template; give the prompt raw")
+        return render(self._template, messages, True, self._special)
+
+
+class AnyTokenizer(TextTokenizer):
+    """A tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        found: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return found
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        try:
+            found: str = self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # of Jinja, or of a template that refuses
+            raise SourceError(
+                f"the chat template of this model does not take this conversation: {error}; give the prompt raw"
+            ) from error
+        return found
+
+
+def tokenizer_of(folder: Path) -> TextTokenizer:
+    """The tokenizer of a folder, by `tokenizers` alone where tokenizer.json is there. SourceError for none."""
+    if (folder / "tokenizer.json").is_file():
+        return FolderTokenizer(folder)
+    return AnyTokenizer(load_tokenizer(folder, str(folder)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or the entry of tokenizer_config.json, which may be several by name."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        by_name = {entry["name"]: entry["template"] for entry in given}
+        return by_name.get("default")
+    return given

@@ -1,0 +1,118 @@
+"""`lowbit generate` and `lowbit chat`, on the engine and on what it does not know."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lowbit import Engine
+from lowbit.cli.main import app
+from tiny import save_tiny
+
+Folder = Callable[..., Path]
+
+
+def run(*words: object, lines: str | None = None) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words], input=lines)
+
+
+@pytest.fixture(scope="module")
+def folder(packed_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("commands") / "model"
+    shutil.copytree(packed_folder("llama", "int4:g32"), path)
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }} {{ m.content }}\n{% endfor %}a ")
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("commands") / "gpt2"
+    save_tiny("gpt2", path)
+    return path
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_generate_is_that_of_the_engine_and_says_so(raw: bool, folder: Path) -> None:
+    found = run("generate", folder, "the cat", "--max-new-tokens", 9, "--threads", 1, *["--raw"] * raw)
+    right = Engine.open(folder, threads=1).generate("the cat", max_new_tokens=9, raw=raw)
+    assert found.exit_code == 0 and found.stdout == right.text + "\n"
+    assert re.fullmatch(r"engine \(\w+, 1 thread\)\n", found.stderr)
+
+
+def test_every_option_reaches_the_engine(folder: Path) -> None:
+    options = {
+        "temperature": 0.9, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "seed": 5,
+        "max_new_tokens": 12,
+    }  # fmt: skip
+    words = [w for key, value in options.items() for w in ("--" + key.replace("_", "-"), value)]
+    more = ["--stop", "x", "--stop", "yz", "--activations", "int8", "--cache", "int8"]
+    engine = Engine.open(folder, activations="int8", cache="int8")
+    right = engine.generate("the cat", stop=["x", "yz"], **options)
+    assert run("generate", folder, "the cat", *words, *more).stdout == right.text + "\n"
+
+
+def test_several_prompts(folder: Path) -> None:
+    right = Engine.open(folder).generate(["the cat", "a hen"], max_new_tokens=9)
+    found = run("generate", folder, "the cat", "a hen", "--max-new-tokens", 9)
+    assert found.stdout == f"{right[0]}\n\n{right[1]}\n"
+
+
+def test_other_models_go_to_transformers_which_is_said(other: Path) -> None:
+    found = run("generate", other, "the cat", "--max-new-tokens", 5)
+    assert (
+        found.exit_code == 0
+        and "transformers, not the engine: the engine does not know models of type 'gpt2'" in found.stderr
+    )
+
+
+@pytest.mark.parametrize("option", [("--cache", "int8"), ("--activations", "int8"), ("--threads", "1")])
+def test_options_of_the_engine_are_errors_without_it(option: tuple[str, str], other: Path) -> None:
+    found = run("generate", other, "the cat", *option)
+    assert found.exit_code == 2 and f"without {option[0]}" in found.stderr and not found.stdout
+
+
+@pytest.mark.parametrize("option", [("--cache", "fp8"), ("--activations", "int4"), ("--top-p", "0")])
+def test_wrong_values_are_errors(option: tuple[str, str], folder: Path) -> None:
+    found = run("generate", folder, "the cat", *option)
+    assert found.exit_code == 2 and "error: " in found.stderr and "transformers" not in found.stderr
+
+
+def test_chat_reads_lines_and_leaves_at_the_end(folder: Path) -> None:
+    lines = "the cat\n\n/what\n/reset\nthe cat\n/exit\nnever read\n"
+    found = run("chat", folder, "--max-new-tokens", 12, "--system", "be kind", lines=lines)
+    engine = Engine.open(folder)
+    right = engine.conversation("be kind").ask("the cat", max_new_tokens=12)
+    assert found.exit_code == 0 and found.stdout == f"{right}\n{right}\n"
+    assert len(re.findall(r"12 tokens, \d+ tokens/s, first token \d+\.\d\d s", found.stderr)) == 2
+    assert "there is no /what" in found.stderr
+    assert run("chat", folder, "--max-new-tokens", 3, lines="").exit_code == 0
+
+
+def test_chat_stops_an_answer_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.cli import chat
+
+    count, write = iter(range(1000)), chat._write
+
+    def interrupted(piece: str) -> None:
+        write(piece)
+        if next(count) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_write", interrupted)
+    found = run("chat", folder, "--max-new-tokens", 12, lines="the cat\ngo on\n")
+    assert found.exit_code == 0 and "stopped" in found.stderr and found.stderr.count("tokens/s") == 1
+
+
+def test_chat_with_transformers_and_without_a_template(other: Path, tmp_path: Path) -> None:
+    found = run("chat", other, lines="hi\n")
+    assert found.exit_code == 2 and "no chat template" in found.stderr
+    shutil.copytree(other, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    found = run("chat", tmp_path / "model", "--max-new-tokens", 4, lines="the cat\na hen\n")
+    assert found.exit_code == 0 and found.stderr.count("first token") == 2
