@@ -2,6 +2,7 @@
 
 NB_MODULE(_core, m) {
     m.doc() = "Products with packed weights, in C++.";
+    m.attr("version") = LOWBIT_VERSION;
     lowbit::bind_features(m);
     lowbit::bind_weights(m);
     lowbit::bind_decoder(m);

@@ -102,7 +102,8 @@ def _unpack_units(units: Tensor, out: Tensor, cardinality: int) -> None:
     """[n, size] bytes -> [n, codes], written into `out`."""
     base = _base(cardinality)
     if units.shape[1] == 1 and base != 3 and sys.byteorder == "little":
-        return _spread(units[:, 0], out)
+        _spread(units[:, 0], out)
+        return
     if units.shape[1] == 1:
         value = units[:, 0]
     else:

@@ -27,14 +27,15 @@ class Kernel(ABC):
     """An implementation of the packed linear layer."""
 
     name: str
+    any_type = False  # whether what `prepack` gives serves activations of every type
 
     @abstractmethod
     def declines(self, q: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this kernel cannot multiply activations of `dtype` with `q`, or None if it can."""
 
     @abstractmethod
-    def prepack(self, q: QTensor, dtype: torch.dtype) -> Any:
-        """What the kernel wants to have of the weight, computed once."""
+    def prepack(self, q: QTensor, dtype: torch.dtype, quantizer: InputQuantizer | None = None) -> Any:
+        """What the kernel wants to have of the weight, computed once, for inputs that `quantizer` rounds."""
 
     @abstractmethod
     def linear(self, x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
@@ -51,11 +52,12 @@ class Kernel(ABC):
 
 def all_kernels() -> list[Kernel]:
     """Every kernel of this version, the reference last."""
+    from lowbit.kernels.cpu import Packed
     from lowbit.kernels.reference import Expand
     from lowbit.kernels.torch_cpu import TorchInt4, TorchInt8
     from lowbit.kernels.torch_int import TorchInt
 
-    return [TorchInt8(), TorchInt4(), TorchInt(), Expand()]
+    return [Packed(), TorchInt8(), TorchInt4(), TorchInt(), Expand()]
 
 
 def survey(
@@ -109,7 +111,7 @@ def _measure(
     repeats: int = 3,
 ) -> float:  # fmt: skip
     """Least seconds of a few calls after one to warm up, which is all when it took 20 times what is to beat."""
-    packed = kernel.prepack(q, x.dtype)
+    packed = kernel.prepack(q, x.dtype, quantizer)
     best = _FOREVER
     for attempt in range(repeats + 1):
         start = time.perf_counter()
@@ -158,7 +160,7 @@ class Dispatcher:
             kernel = self.chosen[at] = _named(name, q, x.dtype, x.device, inputs)
         key = kernel.name, x.dtype
         if key not in self.packed:
-            self.packed[key] = kernel.prepack(weight(), x.dtype)
+            self.packed[key] = kernel.prepack(weight(), x.dtype, quantizer)
         y = _product(kernel, x.reshape(count, x.shape[-1]), self.packed[key], bias, quantizer)
         return y.view(*x.shape[:-1], -1)
 
