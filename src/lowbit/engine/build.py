@@ -193,9 +193,7 @@ class Builder:
                 raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
             return _Input(1, fixed=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
-            raise EngineError(
-                f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static"
-            )
+            raise EngineError(f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static")
         if fmt.block.cols == -1:
             return _Input(1, whole=True, divisor=divisor)
         return _Input(1, divisor=divisor, segment=fmt.block.cols)
@@ -210,9 +208,7 @@ class Builder:
         a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))
         if isinstance(a, QTensor) and isinstance(b, QTensor):
             return a.codes.data_ptr() == b.codes.data_ptr() or (
-                a.format == b.format
-                and a.shape == b.shape
-                and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
+                a.format == b.format and a.shape == b.shape and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
             )
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 

@@ -78,7 +78,9 @@ GEMMA2 = replace(
         "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
     },
     values=_gemma2,
-    refuses=lambda config: "its attention looks both ways" if config.get("use_bidirectional_attention") else None,
+    refuses=lambda config: (
+        "its attention looks both ways" if config.get("use_bidirectional_attention") else None
+    ),
 )
 PHI3 = replace(
     LLAMA,

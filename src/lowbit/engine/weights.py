@@ -58,9 +58,7 @@ class FolderWeights(Weights):
         section = config.get("quantization_config") or {}
         method = section.get("quant_method", "lowbit")
         if method != "lowbit":
-            raise EngineError(
-                f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote"
-            )
+            raise EngineError(f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote")
         self.config, self._stored = config, stored_tensors(folder)
         self._packed: Mapping[str, Any] = section.get("tensors", {})
         self._tied: Mapping[str, str] = dict(section.get("tied", {}))
