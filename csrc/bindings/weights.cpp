@@ -102,30 +102,67 @@ Weight pack_floats(const std::string& type, const std::vector<nb::ndarray<nb::nd
     return {linear};
 }
 
-void multiply(Multiplier& self, const Weight& weight, const Array<float, 2>& x, const Output<float, 2>& y, int planes,
-              bool whole, float fixed, const std::optional<Array<float, 1>>& divisor, const std::optional<Array<float, 1>>& bias) {
-    const Linear& w = *weight.linear;
-    require(!w.paired, "a pair is multiplied by the decoder only");
+// Of memory that PyTorch owns: handing tensors over as arrays takes longer than a product with a small weight.
+void multiply(Multiplier& self, const Factor& factor, std::uintptr_t x, int rows, std::uintptr_t y, Value type, std::uintptr_t bias) {
+    require(rows >= 0 && (rows == 0 || (x != 0 && y != 0)), "x and y are addresses of [rows, columns] and [rows, rows of the weight]");
+    const nb::gil_scoped_release released;
+    self.linear(factor, type, reinterpret_cast<const void*>(x), rows, reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(y));
+}
+
+// The same of arrays, checked.
+void multiply_arrays(Multiplier& self, const Factor& factor, const Array<float, 2>& x, const Output<float, 2>& y,
+                     const std::optional<Array<float, 1>>& bias) {
+    const Linear& w = *factor.weight;
     require(static_cast<int>(x.shape(1)) == w.cols, "x is [rows, columns of the weight]");
     require(y.shape(0) == x.shape(0) && static_cast<int>(y.shape(1)) == w.rows, "y is [rows of x, rows of the weight]");
+    require(!bias || static_cast<int>(bias->shape(0)) == w.rows, "a bias for each row");
+    const nb::gil_scoped_release released;
+    self.linear(factor, Value::f32, x.data(), static_cast<int>(x.shape(0)), bias ? bias->data() : nullptr, y.data());
+}
+
+void make_factor(Factor* self, const Weight& weight, int planes, bool whole, float fixed, const std::optional<Array<float, 1>>& divisor,
+                 const std::optional<Weight>& rest) {
+    const Linear& w = *weight.linear;
+    require(!w.paired, "a pair is multiplied by the decoder only");
     require(planes == 1 || planes == 2, "activations have one plane of 8 bits, or two");
     require(!divisor || static_cast<int>(divisor->shape(0)) == w.cols, "a divisor for each column");
-    require(!bias || static_cast<int>(bias->shape(0)) == w.rows, "a bias for each row");
-    Input input;
-    input.planes = planes;
-    input.whole = whole;
-    input.fixed = fixed;
-    if (divisor) input.divisor.assign(divisor->data(), divisor->data() + divisor->shape(0));
-    const Buffer<float> padded = bias ? vector_of(nb::cast(*bias)) : Buffer<float>();
-    const nb::gil_scoped_release released;
-    self.linear(w, input, x.data(), static_cast<int>(x.shape(0)), bias ? padded.data() : nullptr, y.data());
+    require(!divisor || !is_float(w.code), "float weights take no divisor");
+    if (rest) {
+        const Linear& r = *rest->linear;
+        require(r.rows == w.rows && r.cols == w.cols && r.padded_cols == w.padded_cols && r.segment == w.segment,
+                "the rest of a weight has its shape, and its segments");
+    }
+    Factor factor{weight.linear, rest ? rest->linear : nullptr, {}};
+    factor.input.planes = planes;
+    factor.input.whole = whole;
+    factor.input.fixed = fixed;
+    if (divisor) factor.input.divisor.assign(divisor->data(), divisor->data() + divisor->shape(0));
+    new (self) Factor(std::move(factor));
+}
+
+using Addresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+
+void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) {
+    if (!openmp) {
+        new (self) Pool(threads);
+        return;
+    }
+    const auto [parallel, count, index] = *openmp;
+    require(parallel != 0 && count != 0 && index != 0, "addresses of GOMP_parallel, omp_get_num_threads, omp_get_thread_num");
+    OpenMp borrowed;
+    borrowed.parallel = reinterpret_cast<decltype(borrowed.parallel)>(parallel);
+    borrowed.count = reinterpret_cast<decltype(borrowed.count)>(count);
+    borrowed.index = reinterpret_cast<decltype(borrowed.index)>(index);
+    new (self) Pool(threads, borrowed);
 }
 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
     nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
-        .def(nb::init<int>(), nb::arg("threads"))
+        .def("__init__", &make_pool, nb::arg("threads"), nb::arg("openmp").none() = nb::none(),
+             "openmp: addresses of GOMP_parallel, omp_get_num_threads and omp_get_thread_num, to borrow the threads of "
+             "that runtime instead.")
         .def_prop_ro("threads", &Pool::threads);
     nb::class_<Weight>(m, "Weight", "A weight [rows, cols] packed for the kernels.")
         .def_prop_ro("rows", [](const Weight& w) { return w.linear->rows; })
@@ -145,7 +182,16 @@ void bind_weights(nb::module_& m) {
           "another: w = scale * (level - zero) + minimum, level the code or its entry in `table` uint8 [16]. group 0: the row.");
     m.def("pack_floats", &pack_floats, nb::arg("type"), nb::arg("sources"), nb::arg("paired") = false,
           "Packs values [rows, cols] of type 'f32', 'f16' or 'bf16' (given as 16-bit integers) one after another.");
-    nb::class_<Multiplier>(m, "Multiplier", "Multiplies with packed weights. One product at a time.")
+    nb::enum_<Value>(m, "Value", "A type of activations.").value("f32", Value::f32).value("f16", Value::f16).value("bf16", Value::bf16);
+    nb::class_<Factor>(m, "Factor", "A weight and what becomes of its input.")
+        .def("__init__", &make_factor, nb::arg("weight"), nb::arg("planes") = 2, nb::arg("whole") = false, nb::arg("fixed") = 0.0f,
+             nb::arg("divisor").none() = nb::none(), nb::arg("rest").none() = nb::none(),
+             "planes: 1, activations of 8 bits; 2, of 15. whole: one scale for each row of x, not for each segment. fixed: "
+             "the scale of all, 0 where it is found. divisor [cols]: x / divisor comes first. rest: a second weight, added.")
+        .def_prop_ro("nbytes", [](const Factor& f) {
+            return f.weight->data.bytes() + (f.rest ? f.rest->data.bytes() : 0);
+        });
+    nb::class_<Multiplier>(m, "Multiplier", "Multiplies with packed weights; several callers wait for each other.")
         .def("__init__",
              [](Multiplier* self, std::shared_ptr<Pool> pool, const std::string& isa) {
                  const Kernels* kernels = kernels_for(isa);
@@ -154,10 +200,10 @@ void bind_weights(nb::module_& m) {
              },
              nb::arg("pool"), nb::arg("isa") = "")
         .def_prop_ro("isa", [](const Multiplier& self) { return self.kernels().name; })
-        .def("linear", &multiply, nb::arg("weight"), nb::arg("x").noconvert(), nb::arg("y").noconvert(), nb::arg("planes") = 2,
-             nb::arg("whole") = false, nb::arg("fixed") = 0.0f, nb::arg("divisor").none() = nb::none(),
-             nb::arg("bias").none() = nb::none(),
-             "y [n, rows] = x [n, cols] W' + bias, float32. planes: 1, activations of 8 bits; 2, of 15.");
+        .def("linear", &multiply_arrays, nb::arg("factor"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
+             nb::arg("bias").none() = nb::none(), "y [n, rows] = x [n, cols] W' + bias, float32.")
+        .def("linear_at", &multiply, nb::arg("factor"), nb::arg("x"), nb::arg("rows"), nb::arg("y"), nb::arg("type"),
+             nb::arg("bias") = 0, "The same at addresses, unchecked; bias 0: none. All of one type.");
 }
 
 }  // namespace lowbit

@@ -36,11 +36,14 @@ void spin_until(const Done& done) {
 
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads) {
+Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads), borrowed_() {
     for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
 }
 
+Pool::Pool(int threads, const OpenMp& borrowed) : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed) {}
+
 Pool::~Pool() {
+    if (workers_.empty()) return;
     {
         std::lock_guard lock(sleeping_);
         stop_ = true;
@@ -56,7 +59,7 @@ void Pool::reset_counters() {
 
 void Pool::run_erased(Function function, const void* job) {
     std::lock_guard one(callers_);
-    Member self(*this, 0);
+    Member self(*this, 0, threads_);
     if (threads_ == 1) {
         function(job, self);
         return;
@@ -66,6 +69,7 @@ void Pool::run_erased(Function function, const void* job) {
     reset_counters();
     arrived_.store(0, std::memory_order_relaxed);
     sense_.store(false, std::memory_order_relaxed);
+    if (borrowed_.parallel != nullptr) return run_borrowed();
     running_.store(threads_ - 1, std::memory_order_relaxed);
     generation_.fetch_add(1);  // sequentially consistent, as is asleep_: one of the two sides sees the other
     if (asleep_.load() > 0) {
@@ -74,6 +78,17 @@ void Pool::run_erased(Function function, const void* job) {
     }
     function(job, self);
     spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
+}
+
+// The team may be smaller than asked for, as inside a parallel loop of the caller.
+void Pool::run_borrowed() {
+    borrowed_.parallel(
+        [](void* p) {
+            Pool& pool = *static_cast<Pool*>(p);
+            Member self(pool, pool.borrowed_.index(), pool.borrowed_.count());
+            pool.function_(pool.job_, self);
+        },
+        this, static_cast<unsigned>(threads_), 0);
 }
 
 void Pool::work(int index) {
@@ -90,16 +105,16 @@ void Pool::work(int index) {
         }
         seen = generation_.load(std::memory_order_acquire);
         if (stop_) return;
-        Member self(*this, index);
+        Member self(*this, index, threads_);
         function_(job_, self);
         running_.fetch_sub(1, std::memory_order_release);
     }
 }
 
 void Member::barrier() {
-    if (pool_.threads_ == 1) return;
+    if (count_ == 1) return;
     sense_ = !sense_;
-    if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == pool_.threads_) {
+    if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
         pool_.arrived_.store(0, std::memory_order_relaxed);
         pool_.reset_counters();  // everyone has left the loops that used them
         pool_.sense_.store(sense_, std::memory_order_release);

@@ -12,11 +12,19 @@ namespace lowbit {
 
 class Pool;
 
+// Functions of the OpenMP runtime that another library of this process runs on, looked up by its ABI names:
+// GOMP_parallel (libgomp, and libomp and libiomp5 beside their own), omp_get_num_threads, omp_get_thread_num.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
+    int (*count)() = nullptr;
+    int (*index)() = nullptr;
+};
+
 // What a member of the team sees while it runs.
 class Member {
  public:
     int index() const { return index_; }
-    int count() const;
+    int count() const { return count_; }
 
     // Nobody goes on before everyone is here.
     void barrier();
@@ -29,9 +37,10 @@ class Member {
 
  private:
     friend class Pool;
-    Member(Pool& pool, int index) : pool_(pool), index_(index) {}
+    Member(Pool& pool, int index, int count) : pool_(pool), index_(index), count_(count) {}
     Pool& pool_;
     int index_;
+    int count_;
     bool sense_ = false;
 };
 
@@ -40,6 +49,9 @@ class Pool {
     static constexpr int kCounters = 4;
 
     explicit Pool(int threads);
+    // A pool without threads of its own, which borrows those of OpenMP: between two parallel loops of the other library
+    // these spin, and two teams would take the processors from each other.
+    Pool(int threads, const OpenMp& borrowed);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
@@ -58,6 +70,7 @@ class Pool {
     using Function = void (*)(const void*, Member&);
 
     void run_erased(Function function, const void* job);
+    void run_borrowed();
     void work(int index);
     void reset_counters();
 
@@ -66,6 +79,7 @@ class Pool {
     };
 
     const int threads_;
+    const OpenMp borrowed_;
     std::vector<std::thread> workers_;
     std::mutex callers_;
     std::mutex sleeping_;
@@ -81,11 +95,9 @@ class Pool {
     Counter counters_[kCounters];
 };
 
-inline int Member::count() const { return pool_.threads_; }
-
 template <class Body>
 void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
-    if (pool_.threads_ == 1) {
+    if (count_ == 1) {
         if (total > 0) body(std::int64_t{0}, total);
         return;
     }

@@ -1,30 +1,119 @@
 #include "engine/multiplier.h"
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "core/half.h"
 
 namespace lowbit {
 
-void Multiplier::linear(const Linear& w, const Input& input, const float* x, int count, const float* bias, float* y) {
-    constexpr int kRowBlock = 96;
-    if (count == 0) return;
-    if (!input.divisor.empty()) {
-        divided_.reserve(static_cast<std::size_t>(count) * w.cols);
-        for (std::int64_t i = 0; i < count; ++i)
-            for (int k = 0; k < w.cols; ++k) divided_[i * w.cols + k] = x[i * w.cols + k] / input.divisor[k];
-        x = divided_.data();
+namespace {
+
+constexpr int kRowBlock = 96;  // rows of activations that stay in the second cache
+
+float bf16_to_float(std::uint16_t v) {
+    const std::uint32_t bits = std::uint32_t{v} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+std::uint16_t float_to_bf16(float v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+std::int64_t size_of(Value type) { return type == Value::f32 ? 4 : 2; }
+
+const void* at(Value type, const void* values, std::int64_t index) {
+    return static_cast<const char*>(values) + index * size_of(type);
+}
+
+void to_floats(Value type, const void* from, int count, float* to) {
+    const auto* halves = static_cast<const std::uint16_t*>(from);
+    if (type == Value::f32) {
+        std::memcpy(to, from, sizeof(float) * static_cast<std::size_t>(count));
+    } else if (type == Value::bf16) {
+        for (int i = 0; i < count; ++i) to[i] = bf16_to_float(halves[i]);
+    } else {
+        for (int i = 0; i < count; ++i) to[i] = half_to_float(halves[i]);
     }
+}
+
+void from_floats(Value type, const float* from, int count, std::uint16_t* to) {
+    if (type == Value::bf16) {
+        for (int i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+    } else {
+        for (int i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
+    }
+}
+
+// Comparisons lose a NaN, and integers have none.
+bool all_finite(const float* values, int count) {
+    std::uint32_t found = 0;
+    for (int i = 0; i < count; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, values + i, 4);
+        found |= (bits & 0x7f800000) + 0x00800000;  // the highest bit, where all bits of the exponent are set
+    }
+    return found >> 31 == 0;
+}
+
+}  // namespace
+
+void Multiplier::linear(const Factor& factor, Value type, const void* x, int count, const void* bias, void* y) {
+    if (count == 0) return;
+    const std::lock_guard one(callers_);
+    const Linear& w = *factor.weight;
+    const Input& input = factor.input;
+    const bool floats = is_float(w.code), plain = type == Value::f32;
     rows_.shape(w, input.planes, count);
     Rows& rows = rows_.rows;
-    rows.values = x;
+    rows.values = static_cast<const float*>(x);
     rows.stride = w.cols;
-    Epilogue e;
-    e.bias = bias;
+    if (floats && !plain) {
+        values_.reserve(static_cast<std::size_t>(count) * w.cols);
+        rows.values = values_.data();
+    }
+    auto* results = static_cast<float*>(y);
+    if (!plain) {
+        results_.reserve(static_cast<std::size_t>(count) * w.rows);
+        results = results_.data();
+    }
+    Epilogue first, second;
+    if (bias != nullptr) {
+        bias_.reserve(static_cast<std::size_t>(w.tiles()) * kTile);
+        to_floats(type, bias, w.rows, bias_.data());
+        first.bias = bias_.data();
+    }
+    second.residual = results;
+
+    // Row `i` as float32, divided.
+    const auto row_of = [&](Member& member, std::int64_t i) {
+        const void* from = at(type, x, i * w.cols);
+        if (plain && input.divisor.empty()) return static_cast<const float*>(from);
+        Buffer<float>& own = rows_of_thread_[member.index()];
+        own.reserve(w.cols);
+        to_floats(type, from, w.cols, own.data());
+        for (std::size_t k = 0; k < input.divisor.size(); ++k) own[k] /= input.divisor[k];
+        return static_cast<const float*>(own.data());
+    };
     const int blocks = (count + kRowBlock - 1) / kRowBlock, pairs = (w.tiles() + 1) / 2;
     pool_->run([&](Member& member) {
-        if (!is_float(w.code)) {
+        if (!floats || !plain) {
             member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
-                for (std::int64_t i = begin; i < end; ++i)
-                    kernels_.quantize(x + i * w.cols, w.cols, rows, static_cast<int>(i), input.fixed, input.whole);
+                for (std::int64_t i = begin; i < end; ++i) {
+                    if (floats) {
+                        to_floats(type, at(type, x, i * w.cols), w.cols, values_.data() + i * w.cols);
+                    } else {
+                        const float* row = row_of(member, i);
+                        kernels_.quantize(row, w.cols, rows, static_cast<int>(i), input.fixed, input.whole);
+                        if (!all_finite(row, w.cols)) rows.scale[i * rows.segments] = std::numeric_limits<float>::quiet_NaN();
+                    }
+                }
             });
             member.barrier();
         }
@@ -33,8 +122,15 @@ void Multiplier::linear(const Linear& w, const Input& input, const float* x, int
         member.share(1, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t share = begin; share < end; ++share) {
                 const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
-                kernels_.linear(w, rows, m0, std::min(m0 + kRowBlock, count), t0, std::min(t0 + 2 * grain, w.tiles()), e, y,
-                                w.rows);
+                const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
+                kernels_.linear(w, rows, m0, m1, t0, t1, first, results, w.rows);
+                if (factor.rest) kernels_.linear(*factor.rest, rows, m0, m1, t0, t1, second, results, w.rows);
+                if (plain) continue;
+                const int begin_column = t0 * kTile, columns = std::min(t1 * kTile, w.rows) - begin_column;
+                for (std::int64_t m = m0; m < m1; ++m) {
+                    const std::int64_t index = m * w.rows + begin_column;
+                    from_floats(type, results + index, columns, static_cast<std::uint16_t*>(y) + index);
+                }
             }
         });
     });

@@ -2,26 +2,42 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
+#include <vector>
 
 #include "core/pool.h"
 #include "engine/decoder.h"
 
 namespace lowbit {
 
+// The type of activations, bias and result.
+enum class Value : std::uint8_t { f32, f16, bf16 };
+
+// A weight, and what becomes of its input. `rest`: a second weight of the same layout that is added to the first, which
+// is how levels that 8 bits do not hold are held by 16.
+struct Factor {
+    std::shared_ptr<const Linear> weight, rest;
+    Input input;
+};
+
 class Multiplier {
  public:
-    Multiplier(std::shared_ptr<Pool> pool, const Kernels& kernels) : pool_(std::move(pool)), kernels_(kernels) {}
+    Multiplier(std::shared_ptr<Pool> pool, const Kernels& kernels)
+        : pool_(std::move(pool)), kernels_(kernels), rows_of_thread_(pool_->threads()) {}
 
-    // y [count, rows of w] = x [count, cols of w] W' + bias; bias [whole tiles] or null.
-    void linear(const Linear& w, const Input& input, const float* x, int count, const float* bias, float* y);
+    // y [count, rows of w] = x [count, cols of w] W' + bias [rows of w] or null, all of one type. Callers wait for each
+    // other.
+    void linear(const Factor& factor, Value type, const void* x, int count, const void* bias, void* y);
 
     const Kernels& kernels() const { return kernels_; }
 
  private:
     std::shared_ptr<Pool> pool_;
     const Kernels& kernels_;
+    std::mutex callers_;
     RowsBuffer rows_;
-    Buffer<float> divided_;
+    std::vector<Buffer<float>> rows_of_thread_;
+    Buffer<float> values_, results_, bias_;
 };
 
 }  // namespace lowbit

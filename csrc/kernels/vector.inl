@@ -117,7 +117,8 @@ void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool
         if (!whole && !(fixed > 0)) scale = count > 0 ? largest_magnitude(x + start, count) / reach : 0;
         // A scale so small that its inverse overflows belongs to values that are nothing beside any others.
         const F inverse = Simd::all(scale > 1e-37f ? 1.0f / scale : 0.0f);
-        const F bound = Simd::all(reach), minus_bound = Simd::all(-reach);
+        // A scale found elsewhere clips, and what it clips uses all codes.
+        const F bound = Simd::all(reach), minus_bound = Simd::all(fixed > 0 && out.planes == 1 ? -128.0f : -reach);
         I sums[2] = {Simd::all(0), Simd::all(0)};
         for (int i = 0; i < out.segment; i += kTile) {
             const F v = count - i >= kTile ? Simd::load(x + start + i)

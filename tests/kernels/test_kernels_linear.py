@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ import lowbit
 from lowbit.errors import RecipeError
 from lowbit.formats import QTensor, parse_format
 from lowbit.kernels import registry
+from lowbit.kernels.core import why_absent
 from lowbit.kernels.registry import Dispatcher, Timings, all_kernels, bucket, survey
 
 CPU = torch.device("cpu")
@@ -26,6 +28,12 @@ FORMATS = [
 SHAPES = [(1, 1), (1, 32), (16, 32), (17, 33), (48, 256), (64, 96), (16, 100), (33, 512), (16, 8)]
 # Rounding of the weights and of the result to each type; sums are longer than one rounding.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+PACKED_OR_EXPAND = "expand" if why_absent() else "packed"
+PLANES = 1e-4  # two planes of 8 bits stand for float activations
+
+
+def limit(kernel: registry.Kernel, dtype: torch.dtype) -> float:
+    return max(LIMITS[dtype], PLANES if kernel.name == "packed" else 0)
 
 
 @cache
@@ -65,8 +73,8 @@ def test_every_kernel_that_accepts_gives_the_product(text: str, dtype: torch.dty
                 y, shifted = kernel.linear(x, form, None), kernel.linear(x, form, bias)
                 assert y.dtype == dtype and tuple(y.shape) == (x.shape[0], shape[0])
                 expected = x.double() @ dense.T
-                assert error(y, expected) < LIMITS[dtype], (kernel.name, shape, x.shape)
-                assert error(shifted, expected + bias) < LIMITS[dtype], (kernel.name, shape, x.shape)
+                assert error(y, expected) < limit(kernel, dtype), (kernel.name, shape, x.shape)
+                assert error(shifted, expected + bias) < limit(kernel, dtype), (kernel.name, shape, x.shape)
                 assert torch.equal(x, before[0]) and torch.equal(bias, before[1])
 
 
@@ -78,14 +86,14 @@ def test_no_size_of_weights_costs_more_than_it_does_the_reference(text: str, dty
     errors = {}
     for kernel, reason in survey(q, dtype, CPU):
         if reason is None:
-            errors[kernel.name] = error(kernel.linear(x, kernel.prepack(q, dtype), None), truth(x, q))
-    reference = errors.pop("expand")
-    assert all(e <= max(2.5 * reference, LIMITS[dtype]) for e in errors.values()), (errors, reference)
+            errors[kernel] = error(kernel.linear(x, kernel.prepack(q, dtype), None), truth(x, q))
+    reference = errors[max(errors, key=lambda kernel: kernel.name == "expand")]
+    assert all(e <= max(2.5 * reference, limit(kernel, dtype)) for kernel, e in errors.items()), (errors, reference)
 
 
 def test_which_kernel_takes_what() -> None:
     def taking(text: str, shape: tuple[int, int] = (32, 256), dtype: torch.dtype = torch.bfloat16) -> set[str]:
-        return {k.name for k, reason in survey(packed(text, shape), dtype, CPU) if reason is None}
+        return {k.name for k, reason in survey(packed(text, shape), dtype, CPU) if reason is None} - {"packed"}
 
     assert taking("int8:channel") == taking("int8:g32") == taking("int8:g96") == {"torch-int8", "expand"}
     # A width that its vectors do not divide makes PyTorch's operator read beyond its input.
@@ -116,23 +124,51 @@ def test_reasons_say_what_is_wrong() -> None:
 def test_the_fastest_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, asked = packed("int8:channel", (32, 64)), []
 
-    def measure(kernel: registry.Kernel, q: QTensor, x: Tensor, *others: object) -> float:
-        asked.append((kernel.name, x.shape[0]))
-        return {"torch-int8": 1.0, "expand": 2.0}[kernel.name] * (1 if x.shape[0] == 1 else -1)
+    def measure(kernels: list[registry.Kernel], q: QTensor, x: Tensor, *others: object) -> dict[str, float]:
+        asked.append(x.shape[0])
+        one = {"packed": 3.0, "torch-int8": 1.0, "expand": 2.0}
+        return {k.name: one[k.name] if x.shape[0] == 1 else 4.0 - one[k.name] for k in kernels}
 
     monkeypatch.setattr(registry, "_measure", measure)
     timings = Timings()
     assert timings.choose(q, torch.float32, CPU, 1) == timings.choose(q, torch.float32, CPU, 1) == "torch-int8"
-    assert timings.choose(q, torch.float32, CPU, 20) == timings.choose(q, torch.float32, CPU, 32) == "expand"
-    assert asked == [("expand", 1), ("torch-int8", 1), ("expand", 32), ("torch-int8", 32)]
-    assert timings.choose(packed("nf4:g32", (32, 64)), torch.float32, CPU, 1) == "expand" and len(asked) == 4
+    assert timings.choose(q, torch.float32, CPU, 20) == timings.choose(q, torch.float32, CPU, 32) == PACKED_OR_EXPAND
+    assert asked == [1, 32]
+    learned = packed("nl4:row", (32, 64))
+    assert timings.choose(learned, torch.float32, CPU, 1) == "expand" and len(asked) == 2
     assert [bucket(n) for n in (1, 2, 4, 5, 32, 33, 5000)] == [1, 4, 4, 32, 32, 256, 256]
 
 
-def test_measuring_takes_the_least_of_several_calls() -> None:
-    q = packed("int8:channel", (64, 64))
-    for kernel in (all_kernels()[0], all_kernels()[-1]):
-        assert 0 < registry._measure(kernel, q, torch.zeros(4, 64)) < 1
+def test_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = packed("int8:channel", (32, 64))
+    first = next(k.name for k, reason in survey(q, torch.float32, CPU) if reason is None)
+    for slower, chosen in ((1.05, first), (1.5, "expand")):
+        measured = {k.name: slower for k in all_kernels()} | {"expand": 1.0}
+        monkeypatch.setattr(registry, "_measure", lambda *_, measured=measured: measured)
+        assert Timings().choose(q, torch.float32, CPU, 1) == chosen
+
+
+def test_kernels_take_turns_and_slow_ones_are_called_once() -> None:
+    class Counting(registry.Kernel):
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
+
+        def declines(self, *_: object) -> None:
+            return None
+
+        def prepack(self, *_: object) -> None:
+            return None
+
+        def linear(self, x: Tensor, packed: object, bias: object) -> Tensor:
+            calls.append(self.name)
+            time.sleep(self.seconds)
+            return x
+
+    calls: list[str] = []
+    kernels = [Counting("quick", 1e-4), Counting("slow", 2e-2), Counting("other", 1e-4)]
+    seconds = registry._measure(kernels, packed("int8:channel", (32, 64)), torch.zeros(1, 64))
+    assert calls == ["quick", "slow", "other"] + ["quick", "other"] * 5
+    assert 1e-4 <= seconds["quick"] < seconds["slow"] and seconds["slow"] >= 2e-2
 
 
 @pytest.mark.parametrize("only", [None, "expand", "torch-int8"])
@@ -144,8 +180,8 @@ def test_the_dispatcher_keeps_shapes(only: str | None) -> None:
         y = dispatcher.linear(x, lambda: q, torch.ones(24))
         assert y.shape == (*lead, 24)
         if x.numel():
-            assert error(y, truth(x, q, torch.ones(24))) < 1e-5
-    used = {kernel.name for kernel in dispatcher.chosen.values()}
+            assert error(y, truth(x, q, torch.ones(24))) < PLANES
+    used = {kernel.name for kernel, _ in dispatcher.chosen.values()}
     assert only is None or used == {only}
 
 

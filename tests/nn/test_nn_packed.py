@@ -28,7 +28,8 @@ def weight(text: str, shape: tuple[int, ...] = (24, 40), transposed: bool = Fals
     return PackedWeight.of(lowbit.quantize_tensor(x, text), transposed=transposed, **options)
 
 
-def near(a: Tensor, b: Tensor, limit: float = 1e-6) -> bool:
+def near(a: Tensor, b: Tensor, limit: float = 1e-4) -> bool:
+    """Within what two planes of 8 bits cost float activations."""
     return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= limit * b.norm())
 
 
@@ -194,7 +195,7 @@ def test_compiled_it_says_the_same(name: str) -> None:
         expected = model(ids).logits
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager")
-        assert near(compiled(ids).logits, expected, 1e-5) and near(compiled(ids).logits, expected, 1e-5)
+        assert near(compiled(ids).logits, expected) and near(compiled(ids).logits, expected)
 
 
 @pytest.mark.parametrize("kernel", ["expand", "torch-int8"])
@@ -203,8 +204,8 @@ def test_gradients_reach_the_inputs(kernel: str) -> None:
     w.dispatcher.only = kernel
     F.linear(x, w, bias).square().sum().backward()
     y = x.detach() @ w.dequantize().T + bias.detach()
-    assert x.grad is not None and near(x.grad, 2 * y @ w.dequantize(), 1e-5)
-    assert bias.grad is not None and near(bias.grad, 2 * y.sum(0), 1e-5)
+    assert x.grad is not None and near(x.grad, 2 * y @ w.dequantize())
+    assert bias.grad is not None and near(bias.grad, 2 * y.sum(0))
     with torch.no_grad():
         assert not F.linear(x, w, bias).requires_grad
 

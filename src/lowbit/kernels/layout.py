@@ -4,7 +4,8 @@
 
 where level is the code itself (4 or 8 bits) or its entry in a table of 16 bytes. Every format whose levels are small
 integers up to a common factor fits: int1 to int8, ternary, iq4nl, e2m1 (twice its levels are integers), fp6 e2m3.
-Levels of other tables of 16, such as nf4, are rounded to multiples of 1/127 of the largest, which is said.
+Levels of other tables of 16, such as nf4, are rounded to multiples of 1/127 of the largest, which is said; what is left
+of them can be packed as a second weight.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from lowbit.formats import Grid, QTensor
 
 _TILE = 16
+_REST = 254.0  # steps of what is left of a rounded level, which is at most half a step of the first table
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +143,7 @@ def codes_of(q: QTensor) -> Codes:
         raise ValueError(levels)
     codes = q.unpacked()
     if levels.code != tuple(range(len(levels.code))):
-        codes = torch.tensor(levels.code, dtype=torch.uint8)[codes.long()]
+        codes = _look_up(torch.tensor(levels.code, dtype=torch.uint8), codes)
     scale, offset = q.scales(), q.offsets()
     assert scale is not None  # only learned levels come without
     minimum = None
@@ -154,6 +157,30 @@ def codes_of(q: QTensor) -> Codes:
     return Codes(
         levels.bits, group, levels.zero, codes.contiguous(), spread[0] / levels.factor, spread[1], table, levels.rounded
     )
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """table[codes] for uint8 codes, in pieces: an index takes eight bytes."""
+    flat, out = codes.reshape(-1), torch.empty(codes.numel(), dtype=table.dtype)
+    for piece, into in zip(flat.split(_CHUNK), out.split(_CHUNK)):
+        torch.index_select(table, 0, piece.int(), out=into)
+    return out.view(codes.shape)
+
+
+def rest_of(q: QTensor, codes: Codes) -> Codes | None:
+    """What rounding the levels left of `codes_of(q)`, as a weight to add to it; None where nothing was rounded.
+
+    With it a level is off by at most 1/(4 * 127 * 127) of the largest.
+    """
+    levels = _levels_of(q.format.grid)
+    if isinstance(levels, str) or not codes.rounded or levels.table is None:
+        return None
+    exact = q.format.grid.levels.double() * levels.factor
+    kept = torch.tensor(levels.table[: len(exact)], dtype=torch.float64) - levels.zero
+    left = ((exact - kept) * _REST).round().to(torch.int64) + 128
+    table = torch.full((16,), 128, dtype=torch.uint8)
+    table[: len(left)] = left.to(torch.uint8)
+    return replace(codes, zero=128, scale=codes.scale / _REST, minimum=None, table=table)
 
 
 def pack(core: object, sources: list[Codes] | list[Floats], paired: bool = False, segment: int = 0) -> object:

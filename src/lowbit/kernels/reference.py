@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.formats import QTensor
+from lowbit.formats import InputQuantizer, QTensor
 from lowbit.kernels.registry import Kernel
 
 
@@ -18,7 +18,7 @@ class Expand(Kernel):
     def declines(self, q: QTensor, dtype: torch.dtype, device: torch.device) -> str | None:
         return None
 
-    def prepack(self, q: QTensor, dtype: torch.dtype) -> QTensor:
+    def prepack(self, q: QTensor, dtype: torch.dtype, quantizer: InputQuantizer | None = None) -> QTensor:
         return q
 
     def linear(self, x: Tensor, packed: QTensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.formats import IntGrid, QTensor
+from lowbit.formats import InputQuantizer, IntGrid, QTensor
 from lowbit.kernels.registry import Kernel
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +53,9 @@ class TorchInt8(Kernel):
             return f"it reads beyond the end of rows and groups that are not multiples of {self.STEP}"
         return _wrong_place("_weight_int8pack_mm", dtype, device) or _too_small(q, dtype)
 
-    def prepack(self, q: QTensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    def prepack(
+        self, q: QTensor, dtype: torch.dtype, quantizer: InputQuantizer | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         codes = (q.unpacked().to(torch.int16) + int(q.format.grid.lo)).to(torch.int8)
         scales = q.scales()[0].to(dtype)  # type: ignore[index]
         width = q.shape[1] if q.format.block.cols == -1 else q.format.block.cols
@@ -86,7 +88,9 @@ class TorchInt4(Kernel):
             return "it takes whole groups and rows in multiples of 16"
         return _wrong_place("_weight_int4pack_mm_for_cpu", dtype, device) or _too_small(q, dtype)
 
-    def prepack(self, q: QTensor, dtype: torch.dtype) -> tuple[Tensor, int, Tensor]:
+    def prepack(
+        self, q: QTensor, dtype: torch.dtype, quantizer: InputQuantizer | None = None
+    ) -> tuple[Tensor, int, Tensor]:
         codes = torch._convert_weight_to_int4pack_for_cpu(q.unpacked().to(torch.int32), 2)
         scale = q.scales()[0]  # type: ignore[index]
         # The operator computes scale * (code - 8) + shift; ours is scale * (code + lo - offset) or + minimum.

@@ -106,7 +106,7 @@ class TorchInt(Kernel):
             return f"it runs on CPUs, the activations are on {device.type}"
         return _inexact() if dtype in _TYPES else f"it takes bfloat16, float16 and float32, not {dtype}"
 
-    def prepack(self, q: QTensor, dtype: torch.dtype) -> _Codes:
+    def prepack(self, q: QTensor, dtype: torch.dtype, quantizer: InputQuantizer | None = None) -> _Codes:
         """Codes are levels with the zero-point taken off as far as int8 goes, so that little or no minimum is left."""
         grid, block, rows = q.format.grid, q.format.block, q.shape[0]
         row = torch.zeros(rows, dtype=torch.int64) if block.rows == -1 else torch.arange(rows) // block.rows

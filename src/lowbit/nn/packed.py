@@ -18,6 +18,7 @@ from torch import Tensor
 from lowbit.errors import FormatError
 from lowbit.formats import Format, InputQuantizer, Inputs, QTensor
 from lowbit.kernels.registry import Dispatcher
+from lowbit.nn import ops
 from lowbit.nn.parts import Parts
 from lowbit.nn.product import Product
 
@@ -63,6 +64,11 @@ class PackedWeight(Parts):
             parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in every.items()}
         self.set_parts(parts)
         self.dispatcher = Dispatcher()
+        self._number = ops.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = ops.register(self)  # a copy is another weight
 
     @staticmethod
     def of(
@@ -96,6 +102,9 @@ class PackedWeight(Parts):
 
         A divisor of the inputs is in it, so that inputs need no division; only their rounding is lost.
         """
+        if torch.compiler.is_compiling():
+            like = self.get_buffer("codes")
+            return ops.packed_dense(self._number, like, list(self.shape), dtype or self._dtype)
         dense = self._undivided(self.qtensor().dequantize, dtype)
         return dense.transpose(-1, -2) if self.transposed else dense
 
@@ -107,6 +116,8 @@ class PackedWeight(Parts):
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
+        if torch.compiler.is_compiling():
+            return ops.packed_linear(x, self._number, bias, self.stored_shape[0])
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = Product.apply(x, self)
             # What a custom function returns may be a view that nobody may write to; models such as Falcon do.
@@ -115,6 +126,8 @@ class PackedWeight(Parts):
 
     def rows(self, index: Tensor) -> Tensor:
         """`weight[index]` for indices >= 0 into the first stored dimension, expanding only what is asked for."""
+        if torch.compiler.is_compiling():
+            return ops.packed_rows(index, self._number, list(self.shape[1:]), self._dtype)
         found = self._undivided(lambda dtype: self.qtensor().index(index, dtype))
         return found.transpose(-1, -2) if self.transposed else found
 

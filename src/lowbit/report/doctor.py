@@ -142,7 +142,7 @@ def _trials() -> list[KernelTrial]:
             for kernel, reason in survey(q, dtype, device, recipe.inputs):
                 times = ()
                 if reason is None:
-                    packed = kernel.prepack(q, dtype)
+                    packed = kernel.prepack(q, dtype, quantizer)
                     product = partial(kernel.linear, packed=packed, bias=None)
                     if quantizer is not None:
                         product = partial(kernel.linear_of_quantized, packed=packed, bias=None, quantizer=quantizer)
