@@ -24,7 +24,7 @@ from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated_memory import MICRO_BATCH
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import Collector, Group, Wave, find_waves
-from lowbit.pipeline.heap import keep_freed, trim
+from lowbit.pipeline.heap import trim
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
@@ -70,7 +70,6 @@ class CalibratedRun:
 
     def results(self) -> Iterator[tuple[Solved, str]]:
         """Every tensor of the plan, solved, with the SHA-256 of its source bytes; resumes after the last whole stage."""
-        keep_freed()
         inside = {t for t in self.tensors for stage in self.stages if stage.owns(t)}
         around = [t for t in self.tensors if t not in inside]
         later = self.around = [t for t in around if self._multiplies(t)]  # projections beside the chains

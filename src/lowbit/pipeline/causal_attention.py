@@ -9,7 +9,7 @@ from torch import Tensor
 from lowbit.solvers.products import bfloat16_products
 
 _QUERIES = 256  # rows that are scored at once, against the keys up to the last of them
-_SCORES = 1 << 22  # float32 scores that are in memory at a time
+_SCORES = 1 << 20  # float32 scores that are in memory at a time
 
 
 def attention(
@@ -38,7 +38,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     out = torch.empty_like(query)
     q, k = query.float(), key.float()  # the type of a product is that of its operands, and scores are to be float32
     future = torch.full((_QUERIES, _QUERIES), -torch.inf).triu_(1)
-    together = max(1, _SCORES // (min(_QUERIES, tokens) * tokens))
+    rounds = -(-heads // max(1, _SCORES // (min(_QUERIES, tokens) * tokens)))
+    together = -(-heads // rounds)
     for first in range(0, heads, together):
         part = slice(first, first + together)
         for begin in range(0, tokens, _QUERIES):

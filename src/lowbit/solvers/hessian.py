@@ -58,9 +58,9 @@ def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
         if not int(failed):
             # Backwards H = L L', so forwards H = R R' with R upper triangular, and U = inv(R): one factorization, no inverse.
             eye = torch.eye(len(moment), dtype=torch.float64)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False, out=eye).flip(0, 1)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False, out=eye).float().flip(0, 1)
             if bool(torch.isfinite(upper).all()):
-                return Factor(single, upper.float(), perm, damp)
+                return Factor(single, upper, perm, damp)
         damp = max(1e-6, damp) * 10
         if damp > _MOST_DAMPING:  # not a second moment at all: no error feedback is the honest answer
             eye = torch.eye(len(moment))
