@@ -117,7 +117,7 @@ class CalibratedRun:
     ) -> Iterator[tuple[Solved, str]]:
         digests = {name: _digest(weight) for name, weight in weights.items()}
         for name, weight in weights.items():
-            self.live.place(name, weight)
+            self._place(name, weight)
         tuner = None if stage is REST else self.tuner
         if tuner is not None:
             tuner.begin()
@@ -146,7 +146,7 @@ class CalibratedRun:
                 for solved in solve_group(plans, [weights[n] for n in group.members], self.plan.recipe, stats):
                     name, q = solved.plan.name, solved.qtensor()
                     if q is not None:
-                        self.live.place(name, _oriented(q.dequantize(), solved.plan))
+                        self._place(name, _oriented(q.dequantize(), solved.plan))
                     done[name] = replace(solved, stored=solved.stored | stored.parts(name))
                 self.attention.settled.update(group.members)
                 del stats
@@ -182,7 +182,7 @@ class CalibratedRun:
         for name, solved in found.items():
             q = solved.qtensor()
             if q is not None and solved is not done[name]:
-                self.live.place(name, _oriented(q.dequantize(), solved.plan))
+                self._place(name, _oriented(q.dequantize(), solved.plan))
         return found
 
     def _statistics(
@@ -226,7 +226,7 @@ class CalibratedRun:
                 stored.divide(group, scale)
             for name in changed:
                 if changed[name] is not weights[name]:
-                    self.live.place(name, changed[name])
+                    self._place(name, changed[name])
             weights.update(changed)
         return divisors
 
@@ -268,6 +268,12 @@ class CalibratedRun:
             self.attention.begin(batch)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
         return Tap(watched, both, remembered=None if batch is None else self.attention)
+
+    def _place(self, name: str, weight: Tensor) -> None:
+        """Put a weight of a block in its place, in the type that its products take, so that none casts it again; tuners
+        compute with parameters of float32."""
+        half = self.settings.autocast and self.tuner is None and self._multiplies(name)
+        self.live.place(name, weight, torch.bfloat16 if half else torch.float32)
 
     def _dense(self, name: str, q: QTensor) -> Tensor:
         return _oriented(q.dequantize(), self.tensors[name])

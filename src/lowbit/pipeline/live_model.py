@@ -35,8 +35,8 @@ class LiveModel:
             config.use_cache = False
         self._compute_buffers()
 
-    def place(self, name: str, value: Tensor | None) -> None:
-        """Give a parameter or buffer its values, floats in float32; None takes them away. Unknown names are left out."""
+    def place(self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        """Give a parameter or buffer its values, floats in `dtype`; None takes them away. Unknown names are left out."""
         found = self._owner(name)
         if found is None:
             return
@@ -45,7 +45,7 @@ class LiveModel:
         if value is None:
             new = torch.empty_like(old, device="meta")
         else:
-            new = value.to(torch.float32) if value.is_floating_point() else value
+            new = value.to(dtype) if value.is_floating_point() else value
         kept = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
         for alias in (name, *(alias for alias, canonical in self.tied.items() if canonical == name)):
             found = self._owner(alias)

@@ -6,24 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-REMEMBERED = (F.scaled_dot_product_attention,)
+from lowbit.pipeline.states import TensorFile
 
 
 class Remembered:
-    """Results by micro-batch and by the order of calls in a forward, in files.
+    """Results by micro-batch and by the order of calls in a forward, in a file.
 
     A result counts once every watched weight that the forward has touched so far is solved: its operands cannot change.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.file = TensorFile(folder / "attention")
         self.settled: set[str] = set()
-        self._known: set[tuple[int, int]] = set()
+        self._known: dict[tuple[int, int], int] = {}  # where in the file
         self._batch = self._call = 0
         self._final = True
 
@@ -40,20 +37,14 @@ class Remembered:
         key = (self._batch, self._call)
         self._call += 1
         if key in self._known and self._final:
-            with safe_open(self._file(*key), framework="pt") as file:
-                return file.get_tensor("x").clone()
+            return self.file.read(self._known[key])
         found = compute()
         if self._final and isinstance(found, Tensor):
-            save_file({"x": found.detach().contiguous()}, self._file(*key))
-            self._known.add(key)
+            self._known[key] = self.file.append(found)
         return found
 
     def forget(self) -> None:
         """The block is done, or its weights changed after all."""
-        for key in self._known:
-            self._file(*key).unlink(missing_ok=True)
+        self.file.remove()
         self._known.clear()
         self.settled.clear()
-
-    def _file(self, batch: int, call: int) -> Path:
-        return self.folder / f"attention-{batch:04d}-{call:02d}.safetensors"

@@ -114,7 +114,7 @@ class StagedModel:
                 replaced[module] = lambda *a, _given=before[other.chain], **k: _given
         try:
             with forwards_replaced(replaced):
-                found = functional_call(self.model, tensors or {}, (), inputs)
+                found = functional_call(self.model, tensors, (), inputs) if tensors else self.model(**inputs)
             if not stage.chain:
                 return found
         except LeaveForward as left:

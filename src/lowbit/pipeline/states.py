@@ -80,25 +80,62 @@ class States:
         return self.folder / f"{stage:05d}.new"
 
 
+class TensorFile:
+    """Tensors one after another in one file of plain bytes, for as long as the process works with them.
+
+    Read into fresh memory, not mapped: mapped pages would count as the process's own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._placed: list[tuple[int, torch.Size, torch.dtype]] = []  # where each begins, and what it is
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def append(self, x: Tensor) -> int:
+        """Add a tensor; returns its number."""
+        data = _bytes(x.detach().contiguous())
+        with open(self.path, "ab" if self._placed else "wb") as file:
+            file.write(data)
+        self._placed.append((self._end, x.shape, x.dtype))
+        self._end += len(data)
+        return len(self._placed) - 1
+
+    def read(self, number: int) -> Tensor:
+        """The tensor of this number."""
+        begin, shape, dtype = self._placed[number]
+        out = torch.empty(shape, dtype=dtype)
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            file.readinto(_bytes(out))
+        return out
+
+    def remove(self) -> None:
+        """Remove the file; what is appended next is the first again."""
+        self.path.unlink(missing_ok=True)
+        self._placed.clear()
+        self._end = 0
+
+
 class InputFile:
     """The float model's input of one weight (or output of a block), all micro-batches, kept until it is compared."""
 
     def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.path, self.dtype, self.count = path, dtype, 0
+        self.file, self.dtype = TensorFile(path), dtype
 
     def append(self, x: Tensor) -> None:
         """Add the input of the next micro-batch, [..., K]."""
-        save_file({"x": x.reshape(-1, x.shape[-1]).to(self.dtype).contiguous()}, self._file(self.count))
-        self.count += 1
+        self.file.append(x.reshape(-1, x.shape[-1]).to(self.dtype))
 
     def read(self, batch: int) -> Tensor:
         """[tokens, K] of micro-batch `batch`, in the type that it is kept in."""
-        with safe_open(self._file(batch), framework="pt") as file:
-            return file.get_tensor("x").clone()
+        return self.file.read(batch)
 
     def remove(self) -> None:
-        for batch in range(self.count):
-            self._file(batch).unlink(missing_ok=True)
+        self.file.remove()
 
-    def _file(self, batch: int) -> Path:
-        return self.path.with_name(f"{self.path.name}-{batch:04d}.safetensors")
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.reshape(-1).view(torch.uint8).numpy())

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lowbit.pipeline.remembered import REMEMBERED, Remembered
+from lowbit.pipeline.causal_attention import attention
+from lowbit.pipeline.remembered import Remembered
 
 # Called with (name of the weight, expert or None, input [..., K]); what it returns takes the input's place.
 Seen = Callable[[str, "int | None", Tensor], "Tensor | None"]
@@ -62,7 +63,9 @@ class Tap(TorchFunctionMode):
                     args = (*args[:at], other, *args[at + 1 :])
                 else:
                     kwargs[name] = other
-        if self.remembered is not None and func in REMEMBERED:
+        if func is F.scaled_dot_product_attention:
+            func = attention
+        if self.remembered is not None and func is attention:
             return self.remembered.result(lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
         if found is not None and self.made is not None:

@@ -43,12 +43,13 @@ def feed_errors(weight: Tensor, upper: Tensor, rounder: Rounder, shift: Tensor |
     return out.T
 
 
-def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder: Rounder) -> Tensor:
+def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder: Rounder) -> tuple[Tensor, float]:
     """One sweep of exact coordinate descent on tr((Q - W) H (Q - W)') over the levels of each weight.
 
         R = (Q - W) H;   q_k <- Q(q_k - R_k / H_kk);   R += (change of q_k) H[k, :]
 
-    Every step can only lower the error. All [N, K], in the order of columns that `rounder` and `hessian` have.
+    Every step can only lower the error. All [N, K], in the order of columns that `rounder` and `hessian` have. Returns Q
+    and the error, of which R is the larger part.
     Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's coordinate descent; here in lazy blocks.
     """
     q = values.T.contiguous()
@@ -66,4 +67,5 @@ def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder:
             inner.addr_(h[i], changes[i])
         residual[:begin].addmm_(hessian[:begin, begin:end], changes)
         residual[end:].addmm_(hessian[end:, begin:end], changes)
-    return q.T
+    found = q.T
+    return found, float(residual.T.mul(found - target).sum(dtype=torch.float64))

@@ -69,8 +69,7 @@ def solve_with_feedback(
     if shift is None and start <= error:
         best, error = nearest, start
     for _ in range(polish):
-        better = _polished(best, weight, factor)
-        e = quadratic(better.dequantize() - weight, factor.hessian)
+        better, e = _polished(best, weight, factor)
         if e >= error:
             break
         best, error = better, e
@@ -78,14 +77,14 @@ def solve_with_feedback(
     return best
 
 
-def _polished(q: QTensor, target: Tensor, factor: Factor) -> QTensor:
-    """One joint refit of the scales, and one sweep of coordinate descent under the new ones."""
+def _polished(q: QTensor, target: Tensor, factor: Factor) -> tuple[QTensor, float]:
+    """One joint refit of the scales, and one sweep of coordinate descent under the new ones; with the error under H."""
     if refits(q):
         q = refit_scales(q, target, factor.hessian)
     perm, back = factor.perm, torch.argsort(factor.perm)
     hessian = factor.hessian[perm][:, perm].contiguous()
-    values = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm))
-    return with_values(q, values[:, back])
+    values, error = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm))
+    return with_values(q, values[:, back]), error
 
 
 def columns_in_order(diagonal: Tensor, order: int, group: int) -> Tensor:

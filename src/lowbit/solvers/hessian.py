@@ -51,14 +51,16 @@ def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
         diagonal = damped.diagonal()
         diagonal[diagonal <= 0] = mean
         diagonal.add_(damp * mean)
-        single, damped = damped.float(), damped[perm][:, perm]
+        backwards = perm.flip(0)
+        single, damped = damped.float(), damped[backwards][:, backwards]
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped, diagonal
         if not int(failed):
-            torch.cholesky_inverse(lower, out=lower)
-            upper, failed = torch.linalg.cholesky_ex(lower, upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return Factor(single, upper.float(), perm, damp)
+            # Backwards H = L L', so forwards H = R R' with R upper triangular, and U = inv(R): one factorization, no inverse.
+            eye = torch.eye(len(moment), dtype=torch.float64)
+            upper = torch.linalg.solve_triangular(lower, eye, upper=False, out=eye).float().flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
+                return Factor(single, upper, perm, damp)
         damp = max(1e-6, damp) * 10
         if damp > _MOST_DAMPING:  # not a second moment at all: no error feedback is the honest answer
             eye = torch.eye(len(moment))

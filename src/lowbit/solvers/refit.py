@@ -65,13 +65,15 @@ def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, pres
     cols = hessian.shape[0]
     spans = [(g, min(g + size, cols)) for g in range(0, cols, size)]
     rows, count = len(pulled), len(spans) * len(bases)
-    normal, right = torch.empty(rows, count, count), torch.empty(rows, count)
-    for i, (basis, (begin, end)) in enumerate((b, span) for b in bases for span in spans):
-        vector = basis[:, begin:end]
+    normal, right = torch.zeros(rows, count, count), torch.empty(rows, count)
+    for i, (b, (begin, end)) in enumerate((b, span) for b in range(len(bases)) for span in spans):
+        vector = bases[b][:, begin:end]
         right[:, i] = (vector * pulled[:, begin:end]).sum(1)
-        reach = vector @ hessian[begin:end]  # d_g' H
-        for j, other in enumerate(bases):
-            normal[:, i, j * len(spans) : (j + 1) * len(spans)] = _by_group(reach * other, size, len(spans))
+        for j in range(b + 1):  # the lower triangle is all that is read
+            stop = end if j == b else cols
+            reach = vector @ hessian[begin:end, :stop]  # d_g' H
+            row = normal[:, i, j * len(spans) : j * len(spans) + -(-stop // size)]
+            row.copy_(_by_group(reach * bases[j][:, :stop], size, row.shape[1]))
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
     normal = normal.double() + torch.diag_embed(ridge.expand(-1, count)).double()

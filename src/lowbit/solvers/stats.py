@@ -6,11 +6,14 @@ it by algebra, so that a transform needs no second forward.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowbit.solvers.products import bfloat16_products
 
 _PANEL = 256  # columns of a second moment that are added up at a time
 
@@ -72,8 +75,9 @@ class Stats:
 class StatsBuilder:
     """Adds micro-batches up; sums are float32 of float32 products, the mean is taken at the end.
 
-    `half`: the drift is multiplied in bfloat16, four times as fast on processors that have it. It is a small difference,
-    so that rounding it costs little; the second moment itself would not bear it.
+    `half`: the model multiplies x in bfloat16, so that it is x rounded to it that counts: then all products are those of
+    bfloat16 numbers, up to four times as fast on processors that have it. The drift is a small difference, so that rounding
+    it costs little; the second moment would not bear a rounded sum, and has none.
     """
 
     def __init__(self, width: int, drift: bool = False, half: bool = False) -> None:
@@ -86,14 +90,16 @@ class StatsBuilder:
     def add(self, x: Tensor, x_float: Tensor | None = None, weights: Tensor | None = None) -> None:
         """`x` [..., K] as the quantized model computes it; `x_float` the same of the float model; `weights` [tokens] say
         how much each token counts in the products, mean 1."""
-        x = x.reshape(-1, x.shape[-1]).to("cpu", torch.float32)
+        x = x.reshape(-1, x.shape[-1]).to("cpu", torch.bfloat16 if self.half else torch.float32).to(torch.float32)
         if not len(x):
             return
         self.tokens += len(x)
         weighed = x if weights is None else x * weights[:, None]
-        for begin in range(0, x.shape[1], _PANEL):  # the upper triangle by panels; the lower one mirrors it
-            panel = slice(begin, begin + _PANEL)
-            self.sum[: begin + _PANEL, panel].addmm_(weighed[:, : begin + _PANEL].T, x[:, panel])
+        exact = self.half and weights is None  # weighed inputs are no bfloat16 numbers
+        with bfloat16_products() if exact else nullcontext():
+            for begin in range(0, x.shape[1], _PANEL):  # the upper triangle by panels; the lower one mirrors it
+                panel = slice(begin, begin + _PANEL)
+                self.sum[: begin + _PANEL, panel].addmm_(weighed[:, : begin + _PANEL].T, x[:, panel])
         size = x.abs()
         torch.maximum(self.absmax, size.amax(0), out=self.absmax)
         self.abs += size.sum(0)

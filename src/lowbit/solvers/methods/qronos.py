@@ -31,11 +31,11 @@ def qronos(
 
 
 def corrected(weight: Tensor, stats: Stats, blend: float, ridge: float) -> Tensor:
-    """W + blend W (G - H) (H + r I)^-1, float32 [N, K], computed in float64: W' less W is W (G - H) (H + r I)^-1."""
+    """W + blend W (G - H) (H + r I)^-1, float32 [N, K], solved in float64: W' less W is W (G - H) (H + r I)^-1."""
     assert stats.drift is not None
     hessian = stats.second_moment.double()
     hessian.diagonal().add_(max(ridge * float(hessian.diagonal().mean()), 1e-30))
     factor = torch.linalg.cholesky(hessian)
     del hessian
-    change = torch.cholesky_solve((weight.double() @ stats.drift.double()).T, factor).T
+    change = torch.cholesky_solve((weight @ stats.drift).double().T, factor).T
     return (weight.double() + blend * change).float()
