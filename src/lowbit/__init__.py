@@ -29,6 +29,7 @@ _HOMES = {
     "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.loading",
     "evaluate": "lowbit.measure.api",
+    "export": "lowbit.pipeline.exporting",
     "integer_matmul": "lowbit.kernels.integer",
     "load": "lowbit.pipeline.loading",
     "load_into": "lowbit.pipeline.loading",

@@ -7,6 +7,7 @@
     ├── WeightError     a tensor whose values cannot be quantized
     ├── TransformError  a model that a transform cannot rewrite
     ├── EngineError     a model or prompt that the fast engine does not compute
+    ├── ExportError     a model that a target format cannot hold
     ├── OutputError     a place that cannot be written to
     └── TextError       evaluation text that cannot be used
 
@@ -46,6 +47,10 @@ class TransformError(LowbitError, ValueError):
 
 class EngineError(LowbitError, ValueError):
     """A model or prompt that the fast engine does not compute; transformers may."""
+
+
+class ExportError(LowbitError, ValueError):
+    """A model that a target of an export cannot hold, or one that came back other than it was written."""
 
 
 class OutputError(LowbitError):

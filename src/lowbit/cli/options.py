@@ -14,6 +14,12 @@ Recipe = Annotated[
         help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
     ),
 ]
+As = Annotated[
+    str,
+    typer.Option(
+        "--as", help="The target: gguf, for llama.cpp and Ollama; see `lowbit export --help`.", show_default=False
+    ),
+]
 Text = Annotated[
     str | None,
     typer.Option(

@@ -158,10 +158,7 @@ class FolderSource(Source):
     def save_assets(self, out: Path) -> None:
         """Copy tokenizer files, chat template and generation config; a tokenizer given at opening replaces its files."""
         try:
-            for file in sorted(self.folder.iterdir()):
-                wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in ASSETS)
-                if file.is_file() and wanted and not any(fnmatch.fnmatch(file.name, p) for p in _NEVER):
-                    shutil.copyfile(file, out / file.name)
+            copy_assets(self.folder, out)
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(out)
         except OSError as error:
@@ -183,6 +180,14 @@ class FolderSource(Source):
         step = max(1, (8 << 20) * one.shape[0] // max(one.nbytes, 1))
         pieces = (slice(i, i + step) for i in range(0, one.shape[0], step))
         return all(torch.equal(read_tensor(file_a, one, rows), read_tensor(file_b, two, rows)) for rows in pieces)
+
+
+def copy_assets(folder: Path, out: Path) -> None:
+    """Copy tokenizer files, chat template and generation config from one folder into another. May raise OSError."""
+    for file in sorted(folder.iterdir()):
+        wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in ASSETS)
+        if file.is_file() and wanted and not any(fnmatch.fnmatch(file.name, p) for p in _NEVER):
+            shutil.copyfile(file, out / file.name)
 
 
 def weight_files(folder: Path) -> list[Path]:

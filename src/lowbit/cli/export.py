@@ -1,0 +1,51 @@
+"""lowbit export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import As, Json
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.exporting import Exported
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit export smollm2-w4 --as gguf -o smollm2.gguf")(export)
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder that lowbit wrote.", show_default=False)],
+    target: As,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="What to write; FOLDER with the target's ending when left out.", show_default=False
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized folder in the format of another program, read it back and compare."""
+    from lowbit.pipeline.exporting import export as write
+
+    console.quiet()
+    with console.bytes_bar("exporting") as progress:
+        made = write(folder, target, out, overwrite=overwrite, progress=progress)
+    if as_json:
+        console.print_json(made.to_json())
+    else:
+        console.stdout().print(told(made), markup=False)
+
+
+def told(made: Exported) -> str:
+    """One line on what was written and how it compared."""
+    from lowbit.report.wording import bytes_text
+
+    weights = "every weight equal" if made.weights == 0 else f"weights within {made.weights:.1e}"
+    logits = "" if made.logits is None else f", logits within {made.logits:.1e}"
+    return f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}"

@@ -1,0 +1,165 @@
+"""What a target of an export is: a program's format that can hold some models, and a writer of it.
+
+A target is a class with `@target` above it, in a file or package of this folder. Its `check` is static: it sees names,
+shapes, formats and the config, so that it can say no before a model is quantized. Its `write` streams from a folder
+that lowbit wrote. Everything around them (temporary names, reading back, comparing) is `pipeline/exporting.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from lowbit.errors import ExportError, nearest
+from lowbit.formats import Format, Inputs
+from lowbit.interchange.inventory import Kind
+from lowbit.interchange.source import Source, open_source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lowbit.interchange.lowbit_folder import LowbitFolder
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a quantized model, before its values are read.
+
+    name        as the model of transformers calls it
+    shape       of a quantized one [.., out, in]; of a kept one as the module has it
+    kind        see the inventory
+    dtype       of a kept one; of a quantized one what computing is done in
+    transposed  the module keeps [.., in, out]
+    format      None: kept
+    inputs      how the inputs of this weight are stored in few bits while the model runs, or None
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    dtype: torch.dtype
+    transposed: bool = False
+    format: Format | None = None
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A quantized model, before its values are read: what a target is asked to hold.
+
+    config   the transformers config, without what lowbit adds to it; None for a module that has none
+    tensors  by name, in the model's order; a tied alias is not listed
+    tied     alias -> the name of the tensor that it shares
+    """
+
+    label: str
+    recipe: str
+    config: PretrainedConfig | None
+    tensors: Mapping[str, Stored]
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a target cannot hold.
+
+    tensor   its name, empty for the model as a whole
+    reason   why not
+    nearest  what the target can hold in its place: the text of a format, or words
+    shape    the format is one of the target's, but this tensor's shape is not for it; `quantize --as` then takes
+             `nearest` by itself
+    """
+
+    tensor: str
+    reason: str
+    nearest: str = ""
+    shape: bool = False
+
+
+class Target(ABC):
+    """A format of another program.
+
+    name        what `--as` says
+    summary     one line for people
+    suffix      `.gguf` where one file is written, empty for a folder
+    embed       text of the format that `quantize --as` gives embeddings and heads where the recipe leaves it open
+    recipes     name of a preset -> what it means for this target, where that is another recipe
+    candidates  formats that mixed precision chooses from for this target
+    tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    suffix: ClassVar[str] = ""
+    embed: ClassVar[str] = ""
+    recipes: ClassVar[Mapping[str, str]] = {}
+    candidates: ClassVar[tuple[str, ...]] = ()
+    tolerance: ClassVar[float] = 0.0
+
+    @abstractmethod
+    def check(self, model: Contents) -> list[Problem]:
+        """Everything that this target cannot hold of `model`; empty when it can hold it all."""
+
+    @abstractmethod
+    def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
+        """Write `model`, which `check` has passed, to `out`: a file or folder that does not exist yet.
+
+        One tensor is in memory at a time. `progress(name, bytes done, bytes in all)`. OutputError or SourceError.
+        """
+
+    def mix(self, name: str, model: Contents) -> str | None:
+        """The recipe that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
+
+        `model` is the float model: all of its tensors are kept.
+        """
+        return None
+
+    def mixes(self) -> tuple[str, ...]:
+        """The names that `mix` knows."""
+        return ()
+
+    def reopen(self, out: Path, model: LowbitFolder) -> Source:
+        """What was written, as a source of the same tensors, read by other code than wrote it where that exists."""
+        return open_source(out)
+
+
+@dataclass
+class _Registry:
+    found: dict[str, Target] = field(default_factory=dict)
+    complete: bool = False
+
+
+_REGISTRY = _Registry()
+
+
+def target(kind: type[Target]) -> type[Target]:
+    """Register a target under its name."""
+    _REGISTRY.found[kind.name] = kind()
+    return kind
+
+
+def targets() -> dict[str, Target]:
+    """Every target by name, in alphabetical order."""
+    if not _REGISTRY.complete:
+        package = "lowbit.interchange.exporters"
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+        _REGISTRY.complete = True
+    return dict(sorted(_REGISTRY.found.items()))
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`. ExportError with the names that there are."""
+    known = targets()
+    if name not in known:
+        raise ExportError(f"unknown target {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return known[name]

@@ -1,0 +1,257 @@
+"""Export: check, write under another name, read back, compare, and only then give it its name."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ExportError, OutputError, RecipeError
+from lowbit.formats import parse_format
+from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target, target_named, targets
+from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+from lowbit.pipeline.folder_writer import replace_folder, sync
+from lowbit.pipeline.layer_globs import globs_of
+from lowbit.pipeline.plan import Plan, make_plan
+from lowbit.pipeline.presets import PRESETS
+from lowbit.pipeline.recipe import EMBED, Recipe
+
+TOKENS = 16  # that the logits are compared on
+LOGITS = 1e-3  # how far they may be apart, |a - b| / |b|: both are float32 of weights that are equal already
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from ours when read back.
+
+    `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
+    tokens; None where the float model would not fit into this machine's memory.
+    """
+
+    path: Path
+    target: str
+    nbytes: int
+    weights: float
+    logits: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
+            "logits": self.logits,
+        }  # fmt: skip
+
+
+def export(
+    model: Any, target: str, out: str | Path | None = None, *, overwrite: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
+
+    `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the target's ending
+    when left out. What was written is read back and compared with ours before it gets its name.
+    ExportError when the target cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+    """
+    kind = target_named(target)
+    folder = LowbitFolder(_folder_of(model))
+    refuse(kind, kind.check(folder.contents))
+    out = Path(out) if out is not None else default_out(folder.folder, kind)
+    _check_free(out, kind, overwrite)
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
+    except OSError as error:
+        raise _cannot(out, error) from error
+    try:
+        fresh = room / out.name
+        kind.write(folder, fresh, progress)
+        weights, logits = compared(kind, folder, fresh)
+        for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
+            sync(path)
+        size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
+        if fresh.is_file():
+            os.replace(fresh, out)
+            sync(out.resolve().parent)
+        else:
+            replace_folder(fresh, out.resolve())
+    except OSError as error:
+        raise _cannot(out, error) from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    return Exported(out, kind.name, size, weights, logits)
+
+
+def default_out(folder: Path, kind: Target) -> Path:
+    """FOLDER.gguf for a file, FOLDER-vllm for a folder."""
+    name = folder.resolve().name
+    return folder.resolve().with_name(f"{name}{kind.suffix}" if kind.suffix else f"{name}-{kind.name}")
+
+
+def refuse(kind: Target, problems: Iterable[Problem]) -> None:
+    """ExportError with every problem, if there is any; problems that tensors share are said once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        groups.setdefault((problem.reason, problem.nearest), []).append(problem.tensor)
+    if not groups:
+        return
+    parts = []
+    for (reason, near), names in groups.items():
+        named = [n for n in names if n]
+        where = f" ({', '.join(named[:2])}{f' and {len(named) - 2} more' if len(named) > 2 else ''})" if named else ""
+        parts.append(f"{reason}{where}{f'; the nearest is {near}' if near else ''}")
+    more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
+    raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
+
+
+def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, float | None]:
+    """(largest relative difference of a weight, that of the logits) of what was written, read back by other code."""
+    read = kind.reopen(out, folder)
+    ours = folder.dense()
+    worst = 0.0
+    lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
+    if lacking:
+        raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
+    for name in ours.tensors:
+        if name in read.tensors:
+            apart = distance(read.read(name), ours.read(name))
+            if not apart <= kind.tolerance:
+                raise ExportError(
+                    f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
+                )
+            worst = max(worst, apart)
+    if not _fits(ours):
+        return worst, None
+    logits = distance(logits_of(read), logits_of(ours))
+    if not logits <= LOGITS:
+        raise ExportError(
+            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
+            "computes another model from this config; nothing was kept of the export"
+        )
+    return worst, logits
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in float64; infinite where shapes differ or a value is not finite."""
+    if tuple(a.shape) != tuple(b.shape):
+        return float("inf")
+    a, b = a.float(), b.float()
+    if torch.equal(a, b):
+        return 0.0
+    norm = float(b.double().norm())
+    apart = float((a.double() - b.double()).norm()) / (norm or 1.0)
+    return apart if apart == apart else float("inf")
+
+
+def logits_of(source: Source) -> Tensor:
+    """float32 [1, tokens, vocabulary]: what the float model of a source gives for a fixed row of tokens."""
+    model = source.load_float()
+    config: Any = source.config
+    size = int(config.get_text_config().vocab_size)
+    ids = torch.randint(0, size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=ids).logits.float()
+    del model
+    gc.collect()
+    return found
+
+
+def _fits(source: Source) -> bool:
+    """Whether the float model takes at most half of this machine's memory; where that is unknown, yes."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return True
+    return 2 * 4 * sum(math.prod(spec.shape) for spec in source.tensors.values()) <= memory
+
+
+def contents_of(plan: Plan, source: Source) -> Contents:
+    """A plan as targets see it, before anything is quantized."""
+    tensors = {
+        t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
+        for t in plan.tensors
+    }
+    return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
+
+
+def recipe_for(kind: Target, text: str | Recipe, source: Source) -> Recipe:
+    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings."""
+    if isinstance(text, str):
+        name, comma, settings = text.partition(",")
+        if name in kind.mixes():
+            float_model = Recipe(parse_format("int8:channel"), embed=None, layers=(("*", None),))
+            made = kind.mix(name, contents_of(make_plan(source, float_model), source))
+            return replace(Recipe.parse(f"{made}{comma}{settings}"), name=None if comma else name)
+        if name in PRESETS and name in kind.recipes:
+            recipe = Recipe.parse(kind.recipes[name] + comma + settings)
+            return replace(_with_embed(kind, recipe), name=None if comma else name)
+        text = Recipe.parse(text)
+    return _with_embed(kind, text)
+
+
+def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
+    return replace(recipe, embed=parse_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+
+
+def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, str]]:
+    """The plan with formats that fit every tensor's shape, and which tensors got another: glob -> format.
+
+    Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
+    its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
+    """
+    problems = kind.check(contents_of(plan, source))
+    refuse(kind, [p for p in problems if not p.shape])
+    if not problems:
+        return plan, {}
+    by_format: dict[str, list[str]] = {}
+    for problem in problems:
+        by_format.setdefault(problem.nearest, []).append(problem.tensor)
+    known = [t.name for t in plan.tensors]
+    changes = {glob: text for text, names in by_format.items() for glob in globs_of(names, known)}
+    added = tuple((glob, parse_format(text)) for glob, text in changes.items())
+    recipe = replace(plan.recipe, layers=(*plan.recipe.layers, *added))
+    again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
+    refuse(kind, kind.check(contents_of(again, source)))
+    return again, changes
+
+
+def target_names() -> dict[str, str]:
+    """Name -> one line about it, of every target."""
+    return {name: kind.summary for name, kind in targets().items()}
+
+
+def _folder_of(model: Any) -> Path:
+    if isinstance(model, (str, Path)):
+        return Path(model)
+    folder = getattr(model, "folder", None)
+    if folder is None:
+        raise RecipeError("export takes a folder that lowbit wrote, or the result of quantize with one; save it first")
+    return Path(folder)
+
+
+def _check_free(out: Path, kind: Target, overwrite: bool) -> None:
+    """OutputError when `out` cannot be given to what is to be written."""
+    if kind.suffix and out.suffix != kind.suffix:
+        raise OutputError(f"{kind.name} writes one file, whose name ends in {kind.suffix}; {out} does not")
+    if kind.suffix and out.is_dir():
+        raise OutputError(f"{out} is a folder; give the name of a file")
+    if not kind.suffix and out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder")
+    taken = out.exists() and (out.is_file() or any(out.iterdir()))
+    if taken and not overwrite:
+        raise OutputError(f"{out} exists; give another name, or --overwrite (overwrite=True) to replace it")
+
+
+def _cannot(out: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {out}: {error.strerror or error}; check the path, its rights and the room on the disk"
+    )
