@@ -125,12 +125,15 @@ class Gguf(Target):
         assert family is not None
         if family.reader == "own":
             return Reread(out, model, place(family, model.contents))
-        if family.reader == "weights":
-            return GgufSource(out, config=copy.deepcopy(model.contents.config))
+        config: Any = model.contents.config
+        biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+        if family.reader == "weights" or biased:
+            return GgufSource(out, config=copy.deepcopy(config))
         source = GgufSource(out)
-        rope = families.rope_of(model.contents.config)
+        rope = families.rope_of(config)
         if rope.get("rope_type", "default") != "default":  # transformers reads no scaled positions of a GGUF file
-            source.config.rope_parameters = rope
+            whole: Any = source.config
+            whole.rope_parameters = rope
         return source
 
 
