@@ -1,6 +1,7 @@
 """The engine's speed beside transformers in float32 and llama.cpp, taking turns in one run.
 
-    python benchmarks/engine.py FOLDER --float MODEL --llama-bench BIN --gguf FILE --out engine
+    python benchmarks/engine.py FOLDER... --float MODEL --llama-bench BIN --gguf FILE... --out engine \\
+        --peer "NAME=PEER_PYTHON benchmarks/peers/ctranslate2_speed.py MODEL WORK"
 
 FOLDER is what lowbit wrote. Every round runs each program once for each figure; a figure is the median of the rounds.
 Decode: 128 tokens after 64 (llama-bench: after none). Prefill: 512 tokens. Batch: 20 sequences from 5 to 100 tokens.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import time
@@ -20,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import lowbit
 from lowbit import Engine, _core
+from lowbit.interchange.source import open_source
 from lowbit.measure.speed import greedy_times
 from lowbit.report.doctor import examine
 
@@ -44,11 +48,7 @@ def engine_probes(engine: Engine) -> dict[str, Probe]:
     return probes_of(times)
 
 
-def transformers_probes(folder: str) -> dict[str, Probe]:
-    from lowbit.interchange.source import open_source
-
-    model = open_source(folder).load_float(torch.float32)
-
+def transformers_probes(model: Any) -> dict[str, Probe]:
     def times(sequences: int, prompt: int, new: int) -> list[float]:
         ids = (torch.arange(prompt) * 37 % 1000 + 10)[None].expand(sequences, -1)
         return greedy_times(model, ids, new)
@@ -68,6 +68,25 @@ def probes_of(times: Callable[[int, int, int], list[float]]) -> dict[str, Probe]
     }
 
 
+def peer_probes(command: str) -> dict[str, Probe]:
+    """A program that stays loaded and answers questions (benchmarks/peers/serving.py)."""
+    peer = subprocess.Popen(
+        shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert peer.stdin is not None and peer.stdout is not None
+    for line in peer.stdout:
+        if line.strip() == "ready":
+            break
+    else:
+        raise SystemExit(f"it stopped before it was ready: {command}")
+
+    def ask(what: str) -> float:
+        print(what, file=peer.stdin, flush=True)
+        return float(peer.stdout.readline())
+
+    return {what: lambda what=what: ask(what) for what in ("decode", "prefill", "batch")}
+
+
 def llama_probes(binary: str, gguf: str, threads: int) -> dict[str, Probe]:
     def bench(*options: str) -> float:
         command = [binary, "-m", gguf, "-t", str(threads), "-r", "1", "-o", "json", *options]
@@ -83,6 +102,8 @@ def main() -> None:
     parser.add_argument("--float", dest="float_model")
     parser.add_argument("--llama-bench")
     parser.add_argument("--gguf", nargs="*", default=[])
+    parser.add_argument("--peer", nargs="*", default=[], help="NAME=COMMAND")
+    parser.add_argument("--transformers", action="store_true", help="the folders through transformers, too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", required=True, help="writes OUT.json and OUT.md")
@@ -100,8 +121,16 @@ def main() -> None:
     for gguf in args.gguf:
         name = f"llama.cpp {Path(gguf).stem}"
         programs[name], sizes[name] = llama_probes(args.llama_bench, gguf, threads), Path(gguf).stat().st_size
+    for peer in args.peer:
+        name, _, command = peer.partition("=")
+        programs[name] = peer_probes(command)
+    if args.transformers:
+        for folder in args.folders:
+            model = lowbit.load(folder, dtype=torch.float32)
+            programs[f"transformers, lowbit {Path(folder).name}"] = transformers_probes(model)
     if args.float_model:
-        programs["transformers float32"] = transformers_probes(args.float_model)
+        model = open_source(args.float_model).load_float(torch.float32)
+        programs["transformers float32"] = transformers_probes(model)
 
     rows: dict[str, dict[str, list[float]]] = {name: {p: [] for p in probes} for name, probes in programs.items()}
     limits: list[dict[str, float]] = []
