@@ -111,8 +111,8 @@ def test_long_contexts_are_shared_by_threads(name: str, packed_folder: Folder) -
         engine = Engine.open(folder, threads=threads)
         assert apart(engine.logits(ids), right) < EXACT
         memory = engine.memory(1, 1000)
-        engine._forward(memory, [(0, ids[:999], 0)], [])
-        last = engine._forward(memory, [(0, ids[999:], 999)], [0])
+        engine.forward(memory, [(0, ids[:999], 0)], [])
+        last = engine.forward(memory, [(0, ids[999:], 999)], [0])
         assert apart(torch.from_numpy(last), right[-1:]) < EXACT
 
 

@@ -44,7 +44,8 @@ class Memory:
 class Description:
     """Of an engine: how it runs and what it takes.
 
-    expanded: weights that no kernel holds packed, with the reason; they are float16. rounded: weights whose levels had
+    packed_bytes: of all weights; bytes_per_token: of those that one token reads, which are all but an embedding that is
+    not the head as well. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds packed, with the reason; they are float16. rounded: weights whose levels had
     to be rounded to fit a table, which only happens with activations "int8".
     """
 
@@ -54,6 +55,7 @@ class Description:
     activations: str
     cache: str
     packed_bytes: int
+    bytes_per_token: int
     cache_bytes_per_token: int
     positions: int
     expanded: dict[str, str] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Engine:
         per_token = self._core.Cache(self._decoder(1), 1, 1, self._cache == "int8").bytes_per_position
         return Description(
             str(self._config["model_type"]), self._isa, self._pool.threads, self._activations, self._cache,
-            program.nbytes, per_token, self._shape.positions, dict(program.expanded), list(program.rounded),
+            program.nbytes, program.nbytes - program.lookup_bytes, per_token, self._shape.positions, dict(program.expanded), list(program.rounded),
         )  # fmt: skip
 
     @overload
@@ -224,7 +226,7 @@ class Engine:
     def continued(self, running: Running, memory: Memory, sampling: Sampling) -> Iterator[str]:
         """Go on with one sequence whose keys and values are in place 0 of `memory` up to `running.done`."""
         running.slot = 0
-        for _, piece in Batch(self._core, self._forward, memory, sampling, self._eos).run([running]):
+        for _, piece in Batch(self._core, self.forward, memory, sampling, self._eos).run([running]):
             if piece:
                 yield piece
 
@@ -252,7 +254,7 @@ class Engine:
             return
         longest = max(len(r.ids) + r.limit for r in running)
         memory = self.memory(min(max(batch, 1), len(running)), longest)
-        yield from Batch(self._core, self._forward, memory, sampling, self._eos).run(running)
+        yield from Batch(self._core, self.forward, memory, sampling, self._eos).run(running)
 
     def _prompts(self, prompts: Any, raw: bool) -> tuple[bool, list[list[int]]]:
         """(whether it is one, their token ids)"""
@@ -289,8 +291,12 @@ class Engine:
             self._decoders[long] = self._core.Decoder(self._program.with_rotations(rotations), self._pool, self._isa)
         return self._decoders[long]
 
-    def _forward(self, memory: Memory, pieces: Sequence[tuple[int, Sequence[int], int]], wanted: Sequence[int]) -> Any:
-        """Logits [len(wanted), vocabulary] after the last token of each wanted piece (place, ids, position)."""
+    def forward(self, memory: Memory, pieces: Sequence[tuple[int, Sequence[int], int]], wanted: Sequence[int]) -> Any:
+        """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
+
+        pieces: (place in the memory, token ids, position of the first), one for each sequence; positions go on from what
+        the memory holds of that place.
+        """
         ends = np.cumsum([len(ids) for _, ids, _ in pieces]) - 1
         rows: Any = np.empty((len(wanted), self._shape.vocabulary), dtype=np.float32)
         self._forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows)
