@@ -45,6 +45,17 @@ def test_flags_are_those_of_the_system() -> None:
         assert usable == (name in system), name
 
 
+def test_limits_are_measured_for_every_set_of_instructions() -> None:
+    pool = core().Pool(2)
+    for isa in core().isas():
+        found = core().limits(pool, isa, bytes=1 << 20, repeats=1)
+        assert set(found) == {"read_bytes_per_second", "int8_products_per_second"}
+        assert all(1e6 < value < 1e16 for value in found.values())
+    for wrong in ({"isa": "mmx"}, {"bytes": 0}, {"repeats": 0}):
+        with pytest.raises(ValueError):
+            core().limits(pool, **wrong)
+
+
 def test_the_stub_names_what_the_module_has() -> None:
     tree = ast.parse((Path(lowbit.__file__).parent / "_core.pyi").read_text())
     types = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and _is_typed_dict(node)}
