@@ -1,6 +1,7 @@
 #include "core/pool.h"
 
 #include <chrono>
+#include <stdexcept>
 
 #ifdef __linux__
 #include <sched.h>
@@ -64,12 +65,19 @@ void spin_until(const Done& done) {
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads), borrowed_() {
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+        for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (...) {
+        stop();
+        throw std::runtime_error("the system does not give so many threads; ask for fewer");
+    }
 }
 
 Pool::Pool(int threads, const OpenMp& borrowed) : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed) {}
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     if (workers_.empty()) return;
     {
         std::lock_guard lock(sleeping_);
@@ -78,6 +86,7 @@ Pool::~Pool() {
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
+    workers_.clear();
 }
 
 void Pool::reset_counters() {

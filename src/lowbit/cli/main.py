@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit import __version__
-from lowbit.cli import chat, compare, doctor, evaluate, explain, generate, inspect, plan, quantize, recipes
+from lowbit.cli import bench, chat, compare, doctor, evaluate, explain, generate, inspect, plan, quantize, recipes
 from lowbit.cli.guard import Guarded
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def _lowbit(
     """
 
 
-for command in (quantize, plan, evaluate, compare, generate, chat, inspect, explain, doctor, recipes):
+for command in (quantize, plan, evaluate, compare, generate, chat, bench, inspect, explain, doctor, recipes):
     command.register(app)
 
 
