@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from lowbit import __version__
-from lowbit.cli import chat, compare, doctor, evaluate, explain, export, generate, inspect, plan, quantize, recipes
+from lowbit.cli import (
+    bench,
+    chat,
+    compare,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    generate,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+)
 from lowbit.cli.guard import Guarded
 
 app = typer.Typer(
@@ -40,7 +53,7 @@ def _lowbit(
     """
 
 
-for command in (quantize, plan, evaluate, compare, generate, chat, export, inspect, explain, doctor, recipes):
+for command in (quantize, plan, evaluate, compare, generate, chat, bench, export, inspect, explain, doctor, recipes):
     command.register(app)
 
 
