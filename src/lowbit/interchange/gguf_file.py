@@ -17,10 +17,13 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
+from lowbit.interchange.gguf_blocks import is_quantized, stored_weight, type_name
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
-from lowbit.interchange.safetensors_file import sampled
+from lowbit.interchange.planes import StoredTensor, tensor_of
+from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
+from lowbit.interchange.stored import ReadPart
 
 _CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
 
@@ -62,6 +65,13 @@ class GgufSource(Source):
         self._conversion = plan_conversion(model, self._rules.specs, self.label, transforms=self._rules.transforms)
         inventory = inventory_of(model, self._conversion.untied)
         self.tensors, self.inventory = described(self._conversion, inventory)
+        self._weights = {
+            t.name: stored_weight(t.name, t.ggml_type, t.shape)
+            for t in self._stored.values()
+            if is_quantized(t.ggml_type)
+        }
+        kinds = sorted({type_name(t.ggml_type) for t in self._stored.values() if len(t.shape) > 1})
+        self.storage = f"gguf, {' and '.join(kinds)}"
         self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
         untie(self.config, self.inventory, self._conversion.untied)
 
@@ -69,6 +79,17 @@ class GgufSource(Source):
         """One tensor as float32 in fresh memory."""
         self.spec(name)
         return self._conversion.read(name, lambda part: self._rules.part(part, self._values))
+
+    def stored_as(self, name: str) -> StoredTensor | None:
+        """A quantized tensor with the integers and scales of its blocks in the file, None where it is float."""
+        self.spec(name)
+
+        def rules(read: ReadPart) -> torch.Tensor:
+            return self._conversion.read(name, lambda part: self._rules.part(part, read))
+
+        parts = [file for part in self._conversion.parts(name) for file in self._rules.files[part]]
+        transposed = self.inventory.params[name].transposed
+        return tensor_of(rules, self._weights, parts, self._raw, transposed, renamed=False)
 
     def identity(self) -> dict[str, Any]:
         """Size, SHA-256 of everything before the weights and of 64 evenly spaced samples of the file."""
@@ -99,6 +120,20 @@ class GgufSource(Source):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
         return self._tokenizer
+
+    def _raw(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor: uint8 [rows, bytes of a row]."""
+        stored = self._stored[name]
+        rows = prod(stored.shape[:-1])
+        data = torch.empty((rows, stored.nbytes // max(rows, 1)), dtype=torch.uint8)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(stored.offset)
+                if file.readinto(bytes_of(data)) != data.numel():
+                    raise SourceError(f"{self.label}: the file ends inside tensor {name!r}; download it again")
+        except OSError as error:
+            raise SourceError(f"{self.label}: cannot read tensor {name!r}: {one_line(error)}") from error
+        return data
 
     def _values(self, name: str) -> torch.Tensor:
         """The tensor `name` of the file as float32, in the layout of the file."""
