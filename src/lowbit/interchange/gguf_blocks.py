@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.layouts.gguf import FORMATS, UNPACK
 from lowbit.interchange.planes import from_planes
@@ -22,6 +24,11 @@ def type_name(ggml_type: int) -> str:
 def is_quantized(ggml_type: int) -> bool:
     """Whether a type has blocks, and not one number for each weight."""
     return type_name(ggml_type) not in _FLOATS
+
+
+def float_type(ggml_type: int) -> torch.dtype:
+    """The torch type of a ggml type without blocks, float32 for any other."""
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(type_name(ggml_type), torch.float32)
 
 
 def stored_weight(name: str, ggml_type: int, shape: tuple[int, ...]) -> StoredWeight:

@@ -17,7 +17,7 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
-from lowbit.interchange.gguf_blocks import is_quantized, stored_weight, type_name
+from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
 from lowbit.interchange.planes import StoredTensor, tensor_of
@@ -90,6 +90,12 @@ class GgufSource(Source):
         parts = [file for part in self._conversion.parts(name) for file in self._rules.files[part]]
         transposed = self.inventory.params[name].transposed
         return tensor_of(rules, self._weights, parts, self._raw, transposed, renamed=False)
+
+    def float_type(self, name: str) -> torch.dtype:
+        """The type of a float tensor in the file, where all that it is made of have the same."""
+        files = [file for part in self._conversion.parts(name) for file in self._rules.files[part]]
+        types = {float_type(self._stored[file].ggml_type) for file in files}
+        return types.pop() if len(types) == 1 else torch.float32
 
     def identity(self) -> dict[str, Any]:
         """Size, SHA-256 of everything before the weights and of 64 evenly spaced samples of the file."""
