@@ -10,6 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lowbit
+from lowbit.errors import SourceError
+from lowbit.interchange.source import open_source
+from lowbit.nn.swap import packed_weights
 from quantized_folders import (
     Made,
     awq_layer,
@@ -23,13 +30,6 @@ from quantized_folders import (
     packed_layer,
     save_quantized,
 )
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-import lowbit
-from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
-from lowbit.nn.swap import packed_weights
 from tiny import save_tiny
 
 

@@ -7,7 +7,6 @@ rules are run here for one tensor instead of the whole file. Values come out as 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
+from lowbit.interchange.gguf_header import GgufHeader, read_gguf_header
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
 from lowbit.interchange.planes import StoredTensor, tensor_of
@@ -25,6 +25,7 @@ from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
 from lowbit.interchange.stored import ReadPart
 
+_MOST_EXPERTS = 4096  # of one layer, which are one tensor
 _CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
 
 
@@ -38,17 +39,6 @@ def open_model(model: Any, tokenizer: Any = None) -> Source:
     return GgufSource(model, tokenizer=tokenizer)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of the file: its ggml type, its shape in torch order, and its bytes."""
-
-    name: str
-    ggml_type: int
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
 class GgufSource(Source):
     """Weights read and unpacked from a GGUF file by byte range."""
 
@@ -56,12 +46,14 @@ class GgufSource(Source):
         self.path = Path(path)
         self.label = label or str(path)
         self._tokenizer = tokenizer
-        architecture, self._stored = _read_table(self.path)
+        header = read_gguf_header(self.path)
+        _check_blocks(header, self.path)
+        self._stored = header.tensors
         self.config = load_config(self.path.parent, gguf_file=self.path.name)
         self.config.architectures = [model_class(self.config).__name__]
         model = meta_model(self.config)
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}
-        self._rules = gguf_rules(architecture, model, shapes, self.label)
+        self._rules = gguf_rules(header.architecture, model, shapes, self.label)
         self._conversion = plan_conversion(model, self._rules.specs, self.label, transforms=self._rules.transforms)
         inventory = inventory_of(model, self._conversion.untied)
         self.tensors, self.inventory = described(self._conversion, inventory)
@@ -167,23 +159,11 @@ class GgufSource(Source):
         return torch.from_numpy(values).reshape(stored.shape)
 
 
-def _read_table(path: Path) -> tuple[str, dict[str, _Stored]]:
-    """(architecture, the file's tensors by name). SourceError when the file is no GGUF, damaged or cut short."""
-    from transformers.integrations.gguf import GgufHeader
-
-    try:
-        size = path.stat().st_size
-        header = GgufHeader.from_file(str(path))
-        stored = {
-            t.name: _Stored(t.name, t.ggml_type, tuple(t.shape), header.data_start + t.offset, t.nbytes)
-            for t in header.tensors
-        }
-    except Exception as error:  # a damaged file can fail anywhere in the parser
-        raise SourceError(f"{path}: cannot be read as GGUF ({one_line(error)}); download it again") from error
-    for tensor in stored.values():
-        if tensor.offset + tensor.nbytes > size:
+def _check_blocks(header: GgufHeader, where: Path) -> None:
+    """SourceError where the metadata name more blocks than there can be: a model of them would not fit anywhere."""
+    for key in ("block_count", "expert_count"):
+        count = header.metadata.get(f"{header.architecture}.{key}", 0)
+        if isinstance(count, int) and count > max(len(header.tensors), _MOST_EXPERTS):
             raise SourceError(
-                f"{path}: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} but the file has "
-                f"{size}: it is truncated; download it again"
+                f"{where}: its metadata name {key}={count} and it has {len(header.tensors)} tensors; download it again"
             )
-    return header.architecture, stored
