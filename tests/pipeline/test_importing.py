@@ -177,22 +177,6 @@ def test_dequantizing_says_what_rounding_cost(gptq: Path, tmp_path: Path) -> Non
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tiny_tokenizer().get_vocab()
 
 
-def test_a_divisor_of_inputs_is_taken_into_the_weight(tmp_path: Path, tiny_folder: Any) -> None:
-    text = ["the end and then the other one is here again " * 20]
-    lowbit.quantize(
-        tiny_folder("opt"),
-        "smooth+absmax@int8:channel,a=int8:token",
-        tmp_path / "out",
-        calibration=text,
-        samples=1,
-        length=16,
-    )
-    source, packed = open_source(tmp_path / "out"), dict(packed_weights(lowbit.load(tmp_path / "out")))
-    assert any(w.inputs is not None and w.inputs.divisor for w in packed.values())
-    for name, weight in packed.items():
-        assert torch.equal(source.read(name), weight.dequantize(torch.float32))
-
-
 def test_what_is_refused(gptq: Path, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "float")
     with pytest.raises(RecipeError, match="is a float model, so there is nothing to import"):
