@@ -49,8 +49,6 @@ def test_what_is_refused(packed_folder: Folder, tiny_folder: Callable[[str], Pat
         lowbit.load(tmp_path / "nothing")
     with pytest.raises(SourceError, match="is a float model, not written by lowbit"):
         lowbit.load(tiny_folder("llama"))
-    with pytest.raises(SourceError, match="already quantized with lowbit"):
-        lowbit.quantize(packed_folder("llama", "w8"), "w4")
 
 
 @pytest.mark.parametrize("part", ["model.layers.1.mlp.up_proj.weight.scale", "model.norm.weight"])
