@@ -159,6 +159,7 @@ void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
+    m.def("give_back", &give_back, "Gives freed memory that the C library keeps back to the system, where it can.");
     nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
         .def("__init__", &make_pool, nb::arg("threads"), nb::arg("openmp").none() = nb::none(),
              "openmp: addresses of GOMP_parallel, omp_get_num_threads and omp_get_thread_num, to borrow the threads of "

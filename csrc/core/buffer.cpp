@@ -7,6 +7,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace lowbit {
 
@@ -47,5 +50,11 @@ void release(void* memory, std::size_t) noexcept {
 }
 
 #endif
+
+void give_back() noexcept {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
 
 }  // namespace lowbit

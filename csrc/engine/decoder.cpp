@@ -9,7 +9,7 @@ namespace lowbit {
 namespace {
 
 constexpr int kRowBlock = 96;       // rows of activations that stay in the second cache
-constexpr int kAhead = 8192;         // bytes of a weight that are fetched before they are needed
+constexpr int kAhead = 8192;        // bytes of a weight that are fetched before they are needed
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
 
 // Columns of padded results: whole tiles, so that rows begin at cache lines.
