@@ -199,6 +199,10 @@ void Decoder::multiply(Member& member, const Product& product, int count, const 
                 const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
                 const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
                 kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+                if (!part.rest) continue;
+                Epilogue more;
+                more.residual = y + part.offset;
+                kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
             }
         });
     }
