@@ -3,6 +3,10 @@
 #include <chrono>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -23,6 +27,29 @@ inline void pause() {
 // program takes no processor from others. At a barrier it yields after a while: its partner may not be running.
 constexpr auto kSpin = std::chrono::microseconds(300);
 constexpr int kSpinsBeforeYield = 2000;
+
+// Puts the calling thread on the `index`-th of the processors that it may use, and lets it go where it likes from there. A
+// new thread begins beside the one that made it, and as both spin, the system may leave them there for a tenth of a second.
+void spread(int index) {
+#ifdef __linux__
+    cpu_set_t all, one;
+    if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+    const int count = CPU_COUNT(&all), mine = sched_getcpu();
+    if (count < 2 || mine < 0) return;
+    int place = 0;  // of the maker's processor among them
+    for (int cpu = 0; cpu < mine; ++cpu) place += CPU_ISSET(cpu, &all) ? 1 : 0;
+    int left = (place + index) % count;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &all) || left-- > 0) continue;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        if (sched_setaffinity(0, sizeof one, &one) == 0) sched_setaffinity(0, sizeof all, &all);
+        return;
+    }
+#else
+    static_cast<void>(index);
+#endif
+}
 
 template <class Done>
 void spin_until(const Done& done) {
@@ -101,6 +128,7 @@ void Pool::run_borrowed() {
 }
 
 void Pool::work(int index) {
+    spread(index);
     std::uint64_t seen = 0;
     for (;;) {
         const auto start = std::chrono::steady_clock::now();

@@ -219,6 +219,28 @@ def test_a_llama_bench_that_fails_is_an_error_with_its_words(tmp_path: Path, ggu
         lowbit.bench(folders["w4"], gguf=gguf, llama_bench=str(program), rounds=1, settings=FEW)
 
 
+def peer(tmp_path: Path, *answers: str) -> str:
+    path = tmp_path / "peer.py"
+    path.write_text(f"print('ready', flush=True)\nfor a in {answers!r}:\n    input()\n    print(a, flush=True)\n")
+    return f"{sys.executable} {path}"
+
+
+def test_a_program_is_asked_line_by_line(tmp_path: Path) -> None:
+    found = contestants.of_program("peer", peer(tmp_path, "10.5", "20", "nan", "words"))
+    probes = found.probes(SpeedSettings())
+    assert (probes["decode"](), probes["prefill"]()) == (10.5, 20.0)
+    for said in ("nan", "words"):
+        with pytest.raises(LowbitError, match=f"answered '{said}' to 'batch'"):
+            probes["batch"]()
+    found.close()
+    with pytest.raises(LowbitError, match="before it said 'ready'"):
+        contestants.of_program("peer", f"{sys.executable} -c pass")
+    with pytest.raises(LowbitError, match="cannot be run"):
+        contestants.of_program("peer", str(tmp_path / "none"))
+    wrong = CliRunner().invoke(app, ["bench", "x", "--program", "nothing"])
+    assert wrong.exit_code == 2 and "NAME=COMMAND" in wrong.stderr
+
+
 def test_the_command_prints_a_table_markdown_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     start = Startup(0.5, 100_000_000, 190_000_000, 200_000_000)
@@ -233,11 +255,25 @@ def test_the_command_prints_a_table_markdown_or_json(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(lowbit, "bench", bench, raising=False)
     words = ["bench", "x", "y", "--beside", "z", "--activations", "int8", "--activations", "exact", "--rounds", "7"]
-    found = CliRunner().invoke(app, [*words, "--gguf", "f.gguf", "--llama-bench", "l", "--threads", "2", "--markdown"])
+    found = CliRunner().invoke(
+        app,
+        [
+            *words,
+            "--gguf",
+            "f.gguf",
+            "--llama-bench",
+            "l",
+            "--threads",
+            "2",
+            "--markdown",
+            "--program",
+            "peer = run it",
+        ],
+    )
     assert found.exit_code == 0, found.output
     progress = asked.pop("progress")
     assert callable(progress) and asked == {
-        "models": ["x", "y"], "beside": "z", "dtype": "float32", "gguf": [Path("f.gguf")], "llama_bench": "l",
+        "models": ["x", "y"], "beside": ["z"], "programs": {"peer": "run it"}, "dtype": "float32", "gguf": [Path("f.gguf")], "llama_bench": "l",
         "activations": ["int8", "exact"], "cache": None, "threads": 2, "rounds": 7,
     }  # fmt: skip
     assert "| lowbit x | 150 | 81% | 1000 | 45% | 0.50 | 80 | 90 |" in found.stdout

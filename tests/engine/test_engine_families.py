@@ -130,7 +130,7 @@ def test_logits_depend_on_the_sequence_alone(name: str, cache: str, packed_folde
         pieces = [(place, prompts[i][:-cut], 0) for place, i in enumerate(chosen) if len(prompts[i]) > cut]
         engine.forward(memory, pieces, [])
         rest = [(place, prompts[i][-cut:], max(len(prompts[i]) - cut, 0)) for place, i in enumerate(chosen)]
-        one = engine.forward(memory, rest, range(len(chosen)))
+        one = engine.forward(memory, rest, range(len(chosen))).copy()
         more = engine.forward(
             memory, [(place, [7], len(prompts[i])) for place, i in enumerate(chosen)], range(len(chosen))
         )

@@ -21,7 +21,8 @@ def bench(
         list[str], typer.Argument(metavar="MODEL...", help="Quantized folders or float models.", show_default=False)
     ],
     beside: Annotated[
-        str | None, typer.Option(help="A float model that transformers runs, taking turns.", show_default=False)
+        list[str] | None,
+        typer.Option(help="A model that transformers runs, taking turns; may be given again.", show_default=False),
     ] = None,
     dtype: Annotated[str, typer.Option(help="What transformers computes in: float32 or bfloat16.")] = "float32",
     gguf: Annotated[
@@ -30,6 +31,10 @@ def bench(
     ] = None,
     llama_bench: Annotated[
         str | None, typer.Option(help="llama.cpp's llama-bench.", show_default="the one on the PATH")
+    ] = None,
+    program: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COMMAND", help="Another program, which answers line by line.", show_default=False),
     ] = None,
     activations: Annotated[
         list[str] | None,
@@ -50,7 +55,8 @@ def bench(
     console.quiet()
     with console.count_bar("measuring", "turns") as progress:
         found = lowbit.bench(
-            models, beside=beside, dtype=dtype, gguf=gguf or (), llama_bench=llama_bench, activations=activations or None,
+            models, beside=beside or None, dtype=dtype, gguf=gguf or (), llama_bench=llama_bench,
+            programs=named(program or []), activations=activations or None,
             cache=cache, threads=threads, rounds=rounds, progress=progress,
         )  # fmt: skip
     from lowbit.report.bench_view import render_bench
@@ -61,3 +67,16 @@ def bench(
         sys.stdout.write(str(found))
     else:
         console.stdout().print(render_bench(found))
+
+
+def named(programs: list[str]) -> dict[str, str]:
+    """By name. RecipeError for one without a name or a command."""
+    from lowbit.errors import RecipeError
+
+    found = dict[str, str]()
+    for text in programs:
+        name, equals, command = (part.strip() for part in text.partition("="))
+        if not (name and equals and command):
+            raise RecipeError(f"--program {text!r} has no name or no command; write NAME=COMMAND")
+        found[name] = command
+    return found

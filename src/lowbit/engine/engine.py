@@ -159,7 +159,7 @@ class Engine:
         """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
 
         pieces: (place in the memory, token ids, position of the first), one for each sequence; positions go on from what
-        the memory holds of that place.
+        the memory holds of that place. The result stands until the next forward with this memory; copy what is to last.
         """
         return self._runner.forward(memory, pieces, wanted)
 

@@ -25,13 +25,20 @@ Piece = tuple[int, Sequence[int], int]
 """Tokens of one sequence: its place in the memory, their ids, the position of the first."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Memory:
-    """Keys and values of some sequences, and the decoder for sequences of their length."""
+    """Keys and values of some sequences, the decoder for sequences of their length, and room for their logits."""
 
     decoder: Any
     cache: Any
     positions: int
+    _logits: Any = None
+
+    def logits(self, count: int, vocabulary: int) -> Any:
+        """float32 [count, vocabulary] to write to, the same each time: new memory would cost as much as a layer."""
+        if self._logits is None or len(self._logits) < count:
+            self._logits = np.empty((count, vocabulary), dtype=np.float32)
+        return self._logits[:count]
 
     @property
     def sequences(self) -> int:
@@ -113,9 +120,12 @@ class Runner:
             ) from None
 
     def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int]) -> Any:
-        """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index."""
+        """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
+
+        They stand until the next forward with this memory.
+        """
         ends = np.cumsum([len(ids) for _, ids, _ in pieces]) - 1
-        rows: Any = np.empty((len(wanted), self.shape.vocabulary), dtype=np.float32)
+        rows = memory.logits(len(wanted), self.shape.vocabulary)
         self.forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows)
         return rows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from lowbit.engine.build import ACTIVATIONS
 from lowbit.engine.engine import Engine
 from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
-from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module
+from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
@@ -111,10 +111,11 @@ class _Machine:
 def bench(
     model: Model | Sequence[Model],
     *,
-    beside: Model | None = None,
+    beside: Model | Sequence[Model] | None = None,
     dtype: str = "float32",
     gguf: Sequence[str | Path] | str | Path = (),
     llama_bench: str | None = None,
+    programs: Mapping[str, str] | None = None,
     activations: Sequence[str] | str | None = None,
     cache: str | None = None,
     threads: int | None = None,
@@ -125,8 +126,9 @@ def bench(
     """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
 
     model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
-    transformers. beside: a float model that transformers runs, in `dtype`. gguf: files for llama.cpp, run by the program
-    `llama_bench`, the one of the PATH when None. activations, cache: of the engine, as in `Engine.open`; one row for each
+    transformers. beside: one or several models that transformers runs, in `dtype`. gguf: files for llama.cpp, run by the
+    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `contestants.of_program`; only
+    with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
     of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
 
     EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be.
@@ -148,15 +150,23 @@ def bench(
             for kind in kinds:
                 wanted = {**options, **({} if kind is None else {"activations": kind})}
                 found.append(_contestant(one, wanted, count, dtype))
-        if beside is not None:
-            found.append(_in_transformers(beside, dtype))
+        found += [_in_transformers(one, dtype) for one in ([] if beside is None else _listed(beside))]
         found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
+        found += [of_program(name, command) for name, command in (programs or {}).items()]
         module = core()
         machine = None if module is None else _Machine(module.Pool(count))
         fitted = fit_settings(settings, [each.positions for each in found])
-        values = take_turns(
-            [each.all_probes(fitted) for each in found], rounds, progress, None if machine is None else machine.look
-        )
+        if programs and fitted != STANDARD:
+            raise RecipeError(
+                f"{', '.join(programs)}: programs measure {STANDARD}, and these models are too short for it"
+            )
+        try:
+            values = take_turns(
+                [each.all_probes(fitted) for each in found], rounds, progress, None if machine is None else machine.look
+            )
+        finally:
+            for each in found:
+                each.close()
     limits = None if machine is None else machine.best()
     rows = [_row(each, one, fitted, limits) for each, one in zip(found, values, strict=True)]
     return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)

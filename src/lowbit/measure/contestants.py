@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ class Contestant:
     probes: its measurements by name, given the settings. weight_bytes: what a token must read of the weights. products:
     multiply-adds with weights, for the tokens of a prompt whose last one gives logits. Both None where not known.
     positions: the longest sequence. first: loads the model in a fresh process up to its first token, where it can.
+    close: called when all is measured.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Contestant:
     first: Callable[[], Startup] | None = None
     note: str = ""
     startups: list[Startup] = field(default_factory=list)
+    close: Callable[[], None] = lambda: None
 
     def all_probes(self, settings: SpeedSettings) -> dict[str, Probe]:
         """The measurements, "first_token" in seconds among them where it can be taken."""
@@ -121,6 +125,40 @@ def of_llama_cpp(binary: str, gguf: Path, threads: int) -> Contestant:
 
     weight_bytes, layers, head = _read_by_llama_cpp(gguf)
     return Contestant(f"llama.cpp {gguf.stem}", probes, weight_bytes, lambda n: n * layers + head)
+
+
+def of_program(name: str, command: str) -> Contestant:
+    """A program that stays loaded: it says `ready`, and to each line `decode`, `prefill` or `batch` answers tokens/s.
+
+    It measures with the standard settings. LowbitError when it stops or says something else.
+    """
+    try:
+        process = subprocess.Popen(
+            shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    except (OSError, ValueError) as error:
+        raise LowbitError(f"{command!r} cannot be run: {error}; name a program and its arguments") from None
+    to, answers = process.stdin, process.stdout
+    assert to is not None and answers is not None
+    if not any(line.strip() == "ready" for line in answers):
+        raise LowbitError(f"{command!r} ended with {process.wait()} before it said 'ready'; run it by hand to see why")
+
+    def ask(what: str) -> float:
+        try:
+            print(what, file=to, flush=True)
+        except OSError:
+            raise LowbitError(f"{command!r} has stopped; run it by hand to see why") from None
+        answer = answers.readline().strip()
+        try:
+            rate = float(answer)
+        except ValueError:
+            rate = math.nan
+        if not (math.isfinite(rate) and rate > 0):
+            raise LowbitError(f"{command!r} answered {answer!r} to {what!r}; it must say tokens per second")
+        return rate
+
+    names = ("decode", "prefill", "batch")
+    return Contestant(name, lambda _: {what: partial(ask, what) for what in names}, close=process.kill)
 
 
 def some_ids(count: int, vocabulary: int) -> list[int]:
