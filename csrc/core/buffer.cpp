@@ -12,9 +12,9 @@ namespace lowbit {
 
 namespace {
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kHuge = std::size_t{1} << 21;
+[[maybe_unused]] constexpr std::size_t kHuge = std::size_t{1} << 21;
 
-std::size_t padded(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+[[maybe_unused]] std::size_t padded(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 }  // namespace
 
 #if defined(LOWBIT_SANITIZE)
