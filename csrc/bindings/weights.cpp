@@ -127,11 +127,7 @@ void make_factor(Factor* self, const Weight& weight, int planes, bool whole, flo
     require(planes == 1 || planes == 2, "activations have one plane of 8 bits, or two");
     require(!divisor || static_cast<int>(divisor->shape(0)) == w.cols, "a divisor for each column");
     require(!divisor || !is_float(w.code), "float weights take no divisor");
-    if (rest) {
-        const Linear& r = *rest->linear;
-        require(r.rows == w.rows && r.cols == w.cols && r.padded_cols == w.padded_cols && r.segment == w.segment,
-                "the rest of a weight has its shape, and its segments");
-    }
+    require(!rest || fits(w, *rest->linear), "the rest of a weight has its shape, and its segments");
     Factor factor{weight.linear, rest ? rest->linear : nullptr, {}};
     factor.input.planes = planes;
     factor.input.whole = whole;

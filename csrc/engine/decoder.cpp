@@ -201,8 +201,12 @@ void Decoder::multiply(Member& member, const Product& product, int count, const 
         e.gate = gate;
         const std::int64_t pairs = pairs_of(w);
         const auto run = [&](std::int64_t first, std::int64_t last, int m0, int m1) {
-            kernels_.linear(w, rows, m0, m1, static_cast<int>(2 * first), std::min(static_cast<int>(2 * last), w.tiles()), e,
-                            y + part.offset, stride);
+            const int t0 = static_cast<int>(2 * first), t1 = std::min(static_cast<int>(2 * last), w.tiles());
+            kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+            if (!part.rest) return;
+            Epilogue more;
+            more.residual = y + part.offset;
+            kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
         };
         // A loop has a counter of its own until the next barrier; a product has at most three parts.
         const int counter = 1 + static_cast<int>(i) % 3;
