@@ -25,8 +25,8 @@ nb::dict limits(Pool& pool, const std::string& isa, std::int64_t bytes, int repe
     {
         const nb::gil_scoped_release released;
         Buffer<std::uint8_t> memory(static_cast<std::size_t>(bytes));
-        // Pages that nobody wrote to are one and the same.
-        std::memset(memory.data(), 1, memory.size());
+        // Pages that nobody wrote to are one and the same. Zeros, because reading adds up what it reads.
+        std::memset(memory.data(), 0, memory.size());
         const std::int64_t share = bytes / pool.threads();
         std::atomic<std::int64_t> sink{0}, products{0};
         for (int i = 0; i < repeats; ++i) {

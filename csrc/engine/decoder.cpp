@@ -9,10 +9,20 @@ namespace lowbit {
 namespace {
 
 constexpr int kRowBlock = 96;       // rows of activations that stay in the second cache
+constexpr int kAhead = 8192;        // bytes of a weight that are fetched before they are needed
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
 
 // Columns of padded results: whole tiles, so that rows begin at cache lines.
 int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
+
+std::int64_t pairs_of(const Linear& w) { return (w.tiles() + 1) / 2; }
+
+// Where this member begins with the weight: memory works while it waits for the others and prepares its row.
+void fetch_ahead(const Linear& w, const Member& member) {
+    const std::uint8_t* from = w.tile(static_cast<int>(2 * member.own_begin(pairs_of(w))));
+    const std::uint8_t* end = w.data.data() + w.data.bytes();
+    for (int i = 0; i < kAhead && from + i < end; i += 64) __builtin_prefetch(from + i);
+}
 
 }  // namespace
 
@@ -118,10 +128,10 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
 }
 
 // y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,
-// which is cheaper than waiting for another; several are shared. Ends at a barrier.
+// which is cheaper than waiting for another; several are shared. Ends at a barrier. next: the product after this.
 template <class Row>
 void Decoder::multiply(Member& member, const Product& product, int count, const Row& row, float* y,
-                       std::int64_t stride, Gate gate, const float* residual) {
+                       std::int64_t stride, Gate gate, const float* residual, const Product* next) {
     Own& own = own_[member.index()];
     const bool alone = count == 1;
     std::vector<RowsBuffer>& buffers = alone ? own.rows : shared_;
@@ -189,19 +199,34 @@ void Decoder::multiply(Member& member, const Product& product, int count, const 
         e.bias = part.bias.size() > 0 ? part.bias.data() : nullptr;
         e.residual = residual != nullptr ? residual + part.offset : nullptr;
         e.gate = gate;
-        const int pairs = (w.tiles() + 1) / 2;
-        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
-        const int grain = std::clamp(pairs / (4 * member.count()), 1, 16);
-        const std::int64_t groups = (pairs + grain - 1) / grain;
+        const std::int64_t pairs = pairs_of(w);
+        const auto run = [&](std::int64_t first, std::int64_t last, int m0, int m1) {
+            const int t0 = static_cast<int>(2 * first), t1 = std::min(static_cast<int>(2 * last), w.tiles());
+            kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+            if (!part.rest) return;
+            Epilogue more;
+            more.residual = y + part.offset;
+            kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
+        };
         // A loop has a counter of its own until the next barrier; a product has at most three parts.
-        member.share(1 + static_cast<int>(i) % 3, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+        const int counter = 1 + static_cast<int>(i) % 3;
+        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
+        const std::int64_t grain = std::clamp<std::int64_t>(pairs / (4 * member.count()), 1, 16);
+        if (alone) {
+            member.share_in_runs(counter, pairs, std::max<std::int64_t>(grain / 2, 1),
+                                 [&](std::int64_t first, std::int64_t last) { run(first, last, 0, 1); });
+            continue;
+        }
+        const std::int64_t groups = (pairs + grain - 1) / grain;
+        member.share(counter, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t share = begin; share < end; ++share) {
-                const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
-                const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
-                kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+                const std::int64_t first = share / blocks * grain;
+                const int m0 = static_cast<int>(share % blocks) * kRowBlock;
+                run(first, std::min(first + grain, pairs), m0, std::min(m0 + kRowBlock, count));
             }
         });
     }
+    if (alone && next != nullptr) fetch_ahead(*next->parts.front().weight, member);
     member.barrier();
 }
 
@@ -230,22 +255,25 @@ void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* log
         };
     };
     // Added to the residual stream at once, unless something happens to it before.
-    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row) {
+    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row, const Product* next) {
         const bool plain = norm.size() == 0 && m.residual_scale == 1;
         multiply(member, product, count, row, plain ? x_.data() : added_.data(), stride, Gate::none,
-                 plain ? x_.data() : nullptr);
+                 plain ? x_.data() : nullptr, next);
         if (!plain) add_normed(member, count, norm);
     };
 
     embed(member, tokens);
     for (std::size_t i = 0; i < m.layers.size(); ++i) {
         const Layer& layer = m.layers[i];
-        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr);
+        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr,
+                 &layer.output);
         rotate_and_append(member, layer, static_cast<int>(i), tokens, cache);
         attend(member, layer, static_cast<int>(i), tokens, cache);
-        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); });
+        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); },
+            &layer.gate_up);
 
-        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr);
+        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr,
+                 &layer.down);
         const bool paired = layer.gate_up.parts.size() == 1;
         add(layer.down, layer.mlp_post_norm, [&](int t, float* scratch) -> const float* {
             const float* row = mlp_.data() + std::int64_t{t} * mlp_columns_;
@@ -253,12 +281,12 @@ void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* log
             std::memcpy(scratch, row, sizeof(float) * layer.down.cols);
             kernels_.gate(m.gate, scratch, row + layer.gate_up.parts[1].offset, layer.down.cols);
             return scratch;
-        });
+        }, i + 1 < m.layers.size() ? &m.layers[i + 1].qkv : &m.head);
     }
     if (tokens.wanted_count == 0) return;
     const auto last = normed(m.final_norm);
     multiply(member, m.head, tokens.wanted_count, [&](int i, float* scratch) { return last(tokens.wanted[i], scratch); },
-             logits, m.vocabulary, Gate::none, nullptr);
+             logits, m.vocabulary, Gate::none, nullptr, nullptr);
     if (m.logit_soft_cap > 0 || m.logit_scale != 1) {
         const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
         member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {

@@ -55,7 +55,7 @@ class Decoder {
     void embed(Member& member, const Tokens& tokens);
     template <class Row>
     void multiply(Member& member, const Product& product, int count, const Row& row, float* y, std::int64_t stride,
-                  Gate gate, const float* residual);
+                  Gate gate, const float* residual, const Product* next);
     void rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
     void attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
     const float* attended(int token, float* scratch) const;

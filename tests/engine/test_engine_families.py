@@ -29,7 +29,7 @@ Folder = Callable[..., Path]
 RECIPES: dict[str, tuple[float, bool]] = {
     "int8:channel": (EXACT, False),
     "iq4nl:g32": (EXACT, False),
-    "nf4:g64": (EXACT, True),
+    "nf4:g64": (EXACT, False),
     "int4:g32:asym": (EXACT, False),
     "int3": (EXACT, False),
     "int5:g32": (EXACT, False),
