@@ -47,5 +47,5 @@ def told(made: Exported) -> str:
     from lowbit.report.wording import bytes_text
 
     weights = "every weight equal" if made.weights == 0 else f"weights within {made.weights:.1e}"
-    logits = "" if made.logits is None else f", logits {f'within {made.logits:.1e}' if made.logits else 'too'}"
+    logits = "" if made.logits is None else f", logits within {made.logits:.1e}"
     return f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}"

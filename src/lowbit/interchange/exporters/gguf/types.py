@@ -15,7 +15,8 @@ from lowbit.interchange.exporters.gguf.blocks import Packer
 class BlockType:
     """A ggml type of blocks: its name, our text for it, the weights of a block, and what packs a row of them.
 
-    `narrow`: what takes its place where rows are no multiple of the block: a type of blocks of 32 of about the size.
+    `narrow`: what takes its place where rows are no multiple of the block: a type of blocks of 32 of about the size, or the
+    smallest there is.
     """
 
     name: str
@@ -30,7 +31,7 @@ class BlockType:
 
 
 # llama-quantize gives rows that are no multiple of 256 the next larger type of 32 with a uniform grid (Q4_K -> Q5_0,
-# Q6_K -> Q8_0), which is a bit or two more than was asked for. These stay at the size; uneven levels make up for some of it.
+# Q6_K -> Q8_0), which is a bit or two more than was asked for. These stay near the size.
 TYPES: tuple[BlockType, ...] = (
     BlockType("Q4_0", "q4_0", 32, blocks.four_bits),
     BlockType("Q4_1", "q4_1", 32, blocks.four_bits_and_minimum),
