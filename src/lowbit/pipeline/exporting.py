@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError, RecipeError
-from lowbit.formats import parse_format
+from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
@@ -24,10 +24,9 @@ from lowbit.pipeline.folder_writer import replace_folder, sync
 from lowbit.pipeline.layer_globs import globs_of
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import EMBED, Recipe
+from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
 
 TOKENS = 16  # that the logits are compared on
-LOGITS = 1e-3  # how far they may be apart, |a - b| / |b|: both are float32 of weights that are equal already
 _SHOWN = 5
 
 
@@ -36,7 +35,7 @@ class Exported:
     """What was written, and how far it is from ours when read back.
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
-    tokens; None where the float model would not fit into this machine's memory.
+    tokens; None where the float model would not fit into this machine's memory. `notes`: what else people should know.
     """
 
     path: Path
@@ -44,12 +43,13 @@ class Exported:
     nbytes: int
     weights: float
     logits: float | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
             "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
-            "logits": self.logits,
+            "logits": self.logits, "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def export(
         raise _cannot(out, error) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return Exported(out, kind.name, size, weights, logits)
+    return Exported(out, kind.name, size, weights, logits, tuple(kind.notes(folder.contents)))
 
 
 def default_out(folder: Path, kind: Target) -> Path:
@@ -124,7 +124,7 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, floa
     for name in ours.tensors:
         if name in read.tensors:
             apart = distance(read.read(name), ours.read(name))
-            if not apart <= kind.tolerance:
+            if not apart <= kind.allowed(folder.contents.tensors[name]):
                 raise ExportError(
                     f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
                 )
@@ -132,7 +132,7 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, floa
     if not _fits(ours):
         return worst, None
     logits = distance(logits_of(read), logits_of(ours))
-    if not logits <= LOGITS:
+    if not logits <= kind.logits_allowed(folder.contents):
         raise ExportError(
             f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
             "computes another model from this config; nothing was kept of the export"
@@ -199,7 +199,12 @@ def recipe_for(kind: Target, text: str | Recipe, source: Source) -> Recipe:
 
 
 def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
-    return replace(recipe, embed=parse_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+    return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+
+
+def _format(text: str) -> Format | None:
+    """A format as targets name it; `keep` is None."""
+    return None if text == KEEP else parse_format(text)
 
 
 def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, str]]:
@@ -217,7 +222,7 @@ def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, st
         by_format.setdefault(problem.nearest, []).append(problem.tensor)
     known = [t.name for t in plan.tensors]
     changes = {glob: text for text, names in by_format.items() for glob in globs_of(names, known)}
-    added = tuple((glob, parse_format(text)) for glob, text in changes.items())
+    added = tuple((glob, _format(text)) for glob, text in changes.items())
     recipe = replace(plan.recipe, layers=(*plan.recipe.layers, *added))
     again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
     refuse(kind, kind.check(contents_of(again, source)))

@@ -91,7 +91,7 @@ class Target(ABC):
     name        what `--as` says
     summary     one line for people
     suffix      `.gguf` where one file is written, empty for a folder
-    embed       text of the format that `quantize --as` gives embeddings and heads where the recipe leaves it open
+    embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
     recipes     name of a preset -> what it means for this target, where that is another recipe
     candidates  formats that mixed precision chooses from for this target
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
@@ -115,6 +115,18 @@ class Target(ABC):
 
         One tensor is in memory at a time. `progress(name, bytes done, bytes in all)`. OutputError or SourceError.
         """
+
+    def allowed(self, stored: Stored) -> float:
+        """How far this weight may be from ours when it is read back, |a - b| / |b|."""
+        return self.tolerance
+
+    def logits_allowed(self, model: Contents) -> float:
+        """How far the logits may be: both are float32 of weights that are compared already."""
+        return 1e-3
+
+    def notes(self, model: Contents) -> list[str]:
+        """What people should know of the file or folder that `write` makes of `model`; empty when nothing is unexpected."""
+        return []
 
     def mix(self, name: str, model: Contents) -> str | None:
         """The recipe that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
