@@ -20,6 +20,7 @@ from lowbit.interchange.exporters.common.integers import (
     group_count,
     group_size,
     nearest_block,
+    undivided,
     why_not_integers,
 )
 from lowbit.interchange.exporters.gptq import half
@@ -50,9 +51,10 @@ class Awq(FolderTarget):
         nearest = f"uint4:{nearest_block(fmt, width)}:asym"
         if stored.inputs is not None:
             return Problem(stored.name, f"has inputs {stored.inputs}, and AWQ's are float; vllm holds them", "no a=")
-        reason = why_not_integers(fmt, width)
-        if reason is not None:
-            return Problem(stored.name, reason, nearest, shape="do not divide" in reason)
+        if (reason := why_not_integers(fmt)) is not None:
+            return Problem(stored.name, reason, nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Problem(stored.name, reason, nearest, shape=True)
         if fmt.grid.bits != 4:
             return Problem(stored.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
         if group_size(fmt, width) not in (-1, *GROUPS):

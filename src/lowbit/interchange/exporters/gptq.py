@@ -25,6 +25,7 @@ from lowbit.interchange.exporters.common.integers import (
     group_size,
     is_symmetric,
     nearest_integers,
+    undivided,
     why_not_integers,
 )
 from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
@@ -63,9 +64,10 @@ class Gptq(FolderTarget):
         nearest = nearest_integers(fmt, width)
         if stored.inputs is not None:
             return Problem(stored.name, f"has inputs {stored.inputs}, and GPTQ's are float; vllm holds them", "no a=")
-        reason = why_not_integers(fmt, width)
-        if reason is not None:
-            return Problem(stored.name, reason, nearest, shape="do not divide" in reason)
+        if (reason := why_not_integers(fmt)) is not None:
+            return Problem(stored.name, reason, nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Problem(stored.name, reason, nearest, shape=True)
         if fmt.grid.bits not in _BITS:
             return Problem(stored.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
         if group_size(fmt, width) not in _GROUPS:

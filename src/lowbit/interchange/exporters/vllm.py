@@ -50,9 +50,7 @@ class Vllm(FolderTarget):
             reason = f"compressed-tensors has no {stored.format}"
             return Problem(stored.name, reason, nearest_integers(stored.format, width))
         refusal = scheme.refuses(stored.format, stored.inputs, _matrix(stored))
-        if refusal is None:
-            return None
-        return Problem(stored.name, refusal.reason, refusal.nearest, shape="do not divide" in refusal.reason)
+        return None if refusal is None else Problem(stored.name, *refusal)
 
     def spec(self, stored: Stored) -> Spec:
         assert stored.format is not None

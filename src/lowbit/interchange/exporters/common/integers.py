@@ -28,7 +28,7 @@ class Integers:
 
     @staticmethod
     def of(q: QTensor) -> Integers:
-        """The integers of a matrix that `why_not_integers` has nothing against."""
+        """The integers of a matrix that `why_not_integers` and `undivided` have nothing against."""
         fmt, rows = q.format, q.shape[0]
         grid, shift = _grid(fmt), _shift(fmt)
         codes = (grid.decode(q.unpacked()) + shift).to(torch.uint8)
@@ -44,14 +44,19 @@ def by_rows(values: Tensor | None, rows: int) -> Tensor:
     return values[0].expand(rows, -1).contiguous()
 
 
-def why_not_integers(fmt: Format, width: int) -> str | None:
-    """Why a weight of `width` inputs is no such integers; None where it is."""
+def why_not_integers(fmt: Format) -> str | None:
+    """Why weights of a format are no such integers; None where they are."""
     if not isinstance(fmt.grid, IntGrid):
         return "its levels are no consecutive integers"
     if fmt.offset is not None and fmt.offset.store != "grid":
         return "its zero-points are no integers of the same width"
     if fmt.block.rows not in (1, -1) or (fmt.block.rows == -1 and fmt.block.cols != -1):
         return f"its scales are for blocks of {fmt.block}, not for rows or groups of a row"
+    return None
+
+
+def undivided(fmt: Format, width: int) -> str | None:
+    """Why the groups of a format are not for a weight of `width` inputs, or None."""
     if fmt.block.cols != -1 and width % fmt.block.cols:
         return f"groups of {fmt.block.cols} do not divide its {width} inputs"
     return None

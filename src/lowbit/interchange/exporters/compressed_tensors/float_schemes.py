@@ -35,7 +35,7 @@ class FloatQuantized(Scheme):
             return Refusal(f"its scales are for blocks of {fmt.block}", "e4m3:channel")
         if strategy == "128x128":
             if any(size % side for size, side in zip(shape, _BLOCK, strict=True)):
-                return Refusal(f"blocks of 128 x 128 do not divide {shape[0]} x {shape[1]}", "e4m3:channel")
+                return Refusal(f"blocks of 128 x 128 do not divide {shape[0]} x {shape[1]}", "e4m3:channel", shape=True)
             if inputs is not None and str(inputs) == "e4m3:g128":
                 return None
             if inputs is not None:
@@ -90,7 +90,7 @@ class _Microscaled(Scheme):
 
     def refuses(self, fmt: Format, inputs: Inputs | None, shape: tuple[int, ...]) -> Refusal | None:
         if shape[1] % self.group:
-            return Refusal(f"groups of {self.group} do not divide its {shape[1]} inputs", "e4m3:channel")
+            return Refusal(f"groups of {self.group} do not divide its {shape[1]} inputs", "e4m3:channel", shape=True)
         if inputs is not None:
             return Refusal(f"its inputs are {inputs}, and beside {fmt} they stay float", "no a=")
         return None

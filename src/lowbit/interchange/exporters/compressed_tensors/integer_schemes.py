@@ -18,6 +18,7 @@ from lowbit.interchange.exporters.common.integers import (
     group_size,
     is_symmetric,
     nearest_integers,
+    undivided,
     why_not_integers,
 )
 from lowbit.interchange.exporters.compressed_tensors import activations
@@ -41,9 +42,11 @@ class PackQuantized(Scheme):
     def refuses(self, fmt: Format, inputs: Inputs | None, shape: tuple[int, ...]) -> Refusal | None:
         rows, width = shape
         nearest = nearest_integers(fmt, width, asymmetric=inputs is None)
-        reason = why_not_integers(fmt, width)
+        reason = why_not_integers(fmt)
         if reason is not None:
             return Refusal(reason, nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Refusal(reason, nearest, shape=True)
         if fmt.grid.bits not in (4, 8):
             return Refusal(f"it has {fmt.grid.bits} bits, and the kernels have 4 and 8", nearest)
         size = group_size(fmt, width)
@@ -54,7 +57,9 @@ class PackQuantized(Scheme):
         if not is_symmetric(fmt) and (fmt.grid.bits == 8 or inputs is not None):
             return Refusal("it has zero-points, for which only 4-bit weights with float inputs have kernels", nearest)
         if width * fmt.grid.bits % 32 or (not is_symmetric(fmt) and rows * fmt.grid.bits % 32):
-            return Refusal(f"{rows} x {width} codes of {fmt.grid.bits} bits fill no whole words of 32", "keep")
+            return Refusal(
+                f"{rows} x {width} codes of {fmt.grid.bits} bits fill no whole words of 32", "keep", shape=True
+            )
         return activations.refuses_inputs(inputs, "int8", offsets=False, static=False)
 
     def weights(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -100,7 +105,7 @@ class IntQuantized(Scheme):
 
     def refuses(self, fmt: Format, inputs: Inputs | None, shape: tuple[int, ...]) -> Refusal | None:
         nearest = "int8:tensor" if (fmt.block.rows, fmt.block.cols) == (-1, -1) else "int8:channel"
-        reason = why_not_integers(fmt, shape[1])
+        reason = why_not_integers(fmt)
         if reason is None and group_size(fmt, shape[1]) != -1:
             reason = "its scales are for groups, and products of int8 have one scale a row"
         if reason is None and not is_symmetric(fmt):

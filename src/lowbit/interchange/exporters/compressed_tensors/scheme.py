@@ -19,10 +19,14 @@ Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Refusal(NamedTuple):
-    """Why a scheme cannot hold a layer, and the text of what it holds: of a format, or of inputs as `a=...`."""
+    """Why a scheme cannot hold a layer, and the text of what it holds: of a format, or of inputs as `a=...`.
+
+    `shape`: it is the shape of the layer that is not for the format.
+    """
 
     reason: str
     nearest: str
+    shape: bool = False
 
 
 # What rounding a scale to e4m3 once more changes of a weight, at most: half a unit in the last place of three bits.
