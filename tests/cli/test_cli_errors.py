@@ -133,10 +133,11 @@ def test_a_folder_with_something_in_it_is_left_alone(model: Path) -> None:
     assert [p.name for p in Path("out").iterdir()] == ["mine.txt"] and left() == {"tiny", "out"}
 
 
-def test_a_quantized_model_is_not_quantized_again(model: Path) -> None:
-    assert CliRunner().invoke(app, ["quantize", "tiny", "w4", "-o", "out", "--no-card"]).exit_code == 0
-    assert "already quantized" in fails("quantize", "out", "w8")
-    assert "already quantized" in fails("explain", "out:model.norm.weight", "w8")
+def test_a_model_quantized_in_an_unknown_way_is_refused(model: Path) -> None:
+    config = json.loads(Path("tiny/config.json").read_text())
+    Path("tiny/config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "quip"}}))
+    for command in (["quantize", model, "w8"], ["explain", f"{model}:model.norm.weight", "w8"], ["evaluate", model]):
+        assert "already quantized with quip, which lowbit cannot read" in fails(*command)
 
 
 @pytest.mark.parametrize(

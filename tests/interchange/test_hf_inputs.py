@@ -111,7 +111,7 @@ def test_dense_again(folder: Path) -> None:
     y = logits(model)
     dense = lowbit.load(folder, kernel="dense")
     assert not list(packed_weights(dense))
-    assert float((logits(dense) - y).norm() / y.norm()) < 1e-5
+    assert float((logits(dense) - y).norm() / y.norm()) < 2e-4  # 15 bits of activations
 
 
 def test_inputs_that_mean_nothing_are_an_error(folder: Path) -> None:

@@ -108,12 +108,12 @@ def test_a_cached_model_can_be_planned_offline(remote: Hub, monkeypatch: pytest.
     assert open_headers("org/name").tensors["lm_head.weight"].shape == (128, 32)
 
 
-def test_a_quantized_id_is_refused_before_its_weights_are_fetched(remote: Hub) -> None:
+def test_an_id_quantized_in_an_unknown_way_is_refused_before_its_weights_are_fetched(remote: Hub) -> None:
     save_tiny("llama", remote.repo)
     config = json.loads((remote.repo / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq"}
+    config["quantization_config"] = {"quant_method": "quip"}
     (remote.repo / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="already quantized with awq"):
+    with pytest.raises(SourceError, match="already quantized with quip"):
         open_source("org/name")
     assert "model.safetensors" not in remote.fetched
 

@@ -43,9 +43,11 @@ def test_float_activations(isa: str, fmt: str) -> None:
         form = kernel.prepack(q, torch.float32)
         for rows in (1, 2, 7, 97):
             x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows))
-            bias = torch.randn(shape[0])
-            right = x.double() @ q.dequantize().double().T + bias.double()
-            assert relative(kernel.linear(x, form, bias), right) < 2e-4, (shape, rows)
+            bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(rows))
+            dense = q.dequantize().double()
+            error = kernel.linear(x, form, bias).double() - (x.double() @ dense.T + bias.double())
+            size = x.double().norm() * dense.norm() / shape[1] ** 0.5  # of sums that do not cancel
+            assert float(error.norm() / size) < 1e-4, (shape, rows)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -92,7 +94,7 @@ def test_rows_come_back(fmt: str) -> None:
     packed, row = pack(module, [codes_of(q)]), torch.empty(200)
     for r in (0, 15, 16, 32):
         packed.unpack_row(r, row.numpy())
-        torch.testing.assert_close(row, q.dequantize()[r], rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(row, q.dequantize()[r], rtol=2e-6, atol=5e-7)
 
 
 def test_the_same_for_any_number_of_threads() -> None:

@@ -134,7 +134,7 @@ def test_the_fastest_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timings.choose(q, torch.float32, CPU, 1) == timings.choose(q, torch.float32, CPU, 1) == "torch-int8"
     assert timings.choose(q, torch.float32, CPU, 20) == timings.choose(q, torch.float32, CPU, 32) == PACKED_OR_EXPAND
     assert asked == [1, 32]
-    learned = packed("nl4:row", (32, 64))
+    learned = packed("kmeans4:channel", (32, 64))
     assert timings.choose(learned, torch.float32, CPU, 1) == "expand" and len(asked) == 2
     assert [bucket(n) for n in (1, 2, 4, 5, 32, 33, 5000)] == [1, 4, 4, 32, 32, 256, 256]
 

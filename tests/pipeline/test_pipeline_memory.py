@@ -89,7 +89,7 @@ def test_what_is_kept_is_shared_and_what_is_packed_is_the_solver_s(custom: Custo
         whole.get_parameter(name).data.copy_(weight.dequantize())
     with torch.no_grad():
         expected = whole(IDS)
-        assert float((model(IDS) - expected).norm() / expected.norm()) < 1e-5
+        assert float((model(IDS) - expected).norm() / expected.norm()) < 2e-4  # 15 bits of activations
     assert result.report.coverage == result.plan.coverage > 0.7
     errors = {layer.name: layer.error for layer in result.report.layers}
     for name, weight in packed.items():

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.families import FAMILIES
-from lowbit.engine.files import read_json
+from lowbit.engine.files import quantization_method, read_json
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
@@ -23,7 +23,9 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
     if isinstance(model, nn.Module):
         return _of_model(model, tokenizer)
     path = Path(model)
-    return _of_folder(path, tokenizer) if path.is_dir() else _of_source(str(model), tokenizer)
+    if path.is_dir() and quantization_method(path) in (None, "lowbit"):
+        return _of_folder(path, tokenizer)
+    return _of_source(str(model), tokenizer)
 
 
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:

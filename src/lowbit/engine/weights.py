@@ -108,7 +108,7 @@ class ModelWeights(Weights):
 
 
 class SourceWeights(Weights):
-    """Of a float model by any name that lowbit opens, such as a GGUF file: read one tensor at a time."""
+    """Of a model by any name that lowbit opens, such as a GGUF file: read one tensor at a time, packed as it is stored."""
 
     def __init__(self, source: Source) -> None:
         if source.config is None:
@@ -117,7 +117,13 @@ class SourceWeights(Weights):
 
     def find(self, name: str) -> Found | None:
         key = self._source.inventory.tied.get(name, name)
-        return Found(self._source.read(key)) if key in self._source.tensors else None
+        if key not in self._source.tensors:
+            return None
+        stored = self._source.stored_as(key)
+        if stored is None or stored.read is None or self._source.inventory.params[key].transposed:
+            return Found(self._source.read(key))
+        q, inputs = stored.read(), stored.inputs
+        return Found(q, InputQuantizer.of(inputs, q.shape[-1], stored.input_parts()) if inputs else None)
 
 
 def as_float(value: Tensor) -> Tensor:

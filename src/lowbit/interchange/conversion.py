@@ -71,6 +71,11 @@ class Conversion:
         stored = self._stored_as[name]
         return self._groups[stored].run(self._model, read_part)[stored].contiguous()
 
+    def only_renames(self, name: str) -> bool:
+        """Whether `name` is a single checkpoint tensor as it is."""
+        group = self._groups[self._stored_as[name]]
+        return group.converter is None and len(group.parts) == 1
+
     def parts(self, name: str) -> tuple[str, ...]:
         """The checkpoint tensors that `name` is made of."""
         return tuple(key for _, key in self._groups[self._stored_as[name]].parts)

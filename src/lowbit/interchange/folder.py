@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.planes import StoredTensor, tensor_of
+from lowbit.interchange.quantized import SECTIONS, as_float, oriented
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
 from lowbit.interchange.source import Source, TensorSpec, one_line
+from lowbit.interchange.stored import Checkpoint, StoredWeight, stored_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,18 +45,24 @@ def open_model(model: Any, tokenizer: Any = None) -> Source:
     return FolderSource(model, tokenizer=tokenizer)
 
 
-def quantization_method(folder: str | Path) -> str | None:
-    """The `quant_method` that the folder's config.json declares, None for a float model.
+def quantization_section(folder: str | Path) -> dict[str, Any] | None:
+    """What the folder's config.json says of quantization, None for a float model.
 
     SourceError when there is no readable config.json.
     """
     config = read_json(Path(folder) / "config.json")
     for holder in (config, config.get("text_config")):
-        section = holder.get("quantization_config") if isinstance(holder, dict) else None
-        if section:
-            method = section.get("quant_method") if isinstance(section, dict) else None
-            return str(method or "an unnamed method")
+        for key in SECTIONS if isinstance(holder, dict) else ():
+            section = holder.get(key) if isinstance(holder, dict) else None
+            if section:
+                return section if isinstance(section, dict) else {}
     return None
+
+
+def quantization_method(folder: str | Path) -> str | None:
+    """The `quant_method` of a quantized folder, None for a float model. SourceError as in `quantization_section`."""
+    section = quantization_section(folder)
+    return None if section is None else str(section.get("quant_method") or "an unnamed method")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +114,7 @@ def described(
     params = {name: inventory.params[name] for name in conversion.specs}
     for name, spec in unknown.items():
         params[name] = Param(name, spec.shape, "other", "", keep="not known to the model")
-    return tensors, dataclasses.replace(inventory, params=params)
+    return tensors, replace(inventory, params=params)
 
 
 def untie(config: PretrainedConfig, inventory: Inventory, untied: frozenset[str]) -> None:
@@ -116,27 +125,30 @@ def untie(config: PretrainedConfig, inventory: Inventory, untied: frozenset[str]
 
 
 class FolderSource(Source):
-    """Weights read by byte range from the safetensors files of a folder."""
+    """Weights read by byte range from the safetensors files of a folder, float or quantized by a program that is known."""
 
     def __init__(self, folder: str | Path, label: str | None = None, tokenizer: Any = None) -> None:
         self.folder = Path(folder)
         self.label = label or str(folder)
         self._tokenizer = tokenizer
-        method = quantization_method(self.folder)
-        if method is not None:
-            raise SourceError(
-                f"{self.label} is already quantized with {method}; give the original float model to quantize it anew"
-            )
-        self.config = load_config(self.folder)
+        section = quantization_section(self.folder)
+        self.config = as_float(load_config(self.folder))
         self._headers = {file: read_header(file) for file in weight_files(self.folder)}
         self._entries = _merge(self.folder, {f: h.entries for f, h in self._headers.items()})
         checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
         model = meta_model(self.config)
+        self._weights: Mapping[str, StoredWeight] = {}
+        unused: tuple[str, ...] = ()
+        if section is not None:
+            stored = stored_model(Checkpoint(section, checkpoint, self.label, self._raw))
+            stored = replace(stored, weights=oriented(stored.weights, model))
+            self._weights, self.storage, unused = stored.weights, stored.about, stored.unused
+            checkpoint = stored.specs(checkpoint)
         self._conversion = plan_conversion(model, checkpoint, self.label, same=self._same)
         inventory = inventory_of(model, self._conversion.untied)
         unknown = {name: checkpoint[name] for name in self._conversion.extra}
         self.tensors, self.inventory = described(self._conversion, inventory, unknown)
-        self.extra, self.dropped = self._conversion.extra, self._conversion.dropped
+        self.extra, self.dropped = self._conversion.extra, (*self._conversion.dropped, *unused)
         untie(self.config, self.inventory, self._conversion.untied)
 
     def read(self, name: str) -> torch.Tensor:
@@ -168,12 +180,34 @@ class FolderSource(Source):
         """The tokenizer given at opening, else the folder's."""
         return self._tokenizer if self._tokenizer is not None else load_tokenizer(self.folder, self.label)
 
+    def stored_as(self, name: str) -> StoredTensor | None:
+        """What a quantized folder stores of a tensor, None where it is float."""
+        self.spec(name)
+        if name in self.extra or not self._weights:
+            return None
+        parts, conversion = self._conversion.parts(name), self._conversion
+        return tensor_of(
+            lambda read: conversion.read(name, read), self._weights, parts, self._raw,
+            self.inventory.params[name].transposed, conversion.only_renames(name),
+        )  # fmt: skip
+
+    def disk_bytes(self) -> int:
+        """Bytes of the tensors as they are stored."""
+        return sum(entry.nbytes for _, entry in self._entries.values())
+
     def _part(self, key: str) -> torch.Tensor:
+        """A tensor of the checkpoint as the float model would have it."""
+        stored = self._weights.get(key)
+        return self._raw(key) if stored is None else stored.read(self._raw)
+
+    def _raw(self, key: str) -> torch.Tensor:
         file, entry = self._entries[key]
         return read_tensor(file, entry)
 
     def _same(self, a: str, b: str) -> bool:
         """Whether two checkpoint tensors hold the same bytes; reads both in pieces of a few megabytes."""
+        if a in self._weights or b in self._weights:
+            return torch.equal(self._part(a), self._part(b))
         (file_a, one), (file_b, two) = self._entries[a], self._entries[b]
         if (one.dtype, one.shape) != (two.dtype, two.shape) or not one.shape:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from lowbit.interchange.folder import (
     load_config,
     load_tokenizer,
     quantization_method,
+    quantization_section,
 )
 from lowbit.interchange.inventory import inventory_of, meta_model
+from lowbit.interchange.quantized import as_float, oriented
 from lowbit.interchange.safetensors_file import DTYPES
 from lowbit.interchange.source import Source, TensorSpec, one_line
+from lowbit.interchange.stored import Checkpoint, schemes, stored_model
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = ("config.json", *ASSETS)
@@ -39,8 +43,7 @@ def claims(model: Any) -> bool:
 
 def open_model(model: Any, tokenizer: Any = None) -> Source:
     """Download the snapshot of the id `model`, or take it from the cache, and open it as a folder."""
-    small = snapshot(model, _SMALL)
-    _refuse_quantized(small, model)  # before gigabytes are fetched for nothing
+    _refuse_unknown(snapshot(model, _SMALL), model)  # before gigabytes are fetched for nothing
     return FolderSource(snapshot(model, (*_SMALL, *_WEIGHTS)), label=model, tokenizer=tokenizer)
 
 
@@ -81,8 +84,8 @@ class HubHeaders(Source):
 
         self.label = repo
         self.folder = snapshot(repo, _SMALL)
-        _refuse_quantized(self.folder, repo)
-        self.config = load_config(self.folder)
+        _refuse_unknown(self.folder, repo)
+        self.config = as_float(load_config(self.folder))
         try:
             found = get_safetensors_metadata(repo)
         except Exception as error:
@@ -91,12 +94,24 @@ class HubHeaders(Source):
         for file, headers in sorted(found.files_metadata.items()):
             for name, info in headers.tensors.items():
                 checkpoint[name] = _spec(name, info, f"{repo}/{file}")
+        self._disk_bytes = sum(spec.nbytes for spec in checkpoint.values())
         model = meta_model(self.config)
+        section = quantization_section(self.folder)
+        unused: tuple[str, ...] = ()
+        if section is not None:
+            stored = stored_model(Checkpoint(section, checkpoint, repo))
+            stored = replace(stored, weights=oriented(stored.weights, model))
+            self.storage, unused = stored.about, stored.unused
+            checkpoint = stored.specs(checkpoint)
         # without the values, two names of a tied tensor are taken to hold the same ones
         conversion = plan_conversion(model, checkpoint, repo, same=lambda a, b: True)
         unknown = {name: checkpoint[name] for name in conversion.extra}
         self.tensors, self.inventory = described(conversion, inventory_of(model), unknown)
-        self.extra, self.dropped = conversion.extra, conversion.dropped
+        self.extra, self.dropped = conversion.extra, (*conversion.dropped, *unused)
+
+    def disk_bytes(self) -> int:
+        """Bytes of the tensors as they are stored."""
+        return self._disk_bytes
 
     def read(self, name: str) -> torch.Tensor:
         """Always a SourceError: only headers were fetched."""
@@ -125,10 +140,14 @@ def _spec(name: str, info: Any, where: str) -> TensorSpec:
     return TensorSpec(name, shape, dtype)
 
 
-def _refuse_quantized(folder: Path, repo: str) -> None:
+def _refuse_unknown(folder: Path, repo: str) -> None:
+    """SourceError for a model that was quantized in a way that lowbit does not read."""
     method = quantization_method(folder)
-    if method is not None:
-        raise SourceError(f"{repo} is already quantized with {method}; give the original float model")
+    if method is not None and method not in schemes():
+        raise SourceError(
+            f"{repo} is already quantized with {method}, which lowbit cannot read (it reads {', '.join(schemes())}); "
+            "give the original float model"
+        )
 
 
 def _explained(repo: str, error: Exception) -> SourceError:

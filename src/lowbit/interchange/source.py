@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowbit.interchange.inventory import Inventory
+    from lowbit.interchange.planes import StoredTensor
 
 WHAT_A_MODEL_CAN_BE = (
     "a model can be a local folder with config.json and safetensors files, a .gguf file, "
@@ -64,6 +65,7 @@ class Source(ABC):
     inventory  what each tensor is; has a Param for every name in `tensors`
     extra      the names in `tensors` that the model does not know, kept as they are
     dropped    checkpoint names that the model leaves unread on purpose, such as old mask buffers
+    storage    how the source stores its weights: "float", or what a quantized one says of itself
     """
 
     label: str
@@ -72,6 +74,7 @@ class Source(ABC):
     inventory: Inventory
     extra: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    storage: str = "float"
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -80,6 +83,11 @@ class Source(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """A cheap fingerprint: JSON-able, the same for the same model, another for another."""
+
+    def stored_as(self, name: str) -> StoredTensor | None:
+        """The tensor as a quantized source stores it; None where it is float. Reads no codes yet."""
+        self.spec(name)
+        return None
 
     def disk_bytes(self) -> int:
         """Bytes that the weights take where they are stored; less than `tensors` where the source is quantized itself."""
