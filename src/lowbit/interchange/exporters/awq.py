@@ -57,8 +57,8 @@ class Awq(FolderTarget):
             return Problem(stored.name, reason, nearest, shape=True)
         if fmt.grid.bits != 4:
             return Problem(stored.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
-        if group_size(fmt, width) not in (-1, *GROUPS):
-            return Problem(stored.name, f"has groups of {group_size(fmt, width)} inputs, which no kernel has", nearest)
+        if group_size(fmt) not in (-1, *GROUPS):
+            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
         if rows % 8:
             return Problem(stored.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
         return None
@@ -100,4 +100,4 @@ class Awq(FolderTarget):
 
 def _size(stored: Stored) -> int:
     assert stored.format is not None
-    return group_size(stored.format, stored.shape[1])
+    return group_size(stored.format)

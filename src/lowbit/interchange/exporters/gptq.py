@@ -70,8 +70,8 @@ class Gptq(FolderTarget):
             return Problem(stored.name, reason, nearest, shape=True)
         if fmt.grid.bits not in _BITS:
             return Problem(stored.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
-        if group_size(fmt, width) not in _GROUPS:
-            return Problem(stored.name, f"has groups of {group_size(fmt, width)} inputs, which no kernel has", nearest)
+        if group_size(fmt) not in _GROUPS:
+            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
         if width * fmt.grid.bits % 32 or rows * fmt.grid.bits % 32:
             return Problem(stored.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
         return None
@@ -89,7 +89,7 @@ class Gptq(FolderTarget):
 
     def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
         width, integers = q.shape[1], Integers.of(q)
-        size = group_size(q.format, width)
+        size = group_size(q.format)
         version = 1 if is_symmetric(q.format) else 2
         scales = half(integers.scales, stored.name)
         packed = pack_gptq(integers.codes, integers.zeros, scales, q.format.grid.bits, version=version)
@@ -138,7 +138,7 @@ def half(scales: Tensor, name: str) -> Tensor:
 
 def _kind(stored: Stored) -> tuple[int, int]:
     assert stored.format is not None
-    return stored.format.grid.bits, group_size(stored.format, stored.shape[1])
+    return stored.format.grid.bits, group_size(stored.format)
 
 
 def _symmetric(stored: Stored) -> bool:

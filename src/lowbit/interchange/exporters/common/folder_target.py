@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
-from lowbit.formats import QTensor
+from lowbit.formats import Inputs, QTensor
 from lowbit.interchange.exporters.common.fused import fused_with
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.interchange.safetensors_writer import Stored as Spec
+from lowbit.interchange.source import Source, open_source
 
 if TYPE_CHECKING:
     from lowbit.interchange.lowbit_folder import LowbitFolder
@@ -111,12 +112,23 @@ class FolderTarget(Target):
             return []
         before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
         after = sum(2 * math.prod(t.shape) for t in tables)
-        names = ", ".join(module_of(t.name) for t in tables)
+        names = " and ".join(module_of(t.name) for t in tables)
         kind = str(table_dtype(tables[0])).removeprefix("torch.")
-        return [
-            f"{names} in {kind}, as {self.reader} wants embeddings and heads: {after / 1e6:.1f} MB, "
-            f"{before / 1e6:.1f} MB in lowbit's folder"
-        ]
+        return [f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}"]
+
+    def reopen(self, out: Path, model: LowbitFolder) -> Source:
+        """What was written, its inputs compared already. ExportError where those come back changed."""
+        source = open_source(out)
+        for stored in filter(is_packed, model.contents.tensors.values()):
+            found = source.stored_as(stored.name)
+            theirs = None if found is None or found.inputs is None else _levels(found.inputs, found.input_parts())
+            ours = None if stored.inputs is None else _levels(stored.inputs, model.read_inputs(stored.name))
+            if theirs != ours:
+                raise ExportError(
+                    f"{out.name}: the inputs of {stored.name!r} come back as {theirs}, not as {ours}; nothing was kept "
+                    "of the export"
+                )
+        return source
 
     def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
         """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
@@ -165,6 +177,17 @@ class FolderTarget(Target):
             return {stored.name: _rounded(tensor.dequantize(), table_dtype(stored), stored.name)}
         packed = self.pack(stored, tensor, model)
         return {f"{module_of(stored.name)}.{part}": value for part, value in packed.items()}
+
+
+def _levels(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What tells inputs apart from others, however they are written: levels, block, and the lowest value of static ones."""
+    fmt = inputs.format
+    if fmt is None:
+        return (inputs.divisor,)
+    lowest = fmt.grid.lo - parts.get("input_offset", torch.zeros(1)).reshape(-1)
+    scale = parts["input_scale"].reshape(-1).tolist() if inputs.static else ()
+    static = (scale, lowest.tolist()) if inputs.static else ()
+    return fmt.grid.bits, fmt.grid.hi - fmt.grid.lo, fmt.offset is None, fmt.block, inputs.static, *static
 
 
 def _with_their(parts: list[Stored], odd: Mapping[str, Problem]) -> list[Problem]:

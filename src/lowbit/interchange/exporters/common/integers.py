@@ -67,15 +67,14 @@ def is_symmetric(fmt: Format) -> bool:
     return fmt.offset is None and fmt.grid.signed
 
 
-def group_size(fmt: Format, width: int) -> int:
+def group_size(fmt: Format) -> int:
     """Inputs that share a scale; -1 for the whole row."""
-    return -1 if fmt.block.cols in (-1, width) else fmt.block.cols
+    return fmt.block.cols
 
 
 def group_count(fmt: Format, width: int) -> int:
     """Scales of a row."""
-    size = group_size(fmt, width)
-    return 1 if size == -1 else width // size
+    return 1 if fmt.block.cols == -1 else width // fmt.block.cols
 
 
 def nearest_block(fmt: Format, width: int) -> str:

@@ -49,7 +49,7 @@ class PackQuantized(Scheme):
             return Refusal(reason, nearest, shape=True)
         if fmt.grid.bits not in (4, 8):
             return Refusal(f"it has {fmt.grid.bits} bits, and the kernels have 4 and 8", nearest)
-        size = group_size(fmt, width)
+        size = group_size(fmt)
         if size not in (-1, *GROUPS):
             return Refusal(
                 f"its groups are of {size} inputs, and the kernels have {', '.join(map(str, GROUPS))}", nearest
@@ -63,7 +63,7 @@ class PackQuantized(Scheme):
         return activations.refuses_inputs(inputs, "int8", offsets=False, static=False)
 
     def weights(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Any]:
-        size = group_size(fmt, shape[1])
+        size = group_size(fmt)
         if size == -1:
             return arguments(fmt.grid.bits, "int", "channel", is_symmetric(fmt))
         return arguments(fmt.grid.bits, "int", "group", is_symmetric(fmt), group_size=size)
@@ -106,7 +106,7 @@ class IntQuantized(Scheme):
     def refuses(self, fmt: Format, inputs: Inputs | None, shape: tuple[int, ...]) -> Refusal | None:
         nearest = "int8:tensor" if (fmt.block.rows, fmt.block.cols) == (-1, -1) else "int8:channel"
         reason = why_not_integers(fmt)
-        if reason is None and group_size(fmt, shape[1]) != -1:
+        if reason is None and group_size(fmt) != -1:
             reason = "its scales are for groups, and products of int8 have one scale a row"
         if reason is None and not is_symmetric(fmt):
             reason = "it has zero-points, and products of int8 have none for weights"
