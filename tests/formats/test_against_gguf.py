@@ -1,4 +1,6 @@
-"""Values against the `gguf` package, where a ggml type has the layout of one of our formats."""
+"""Values against the `gguf` package, where a ggml type has the layout of one of our formats.
+
+Our own writer of blocks is held to it in tests/interchange/test_gguf_blocks.py."""
 
 from __future__ import annotations
 
@@ -115,23 +117,3 @@ def test_nvfp4_scales_mean_the_same(x):
     blocks = np.concatenate([q.scale.view(-1, 4).numpy(), packed], axis=1).reshape(ROWS, -1)
     values = torch.from_numpy(gguf.dequantize(np.ascontiguousarray(blocks), TYPES.NVFP4))
     torch.testing.assert_close(q.dequantize(), values.view(ROWS, COLS).float(), rtol=0, atol=0)
-
-
-def test_q4_k_levels_mean_the_same(x):
-    """w = d * scale * q - dmin * min with 6-bit scales: the arithmetic of `uint6` and `int6` nested formats."""
-    fmt = parse_format("q4_k")
-    positive = x.abs().neg()  # ggml subtracts its minimum, which is never negative
-    q = Call("rtn")(positive, fmt, Call("minmax"), None)
-    inner = q.scale.unpacked().view(-1, 8).numpy()
-    least = (32 - q.offset.unpacked().view(-1, 8).numpy().astype(np.int16)).astype(np.uint8)  # code 32 is zero
-    assert least.max() <= 63
-    packed = np.zeros((len(inner), 12), np.uint8)
-    packed[:, :4] = inner[:, :4] | ((inner[:, 4:] >> 4) << 6)
-    packed[:, 4:8] = least[:, :4] | ((least[:, 4:] >> 4) << 6)
-    packed[:, 8:] = (inner[:, 4:] & 15) | ((least[:, 4:] & 15) << 4)
-    codes = q.unpacked().view(-1, 4, 2, 32).numpy()
-    nibble = (codes[:, :, 0] | (codes[:, :, 1] << 4)).reshape(-1, 128)
-    heads = [t.scale.view(-1, 1).numpy().view(np.uint8) for t in (q.scale, q.offset)]
-    blocks = np.concatenate([*heads, packed, nibble], axis=1).reshape(ROWS, -1)
-    values = torch.from_numpy(gguf.dequantize(np.ascontiguousarray(blocks), TYPES.Q4_K))
-    torch.testing.assert_close(q.dequantize(), values.view(ROWS, COLS), rtol=1e-5, atol=1e-8)

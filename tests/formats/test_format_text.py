@@ -70,7 +70,7 @@ def test_broken_text_is_a_format_error_and_nothing_else(fmt, data):
                 parse_grid("uint4"),
                 Block(1, 32),
                 Format(parse_grid("uint6"), Block(1, 8), "fp16"),
-                Offset("min", Format(parse_grid("int6"), Block(1, 8), "fp16")),
+                Offset("min", Format(parse_grid("uint6"), Block(1, 8), "fp16")),
             ),
         ),
     ],

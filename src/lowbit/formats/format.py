@@ -29,7 +29,8 @@ class Offset:
 
     `zero`: a rounded integer zero-point; store "grid" keeps it in the bits of the grid itself (the range
     then always includes zero), "int32" keeps any integer. `float`: an unrounded zero-point in level units.
-    `min`: the real value of level zero, w = scale * level + minimum; may be stored in a nested format.
+    `min`: the real value of level zero, w = scale * level + minimum; may be stored in a nested format. One that is
+    nested in an unsigned grid is at most zero: its own scale is negative, as ggml's k-quants subtract a minimum.
     """
 
     kind: Literal["zero", "float", "min"]
@@ -91,6 +92,12 @@ class Format:
         if isinstance(self.scale, Format):
             return self.scale.grid.signed or self.scale.offset is not None
         return self.scale is None or stores.is_signed(self.scale)
+
+    @property
+    def spans_zero(self) -> bool:
+        """Whether the range of a block always includes zero: what is stored of the offset can express no other."""
+        store = self.offset.store if self.offset else None
+        return store == "grid" or (isinstance(store, Format) and not store.grid.signed and store.offset is None)
 
     @property
     def offset_kind(self) -> str | None:

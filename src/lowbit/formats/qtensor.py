@@ -200,6 +200,8 @@ def encode(
             kept_offset = pack(fmt.grid.encode(zero), fmt.grid.cardinality)
         else:
             minimum = -_given(scale, "scale", fmt).reshape(counts) * zero if fmt.offset.kind == "min" else zero
+            if fmt.spans_zero:
+                minimum = minimum.clamp_max(0)
             kept_offset = save(minimum, fmt.offset.store)
     kept_levels = None if levels is None else stores.to_store(levels, fmt.levels_store)
     q = QTensor(fmt, shape, torch.empty(0, dtype=torch.uint8), kept_scale, kept_offset, kept_levels)
@@ -251,9 +253,12 @@ def save(values: Tensor, how: Store) -> Stored:
     flat = values.reshape(-1)
     grid = how.grid
     if how.offset is None:
+        sign = 1
         if not grid.signed and bool((flat < 0).any()):
-            raise FormatError(f"negative scales or minima do not fit the unsigned nested format {how}")
-        (scale,) = reduce_blocks(lambda b: b.abs().amax(1) / grid.hi, how.block, flat)
+            if bool((flat > 0).any()) or not how.scale_signed:
+                raise FormatError(f"scales or minima of both signs do not fit the unsigned nested format {how}")
+            sign = -1  # minima: levels count down from zero
+        (scale,) = reduce_blocks(lambda b: b.abs().amax(1) * (sign / grid.hi), how.block, flat)
         return encode(flat, how, scale)
 
     def span(b: Tensor) -> tuple[Tensor, Tensor]:

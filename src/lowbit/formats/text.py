@@ -3,7 +3,8 @@
     GRID[:BLOCK][:OPTION...]
 
     GRID     int1..int8, uint1..uint8, ternary, binary, e4m3 (fp8), e5m2, e2m1 (fp4), nf4, iq4nl,
-             kmeans1..kmeans8, or a named format: mxfp4, nvfp4, mxfp8, q4_0, q4_1, q4_k, q8_0
+             kmeans1..kmeans8, or a named format: mxfp4, nvfp4, mxfp8, nf4-dq, and ggml's block types (q4_0, q4_1, q5_0,
+             q5_1, q8_0, iq4_nl, iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k)
     BLOCK    tensor, channel, token, g64 (64 weights of a row), 128x128, *x128 (128 columns of all rows);
              channel when left out
     OPTION   sym            no offset (the default)
@@ -35,8 +36,16 @@ NAMED = {
     "nf4-dq": "nf4:g64:s=(uint8:g256:s=fp32)",
     "q4_0": "int4:g32",
     "q4_1": "uint4:g32:min=fp16",
-    "q4_k": "uint4:g32:s=(uint6:g8):min=(int6:g8)",
+    "q5_0": "int5:g32",
+    "q5_1": "uint5:g32:min=fp16",
     "q8_0": "int8:g32",
+    "iq4_nl": "iq4nl:g32",
+    "iq4_xs": "iq4nl:g32:s=(int6:g8)",
+    "q2_k": "uint2:g16:s=(uint4:g16):min=(uint4:g16)",
+    "q3_k": "int3:g16:s=(int6:g16)",
+    "q4_k": "uint4:g32:s=(uint6:g8):min=(uint6:g8)",
+    "q5_k": "uint5:g32:s=(uint6:g8):min=(uint6:g8)",
+    "q6_k": "int6:g16:s=(int8:g16)",
 }
 
 _OPTIONS = ("sym", "asym", "narrow", "s=", "zero=", "min=", "cb=", "l=")

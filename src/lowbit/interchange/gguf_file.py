@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
 from lowbit.interchange.safetensors_file import sampled
 from lowbit.interchange.source import Source, one_line
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
 
@@ -47,14 +50,19 @@ class _Stored:
 
 
 class GgufSource(Source):
-    """Weights read and unpacked from a GGUF file by byte range."""
+    """Weights read and unpacked from a GGUF file by byte range.
 
-    def __init__(self, path: str | Path, label: str | None = None, tokenizer: Any = None) -> None:
+    `config` replaces what transformers makes of the file's metadata, which does not have all of every model.
+    """
+
+    def __init__(
+        self, path: str | Path, label: str | None = None, tokenizer: Any = None, config: PretrainedConfig | None = None
+    ) -> None:
         self.path = Path(path)
         self.label = label or str(path)
         self._tokenizer = tokenizer
         architecture, self._stored = _read_table(self.path)
-        self.config = load_config(self.path.parent, gguf_file=self.path.name)
+        self.config = config or load_config(self.path.parent, gguf_file=self.path.name)
         self.config.architectures = [model_class(self.config).__name__]
         model = meta_model(self.config)
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}

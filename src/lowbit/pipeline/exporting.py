@@ -28,6 +28,7 @@ from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
+DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def export(
     """
     kind = target_named(target)
     folder = LowbitFolder(_folder_of(model))
-    refuse(kind, kind.check(folder.contents))
+    refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
     _check_free(out, kind, overwrite)
     try:
@@ -183,19 +184,39 @@ def contents_of(plan: Plan, source: Source) -> Contents:
     return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
 
 
-def recipe_for(kind: Target, text: str | Recipe, source: Source) -> Recipe:
-    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings."""
+def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
+    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings.
+
+    `calibrated`: whether calibration text is at hand.
+    """
     if isinstance(text, str):
         name, comma, settings = text.partition(",")
+        method = CALIBRATED if calibrated else DATA_FREE
         if name in kind.mixes():
-            float_model = Recipe(parse_format("int8:channel"), embed=None, layers=(("*", None),))
-            made = kind.mix(name, contents_of(make_plan(source, float_model), source))
-            return replace(Recipe.parse(f"{made}{comma}{settings}"), name=None if comma else name)
+            mix = kind.mix(name, floats_of(source))
+            if mix is None:
+                raise ExportError(f"{kind.name} has no mix {name} for {source.label}; name a recipe or a format")
+            recipe = Recipe.parse(f"{method}@{mix.base},embed={mix.embed}{comma}{settings}")
+            formats: dict[str, list[str]] = {}
+            for tensor, text_of in mix.layers.items():
+                formats.setdefault(text_of, []).append(tensor)
+            globs = tuple((g, parse_format(t)) for t, names in formats.items() for g in globs_of(names, source.tensors))
+            return replace(recipe, layers=(*globs, *recipe.layers), name=None if comma else name)
         if name in PRESETS and name in kind.recipes:
-            recipe = Recipe.parse(kind.recipes[name] + comma + settings)
+            recipe = Recipe.parse(kind.recipes[name][calibrated] + comma + settings)
             return replace(_with_embed(kind, recipe), name=None if comma else name)
         text = Recipe.parse(text)
-    return _with_embed(kind, text)
+    return _with_embed(kind, text.calibrated() if calibrated else text)
+
+
+def floats_of(source: Source) -> Contents:
+    """A float model as targets see it: every tensor kept."""
+    params = source.inventory.params
+    tensors = {
+        name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
+        for name, spec in source.tensors.items()
+    }
+    return Contents(source.label, "", source.config, tensors, dict(source.inventory.tied))
 
 
 def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
@@ -213,8 +234,10 @@ def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, st
     Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
     its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
     """
-    problems = kind.check(contents_of(plan, source))
-    refuse(kind, [p for p in problems if not p.shape])
+    contents = contents_of(plan, source)
+    problems = kind.check(contents)
+    hopeless = [p for p in problems if not p.shape]
+    refuse(kind, hopeless or kind.check_tokenizer(source.tokenizer(), contents))
     if not problems:
         return plan, {}
     by_format: dict[str, list[str]] = {}
@@ -222,7 +245,7 @@ def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, st
         by_format.setdefault(problem.nearest, []).append(problem.tensor)
     known = [t.name for t in plan.tensors]
     changes = {glob: text for text, names in by_format.items() for glob in globs_of(names, known)}
-    added = tuple((glob, _format(text)) for glob, text in changes.items())
+    added = tuple((glob, None if text == KEEP else parse_format(text)) for glob, text in changes.items())
     recipe = replace(plan.recipe, layers=(*plan.recipe.layers, *added))
     again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
     refuse(kind, kind.check(contents_of(again, source)))

@@ -83,7 +83,7 @@ def steps(r: Range, fmt: Format, fit: Call, scale: float | None, offset: float |
         return []
     constant = r.low == r.high
     exact = f"every value is {num(r.low)}: the scale is chosen to give it back exactly"
-    widened = fmt.offset is not None and fmt.offset.store == "grid" and not r.low <= 0 <= r.high
+    widened = fmt.spans_zero and not r.low <= 0 <= r.high
     if widened and not constant:
         r = Range(min(r.low, 0.0), max(r.high, 0.0))
     closed = _SCALES.get(fit.name) if not constant else None

@@ -64,7 +64,10 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
         end = torch.where(low < 0, fmt.grid.hi, fmt.grid.lo)
         if fmt.offset.kind == "min":
             lowest = torch.where(low == 0, 0.0, low.abs() * 2.0**-12)
-            return torch.where(constant, lowest, scale), torch.where(constant, -low.sign() * 2.0**12, offset)
+            at = -low.sign() * 2.0**12
+            if fmt.spans_zero:  # no positive minimum: the constant is a level's
+                lowest, at = torch.where(low > 0, exact, lowest), at.clamp_min(0)
+            return torch.where(constant, lowest, scale), torch.where(constant, at, offset)
         return torch.where(constant, exact, scale), torch.where(constant, end, offset)  # type: ignore[arg-type]
     if isinstance(fmt.scale, Format):
         return torch.where(constant & (low == 0), 0.0, scale), offset
@@ -104,8 +107,10 @@ def as_stored(scale: Tensor, offset: Tensor, fmt: Format) -> tuple[Tensor, Tenso
     """
     if isinstance(fmt.scale, str):
         scale = stores.rounded(scale, fmt.scale)
-    if fmt.offset is None or isinstance(fmt.offset.store, Format):
+    if fmt.offset is None:
         return scale, offset
+    if isinstance(fmt.offset.store, Format):
+        return scale, offset.clamp_min(0) if fmt.spans_zero else offset
     if fmt.offset.store == "grid":
         return scale, offset.round().clamp(fmt.grid.lo, fmt.grid.hi)
     if fmt.offset.kind == "min":

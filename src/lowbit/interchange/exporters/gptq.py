@@ -50,7 +50,7 @@ class Gptq(FolderTarget):
     name = "gptq"
     summary = "GPTQ layout for GPTQModel, vLLM and transformers"
     reader = "GPTQ's readers"
-    recipes: ClassVar[Mapping[str, str]] = {
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "w8": "search@int8:channel",
         "w3": "search@int3:g32",
         "w2": "search@int2:g16",

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lowbit.interchange.lowbit_folder import LowbitFolder
 
+KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
 Progress = Callable[[str, int, int], None]
 
 
@@ -85,6 +86,15 @@ class Problem:
     shape: bool = False
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Formats of a model as texts: of linear layers, of embeddings and heads, and of single tensors by name."""
+
+    base: str
+    embed: str
+    layers: Mapping[str, str]
+
+
 class Target(ABC):
     """A format of another program.
 
@@ -92,7 +102,8 @@ class Target(ABC):
     summary     one line for people
     suffix      `.gguf` where one file is written, empty for a folder
     embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
-    recipes     name of a preset -> what it means for this target, where that is another recipe
+    recipes     name of a preset -> what it means for this target, where that is another recipe: without calibration
+                text, and with it
     candidates  formats that mixed precision chooses from for this target
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
     """
@@ -101,7 +112,7 @@ class Target(ABC):
     summary: ClassVar[str]
     suffix: ClassVar[str] = ""
     embed: ClassVar[str] = ""
-    recipes: ClassVar[Mapping[str, str]] = {}
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
     candidates: ClassVar[tuple[str, ...]] = ()
     tolerance: ClassVar[float] = 0.0
 
@@ -118,7 +129,7 @@ class Target(ABC):
 
     def allowed(self, stored: Stored) -> float:
         """How far this weight may be from ours when it is read back, |a - b| / |b|."""
-        return self.tolerance
+        return max(KEPT, self.tolerance) if stored.format is None else self.tolerance
 
     def logits_allowed(self, model: Contents) -> float:
         """How far the logits may be: both are float32 of weights that are compared already."""
@@ -128,10 +139,14 @@ class Target(ABC):
         """What people should know of the file or folder that `write` makes of `model`; empty when nothing is unexpected."""
         return []
 
-    def mix(self, name: str, model: Contents) -> str | None:
-        """The recipe that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
+    def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
+        """Why this target cannot hold the tokenizer; empty when it can, or does not look at it."""
+        return []
 
-        `model` is the float model: all of its tensors are kept.
+    def mix(self, name: str, model: Contents) -> Mix | None:
+        """The formats that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
+
+        Of `model` only names, shapes and the config count.
         """
         return None
 

@@ -35,10 +35,10 @@ class Vllm(FolderTarget):
     name = "vllm"
     summary = "compressed-tensors folder for vLLM, SGLang and transformers"
     reader = "vLLM"
-    recipes: ClassVar[Mapping[str, str]] = {
-        "w8": "search@int8:channel",
-        "w8a8": "search@int8:channel,a=int8:token",
-        "w4a8": "search@int4:g32,a=int8:token",
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "w8": ("search@int8:channel", "search@int8:channel"),
+        "w8a8": ("search@int8:channel,a=int8:token", "search@int8:channel,a=int8:token"),
+        "w4a8": ("search@int4:g32,a=int8:token", "qronos@int4:g32,a=int8:token"),
     }
     candidates = ("int4:g32", "int8:channel")
 

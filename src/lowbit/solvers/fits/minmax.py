@@ -13,9 +13,9 @@ def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """Scale and offset that put `low` on the lowest level and `high` on the highest.
 
     s = (high - low) / (hi - lo), z = lo - low / s (unrounded; the format rounds it), the scale as it is stored.
-    Where the zero-point is kept on the grid the range is first widened to include zero.
+    Where the stored offset can express no other range it is first widened to include zero.
     """
-    if fmt.offset is not None and fmt.offset.store == "grid":
+    if fmt.spans_zero:
         low, high = low.clamp_max(0), high.clamp_min(0)
     scale = (high - low) / (fmt.grid.hi - fmt.grid.lo)
     scale = torch.where(scale > 0, scale, 1.0)

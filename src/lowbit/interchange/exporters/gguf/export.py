@@ -1,0 +1,192 @@
+"""The target `gguf`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.exporters.gguf import families, vocabulary
+from lowbit.interchange.exporters.gguf.families import family_of
+from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
+from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
+from lowbit.interchange.exporters.gguf.reading import Reread
+from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of
+from lowbit.interchange.exporters.target import Contents, Mix, Problem, Progress, Stored, Target, target
+from lowbit.interchange.gguf_file import GgufSource
+from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+KEEP = "keep"
+
+
+@target
+class Gguf(Target):
+    """One file in GGUF version 3: our codes in ggml's block types, vocabulary and chat template included."""
+
+    name: ClassVar[str] = "gguf"
+    summary: ClassVar[str] = "one file for llama.cpp, Ollama and others built on ggml"
+    suffix: ClassVar[str] = ".gguf"
+    embed: ClassVar[str] = "q8_0"
+    recipes: ClassVar[dict[str, tuple[str, str]]] = {
+        "w8": ("search@q8_0", "search@q8_0"),
+        "w4": ("search@iq4_nl", "qronos@iq4_nl"),
+        "w3": ("search@q3_k", "qronos@q3_k"),
+        "w2": ("search@q2_k", "qronos@q2_k"),
+    }
+    candidates: ClassVar[tuple[str, ...]] = ("iq4_nl", "q5_0", "q5_1", "q8_0")
+
+    def check(self, model: Contents) -> list[Problem]:
+        """The family, each tensor's name, format and width, and that no input is in few bits."""
+        family = family_of(model.config)
+        if family is None or model.config is None:
+            has = getattr(model.config, "architectures", None) or ["a module without a config"]
+            return [Problem("", f"{has[0]} is not among the models that can be written", families.known_classes())]
+        why = families.refusal(family, model.config.get_text_config())
+        problems = [] if why is None else [Problem("", why)]
+        if family.tied and not model.tied:
+            problems.append(Problem("", f"llama.cpp's {family.architecture} always uses the embedding as its head"))
+        for name, there in names_in_file(family, model).items():
+            stored = model.tensors[name]
+            if there is None:
+                problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
+            else:
+                problems += _problems(stored)
+        return problems
+
+    def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
+        """Whether llama.cpp can cut text as this tokenizer does."""
+        config: Any = model.config
+        why = vocabulary.refusal(tokenizer, int(config.get_text_config().vocab_size))
+        return [] if why is None else [Problem("", why)]
+
+    def mixes(self) -> tuple[str, ...]:
+        return tuple(MIXES)
+
+    def mix(self, name: str, model: Contents) -> Mix | None:
+        """A mix of llama-quantize for this model."""
+        family = family_of(model.config)
+        if name not in MIXES or family is None:
+            return None
+        rules = MIXES[name]
+        return Mix(rules.base, rules.head, layer_types(rules, names_in_file(family, model)))
+
+    def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
+        """Metadata and vocabulary, then the tensors one at a time."""
+        import gguf
+
+        contents = model.contents
+        family, config = family_of(contents.config), contents.config
+        if family is None or config is None:
+            raise SourceError(f"{contents.label} is not of a family that GGUF can be written for")
+        tensors = place(family, contents)
+        writer = gguf.GGUFWriter(out, family.architecture)
+        try:
+            writer.add_type(gguf.GGUFType.MODEL)
+            families.describe(family, writer, config)
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+            writer.add_file_type(_file_type(tensors))
+            writer.add_string("lowbit.recipe", contents.recipe)
+            text: Any = config.get_text_config()
+            vocabulary.vocabulary(model.tokenizer(), int(text.vocab_size)).add_to(writer)
+            factors = families.rope_factors(text)
+            for p in tensors:
+                _announce(writer, p)
+            if factors is not None:
+                writer.add_tensor_info(
+                    "rope_freqs.weight", tuple(factors.shape), factors.numpy().dtype, 4 * len(factors)
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            done, total = 0, sum(p.nbytes for p in tensors)
+            for p in tensors:
+                writer.write_tensor_data(bytes_in_file(p, model.read(p.stored.name)))
+                done += p.nbytes
+                if progress:
+                    progress(p.stored.name, done, total)
+            if factors is not None:
+                writer.write_tensor_data(factors.numpy())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {out}: {error.strerror or error}; make room, or name another place"
+            ) from error
+        finally:
+            writer.close()
+
+    def reopen(self, out: Path, model: LowbitFolder) -> Source:
+        """By transformers' rules where it has them, else by our own."""
+        family = family_of(model.contents.config)
+        assert family is not None
+        if family.reader == "own":
+            return Reread(out, model, place(family, model.contents))
+        config: Any = model.contents.config
+        biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+        if family.reader == "weights" or biased:
+            return GgufSource(out, config=copy.deepcopy(config))
+        source = GgufSource(out)
+        rope = families.rope_of(config)
+        if rope.get("rope_type", "default") != "default":  # transformers reads no scaled positions of a GGUF file
+            whole: Any = source.config
+            whole.rope_parameters = rope
+        return source
+
+
+def _problems(stored: Stored) -> list[Problem]:
+    """What is wrong with one tensor."""
+    found = []
+    if stored.inputs is not None:
+        found.append(
+            Problem(stored.name, f"inputs stored as {stored.inputs} have no place in the file: llama.cpp rounds inputs its own way",
+                    "the same recipe without a= and without transforms that divide inputs")
+        )  # fmt: skip
+    if stored.format is None:
+        if stored.dtype not in _FLOATS:
+            found.append(Problem(stored.name, f"llama.cpp reads no {str(stored.dtype).removeprefix('torch.')} weights"))
+        return found
+    if len(stored.shape) != 2:
+        return [*found, Problem(stored.name, "stacks of experts are not written yet", KEEP)]
+    block, width = type_of(stored.format), stored.shape[-1]
+    if block is None:
+        kind = nearest_type(stored.format)
+        return [*found, Problem(stored.name, f"no ggml type is {stored.format}", text_of(kind))]
+    if width % block.size:
+        near = KEEP if width % 32 else "q8_0" if stored.kind in ("embedding", "head") else block.narrow
+        found.append(
+            Problem(
+                stored.name, f"{block.name} needs rows of a multiple of {block.size}, not {width}", near, shape=True
+            )
+        )
+    return found
+
+
+def _announce(writer: Any, p: Placed) -> None:
+    """Name, shape, type and size of a tensor, ahead of its bytes."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType[p.kind]
+    if p.block is not None:
+        shape = (*p.shape[:-1], p.nbytes // p.shape[0])
+        writer.add_tensor_info(p.name, shape, np.dtype(np.uint8), p.nbytes, raw_dtype=kind)
+    else:
+        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[p.kind]
+        writer.add_tensor_info(p.name, p.shape, np.dtype(dtype), p.nbytes, raw_dtype=kind)
+
+
+def _file_type(tensors: list[Placed]) -> int:
+    """llama.cpp's name for the whole: that of the type that most weights have."""
+    import gguf
+
+    weights: Counter[str] = Counter()
+    for p in tensors:
+        if len(p.shape) > 1:
+            weights[p.kind] += int(torch.Size(p.shape).numel())
+    kind = weights.most_common(1)[0][0] if weights else "F32"
+    known = {t.name.removeprefix("MOSTLY_"): int(t) for t in gguf.LlamaFileType}
+    return next((known[n] for n in (kind, f"{kind}_M", f"{kind}_MOE") if n in known), int(gguf.LlamaFileType.ALL_F32))

@@ -1,0 +1,52 @@
+"""A GGUF file that this version wrote, read back by the other direction of the same layout.
+
+For the families that transformers cannot read. Bytes become numbers by the `gguf` package.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.errors import SourceError
+from lowbit.interchange.exporters.gguf.layout import Placed, values_in_model
+from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+
+
+class Reread(Source):
+    """The tensors of `model` as the file `path` holds them; its config is that of `model`."""
+
+    def __init__(self, path: Path, model: LowbitFolder, placed: list[Placed]) -> None:
+        import gguf
+
+        ours = model.dense()
+        self.label, self.config, self.inventory = str(path), ours.config, ours.inventory
+        self._placed = {p.stored.name: p for p in placed}
+        self._there = {t.name: t for t in gguf.GGUFReader(path).tensors}
+        self.tensors = {
+            n: s for n, s in ours.tensors.items() if n in self._placed and self._placed[n].name in self._there
+        }
+        self._model = model
+
+    def read(self, name: str) -> torch.Tensor:
+        from gguf.quants import dequantize
+
+        self.spec(name)
+        placed = self._placed[name]
+        found = self._there[placed.name]
+        if found.tensor_type.name != placed.kind:
+            raise SourceError(f"{self.label}: {placed.name!r} came out as {found.tensor_type.name}, not {placed.kind}")
+        values = torch.from_numpy(dequantize(found.data, found.tensor_type).copy()).float().reshape(placed.shape)
+        return values_in_model(placed, values)
+
+    def identity(self) -> dict[str, Any]:
+        return {"gguf": self.label}
+
+    def save_assets(self, out: Path) -> None:
+        self._model.save_assets(out)
+
+    def tokenizer(self) -> Any:
+        return self._model.tokenizer()
