@@ -245,7 +245,7 @@ def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, st
         by_format.setdefault(problem.nearest, []).append(problem.tensor)
     known = [t.name for t in plan.tensors]
     changes = {glob: text for text, names in by_format.items() for glob in globs_of(names, known)}
-    added = tuple((glob, None if text == KEEP else parse_format(text)) for glob, text in changes.items())
+    added = tuple((glob, _format(text)) for glob, text in changes.items())
     recipe = replace(plan.recipe, layers=(*plan.recipe.layers, *added))
     again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
     refuse(kind, kind.check(contents_of(again, source)))

@@ -42,7 +42,7 @@ class Awq(FolderTarget):
     name = "awq"
     summary = "AWQ layout (gemm) for vLLM and transformers"
     reader = "AWQ's readers"
-    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": "search@uint4:g32:asym"}
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:

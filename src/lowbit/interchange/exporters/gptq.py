@@ -51,9 +51,9 @@ class Gptq(FolderTarget):
     summary = "GPTQ layout for GPTQModel, vLLM and transformers"
     reader = "GPTQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
-        "w8": "search@int8:channel",
-        "w3": "search@int3:g32",
-        "w2": "search@int2:g16",
+        "w8": ("search@int8:channel", "search@int8:channel"),
+        "w3": ("search@int3:g32", "qronos@int3:g32"),
+        "w2": ("search@int2:g16", "qronos@int2:g16"),
     }
     candidates = ("int4:g32", "int8:channel")
     tolerance = 2.0**-11  # scales are rounded to fp16
