@@ -14,10 +14,14 @@ Recipe = Annotated[
         help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
     ),
 ]
-As = Annotated[
-    str,
+As = Annotated[str, typer.Option("--as", help="The target: gguf, for llama.cpp and Ollama.", show_default=False)]
+StraightAs = Annotated[
+    str | None,
     typer.Option(
-        "--as", help="The target: gguf, for llama.cpp and Ollama; see `lowbit export --help`.", show_default=False
+        "--as",
+        help="Write the format of another program instead of lowbit's: gguf. The recipe may then be one of its own mixes, "
+        "such as q4_k_m.",
+        show_default=False,
     ),
 ]
 Text = Annotated[

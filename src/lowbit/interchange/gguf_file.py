@@ -7,7 +7,6 @@ rules are run here for one tensor instead of the whole file. Values come out as 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_rules import gguf_rules
+from lowbit.interchange.gguf_table import StoredBlocks, read_table
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
 from lowbit.interchange.safetensors_file import sampled
 from lowbit.interchange.source import Source, one_line
@@ -36,17 +36,6 @@ def claims(model: Any) -> bool:
 def open_model(model: Any, tokenizer: Any = None) -> Source:
     """Open the .gguf file `model`: reads its metadata and tensor table."""
     return GgufSource(model, tokenizer=tokenizer)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of the file: its ggml type, its shape in torch order, and its bytes."""
-
-    name: str
-    ggml_type: int
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 class GgufSource(Source):
@@ -134,23 +123,9 @@ class GgufSource(Source):
         return torch.from_numpy(values).reshape(stored.shape)
 
 
-def _read_table(path: Path) -> tuple[str, dict[str, _Stored]]:
+def _read_table(path: Path) -> tuple[str, dict[str, StoredBlocks]]:
     """(architecture, the file's tensors by name). SourceError when the file is no GGUF, damaged or cut short."""
-    from transformers.integrations.gguf import GgufHeader
-
     try:
-        size = path.stat().st_size
-        header = GgufHeader.from_file(str(path))
-        stored = {
-            t.name: _Stored(t.name, t.ggml_type, tuple(t.shape), header.data_start + t.offset, t.nbytes)
-            for t in header.tensors
-        }
-    except Exception as error:  # a damaged file can fail anywhere in the parser
+        return read_table(path)
+    except (OSError, ValueError, OverflowError) as error:
         raise SourceError(f"{path}: cannot be read as GGUF ({one_line(error)}); download it again") from error
-    for tensor in stored.values():
-        if tensor.offset + tensor.nbytes > size:
-            raise SourceError(
-                f"{path}: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes} but the file has "
-                f"{size}: it is truncated; download it again"
-            )
-    return header.architecture, stored

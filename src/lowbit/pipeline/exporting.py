@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError, RecipeError
-from lowbit.formats import Format, parse_format
-from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target, target_named, targets
+from lowbit.interchange.exporters.target import Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 from lowbit.pipeline.folder_writer import replace_folder, sync
-from lowbit.pipeline.layer_globs import globs_of
-from lowbit.pipeline.plan import Plan, make_plan
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
-DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def export(
     folder = LowbitFolder(_folder_of(model))
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
-    _check_free(out, kind, overwrite)
+    check_free(out, kind, overwrite)
     try:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
@@ -175,83 +169,6 @@ def _fits(source: Source) -> bool:
     return 2 * 4 * sum(math.prod(spec.shape) for spec in source.tensors.values()) <= memory
 
 
-def contents_of(plan: Plan, source: Source) -> Contents:
-    """A plan as targets see it, before anything is quantized."""
-    tensors = {
-        t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
-        for t in plan.tensors
-    }
-    return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
-
-
-def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
-    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings.
-
-    `calibrated`: whether calibration text is at hand.
-    """
-    if isinstance(text, str):
-        name, comma, settings = text.partition(",")
-        method = CALIBRATED if calibrated else DATA_FREE
-        if name in kind.mixes():
-            mix = kind.mix(name, floats_of(source))
-            if mix is None:
-                raise ExportError(f"{kind.name} has no mix {name} for {source.label}; name a recipe or a format")
-            recipe = Recipe.parse(f"{method}@{mix.base},embed={mix.embed}{comma}{settings}")
-            formats: dict[str, list[str]] = {}
-            for tensor, text_of in mix.layers.items():
-                formats.setdefault(text_of, []).append(tensor)
-            globs = tuple((g, parse_format(t)) for t, names in formats.items() for g in globs_of(names, source.tensors))
-            return replace(recipe, layers=(*globs, *recipe.layers), name=None if comma else name)
-        if name in PRESETS and name in kind.recipes:
-            recipe = Recipe.parse(kind.recipes[name][calibrated] + comma + settings)
-            return replace(_with_embed(kind, recipe), name=None if comma else name)
-        text = Recipe.parse(text)
-    return _with_embed(kind, text.calibrated() if calibrated else text)
-
-
-def floats_of(source: Source) -> Contents:
-    """A float model as targets see it: every tensor kept."""
-    params = source.inventory.params
-    tensors = {
-        name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
-        for name, spec in source.tensors.items()
-    }
-    return Contents(source.label, "", source.config, tensors, dict(source.inventory.tied))
-
-
-def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
-    return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
-
-
-def _format(text: str) -> Format | None:
-    """A format as targets name it; `keep` is None."""
-    return None if text == KEEP else parse_format(text)
-
-
-def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, str]]:
-    """The plan with formats that fit every tensor's shape, and which tensors got another: glob -> format.
-
-    Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
-    its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
-    """
-    contents = contents_of(plan, source)
-    problems = kind.check(contents)
-    hopeless = [p for p in problems if not p.shape]
-    refuse(kind, hopeless or kind.check_tokenizer(source.tokenizer(), contents))
-    if not problems:
-        return plan, {}
-    by_format: dict[str, list[str]] = {}
-    for problem in problems:
-        by_format.setdefault(problem.nearest, []).append(problem.tensor)
-    known = [t.name for t in plan.tensors]
-    changes = {glob: text for text, names in by_format.items() for glob in globs_of(names, known)}
-    added = tuple((glob, _format(text)) for glob, text in changes.items())
-    recipe = replace(plan.recipe, layers=(*plan.recipe.layers, *added))
-    again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
-    refuse(kind, kind.check(contents_of(again, source)))
-    return again, changes
-
-
 def target_names() -> dict[str, str]:
     """Name -> one line about it, of every target."""
     return {name: kind.summary for name, kind in targets().items()}
@@ -266,7 +183,7 @@ def _folder_of(model: Any) -> Path:
     return Path(folder)
 
 
-def _check_free(out: Path, kind: Target, overwrite: bool) -> None:
+def check_free(out: Path, kind: Target, overwrite: bool) -> None:
     """OutputError when `out` cannot be given to what is to be written."""
     if kind.suffix and out.suffix != kind.suffix:
         raise OutputError(f"{kind.name} writes one file, whose name ends in {kind.suffix}; {out} does not")

@@ -55,7 +55,7 @@ class Gptq(FolderTarget):
         "w3": ("search@int3:g32", "qronos@int3:g32"),
         "w2": ("search@int2:g16", "qronos@int2:g16"),
     }
-    candidates = ("int4:g32", "int8:channel")
+    mixed = ("int2:g32", "int3:g32", "int4:g64", "int4:g32", "int8:g32")
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:

@@ -104,7 +104,7 @@ class Target(ABC):
     embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
     recipes     name of a preset -> what it means for this target, where that is another recipe: without calibration
                 text, and with it
-    candidates  formats that mixed precision chooses from for this target
+    fuses       last words of the names of layers beside one another that get one format
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
     """
 
@@ -113,7 +113,7 @@ class Target(ABC):
     suffix: ClassVar[str] = ""
     embed: ClassVar[str] = ""
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    candidates: ClassVar[tuple[str, ...]] = ()
+    fuses: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
@@ -149,6 +149,10 @@ class Target(ABC):
         Of `model` only names, shapes and the config count.
         """
         return None
+
+    def candidates(self, model: Contents) -> tuple[str, ...]:
+        """Texts of the formats that mixed precision chooses from, each of which every linear layer of `model` fits."""
+        return ()
 
     def mixes(self) -> tuple[str, ...]:
         """The names that `mix` knows."""

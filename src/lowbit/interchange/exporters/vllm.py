@@ -40,7 +40,7 @@ class Vllm(FolderTarget):
         "w8a8": ("search@int8:channel,a=int8:token", "search@int8:channel,a=int8:token"),
         "w4a8": ("search@int4:g32,a=int8:token", "qronos@int4:g32,a=int8:token"),
     }
-    candidates = ("int4:g32", "int8:channel")
+    mixed = ("int4:g128", "int4:g64", "int4:g32", "int8:channel")
 
     def problem(self, stored: Stored) -> Problem | None:
         assert stored.format is not None

@@ -6,6 +6,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
-from lowbit.formats import Inputs, QTensor
-from lowbit.interchange.exporters.common.fused import fused_with
+from lowbit.formats import Inputs, QTensor, parse_format
+from lowbit.interchange.exporters.common.fused import FUSED, fused_with
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
@@ -36,6 +37,8 @@ class FolderTarget(Target):
 
     reader: str  # who reads the folder, for messages
     embed = "keep"
+    fuses = tuple(parts for _, parts in FUSED)
+    mixed: tuple[str, ...] = ()  # formats that mixed precision chooses from, where they fit the widths
 
     @abstractmethod
     def problem(self, stored: Stored) -> Problem | None:
@@ -65,6 +68,12 @@ class FolderTarget(Target):
                     _more_precise(first, other),
                 )
         return None
+
+    def candidates(self, model: Contents) -> tuple[str, ...]:
+        linear = [t for t in model.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
+        return tuple(
+            f for f in self.mixed if all(self.problem(replace(t, format=parse_format(f))) is None for t in linear)
+        )
 
     def check(self, model: Contents) -> list[Problem]:
         found = []

@@ -39,7 +39,6 @@ class Gguf(Target):
         "w3": ("search@q3_k", "qronos@q3_k"),
         "w2": ("search@q2_k", "qronos@q2_k"),
     }
-    candidates: ClassVar[tuple[str, ...]] = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 
     def check(self, model: Contents) -> list[Problem]:
         """The family, each tensor's name, format and width, and that no input is in few bits."""
@@ -64,6 +63,14 @@ class Gguf(Target):
         config: Any = model.config
         why = vocabulary.refusal(tokenizer, int(config.get_text_config().vocab_size))
         return [] if why is None else [Problem("", why)]
+
+    def candidates(self, model: Contents) -> tuple[str, ...]:
+        """The types of blocks of 256 where all widths are multiples of it, else those of 32."""
+        linear = [s for s in model.tensors.values() if s.kind in ("linear", "conv1d")]
+        widths = [s.shape[-2] if s.transposed and s.format is None else s.shape[-1] for s in linear]
+        if all(width % 256 == 0 for width in widths):
+            return ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+        return ("iq4_nl", "q5_0", "q5_1", "q8_0")
 
     def mixes(self) -> tuple[str, ...]:
         return tuple(MIXES)

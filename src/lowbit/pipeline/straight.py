@@ -1,0 +1,182 @@
+"""Straight from a float model to another program's format: the recipe that the target can hold, before any work.
+
+A target has names of its own (`q4_k_m`), its own sense of some presets, a format for embeddings, and formats that do
+not fit every width. What comes out is an ordinary recipe, whose globs say what was put in place of what.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import ExportError, OutputError
+from lowbit.formats import Format, parse_format
+from lowbit.interchange.exporters.target import Contents, Stored, Target, target_named
+from lowbit.interchange.source import Source, open_source
+from lowbit.pipeline.api import Quantized, quantize
+from lowbit.pipeline.exporting import Exported, check_free, export, refuse
+from lowbit.pipeline.folder_writer import MANIFEST
+from lowbit.pipeline.layer_globs import globs_of, with_layers
+from lowbit.pipeline.plan import Plan, make_plan
+from lowbit.pipeline.presets import PRESETS
+from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
+from lowbit.pipeline.rewriting import rewritten
+
+DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that a target can hold of one model, its plan, and what stands in place of what -> in how many tensors."""
+
+    target: Target
+    recipe: Recipe
+    plan: Plan
+    changes: dict[str, int]
+
+
+def prepare(
+    model: Any, recipe: str | Recipe, target: str, *, calibrated: bool = False, tokenizer: Any = None
+) -> Prepared:
+    """What `recipe` means for a target and a float model, checked; no weight is read.
+
+    `calibrated`: whether calibration text is at hand. ExportError when the target cannot hold it, with the nearest.
+    """
+    kind, source = target_named(target), open_source(model, tokenizer=tokenizer)
+    wanted = recipe_for(kind, recipe, source, calibrated)
+    seen = rewritten(source, wanted)
+    plan, changes = fitted(kind, make_plan(seen, wanted), seen)
+    return Prepared(kind, plan.recipe, plan, changes)
+
+
+@contextmanager
+def quantized_as(
+    model: Any, ready: Prepared, out: str | Path, *, keep: str | Path | None = None, overwrite: bool = False,
+    tokenizer: Any = None, **options: Any,
+) -> Iterator[tuple[Quantized, Exported]]:  # fmt: skip
+    """Quantize a float model into the format of another program, by what `prepare` made of the recipe.
+
+    The folder of lowbit that stands between is OUT.lowbit, where a killed run goes on; it can be measured inside the
+    `with`, and is removed at its end. `keep` names one to keep instead. Other options are those of `quantize`.
+    """
+    out = Path(out)
+    check_free(out, ready.target, overwrite)
+    folder = work_folder(out) if keep is None else Path(keep)
+    if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
+        raise OutputError(f"{folder} is in the way and not of lowbit; move it, or give another name than {out}")
+    made = quantize(model, ready.recipe, folder, overwrite=overwrite or keep is None, tokenizer=tokenizer, **options)
+    try:
+        yield made, export(folder, ready.target.name, out, overwrite=overwrite)
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def work_folder(out: Path) -> Path:
+    """Where the folder of lowbit stands while `out` is made."""
+    return out.with_name(out.name + ".lowbit")
+
+
+def contents_of(plan: Plan, source: Source) -> Contents:
+    """A plan as targets see it, before anything is quantized."""
+    tensors = {
+        t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
+        for t in plan.tensors
+    }
+    return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
+
+
+def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
+    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings.
+
+    `calibrated`: whether calibration text is at hand.
+    """
+    if isinstance(text, str):
+        name, comma, settings = text.partition(",")
+        method = CALIBRATED if calibrated else DATA_FREE
+        if name in kind.mixes():
+            mix = kind.mix(name, floats_of(source))
+            if mix is None:
+                raise ExportError(f"{kind.name} has no mix {name} for {source.label}; name a recipe or a format")
+            recipe = Recipe.parse(f"{method}@{mix.base},embed={mix.embed}{comma}{settings}")
+            formats: dict[str, list[str]] = {}
+            for tensor, text_of in mix.layers.items():
+                formats.setdefault(text_of, []).append(tensor)
+            globs = tuple((g, parse_format(t)) for t, names in formats.items() for g in globs_of(names, source.tensors))
+            return replace(recipe, layers=(*globs, *recipe.layers), name=None if comma or name in PRESETS else name)
+        if name in PRESETS and name in kind.recipes:
+            recipe = Recipe.parse(kind.recipes[name][calibrated] + comma + settings)
+        else:
+            recipe = Recipe.parse(text)
+        text = recipe
+    # Without a name: that of a preset would be expanded again, to what it is without a target.
+    return replace(_with_embed(kind, text.calibrated() if calibrated else text), name=None)
+
+
+def floats_of(source: Source) -> Contents:
+    """A float model as targets see it: every tensor kept."""
+    params = source.inventory.params
+    tensors = {
+        name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
+        for name, spec in source.tensors.items()
+    }
+    return Contents(source.label, "", source.config, tensors, dict(source.inventory.tied))
+
+
+def candidates(target: str, model: Any) -> dict[str, Any]:
+    """What `allocate` is to choose from for a target, and which layers get one format there."""
+    kind = target_named(target)
+    return {"candidates": kind.candidates(floats_of(open_source(model))), "share": kind.fuses}
+
+
+def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
+    return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+
+
+def _format(text: str) -> Format | None:
+    """A format as targets name it; `keep` is None."""
+    return None if text == KEEP else parse_format(text)
+
+
+def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, int]]:
+    """The plan with formats that fit every tensor's shape, and what was put in place of what -> how many tensors.
+
+    Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
+    its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
+    """
+    contents = contents_of(plan, source)
+    problems = kind.check(contents)
+    hopeless = [p for p in problems if not p.shape]
+    refuse(kind, hopeless or kind.check_tokenizer(source.tokenizer(), contents))
+    if not problems:
+        return plan, {}
+    formats = {t.name: t.format for t in plan.tensors if source.inventory.params[t.name].keep is None}
+    changes: Counter[str] = Counter()
+    for problem in problems:
+        formats[problem.tensor] = _format(problem.nearest)
+        changes[f"{problem.nearest} instead: {problem.reason}"] += 1
+    recipe = _said_shortly(plan.recipe, formats, plan)
+    again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
+    refuse(kind, kind.check(contents_of(again, source)))
+    return again, dict(changes.most_common())
+
+
+def _said_shortly(recipe: Recipe, formats: dict[str, Format | None], plan: Plan) -> Recipe:
+    """`recipe` with these formats: the most common ones as its own, the others as globs."""
+    kinds = {t.name: t.kind for t in plan.tensors if t.name in formats}
+    weights: Counter[Format] = Counter()
+    for t in plan.tensors:
+        fmt = formats.get(t.name)
+        if fmt is not None and t.kind not in ("embedding", "head"):
+            weights[fmt] += t.count
+    tops = {formats[n] for n, kind in kinds.items() if kind in ("embedding", "head")}
+    calls = [call for call in (recipe.fit, recipe.solver) if call is not None]
+    served = [f for f, _ in weights.most_common() if all(call.method.declines(f) is None for call in calls)]
+    base = served[0] if served else recipe.format
+    plain = replace(recipe, layers=(), format=base, embed=tops.pop() if len(tops) == 1 else recipe.embed)
+    return replace(with_layers(plain, formats, kinds, base), name=recipe.name)
