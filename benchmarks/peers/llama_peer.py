@@ -121,7 +121,10 @@ def quantize(arguments: Any, work: Path) -> common.Result:
     tensors = dequantized(file)
     common.write_weights(model, arguments.out / common.WEIGHTS, tensors)
     size = file.stat().st_size
-    file.unlink()
+    if arguments.gguf:
+        shutil.move(file, arguments.gguf)
+    else:
+        file.unlink()
     return common.Result(
         peer="llama.cpp",
         version=version(),
@@ -147,6 +150,7 @@ def main() -> None:
         default=kept_in and Path(kept_in),
         help="folder that keeps the float GGUF and the importance matrix (default: the variable LLAMA_PEER_WORK)",
     )
+    made.add_argument("--gguf", type=Path, help="keep the quantized file under this name (default: it is removed)")
     arguments = made.parse_args()
     common.fresh(arguments.out)
     if arguments.work:

@@ -1,0 +1,45 @@
+"""Tiny random models of every family that GGUF is written for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tiny import _ROPE, TINY, tiny_tokenizer
+
+_GEMMA: dict[str, Any] = {"head_dim": 8, **_ROPE}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def _made(name: str, architecture: str, **values: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, name)(architectures=[architecture], **values)
+
+
+FAMILY_MODELS: dict[str, Callable[[], Any]] = {
+    **{name: TINY[name] for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi", "gpt2")},
+    "llama-3.1": _made("LlamaConfig", "LlamaForCausalLM", rope_parameters=_LLAMA3, attention_bias=True, **_ROPE),
+    "gemma": _made("GemmaConfig", "GemmaForCausalLM", **_GEMMA),
+    "gemma2": _made("Gemma2Config", "Gemma2ForCausalLM", query_pre_attn_scalar=8, sliding_window=16, **_GEMMA),
+    "gemma3": _made("Gemma3TextConfig", "Gemma3ForCausalLM", query_pre_attn_scalar=8, sliding_window=16, **_GEMMA),
+    "phi3": _made("Phi3Config", "Phi3ForCausalLM", **_ROPE),
+}
+
+
+def save_model(config: Any, folder: Path, spread: float = 0.1) -> Any:
+    """Save a model of `config` with weights from N(0, spread^2) and the tiny tokenizer, and return it."""
+    torch.manual_seed(0)
+    model = getattr(transformers, config.architectures[0])(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * spread)
+    model.eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
