@@ -28,9 +28,9 @@ class FloatQuantized(Scheme):
         return fmt.grid.name in ("e4m3", "e5m2") and fmt != _MXFP8
 
     def refuses(self, fmt: Format, inputs: Inputs | None, shape: tuple[int, ...]) -> Refusal | None:
-        if fmt.grid.name == "e5m2":
-            return Refusal("its levels are e5m2, and the kernels have e4m3", f"e4m3:{self._strategy(fmt) or 'channel'}")
         strategy = self._strategy(fmt)
+        if fmt.grid.name == "e5m2":
+            return Refusal("its levels are e5m2, and the kernels have e4m3", "e4m3:channel")
         if strategy is None:
             return Refusal(f"its scales are for blocks of {fmt.block}", "e4m3:channel")
         if strategy == "128x128":
