@@ -47,7 +47,11 @@ def main() -> None:
                         raise SystemExit("the server did not come up") from None
                     time.sleep(1)
             done = client.completions.create(
-                model="lowbit", prompt=given.prompt, max_tokens=given.tokens, temperature=0, extra_body={"ignore_eos": True}
+                model="lowbit",
+                prompt=given.prompt,
+                max_tokens=given.tokens,
+                temperature=0,
+                extra_body={"ignore_eos": True},
             )
             print(json.dumps({"versions": {"openai": openai.__version__}, "text": done.choices[0].text}))
         finally:
