@@ -1,27 +1,25 @@
 """Which programs read what lowbit writes: every folder is loaded by them, without lowbit, and compared with lowbit's own.
 
-    python benchmarks/foreign_readers.py MODEL TEXT --work DIR --out benchmarks/results/foreign-readers.json \
-        --python transformers=ENV/bin/python --python gptqmodel=ENV/bin/python --python vllm=ENV/bin/python \
-        --python lm-eval=ENV/bin/python
+    python benchmarks/foreign_readers.py TEXT --folder LOWBIT_FOLDER... --work DIR \
+        --out benchmarks/results/foreign-readers.json --python transformers=ENV/bin/python \
+        --python gptqmodel=ENV/bin/python --python vllm=ENV/bin/python --python lm-eval=ENV/bin/python
 
 Each environment has the program and not lowbit, but for lm-eval's, which has both. A reader without `--python` is left out.
-MODEL carries the first table; a tiny random Llama, made here, the second, with every way of storing. Reference: `lowbit.load`
-in float32, weights expanded, inputs rounded as the recipe says. Logits: |a - b| / |b| over all tokens of the rows; of vLLM,
-which gives log-probabilities of the next token, each row's mean taken off both. Tokens: 16 greedy ones a row.
+The folders carry the first table, in every target that can hold them; a tiny random Llama, made here, the second, with every
+way of storing. Reference: `lowbit.load` in float32, weights expanded, inputs rounded as the recipe says. Logits:
+|a - b| / |b| over all tokens of the rows; of vLLM, which gives log-probabilities of the next token, each row's mean taken off both.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +28,40 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
+from lowbit.errors import ExportError
 from readers import tables
 
 HERE = Path(__file__).parent / "readers"
-ROWS, LENGTH, NEW = 4, 48, 16
+ROWS, LENGTH, NEW = 2, 32, 8
 PROMPT = "The capital of France is"
-# (recipe, target) of the model, and of the tiny one.
-MODEL_WAYS = (
-    ("search@int4:g32", "vllm"), ("search@int4:g64", "vllm"), ("minmax@uint4:g64:asym", "vllm"),
-    ("absmax@int8:channel,a=int8:token", "vllm"), ("search@int4:g32", "gptq"), ("minmax@uint4:g64:asym", "gptq"),
-    ("search@int4:g32", "awq"), ("minmax@uint4:g64:asym", "awq"),
-)  # fmt: skip
+# (recipe, target, whether vLLM is asked too) of the tiny model.
 TINY_WAYS = (
-    *MODEL_WAYS, ("int4:channel", "vllm"), ("int8:g64", "vllm"), ("int8:channel", "vllm"), ("int4:g32,a=int8:token", "vllm"),
-    ("int8:tensor,a=minmax@int8:tensor,fallback=never", "vllm"),
-    ("int8:channel,a=minmax@int8:tensor:asym,fallback=never", "vllm"), ("e4m3:channel", "vllm"),
-    ("e4m3:channel,a=fp8:token", "vllm"), ("e4m3:tensor,a=minmax@fp8:tensor,fallback=never", "vllm"), ("mxfp4", "vllm"),
-    ("nvfp4", "vllm"), ("mxfp8", "vllm"), ("int4:g32,*.down_proj=int8:channel", "vllm"),
-    ("int4:g32,*.layers.0.self_attn.o_proj=keep", "vllm"), ("int8:g32", "gptq"), ("int3:g32", "gptq"), ("int2:g32", "gptq"),
+    ("int4:g32", "vllm", False), ("minmax@uint4:g64:asym", "vllm", True), ("int4:channel", "vllm", False),
+    ("int8:g64", "vllm", True), ("int8:channel", "vllm", False), ("int4:g32,a=int8:token", "vllm", True),
+    ("int8:channel,a=int8:token", "vllm", False), ("int8:tensor,a=minmax@int8:tensor,fallback=never", "vllm", True),
+    ("int8:channel,a=minmax@int8:tensor:asym,fallback=never", "vllm", True), ("e4m3:channel", "vllm", True),
+    ("e4m3:channel,a=fp8:token", "vllm", True), ("e4m3:tensor,a=minmax@fp8:tensor,fallback=never", "vllm", False),
+    ("mxfp4", "vllm", True), ("nvfp4", "vllm", True), ("mxfp8", "vllm", False),
+    ("int4:g32,*.down_proj=int4:g64", "vllm", True), ("int4:g32,*.layers.0.self_attn.o_proj=keep", "vllm", False),
+    ("minmax@uint4:g64:asym", "gptq", True), ("int8:g32", "gptq", True), ("int3:g32", "gptq", False), ("int2:g32", "gptq", False),
+    ("minmax@uint4:g64:asym", "awq", True),
 )  # fmt: skip
-READERS = {"vllm": ("transformers", "vllm"), "gptq": ("gptqmodel", "vllm"), "awq": ("gptqmodel", "vllm")}
+READERS = {"vllm": "transformers", "gptq": "gptqmodel", "awq": "gptqmodel"}
 # compressed-tensors expands these to bfloat16 whatever it is asked for, and GPTQModel's kernels are for 16 bits.
 DTYPES = {"mxfp4": "bfloat16", "nvfp4": "bfloat16", "mxfp8": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A folder of lowbit, what was exported of it, and lowbit's own logits and tokens."""
+
+    recipe: str
+    target: str
+    ours: Path
+    theirs: Path
+    said: dict[str, Any]
+    logits: Tensor
+    tokens: Tensor
 
 
 def tiny(folder: Path) -> Path:
@@ -96,17 +106,19 @@ def reference(folder: Path, rows: Tensor) -> tuple[Tensor, Tensor]:
     return logits, seen[:, rows.shape[1] :]
 
 
-def asked(python: str, script: str, *arguments: str) -> dict[str, Any]:
-    """The last line of what a reader prints, or why there is none. Only lm-eval's environment is shown where lowbit is."""
+def asked(python: str, script: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines of JSON that a reader prints, or why there is none. Only lm-eval's environment is shown where lowbit is."""
     shown = dict(os.environ)
     if script != "lm_eval_reader.py":
         shown.pop("PYTHONPATH", None)
-    done = subprocess.run([python, str(HERE / script), *arguments], capture_output=True, text=True, check=False, env=shown)
-    if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    done = subprocess.run(
+        [python, str(HERE / script), *arguments], capture_output=True, text=True, check=False, env=shown
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and found:
         return found
-    lines = [line for line in done.stderr.splitlines() if "Error" in line]
-    return {"error": (lines or done.stderr.splitlines() or ["it ended without a word"])[-1].strip()[-300:]}
+    lines = [line for line in done.stderr.splitlines() if "Error" in line and "EngineCore" not in line]
+    return [{"error": (lines or done.stderr.splitlines() or ["it ended without a word"])[-1].strip()[-300:]}]
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -126,47 +138,70 @@ def compared(out: Path, logits: Tensor, tokens: Tensor) -> dict[str, Any]:
     return {"logits": error, "tokens": int(same.sum()), "of": same.numel()}
 
 
-def made(model: Path, recipe: str, target: str, work: Path) -> tuple[Path, Path, dict[str, Any]]:
-    """(lowbit's folder, the exported one, what the export said)."""
-    name = "".join(c if c.isalnum() else "-" for c in f"{model.name}-{recipe}")
-    ours, theirs = work / f"{name}.lowbit", work / f"{name}.{target}"
-    static = {"calibration": "self", "samples": 2, "length": 128} if "minmax@" in recipe.partition(",")[2] else {}
-    if not (ours / "lowbit.json").is_file():
+def exported(ours: Path, target: str, rows: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Case:
+    """A case of one target. ExportError when it cannot hold the folder."""
+    recipe = json.loads((ours / "config.json").read_text())["quantization_config"]["recipe"]
+    theirs = ours.with_name(f"{ours.name}.{target}")
+    said = lowbit.export(ours, target, theirs, overwrite=True).to_json() | {"path": theirs.name}
+    return Case(recipe, target, ours, theirs, said, *(own or reference(ours, rows)))
+
+
+def of_folder(folder: Path, rows: Tensor, work: Path) -> Iterator[Case]:
+    """The cases of a folder of lowbit: every target that can hold it."""
+    ours = work / folder.name
+    if not ours.exists():
+        ours.symlink_to(folder.resolve())
+    own = reference(ours, rows)
+    for target in READERS:
+        try:
+            yield exported(ours, target, rows, own)
+        except ExportError as error:
+            print(f"{folder.name} as {target}: {error}", file=sys.stderr)
+
+
+def of_tiny(model: Path, rows: Tensor, work: Path) -> Iterator[tuple[Case, bool]]:
+    """The cases of the tiny model, and whether vLLM is asked."""
+    for recipe, target, vllm in TINY_WAYS:
+        ours = work / "".join(c if c.isalnum() else "-" for c in f"tiny-{recipe}")
+        static = {"calibration": "self", "samples": 2, "length": 128} if "a=minmax@" in recipe else {}
         lowbit.quantize(model, recipe + ",embed=keep", ours, overwrite=True, **static)
-    said = lowbit.export(ours, target, theirs, overwrite=True)
-    return ours, theirs, said.to_json() | {"path": theirs.name}
+        yield replace(exported(ours, target, rows), recipe=recipe), vllm
 
 
-def table(model: Path, ways: Any, text: Path, pythons: dict[str, str], work: Path) -> Iterator[dict[str, Any]]:
-    """One record for each way of storing and each reader of it."""
-    rows = rows_of(model, text)
-    ids = work / f"{model.name}-ids.json"
+def ask_all(cases: list[Case], vllm: list[Case], rows: Tensor, pythons: dict[str, str], work: Path) -> Iterator[Any]:
+    """A record for each case and reader: transformers' of all its cases in one process, vLLM's in one each."""
+    ids, out = work / "ids.json", work / "read"
     ids.write_text(json.dumps(rows.tolist()))
-    for recipe, target in ways:
-        ours, theirs, said = made(model, recipe, target, work)
-        logits, tokens = reference(ours, rows)
-        for reader in READERS[target]:
-            if reader not in pythons:
-                continue
-            script = "vllm_reader.py" if reader == "vllm" else "transformers_reader.py"
-            dtype = (
-                "auto" if reader == "vllm" else "float16" if reader == "gptqmodel" else DTYPES.get(recipe, "float32")
+    out.mkdir(exist_ok=True)
+    for reader in ("transformers", "gptqmodel"):
+        mine = [case for case in cases if READERS[case.target] == reader]
+        if reader in pythons and mine:
+            names = [f"{_dtype(case, reader)}={case.theirs}" for case in mine]
+            found = asked(pythons[reader], "transformers_reader.py", str(ids), str(out), *names)
+            yield from (
+                _record(case, reader, one, out / f"{i}.safetensors") for i, (case, one) in enumerate(zip(mine, found))
             )
-            out = work / "read.safetensors"
-            out.unlink(missing_ok=True)
-            found = asked(pythons[reader], script, str(theirs), str(ids), str(out), "--dtype", dtype)
-            record = {"reader": reader, "target": target, "recipe": recipe, "export": said} | found
-            if "error" not in found:
-                record |= compared(out, logits, tokens)
-            print(json.dumps(record), file=sys.stderr, flush=True)
-            yield record
+    for case in vllm if "vllm" in pythons else ():
+        (found,) = asked(pythons["vllm"], "vllm_reader.py", str(ids), str(out), f"auto={case.theirs}")[-1:]
+        yield _record(case, "vllm", found, out / "0.safetensors")
+
+
+def _dtype(case: Case, reader: str) -> str:
+    return "float16" if reader == "gptqmodel" else DTYPES.get(case.recipe, "float32")
+
+
+def _record(case: Case, reader: str, found: dict[str, Any], out: Path) -> dict[str, Any]:
+    record = {"reader": reader, "target": case.target, "recipe": case.recipe, "export": case.said} | found
+    if "error" not in found:
+        record |= compared(out, case.logits, case.tokens)
+    print(json.dumps(record), file=sys.stderr, flush=True)
+    return record
 
 
 def served(folder: Path, ours: Path, pythons: dict[str, str]) -> dict[str, Any]:
     """vLLM's server asked through the `openai` client, beside lowbit's own greedy text."""
-    found = asked(pythons["vllm"], "openai_client.py", str(folder), PROMPT, "--tokens", str(NEW))
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = lowbit.load(ours, torch.float32, kernel="expand")
+    found = asked(pythons["vllm"], "openai_client.py", str(folder), PROMPT, "--tokens", str(NEW))[-1]
+    model = lowbit.load(ours, torch.float32, kernel="expand")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ours)
@@ -182,7 +217,7 @@ def harness(ours: Path, text: Path, python: str) -> dict[str, Any]:
     """lm-eval's bits per byte of a text, beside lowbit's own arithmetic."""
     from transformers import AutoTokenizer
 
-    found = asked(python, "lm_eval_reader.py", str(ours), str(text))
+    found = asked(python, "lm_eval_reader.py", str(ours), str(text))[-1]
     piece = text.read_text("utf-8")[:2000]
     tokenizer, model = AutoTokenizer.from_pretrained(ours), lowbit.load(ours, torch.float32, kernel="expand")
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(piece, add_special_tokens=False)["input_ids"]]])
@@ -194,39 +229,38 @@ def harness(ours: Path, text: Path, python: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path)
     parser.add_argument("text", type=Path)
+    parser.add_argument("--folder", type=Path, action="append", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--python", action="append", default=[], metavar="READER=PYTHON")
     given = parser.parse_args()
     pythons = dict(item.split("=", 1) for item in given.python)
     given.work.mkdir(parents=True, exist_ok=True)
-    small = given.work / "tiny-llama"
-    shutil.rmtree(small, ignore_errors=True)
-    found: dict[str, Any] = {"lowbit": lowbit.__version__, "model": given.model.name, "rows": [ROWS, LENGTH, NEW]}
+    found: dict[str, Any] = {"lowbit": lowbit.__version__, "rows": [ROWS, LENGTH, NEW], "on_model": [], "on_tiny": []}
 
-    def keep() -> None:
-        """What is known so far, as JSON and as a table."""
+    def keep(key: str, record: dict[str, Any]) -> None:
+        """Add a record, and write what is known so far as JSON and as tables."""
+        found.setdefault(key, []).append(record)
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(found, indent=1) + "\n")
         given.out.with_suffix(".md").write_text(tables.markdown(found))
 
-    for key, model, ways in (("on_model", given.model, MODEL_WAYS), ("on_tiny", tiny(small), TINY_WAYS)):
-        found[key] = []
-        for record in table(model, ways, given.text, pythons, given.work):
-            found[key].append(record)
-            keep()
+    rows = rows_of(given.folder[0], given.text)
+    cases = [case for folder in given.folder for case in of_folder(folder, rows, given.work)]
+    for record in ask_all(cases, cases, rows, pythons, given.work):
+        keep("on_model", record)
     if "vllm" in pythons:
-        found["served"] = []
-        for recipe in ("search@int4:g64", "search@int4:g32", "absmax@int8:channel,a=int8:token"):
-            ours, theirs, _ = made(given.model, recipe, "vllm", given.work)
-            found["served"].append({"recipe": recipe} | served(theirs, ours, pythons))
-            keep()
+        for case in cases:
+            if case.target == "vllm":
+                keep("served", {"recipe": case.recipe} | served(case.theirs, case.ours, pythons))
     if "lm-eval" in pythons:
-        ours, _, _ = made(given.model, "search@int4:g32", "vllm", given.work)
-        found["harness"] = harness(ours, given.text, pythons["lm-eval"])
-        keep()
+        keep("harness", harness(given.folder[0], given.text, pythons["lm-eval"]))
+    small = tiny(given.work / "tiny-llama")
+    rows = rows_of(small, given.text)
+    pairs = list(of_tiny(small, rows, given.work))
+    for record in ask_all([c for c, _ in pairs], [c for c, vllm in pairs if vllm], rows, pythons, given.work):
+        keep("on_tiny", record)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,14 @@ def markdown(found: dict[str, Any]) -> str:
     """Tables of the records, one for the model and one for the tiny one, then what was served and measured."""
     parts = [HEAD]
     rows, length, new = found["rows"]
-    for key, title in (("on_model", found["model"]), ("on_tiny", "a tiny random Llama, every way of storing")):
-        if key in found:
+    for key, title in (("on_model", "the benchmark model"), ("on_tiny", "a tiny random Llama, every way of storing")):
+        if found.get(key):
             parts.append(f"## {title}\n\n{rows} rows of {length} tokens, {new} new ones each.\n")
             parts.append("\n".join([_LINE, *map(_row, found[key])]) + "\n")
     if "served" in found:
         parts.append("## vLLM's server, through the `openai` client\n")
         parts.append("\n".join(map(_served, found["served"])) + "\n")
-    if "harness" in found:
-        one = found["harness"]
+    for one in found.get("harness", ()):
         value = (
             one.get("error") or f"{one['bits_per_byte']:.5f} bits per byte, by lowbit's own arithmetic {one['own']:.5f}"
         )

@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm import __version__ as version
 
-NEW = 16
+NEW = 8
 
 
 def kernels() -> list[str]:
@@ -26,15 +27,15 @@ def kernels() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
     parser.add_argument("ids")
-    parser.add_argument("out")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("folder", metavar="DTYPE=FOLDER")
     given = parser.parse_args()
+    dtype, _, folder = given.folder.partition("=")
     with open(given.ids) as file:
         rows = json.load(file)
     model = LLM(
-        given.folder, dtype=given.dtype, enforce_eager=True, max_model_len=max(map(len, rows)) + NEW,
+        folder, dtype=dtype, enforce_eager=True, max_model_len=max(map(len, rows)) + NEW,
         max_num_seqs=len(rows), max_logprobs=-1,
     )  # fmt: skip
     config = model.llm_engine.model_config
@@ -47,7 +48,7 @@ def main() -> None:
         for token, entry in done.outputs[0].logprobs[0].items():
             logprobs[i, token] = entry.logprob
     tokens = [list(done.outputs[0].token_ids) for done in model.generate(prompts, asked, use_tqdm=False)]
-    save_file({"logprobs": logprobs, "tokens": torch.tensor(tokens)}, given.out)
+    save_file({"logprobs": logprobs, "tokens": torch.tensor(tokens)}, given.out / "0.safetensors")
     found = {"versions": {"vllm": version, "torch": torch.__version__}, "linear": kernels()}
     print(json.dumps(found | {"dtype": str(config.dtype).removeprefix("torch.")}), flush=True)
     os._exit(0)  # the engine's own teardown is not what is looked at here
