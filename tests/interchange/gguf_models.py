@@ -32,14 +32,16 @@ FAMILY_MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def save_model(config: Any, folder: Path, spread: float = 0.1) -> Any:
-    """Save a model of `config` with weights from N(0, spread^2) and the tiny tokenizer, and return it."""
+def save_model(config: Any, folder: Path, spread: float = 0.1, faint: str = "") -> Any:
+    """Save a model of `config` with weights from N(0, spread^2) and the tiny tokenizer, and return it.
+
+    The matrix `faint` is a thousand times smaller, so that how it is rounded hardly shows."""
     torch.manual_seed(0)
     model = getattr(transformers, config.architectures[0])(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for param in model.parameters():
-            param.copy_(torch.randn(param.shape, generator=generator) * spread)
+        for name, param in model.named_parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * spread * (1e-3 if name == faint else 1))
     model.eval().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model

@@ -1,0 +1,88 @@
+"""llama.cpp itself reads what lowbit wrote: every block type, every family, tokens, and its own way of computing.
+
+Needs `pip install xllamacpp`; run with `-m peer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from gguf_models import FAMILY_MODELS, save_model
+from llama_cpp_reader import LlamaCpp
+
+import lowbit
+from lowbit.interchange.exporters.gguf.types import TYPES
+from tiny import _ROPE, VOCAB
+
+pytestmark = pytest.mark.peer
+pytest.importorskip("xllamacpp")
+FAINT = {
+    "gpt2": "transformer.h.0.mlp.c_fc.weight", "phi": "model.layers.0.mlp.fc1.weight",
+    "gemma2": "model.layers.0.self_attn.k_proj.weight",
+}  # fmt: skip
+# ggml looks GELU up in a table of float16; gemma3 has a norm behind every matrix, which makes a faint one loud again.
+NEAR = {"gpt2": 5e-4, "phi": 5e-4, "gemma": 5e-4, "gemma2": 1e-3, "gemma3": 1e-2}
+TEXT = "the hen and an inn in the tree"
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama-cpp")
+
+
+def apart(folder: Path, file: Path) -> float:
+    """|theirs - ours| / |ours| of the centred logits after a text, whose tokens must be the same."""
+    llama = LlamaCpp(file)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False)["input_ids"]
+    assert llama.tokens(TEXT) == ids
+    found = llama.log_probabilities(ids, VOCAB)
+    with torch.inference_mode():
+        logits = lowbit.load(folder, dtype=torch.float32, kernel="dense")(torch.tensor([ids])).logits[0, -1]
+    assert bool(found.isfinite().all())
+    ours = logits - logits.mean()
+    return float((found - found.mean() - ours).norm() / ours.norm())
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_every_family_is_computed_alike_in_float32(room: Path, name: str) -> None:
+    """Only one faint matrix is in few bits, so that a wrong order of rows, position, norm or constant would show."""
+    faint = FAINT.get(name, "model.layers.0.mlp.down_proj.weight")
+    save_model(FAMILY_MODELS[name](), room / name, spread=0.3, faint=faint)
+    lowbit.quantize(room / name, f"q8_0,embed=keep,*=keep,{faint}=q8_0", room / f"{name}-q")
+    made = lowbit.export(room / f"{name}-q", "gguf")
+    assert apart(room / f"{name}-q", made.path) < NEAR.get(name, 1e-4)
+
+
+def wide(room: Path) -> Path:
+    if not (room / "wide").exists():
+        sizes: dict[str, Any] = _ROPE | {"hidden_size": 256, "intermediate_size": 512}
+        save_model(transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **sizes), room / "wide", spread=0.1)
+    return room / "wide"
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_every_block_type_is_read_alike(room: Path, kind: Any) -> None:
+    """llama.cpp rounds the inputs of products to 8 bits in groups, which is what is left of the difference."""
+    folder = room / f"wide-{kind.name}"
+    lowbit.quantize(wide(room), f"{kind.text},embed=q8_0", folder)
+    made = lowbit.export(folder, "gguf")
+    assert apart(folder, made.path) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["q6_k", "q4_0", "iq4_nl", "mxfp4"])
+def test_embeddings_of_other_types(room: Path, kind: str) -> None:
+    folder = room / f"embed-{kind}"
+    lowbit.quantize(wide(room), f"q8_0,embed={kind}", folder)
+    assert apart(folder, lowbit.export(folder, "gguf").path) < 0.03
+
+
+def test_a_mix_is_what_llama_cpp_calls_it(room: Path) -> None:
+    from lowbit.pipeline.straight import prepare, quantized_as
+
+    ready = prepare(wide(room), "q4_k_m", "gguf")
+    with quantized_as(wide(room), ready, room / "mix.gguf", keep=room / "mix") as (_, made):
+        assert apart(room / "mix", made.path) < 0.03
