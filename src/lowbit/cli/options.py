@@ -14,7 +14,12 @@ Recipe = Annotated[
         help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
     ),
 ]
-As = Annotated[str, typer.Option("--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False)]
+As = Annotated[
+    str,
+    typer.Option(
+        "--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False
+    ),
+]
 StraightAs = Annotated[
     str | None,
     typer.Option(
