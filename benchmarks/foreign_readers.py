@@ -5,7 +5,8 @@
         --python gptqmodel=ENV/bin/python --python vllm=ENV/bin/python --python lm-eval=ENV/bin/python
 
 Each environment has the program and not lowbit, but for lm-eval's, which has both. A reader without `--python` is left out.
-The folders carry the first table, in every target that can hold them; a tiny random Llama, made here, the second, with every
+The folders carry the first table, the first one in every target that can hold it, the others as vllm; what is in DIR from
+an earlier run is taken as it is. A tiny random Llama, made here, the second, with every
 way of storing. Reference: `lowbit.load` in float32, weights expanded, inputs rounded as the recipe says. Logits:
 |a - b| / |b| over all tokens of the rows; of vLLM, which gives log-probabilities of the next token, each row's mean taken off both.
 """
@@ -18,7 +19,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,11 @@ def rows_of(model: Path, text: Path) -> Tensor:
 
 def reference(folder: Path, rows: Tensor) -> tuple[Tensor, Tensor]:
     """lowbit's own logits float32 [rows, tokens, vocabulary] and greedy tokens [rows, NEW]."""
-    model = lowbit.load(folder, torch.float32, kernel="expand")
+    rounded = any(
+        "inputs" in t
+        for t in json.loads((folder / "config.json").read_text())["quantization_config"]["tensors"].values()
+    )
+    model = lowbit.load(folder, torch.float32, kernel="expand" if rounded else "dense")
     with torch.inference_mode():
         logits = torch.cat([model(input_ids=row[None]).logits.float() for row in rows])
         seen = rows
@@ -142,17 +147,17 @@ def exported(ours: Path, target: str, rows: Tensor, own: tuple[Tensor, Tensor] |
     """A case of one target. ExportError when it cannot hold the folder."""
     recipe = json.loads((ours / "config.json").read_text())["quantization_config"]["recipe"]
     theirs = ours.with_name(f"{ours.name}.{target}")
-    said = lowbit.export(ours, target, theirs, overwrite=True).to_json() | {"path": theirs.name}
+    said = {} if theirs.exists() else lowbit.export(ours, target, theirs).to_json() | {"path": theirs.name}
     return Case(recipe, target, ours, theirs, said, *(own or reference(ours, rows)))
 
 
-def of_folder(folder: Path, rows: Tensor, work: Path) -> Iterator[Case]:
-    """The cases of a folder of lowbit: every target that can hold it."""
+def of_folder(folder: Path, targets: Iterable[str], rows: Tensor, work: Path) -> Iterator[Case]:
+    """The cases of a folder of lowbit: those of the targets that can hold it."""
     ours = work / folder.name
     if not ours.exists():
         ours.symlink_to(folder.resolve())
     own = reference(ours, rows)
-    for target in READERS:
+    for target in targets:
         try:
             yield exported(ours, target, rows, own)
         except ExportError as error:
@@ -164,7 +169,8 @@ def of_tiny(model: Path, rows: Tensor, work: Path) -> Iterator[tuple[Case, bool]
     for recipe, target, vllm in TINY_WAYS:
         ours = work / "".join(c if c.isalnum() else "-" for c in f"tiny-{recipe}")
         static = {"calibration": "self", "samples": 2, "length": 128} if "a=minmax@" in recipe else {}
-        lowbit.quantize(model, recipe + ",embed=keep", ours, overwrite=True, **static)
+        if not ours.exists():
+            lowbit.quantize(model, recipe + ",embed=keep", ours, **static)
         yield replace(exported(ours, target, rows), recipe=recipe), vllm
 
 
@@ -247,7 +253,8 @@ def main() -> None:
         given.out.with_suffix(".md").write_text(tables.markdown(found))
 
     rows = rows_of(given.folder[0], given.text)
-    cases = [case for folder in given.folder for case in of_folder(folder, rows, given.work)]
+    cases = list(of_folder(given.folder[0], READERS, rows, given.work))
+    cases += [case for folder in given.folder[1:] for case in of_folder(folder, ["vllm"], rows, given.work)]
     for record in ask_all(cases, cases, rows, pythons, given.work):
         keep("on_model", record)
     if "vllm" in pythons:
