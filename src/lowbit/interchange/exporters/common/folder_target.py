@@ -93,8 +93,8 @@ class FolderTarget(Target):
 
     def _problem(self, stored: Stored) -> Problem | None:
         if stored.kind == "experts":
-            reason = "is a stack of experts, which this exporter does not take apart; GGUF holds it"
-            return Problem(stored.name, reason, "--as gguf")
+            reason = f"is a stack of experts, which is not taken apart for {self.reader} yet"
+            return Problem(stored.name, reason, "lowbit's own folder")
         if stored.format is None or stored.kind in _TABLES:
             return None
         if stored.kind == "conv1d":
@@ -109,7 +109,9 @@ class FolderTarget(Target):
             yield [linear[module] for module in modules]
 
     def allowed(self, stored: Stored) -> float:
-        return _TABLE if stored.kind in _TABLES and stored.format is not None else self.tolerance
+        if stored.format is None:
+            return 0.0
+        return _TABLE if stored.kind in _TABLES else self.tolerance
 
     def logits_allowed(self, model: Contents) -> float:
         rounded = any(self.allowed(t) > 0 for t in model.tensors.values())
