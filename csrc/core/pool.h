@@ -67,6 +67,7 @@ class Pool {
 
  private:
     friend class Member;
+    void stop();
     using Function = void (*)(const void*, Member&);
 
     void run_erased(Function function, const void* job);

@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "chat",
     "export",
+    "bench",
     "inspect",
     "explain",
     "doctor",
@@ -205,6 +206,6 @@ def test_recipes_lists_every_preset_and_method() -> None:
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.report.doctor._SIDE", 64)
+    monkeypatch.setattr("lowbit.report.doctor.SIDE", 64)
     assert "torch-int8 declines" in run("doctor")
     assert json.loads(run("doctor", "--no-kernels", "--json"))["kernels"] == []

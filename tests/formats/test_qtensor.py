@@ -14,6 +14,7 @@ from lowbit.formats import QTensor, encode, parse_format
 from lowbit.formats.blocks import Block
 from lowbit.formats.packing import pack
 from lowbit.formats.qtensor import load, save
+from lowbit.solvers import Call
 from strategies import formats, normal, random_parts, shapes, steady
 
 SEEDS = st.integers(0, 10**6)
@@ -159,9 +160,24 @@ def test_a_nested_format_keeps_scales_within_half_its_step(text):
     assert float((back - values).abs().max()) <= step * (1.001 if how.offset else 0.5001)
 
 
-def test_negative_minima_do_not_fit_an_unsigned_nested_format():
+def test_values_of_both_signs_do_not_fit_an_unsigned_nested_format():
+    how = parse_format("uint6:g8")
     with pytest.raises(FormatError, match="unsigned nested format"):
-        save(torch.tensor([[[1.0, -1.0]]]), parse_format("uint6:g8"))
+        save(torch.tensor([[[1.0, -1.0]]]), how)
+    values = -torch.rand(1, 1, 16)
+    back = load(save(values, how), how, (1, 1, 16))
+    assert float((back - values).abs().max()) <= 0.51 / 63 and bool((back <= 0).all())
+
+
+@pytest.mark.parametrize("fit", ["minmax", "search", "mse", "hqq"])
+def test_a_minimum_in_an_unsigned_grid_is_at_most_zero(fit):
+    """Blocks above zero are covered from zero on, whatever the fit; the error of rounding is still half a step."""
+    fmt = parse_format("uint4:g8:s=(uint8:g4):min=(uint8:g4)")
+    assert fmt.spans_zero and not parse_format("uint4:g8:min=(int6:g4)").spans_zero
+    x = torch.rand(3, 32, generator=torch.Generator().manual_seed(0)) + torch.tensor([[1.0], [-2.0], [-0.5]])
+    q = Call("rtn")(x, fmt, Call(fit), None)
+    assert bool((q.offsets() <= 0).all()) and bool((q.scales() >= 0).all())
+    assert float((q.dequantize() - x).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ FAMILY_MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+def faint_of(name: str) -> str:
+    """A matrix of a family's model after which nothing brings it back to size, as a norm does (gemma3 has none such)."""
+    return {
+        "gpt2": "transformer.h.0.mlp.c_fc.weight",
+        "phi": "model.layers.0.mlp.fc1.weight",
+        "gemma2": "model.layers.0.self_attn.k_proj.weight",
+    }.get(name, "model.layers.0.mlp.down_proj.weight")
+
+
 def save_model(config: Any, folder: Path, spread: float = 0.1, faint: str = "") -> Any:
     """Save a model of `config` with weights from N(0, spread^2) and the tiny tokenizer, and return it.
 

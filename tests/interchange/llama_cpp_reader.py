@@ -40,3 +40,13 @@ class LlamaCpp:
         for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
             out[entry["id"]] = entry["logprob"]
         return out
+
+    def greedy(self, ids: list[int], count: int) -> list[int]:
+        """The likeliest `count` tokens after `ids`, one after the other, whatever they mean."""
+        found: list[int] = []
+        while len(found) < count:  # one at a time: the server would stop at the token that ends a text
+            answer = self.server.handle_completions(
+                {"prompt": ids + found, "n_predict": 1, "n_probs": 1, "temperature": -1.0, "cache_prompt": True}
+            )
+            found.append(int(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"]))
+        return found

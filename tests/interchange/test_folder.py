@@ -240,8 +240,14 @@ WRONG = {
         _config(model_type="x", auto_map={"AutoConfig": "evil.Config"}),
         "cannot use this config",
     ),
-    "quantized in an unknown way": (_config(quantization_config={"quant_method": "quip"}), "already.*quip.*cannot read"),
-    "said to be quantized": (_config(quantization_config={"quant_method": "gptq", "bits": 4}), "with gptq, and no tensor is"),
+    "quantized in an unknown way": (
+        _config(quantization_config={"quant_method": "quip"}),
+        "already.*quip.*cannot read",
+    ),
+    "said to be quantized": (
+        _config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "with gptq, and no tensor is",
+    ),
     "an adapter": (_adapter, "merge_and_unload"),
     "truncated": (_truncated, "truncated"),
     "a layer too many": (_config(num_hidden_layers=3), r"lack 9 of .*layers\.2\."),

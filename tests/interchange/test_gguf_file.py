@@ -97,7 +97,10 @@ def llama(path: Path, kind: Type, extra: bool = False) -> dict[str, torch.Tensor
     return want
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0], ids=lambda kind: kind.name)
+KINDS = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_llama_is_renamed_unpermuted_and_unpacked(kind: Type, tmp_path: Path) -> None:
     want = llama(tmp_path / "m.gguf", kind, extra=True)
     source = open_source(tmp_path / "m.gguf")
@@ -106,6 +109,16 @@ def test_llama_is_renamed_unpermuted_and_unpacked(kind: Type, tmp_path: Path) ->
         got = source.read(name)
         assert got.dtype == torch.float32 and torch.equal(got, tensor), name
         assert source.tensors[name].shape == tuple(tensor.shape)
+        stored = source.stored_as(name)
+        if kind in (Type.F32, Type.F16, Type.BF16) or tensor.dim() == 1:
+            assert stored is None
+            wanted = {Type.F16: torch.float16, Type.BF16: torch.bfloat16}.get(kind, torch.float32)
+            assert source.float_type(name) == (wanted if tensor.dim() > 1 else torch.float32)
+        else:
+            assert stored is not None and stored.read is not None and torch.equal(stored.read().dequantize(), tensor), (
+                name
+            )
+    assert source.storage == f"gguf, {kind.name}"
     assert source.inventory.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert source.dropped == ("rope_freqs.weight",) and source.extra == ()
     assert source.config.architectures == ["LlamaForCausalLM"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from gguf_models import FAMILY_MODELS, save_model
+from gguf_models import FAMILY_MODELS, faint_of, save_model
 from llama_cpp_reader import LlamaCpp
 
 import lowbit
@@ -20,10 +20,6 @@ from tiny import _ROPE, VOCAB
 
 pytestmark = pytest.mark.peer
 pytest.importorskip("xllamacpp")
-FAINT = {
-    "gpt2": "transformer.h.0.mlp.c_fc.weight", "phi": "model.layers.0.mlp.fc1.weight",
-    "gemma2": "model.layers.0.self_attn.k_proj.weight",
-}  # fmt: skip
 # ggml looks GELU up in a table of float16; gemma3 has a norm behind every matrix, which makes a faint one loud again.
 NEAR = {"gpt2": 5e-4, "phi": 5e-4, "gemma": 5e-4, "gemma2": 1e-3, "gemma3": 1e-2}
 TEXT = "the hen and an inn in the tree"
@@ -50,7 +46,7 @@ def apart(folder: Path, file: Path) -> float:
 @pytest.mark.parametrize("name", FAMILY_MODELS)
 def test_every_family_is_computed_alike_in_float32(room: Path, name: str) -> None:
     """Only one faint matrix is in few bits, so that a wrong order of rows, position, norm or constant would show."""
-    faint = FAINT.get(name, "model.layers.0.mlp.down_proj.weight")
+    faint = faint_of(name)
     save_model(FAMILY_MODELS[name](), room / name, spread=0.3, faint=faint)
     lowbit.quantize(room / name, f"q8_0,embed=keep,*=keep,{faint}=q8_0", room / f"{name}-q")
     made = lowbit.export(room / f"{name}-q", "gguf")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForCondi
 import lowbit
 from lowbit.errors import FormatError
 from lowbit.formats import InputQuantizer, parse_inputs
+from lowbit.interchange.source import open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights
 from tiny import save_tiny, tiny_model
@@ -142,3 +143,16 @@ def test_a_head_of_its_own_loads_where_its_class_could_tie_it(tmp_path: Path) ->
     again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids, decoder_input_ids=ids).logits, y)
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_as_a_source_inputs_are_told_and_a_divisor_is_in_the_values(text: str, folder: Path) -> None:
+    names = with_inputs(folder, text)
+    source, weights = open_source(folder), dict(packed_weights(lowbit.load(folder)))
+    for name in names:
+        stored = source.stored_as(name)
+        assert stored is not None and stored.inputs == parse_inputs(text)
+        assert {part: float(value.flatten()[0]) for part, value in stored.input_parts().items()} == {
+            part: pytest.approx(MADE[part]) for part in parse_inputs(text).parts(stored.read().shape[-1])
+        }
+        assert torch.equal(source.read(name), weights[name].dequantize(torch.float32))

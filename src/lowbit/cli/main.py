@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from lowbit import __version__
-from lowbit.cli import chat, compare, doctor, evaluate, explain, export, generate, inspect, plan, quantize, recipes
+from lowbit.cli import (
+    bench,
+    chat,
+    compare,
+    dequantize,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    generate,
+    importing,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+)
 from lowbit.cli.guard import Guarded
 
 app = typer.Typer(
@@ -34,13 +49,17 @@ def _lowbit(
 ) -> None:
     """Make language models small and fast, and see what it cost.
 
-    MODEL is a Hugging Face id, a folder with safetensors, a .gguf file, or the demo [bold]smollm2[/bold].
+    MODEL is a Hugging Face id, a folder with safetensors (float, or quantized by a program that lowbit reads), a .gguf file, or
+    the demo [bold]smollm2[/bold].
 
     Start with:  [cyan]lowbit quantize smollm2[/cyan]
     """
 
 
-for command in (quantize, plan, evaluate, compare, generate, chat, export, inspect, explain, doctor, recipes):
+for command in (
+    quantize, plan, evaluate, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
+    recipes,
+):  # fmt: skip
     command.register(app)
 
 

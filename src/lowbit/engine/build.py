@@ -22,12 +22,14 @@ ACTIVATIONS = ("exact", "int8")
 class Program:
     """What `lowbit._core.Decoder` takes, and what had to be changed of the weights on the way.
 
-    expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose levels
-    were rounded to fit (see `kernels.layout`).
+    nbytes: of all packed weights, of which `lookup_bytes` belong to an embedding that is no head, of which a token reads
+    one row. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
+    levels were rounded to fit (see `kernels.layout`).
     """
 
     model: dict[str, Any]
     nbytes: int = 0
+    lookup_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
@@ -72,6 +74,7 @@ class Builder:
         packed = self._pack([embedding[0]])
         head = packed if tied else self._pack([self._source("lm_head")[0]])
         self.program.nbytes += packed.nbytes + (0 if tied else head.nbytes)
+        self.program.lookup_bytes = 0 if tied else packed.nbytes
         _, inputs = embedding if tied else self._source("lm_head")
         self.program.model = {
             "width": s.width, "heads": s.heads, "key_heads": s.key_heads, "head_dim": s.head_dim,

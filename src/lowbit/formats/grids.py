@@ -279,6 +279,9 @@ _NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 
+# bitsandbytes' fp4, in twelfths: a sign, and eight magnitudes of which the smallest but zero is far below the next.
+_BNB_FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+
 # ggml's kvalues_iq4nl: sixteen int8 levels, denser in the middle, that a byte shuffle can look up.
 _IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
@@ -289,6 +292,7 @@ TABLES: dict[str, TableGrid] = {
         TableGrid("ternary", (-1.0, 0.0, 1.0)),
         TableGrid("e2m1", _e2m1()),
         TableGrid("nf4", _NF4),
+        TableGrid("bnb_fp4", tuple(sign * v / 12 for sign in (1.0, -1.0) for v in _BNB_FP4)),
         TableGrid("iq4nl", tuple(float(v) for v in _IQ4NL)),
     )
 }

@@ -16,15 +16,19 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
+from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
+from lowbit.interchange.gguf_header import GgufHeader, read_gguf_header
 from lowbit.interchange.gguf_rules import gguf_rules
-from lowbit.interchange.gguf_table import StoredBlocks, read_table
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
-from lowbit.interchange.safetensors_file import sampled
+from lowbit.interchange.planes import StoredTensor, tensor_of
+from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
+from lowbit.interchange.stored import ReadPart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_MOST_EXPERTS = 4096  # of one layer, which are one tensor
 _CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
 
 
@@ -50,15 +54,24 @@ class GgufSource(Source):
         self.path = Path(path)
         self.label = label or str(path)
         self._tokenizer = tokenizer
-        architecture, self._stored = _read_table(self.path)
+        header = read_gguf_header(self.path)
+        _check_blocks(header, self.path)
+        self._stored = header.tensors
         self.config = config or load_config(self.path.parent, gguf_file=self.path.name)
         self.config.architectures = [model_class(self.config).__name__]
         model = meta_model(self.config)
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}
-        self._rules = gguf_rules(architecture, model, shapes, self.label)
+        self._rules = gguf_rules(header.architecture, model, shapes, self.label)
         self._conversion = plan_conversion(model, self._rules.specs, self.label, transforms=self._rules.transforms)
         inventory = inventory_of(model, self._conversion.untied)
         self.tensors, self.inventory = described(self._conversion, inventory)
+        self._weights = {
+            t.name: stored_weight(t.name, t.ggml_type, t.shape)
+            for t in self._stored.values()
+            if is_quantized(t.ggml_type)
+        }
+        kinds = sorted({type_name(t.ggml_type) for t in self._stored.values() if len(t.shape) > 1})
+        self.storage = f"gguf, {' and '.join(kinds)}"
         self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
         untie(self.config, self.inventory, self._conversion.untied)
 
@@ -66,6 +79,23 @@ class GgufSource(Source):
         """One tensor as float32 in fresh memory."""
         self.spec(name)
         return self._conversion.read(name, lambda part: self._rules.part(part, self._values))
+
+    def stored_as(self, name: str) -> StoredTensor | None:
+        """A quantized tensor with the integers and scales of its blocks in the file, None where it is float."""
+        self.spec(name)
+
+        def rules(read: ReadPart) -> torch.Tensor:
+            return self._conversion.read(name, lambda part: self._rules.part(part, read))
+
+        parts = [file for part in self._conversion.parts(name) for file in self._rules.files[part]]
+        transposed = self.inventory.params[name].transposed
+        return tensor_of(rules, self._weights, parts, self._raw, transposed, renamed=False)
+
+    def float_type(self, name: str) -> torch.dtype:
+        """The type of a float tensor in the file, where all that it is made of have the same."""
+        files = [file for part in self._conversion.parts(name) for file in self._rules.files[part]]
+        types = {float_type(self._stored[file].ggml_type) for file in files}
+        return types.pop() if len(types) == 1 else torch.float32
 
     def identity(self) -> dict[str, Any]:
         """Size, SHA-256 of everything before the weights and of 64 evenly spaced samples of the file."""
@@ -97,6 +127,20 @@ class GgufSource(Source):
             self._tokenizer = load_tokenizer(self.path.parent, self.label, gguf_file=self.path.name)
         return self._tokenizer
 
+    def _raw(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor: uint8 [rows, bytes of a row]."""
+        stored = self._stored[name]
+        rows = prod(stored.shape[:-1])
+        data = torch.empty((rows, stored.nbytes // max(rows, 1)), dtype=torch.uint8)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(stored.offset)
+                if file.readinto(bytes_of(data)) != data.numel():
+                    raise SourceError(f"{self.label}: the file ends inside tensor {name!r}; download it again")
+        except OSError as error:
+            raise SourceError(f"{self.label}: cannot read tensor {name!r}: {one_line(error)}") from error
+        return data
+
     def _values(self, name: str) -> torch.Tensor:
         """The tensor `name` of the file as float32, in the layout of the file."""
         import numpy as np
@@ -123,9 +167,11 @@ class GgufSource(Source):
         return torch.from_numpy(values).reshape(stored.shape)
 
 
-def _read_table(path: Path) -> tuple[str, dict[str, StoredBlocks]]:
-    """(architecture, the file's tensors by name). SourceError when the file is no GGUF, damaged or cut short."""
-    try:
-        return read_table(path)
-    except (OSError, ValueError, OverflowError) as error:
-        raise SourceError(f"{path}: cannot be read as GGUF ({one_line(error)}); download it again") from error
+def _check_blocks(header: GgufHeader, where: Path) -> None:
+    """SourceError where the metadata name more blocks than there can be: a model of them would not fit anywhere."""
+    for key in ("block_count", "expert_count"):
+        count = header.metadata.get(f"{header.architecture}.{key}", 0)
+        if isinstance(count, int) and count > max(len(header.tensors), _MOST_EXPERTS):
+            raise SourceError(
+                f"{where}: its metadata name {key}={count} and it has {len(header.tensors)} tensors; download it again"
+            )

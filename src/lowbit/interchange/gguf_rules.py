@@ -30,12 +30,14 @@ class GgufRules:
     specs       the tensors that the conversion starts from; all float32
     transforms  transformers' renamings and converters for them
     part        (name in `specs`, reader of the file's values) -> that tensor
+    files       name in `specs` -> the tensors of the file that it is made of
     unused      names in the file that no parameter needs, such as precomputed rope factors
     """
 
     specs: Mapping[str, TensorSpec]
     transforms: list[Any]
     part: Callable[[str, ReadValues], torch.Tensor]
+    files: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...] = ()
 
 
@@ -52,7 +54,7 @@ def gguf_rules(
         if is_gguf_arch_supported(architecture):
             specs = {name: TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()}
             transforms = get_gguf_conversion_mapping(architecture, model.config)
-            return GgufRules(specs, transforms, lambda name, values: values(name))
+            return GgufRules(specs, transforms, lambda name, values: values(name), {name: (name,) for name in specs})
         return _processed(architecture, model, shapes)
     except Exception as error:  # transformers' tables, met with an odd file
         raise SourceError(
@@ -87,18 +89,20 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
 
     def part(target: str, values: ReadValues) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
+        whole = True  # what is read need not be the tensor itself: `planes.py` asks for its scales, row by row
         for name in sources[target]:
-            result = processor.process(
-                values(name).numpy(), name=name, tensor_key_mapping=targets, parsed_parameters=parsed
-            )
+            found = values(name)
+            whole = whole and tuple(found.shape) == shapes[name]
+            result = processor.process(found.numpy(), name=name, tensor_key_mapping=targets, parsed_parameters=parsed)
             if result.name is not None:  # else the processor has put it into `parsed` itself
                 parsed["tensors"][target] = torch.from_numpy(result.weights)
         tensor = parsed["tensors"].get(target)
-        if tensor is None or tuple(tensor.shape) != wanted[target]:
+        if tensor is None or (whole and tuple(tensor.shape) != wanted[target]):
             raise SourceError(f"{' + '.join(sources[target])} of the GGUF file did not become {target!r}")
         return tensor
 
-    return GgufRules(specs, [], part, tuple(unused))
+    files = {target: tuple(names) for target, names in sources.items()}
+    return GgufRules(specs, [], part, files, tuple(unused))
 
 
 class _Level:

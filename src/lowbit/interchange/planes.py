@@ -55,9 +55,7 @@ def tensor_of(
     bad = next((w for w in stored if w.format is None or w.quantized is None), None)
     if bad is not None:
         return StoredTensor(None, bad.why)
-    if any(w.transposed != transposed for w in stored):
-        return StoredTensor(None, "the model keeps it turned, unlike the checkpoint")
-    if renamed:
+    if renamed and first.transposed == transposed:
         quantized, beside = first.quantized, first.input_parts
         return StoredTensor(
             first.format, "", first.note, first.inputs, lambda: quantized(read),  # type: ignore[misc]
@@ -139,7 +137,7 @@ def _moves_rows(rules: Rules, weights: Mapping[str, StoredWeight], transposed: b
     def numbers(name: str) -> Tensor:
         rows = weights[name].shape[:-1]
         ids = torch.arange(starts[name], starts[name] + math.prod(rows), dtype=torch.int32).view(*rows, 1)
-        return ids.transpose(-1, -2) if transposed else ids
+        return ids.transpose(-1, -2) if weights[name].transposed else ids
 
     try:
         made = rules(numbers)
@@ -161,7 +159,7 @@ def _joined(
             assert quantized is not None
             kept[name] = planes_of(quantized(read))
         found = kept[name][which]
-        return found.transpose(-1, -2).contiguous() if transposed else found
+        return found.transpose(-1, -2).contiguous() if weights[name].transposed else found
 
     made: dict[str, Tensor] = {}
     names = ["codes"]

@@ -89,6 +89,10 @@ class Source(ABC):
         self.spec(name)
         return None
 
+    def float_type(self, name: str) -> torch.dtype:
+        """The type in which a float tensor is stored; `read` may give a wider one."""
+        return self.spec(name).dtype
+
     def disk_bytes(self) -> int:
         """Bytes that the weights take where they are stored; less than `tensors` where the source is quantized itself."""
         return sum(spec.nbytes for spec in self.tensors.values())

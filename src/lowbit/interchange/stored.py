@@ -22,6 +22,7 @@ from lowbit.formats import Format, Inputs, QTensor
 from lowbit.interchange.source import TensorSpec
 
 ReadPart = Callable[[str], Tensor]
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -163,4 +164,7 @@ def stored_model(checkpoint: Checkpoint) -> StoredModel:
             f"{checkpoint.where}: config.json says that it is quantized with {method}, and no tensor is; remove "
             "quantization_config from config.json if these are float weights, or download the model again"
         )
+    for name, spec in made.specs(checkpoint.tensors).items():
+        if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype not in _FLOATS:
+            checkpoint.refuse(name, f"is {spec.dtype}, and nothing beside it says how {method} quantized it")
     return made

@@ -27,7 +27,8 @@ from lowbit.measure.memory import in_fresh_process
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
-from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
+from lowbit.measure.speed import STANDARD, measure_speed
+from lowbit.measure.turns import SpeedSettings
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, quantize
@@ -245,8 +246,11 @@ def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | None) -> tuple[nn.
         return module, folder_parts(path, module), tokenizer or load_tokenizer(path, str(path))
     source = open_source(model, tokenizer=tokenizer)
     module = source.load_float(dtype or torch.float32)
-    nbytes = sum(spec.nbytes for spec in source.tensors.values())
-    return module, CardParts(source.label, "float", count_parameters(module), weight_bytes=nbytes), source.tokenizer()
+    return (
+        module,
+        CardParts(source.label, source.storage, count_parameters(module), weight_bytes=source.disk_bytes()),
+        source.tokenizer(),
+    )
 
 
 def _base(model: Any, against: Any, dtype: torch.dtype) -> tuple[nn.Module | None, Source | None]:

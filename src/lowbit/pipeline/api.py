@@ -122,7 +122,7 @@ def quantize(
         calibration = "self"
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
-        _check_apart(Path(model), Path(out))
+        check_apart(Path(model), Path(out))
     source = rewritten(open_source(model, tokenizer=tokenizer), wanted)
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):
@@ -176,10 +176,10 @@ def _surveyed(
     return with_survey(plan, source, found)
 
 
-def _check_apart(model: Path, out: Path) -> None:
+def check_apart(model: Path, out: Path) -> None:
     """OutputError when writing `out` would replace the model that is read."""
     if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
-        raise OutputError(f"{out} holds the model that is to be quantized; give another folder")
+        raise OutputError(f"{out} holds the model that is read; give another folder")
 
 
 def _check_device(device: torch.device | str) -> None:

@@ -19,7 +19,7 @@ from lowbit.interchange.stored import Checkpoint, ReadPart, StoredModel, StoredW
 def awq(checkpoint: Checkpoint) -> StoredModel:
     """Every module with a `qweight`."""
     section = checkpoint.section
-    version = str(section.get("version") or section.get("checkpoint_format") or "gemm").lower()
+    version = str(section.get("version") or section.get("checkpoint_format") or section.get("format") or "gemm").lower()
     bits, size = checkpoint.whole("bits", BITS), checkpoint.whole("group_size", -1)
     if version != "gemm" or bits != BITS:
         raise SourceError(

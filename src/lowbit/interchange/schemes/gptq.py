@@ -33,7 +33,7 @@ def gptq(checkpoint: Checkpoint) -> StoredModel:
     """Every module with a `qweight`."""
     section = checkpoint.section
     if section.get("quant_method") == "gptq":
-        kind = str(section.get("checkpoint_format") or "gptq")
+        kind = str(section.get("checkpoint_format") or section.get("format") or "gptq")
     else:
         kind = str(section.get("packing_format") or "auto_round:auto_gptq").rpartition(":")[2].removeprefix("auto_")
     if kind not in _VERSIONS:

@@ -45,7 +45,7 @@ def check_type(checkpoint: Checkpoint, name: str, *allowed: torch.dtype) -> Tens
 
 def groups_of(checkpoint: Checkpoint, name: str, width: int, count: int, size: int) -> Block:
     """The block of `count` scales over `width` inputs, `size` to a group (-1: all). SourceError where they do not agree."""
-    if width > 0 and count == 1 and (size == -1 or size >= width):
+    if width > 0 and count == 1 and (size == -1 or size > width):
         return Block(1, -1)
     if size <= 0 or -(-width // size) != count:
         checkpoint.refuse(name, f"has {count} groups for {width} inputs, which groups of {size} do not give")

@@ -1,0 +1,49 @@
+"""lowbit dequantize"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Model
+
+
+def register(app: typer.Typer) -> None:
+    app.command(epilog="Example:  lowbit dequantize smollm2-w4 -o smollm2-float --dtype bfloat16")(dequantize)
+
+
+def dequantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; what the model's config names when left out.", show_default=False
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model (of lowbit or another program) as an ordinary float folder, which transformers reads alone."""
+    import lowbit
+    from lowbit.report.wording import bytes_text
+
+    console.quiet()
+    with console.bytes_bar("writing") as progress:
+        made = lowbit.dequantize_model(model, out, dtype=dtype, progress=progress, overwrite=overwrite)
+    name = str(made.dtype).removeprefix("torch.")
+    if as_json:
+        console.print_json({
+            "folder": str(out), "dtype": name, "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
+        })  # fmt: skip
+        return
+    loss = "no value was rounded" if made.error == 0.0 else f"rounding cost a relative error of {made.error:.2g}"
+    console.stdout().print(
+        f"{out}: {made.tensors} tensors, {bytes_text(made.bytes)} of {name}; {loss}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,85 @@
+"""lowbit import"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import Json, Model
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.api import Quantized
+
+
+def register(app: typer.Typer) -> None:
+    app.command("import", epilog="Example:  lowbit import ./Llama-3.2-1B-GPTQ -o llama-int4")(import_)
+
+
+def import_(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    rest: Annotated[
+        str, typer.Option(help="A format for weights whose levels no format of lowbit has; `keep` leaves them float.")
+    ] = "keep",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model that another program quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8, MXFP4, GGUF) as a folder
+    of lowbit, with the very same integers and scales. Nothing is rounded again; what could not be kept is named with its loss.
+    """
+    import lowbit
+
+    console.quiet()
+    start = time.perf_counter()
+    with console.bytes_bar("importing") as progress:
+        made = lowbit.import_model(model, out, rest=rest, progress=progress, overwrite=overwrite)
+    facts = summary(made) | {"folder": str(out), "seconds": time.perf_counter() - start}
+    if as_json:
+        console.print_json(facts)
+        return
+    screen = console.stdout()
+    for line in _lines(made, facts):
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def summary(made: Quantized) -> dict[str, Any]:
+    """What was kept exactly, in which formats, and what everything else cost: by reason, the largest relative error."""
+    exact: Counter[str] = Counter()
+    others: dict[str, dict[str, Any]] = {}
+    for layer in made.report.layers:
+        if layer.format is not None and layer.error == 0.0 and "quantized anew" not in layer.note:
+            exact[layer.format] += 1
+        elif layer.format is not None or layer.error > 0.0 or layer.note:
+            reason = layer.note or layer.keep or ""
+            entry = others.setdefault(reason, {"tensors": 0, "format": layer.format or "float", "error": 0.0})
+            entry["tensors"] += 1
+            entry["error"] = max(entry["error"], layer.error)
+    notes = Counter(
+        layer.note for layer in made.report.layers if layer.format is not None and layer.error == 0.0 and layer.note
+    )
+    return {
+        "source": made.source.storage, "exact": dict(exact.most_common()), "others": others, "notes": dict(notes),
+        "bytes": made.plan.output_bytes, "bits_per_weight": made.plan.bits_per_weight,
+    }  # fmt: skip
+
+
+def _lines(made: Quantized, facts: dict[str, Any]) -> list[str]:
+    from lowbit.report.wording import bytes_text
+
+    count = sum(facts["exact"].values())
+    formats = ", ".join(f"{n} {fmt}" for fmt, n in facts["exact"].items())
+    lines = [
+        f"{facts['folder']}: {bytes_text(made.plan.source_bytes or 0)} of {facts['source']} became {bytes_text(facts['bytes'])} "
+        f"({facts['bits_per_weight']:.2f} bits per weight) in {facts['seconds']:.1f} s",
+        f"{count} tensors with the very same integers and scales, loss 0: {formats}" if count else "no tensor could be kept as it is",
+    ]  # fmt: skip
+    for reason, entry in facts["others"].items():
+        lines.append(
+            f"{entry['tensors']} tensors as {entry['format']}, relative error up to {entry['error']:.2g}: {reason}"
+        )
+    return lines + [f"{n} tensors: {note}" for note, n in facts["notes"].items()]
