@@ -30,6 +30,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import ExportError
+from lowbit.interchange.lowbit_folder import LowbitFolder
 from readers import tables
 
 HERE = Path(__file__).parent / "readers"
@@ -63,6 +64,16 @@ class Case:
     said: dict[str, Any]
     logits: Tensor
     tokens: Tensor
+
+    @property
+    def rounding(self) -> float | None:
+        """What rounding the inputs changes of lowbit's own logits, |a - b| / |b|: the size of what readers may do otherwise."""
+        if not any(t.inputs is not None for t in LowbitFolder(self.ours).contents.tensors.values()):
+            return None
+        model = LowbitFolder(self.ours).dense().load_float()
+        rows = torch.tensor(json.loads((self.ours.parent / "ids.json").read_text()))
+        with torch.inference_mode():
+            return apart(self.logits, model(input_ids=rows).logits)
 
 
 def tiny(folder: Path) -> Path:
@@ -199,6 +210,7 @@ def _dtype(case: Case, reader: str) -> str:
 def _record(case: Case, reader: str, found: dict[str, Any], out: Path) -> dict[str, Any]:
     record = {"reader": reader, "target": case.target, "recipe": case.recipe, "export": case.said} | found
     if "error" not in found:
+        record |= {"rounding": case.rounding}
         record |= compared(out, case.logits, case.tokens)
     print(json.dumps(record), file=sys.stderr, flush=True)
     return record

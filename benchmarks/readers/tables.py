@@ -7,7 +7,8 @@ from typing import Any
 HEAD = """# What other programs make of lowbit's folders
 
 `python benchmarks/foreign_readers.py`. Every folder is loaded without lowbit; beside it stands what lowbit computes from its own
-folder in float32. *logits*: |a - b| / |b|. *tokens*: greedy ones that are the same up to the first difference. The difference is
+folder in float32. *logits*: |a - b| / |b|; in brackets what rounding the inputs to int8 or fp8 changes of lowbit's own
+logits, since a reader that rounds a little otherwise makes that error anew. *tokens*: greedy ones that are the same up to the first difference. The difference is
 the reader's arithmetic (its type is named), not the weights: those were read back equal before the export was called done.
 vLLM runs on a CPU here; what it has no kernel for there is said as it says it.
 """
@@ -44,7 +45,8 @@ def _row(record: dict[str, Any]) -> str:
         return f"{start} no: {record['error'].replace('|', '/')} | | | |"
     kernels = ", ".join(k for k in record["linear"] if k != "Linear")
     how = f"{record['dtype']}{f', {kernels}' if kernels else ''}"
-    return f"{start} yes | {record['logits']:.1e} | {record['tokens']} of {record['of']} | {how} |"
+    rounding = f" ({record['rounding']:.1e})" if record.get("rounding") else ""
+    return f"{start} yes | {record['logits']:.1e}{rounding} | {record['tokens']} of {record['of']} | {how} |"
 
 
 def _served(record: dict[str, Any]) -> str:
