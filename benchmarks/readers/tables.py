@@ -8,8 +8,9 @@ HEAD = """# What other programs make of lowbit's folders
 
 `python benchmarks/foreign_readers.py`. Every folder is loaded without lowbit; beside it stands what lowbit computes from its own
 folder in float32. *logits*: |a - b| / |b|; in brackets what rounding the inputs to int8 or fp8 changes of lowbit's own
-logits, since a reader that rounds a little otherwise makes that error anew. *tokens*: greedy ones that are the same up to the first difference. The difference is
-the reader's arithmetic (its type is named), not the weights: those were read back equal before the export was called done.
+logits, since a reader that rounds a little otherwise makes that error anew. *tokens*: greedy ones that are the same up to the first
+difference. The difference is the reader's arithmetic (its type is named), not the weights: those were read back equal, tables in
+16 bits aside, before the export was called done.
 vLLM runs on a CPU here; what it has no kernel for there is said as it says it.
 """
 _LINE = "| reader | target | recipe | loads | logits | tokens | arithmetic |\n|---|---|---|---|---|---|---|"
