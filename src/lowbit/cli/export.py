@@ -43,9 +43,9 @@ def export(
 
 
 def told(made: Exported) -> str:
-    """One line on what was written and how it compared."""
+    """One line on what was written and how it compared, then what else people should know."""
     from lowbit.report.wording import bytes_text
 
     weights = "every weight equal" if made.weights == 0 else f"weights within {made.weights:.1e}"
     logits = "" if made.logits is None else f", logits within {made.logits:.1e}"
-    return f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}"
+    return "\n".join([f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}", *made.notes])

@@ -14,12 +14,17 @@ Recipe = Annotated[
         help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
     ),
 ]
-As = Annotated[str, typer.Option("--as", help="The target: gguf, for llama.cpp and Ollama.", show_default=False)]
+As = Annotated[
+    str,
+    typer.Option(
+        "--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False
+    ),
+]
 StraightAs = Annotated[
     str | None,
     typer.Option(
         "--as",
-        help="Write the format of another program instead of lowbit's: gguf. The recipe may then be one of its own mixes, "
+        help="Write the format of another program instead of lowbit's: gguf, vllm, gptq, awq. The recipe may then be one of its own mixes, "
         "such as q4_k_m.",
         show_default=False,
     ),

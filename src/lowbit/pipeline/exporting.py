@@ -22,8 +22,6 @@ from lowbit.interchange.source import Source
 from lowbit.pipeline.folder_writer import replace_folder, sync
 
 TOKENS = 16  # that the logits are compared on
-KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
-LOGITS = 1e-3  # how far they may be apart, |a - b| / |b|: both are float32 of weights that are equal already
 _SHOWN = 5
 
 
@@ -32,7 +30,7 @@ class Exported:
     """What was written, and how far it is from ours when read back.
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
-    tokens; None where the float model would not fit into this machine's memory.
+    tokens; None where the float model would not fit into this machine's memory. `notes`: what else people should know.
     """
 
     path: Path
@@ -40,12 +38,13 @@ class Exported:
     nbytes: int
     weights: float
     logits: float | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
             "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
-            "logits": self.logits,
+            "logits": self.logits, "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -84,7 +83,7 @@ def export(
         raise _cannot(out, error) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return Exported(out, kind.name, size, weights, logits)
+    return Exported(out, kind.name, size, weights, logits, tuple(kind.notes(folder.contents)))
 
 
 def default_out(folder: Path, kind: Target) -> Path:
@@ -120,8 +119,7 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, floa
     for name in ours.tensors:
         if name in read.tensors:
             apart = distance(read.read(name), ours.read(name))
-            kept = folder.contents.tensors[name].format is None
-            if not apart <= (max(KEPT, kind.tolerance) if kept else kind.tolerance):
+            if not apart <= kind.allowed(folder.contents.tensors[name]):
                 raise ExportError(
                     f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
                 )
@@ -129,7 +127,7 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, floa
     if not _fits(ours):
         return worst, None
     logits = distance(logits_of(read), logits_of(ours))
-    if not logits <= LOGITS:
+    if not logits <= kind.logits_allowed(folder.contents):
         raise ExportError(
             f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
             "computes another model from this config; nothing was kept of the export"

@@ -129,12 +129,18 @@ def floats_of(source: Source) -> Contents:
 
 
 def candidates(target: str, model: Any) -> dict[str, Any]:
-    """What `allocate` is to choose from for a target; nothing is fused there, so each tensor has its own format."""
-    return {"candidates": target_named(target).candidates(floats_of(open_source(model))), "share": ()}
+    """What `allocate` is to choose from for a target, and which layers get one format there."""
+    kind = target_named(target)
+    return {"candidates": kind.candidates(floats_of(open_source(model))), "share": kind.fuses}
 
 
 def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
-    return replace(recipe, embed=parse_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+    return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+
+
+def _format(text: str) -> Format | None:
+    """A format as targets name it; `keep` is None."""
+    return None if text == KEEP else parse_format(text)
 
 
 def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, int]]:
@@ -152,7 +158,7 @@ def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, in
     formats = {t.name: t.format for t in plan.tensors if source.inventory.params[t.name].keep is None}
     changes: Counter[str] = Counter()
     for problem in problems:
-        formats[problem.tensor] = None if problem.nearest == KEEP else parse_format(problem.nearest)
+        formats[problem.tensor] = _format(problem.nearest)
         changes[f"{problem.nearest} instead: {problem.reason}"] += 1
     recipe = _said_shortly(plan.recipe, formats, plan)
     again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lowbit.interchange.lowbit_folder import LowbitFolder
 
+KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
 Progress = Callable[[str, int, int], None]
 
 
@@ -100,9 +101,10 @@ class Target(ABC):
     name        what `--as` says
     summary     one line for people
     suffix      `.gguf` where one file is written, empty for a folder
-    embed       text of the format that `quantize --as` gives embeddings and heads where the recipe leaves it open
+    embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
     recipes     name of a preset -> what it means for this target, where that is another recipe: without calibration
                 text, and with it
+    fuses       last words of the names of layers beside one another that get one format
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
     """
 
@@ -111,6 +113,7 @@ class Target(ABC):
     suffix: ClassVar[str] = ""
     embed: ClassVar[str] = ""
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    fuses: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tolerance: ClassVar[float] = 0.0
 
     @abstractmethod
@@ -123,6 +126,18 @@ class Target(ABC):
 
         One tensor is in memory at a time. `progress(name, bytes done, bytes in all)`. OutputError or SourceError.
         """
+
+    def allowed(self, stored: Stored) -> float:
+        """How far this weight may be from ours when it is read back, |a - b| / |b|."""
+        return max(KEPT, self.tolerance) if stored.format is None else self.tolerance
+
+    def logits_allowed(self, model: Contents) -> float:
+        """How far the logits may be: both are float32 of weights that are compared already."""
+        return 1e-3
+
+    def notes(self, model: Contents) -> list[str]:
+        """What people should know of the file or folder that `write` makes of `model`; empty when nothing is unexpected."""
+        return []
 
     def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
         """Why this target cannot hold the tokenizer; empty when it can, or does not look at it."""

@@ -1,0 +1,103 @@
+"""`--as awq`: the layout of AutoAWQ's "gemm" version, which vLLM and transformers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.folder_target import (
+    FolderTarget,
+    float_modules,
+    is_packed,
+)
+from lowbit.interchange.exporters.common.integers import (
+    GROUPS,
+    Integers,
+    group_count,
+    group_size,
+    nearest_block,
+    undivided,
+    why_not_integers,
+)
+from lowbit.interchange.exporters.gptq import half
+from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
+from lowbit.interchange.layouts.awq import pack_awq
+from lowbit.interchange.safetensors_writer import Stored as Spec
+
+if TYPE_CHECKING:
+    from lowbit.interchange.lowbit_folder import LowbitFolder
+
+
+@target
+class Awq(FolderTarget):
+    """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales fp16 [groups, out]; 4 bits, one group size.
+
+    Symmetric weights have the zero-point 8 everywhere. Source: AutoAWQ's `WQLinear_GEMM`, vLLM `auto_awq.py`.
+    """
+
+    name = "awq"
+    summary = "AWQ layout (gemm) for vLLM and transformers"
+    reader = "AWQ's readers"
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
+    tolerance = 2.0**-11  # scales are rounded to fp16
+
+    def problem(self, stored: Stored) -> Problem | None:
+        fmt, (rows, width) = stored.format, stored.shape
+        assert fmt is not None
+        nearest = f"uint4:{nearest_block(fmt, width)}:asym"
+        if stored.inputs is not None:
+            return Problem(stored.name, f"has inputs {stored.inputs}, and AWQ's are float; vllm holds them", "no a=")
+        if (reason := why_not_integers(fmt)) is not None:
+            return Problem(stored.name, reason, nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Problem(stored.name, reason, nearest, shape=True)
+        if fmt.grid.bits != 4:
+            return Problem(stored.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
+        if group_size(fmt) not in (-1, *GROUPS):
+            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+        if rows % 8:
+            return Problem(stored.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
+        return None
+
+    def check(self, model: Contents) -> list[Problem]:
+        found = super().check(model)
+        packed = [t for t in model.tensors.values() if is_packed(t)]
+        if not found:
+            sizes = {t.name: _size(t) for t in packed}
+            odd = next((n for n, size in sizes.items() if size != sizes[packed[0].name]), None)
+            if odd is not None:
+                reason = (
+                    f"has groups of {sizes[odd]} where {packed[0].name} has {sizes[packed[0].name]}; AWQ has one size"
+                )
+                found.append(Problem(odd, reason, str(packed[0].format)))
+        return found
+
+    def spec(self, stored: Stored) -> Spec:
+        fmt, (rows, width) = stored.format, stored.shape
+        assert fmt is not None
+        groups = group_count(fmt, width)
+        return {
+            "qweight": (torch.int32, (width, rows // 8)),
+            "qzeros": (torch.int32, (groups, rows // 8)),
+            "scales": (torch.float16, (groups, rows)),
+        }
+
+    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+        integers = Integers.of(q)
+        return pack_awq(integers.codes, integers.zeros, half(integers.scales, stored.name))
+
+    def section(self, model: Contents) -> dict[str, Any]:
+        packed = next(t for t in model.tensors.values() if is_packed(t))
+        return {
+            "quant_method": "awq", "bits": 4, "group_size": _size(packed), "zero_point": True, "version": "gemm",
+            "backend": "auto", "modules_to_not_convert": float_modules(model) or None,
+        }  # fmt: skip
+
+
+def _size(stored: Stored) -> int:
+    assert stored.format is not None
+    return group_size(stored.format)

@@ -1,0 +1,1 @@
+"""What exporters of transformers folders share: integers as they store them, fused layers, writing a checkpoint."""

@@ -1,0 +1,255 @@
+"""Targets that are transformers folders: config.json, safetensors, tokenizer. A format fills in what is its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ExportError, OutputError
+from lowbit.formats import Inputs, QTensor, parse_format
+from lowbit.interchange.exporters.common.fused import FUSED, fused_with
+from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
+from lowbit.interchange.safetensors_file import bytes_of
+from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
+from lowbit.interchange.safetensors_writer import Stored as Spec
+from lowbit.interchange.source import Source, open_source
+
+if TYPE_CHECKING:
+    from lowbit.interchange.lowbit_folder import LowbitFolder
+
+_MAX_SHARD = 5_000_000_000
+_TABLES = ("embedding", "head")
+# A dequantized table is rounded to 16 bits: by at most half a unit in the last place, 2^-9 in bfloat16 and 2^-12 in float16.
+_TABLE = 2.0**-8
+_LOGITS = 3e-2
+
+
+class FolderTarget(Target):
+    """Embeddings and heads are written dequantized in 16 bits, as programs that serve want them; kept tensors as they are."""
+
+    reader: str  # who reads the folder, for messages
+    embed = "keep"
+    fuses = tuple(parts for _, parts in FUSED)
+    mixed: tuple[str, ...] = ()  # formats that mixed precision chooses from, where they fit the widths
+
+    @abstractmethod
+    def problem(self, stored: Stored) -> Problem | None:
+        """Why a quantized linear layer cannot be held, or None."""
+
+    @abstractmethod
+    def spec(self, stored: Stored) -> Spec:
+        """Names after the module's -> (dtype, shape) of what is written for a linear layer."""
+
+    @abstractmethod
+    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+        """What `spec` announces, of the weight `q`; `model` is asked for what belongs to its inputs."""
+
+    @abstractmethod
+    def section(self, model: Contents) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+
+    def alike(self, parts: list[Stored]) -> Problem | None:
+        """Why layers that the reader runs as one cannot be stored so, or None."""
+        first = parts[0]
+        for other in parts[1:]:
+            if (other.format, other.inputs) != (first.format, first.inputs):
+                names = ", ".join(module_of(p.name).rpartition(".")[2] for p in parts)
+                return Problem(
+                    other.name,
+                    f"{self.reader} runs {names} as one layer; {described(other)} beside {described(first)} cannot be",
+                    _more_precise(first, other),
+                )
+        return None
+
+    def candidates(self, model: Contents) -> tuple[str, ...]:
+        linear = [t for t in model.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
+        return tuple(
+            f for f in self.mixed if all(self.problem(replace(t, format=parse_format(f))) is None for t in linear)
+        )
+
+    def check(self, model: Contents) -> list[Problem]:
+        found = []
+        if model.config is None:
+            found.append(Problem("", "is a plain module, and a folder of transformers needs a model with a config", ""))
+        if not any(is_packed(t) for t in model.tensors.values()):
+            found.append(Problem("", "has no quantized linear layer", ""))
+        for stored in model.tensors.values():
+            problem = self._problem(stored)
+            if problem is not None:
+                found.append(problem)
+        if not any(not p.shape for p in found):  # parts of one layer are compared once each of them can be held
+            odd = {p.tensor: p for p in found}
+            for parts in self._fused(model):
+                found += _with_their(parts, odd) or ([] if (p := self.alike(parts)) is None else [p])
+        return found
+
+    def _problem(self, stored: Stored) -> Problem | None:
+        if stored.kind == "experts":
+            reason = f"is a stack of experts, which is not taken apart for {self.reader} yet"
+            return Problem(stored.name, reason, "lowbit's own folder")
+        if stored.format is None or stored.kind in _TABLES:
+            return None
+        if stored.kind == "conv1d":
+            reason = f"is kept [in, out] by its module, which {self.reader} does not unpack; GGUF holds it"
+            return Problem(stored.name, reason, "--as gguf")
+        return self.problem(stored)
+
+    @staticmethod
+    def _fused(model: Contents) -> Iterator[list[Stored]]:
+        linear = {module_of(t.name): t for t in model.tensors.values() if t.kind == "linear"}
+        for modules in fused_with(linear):
+            yield [linear[module] for module in modules]
+
+    def allowed(self, stored: Stored) -> float:
+        if stored.format is None:
+            return 0.0
+        return _TABLE if stored.kind in _TABLES else self.tolerance
+
+    def logits_allowed(self, model: Contents) -> float:
+        rounded = any(self.allowed(t) > 0 for t in model.tensors.values())
+        return _LOGITS if rounded else super().logits_allowed(model)
+
+    def notes(self, model: Contents) -> list[str]:
+        tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
+        if not tables:
+            return []
+        before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
+        after = sum(2 * math.prod(t.shape) for t in tables)
+        names = " and ".join(module_of(t.name) for t in tables)
+        kind = str(table_dtype(tables[0])).removeprefix("torch.")
+        return [f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}"]
+
+    def reopen(self, out: Path, model: LowbitFolder) -> Source:
+        """What was written, its inputs compared already. ExportError where those come back changed."""
+        source = open_source(out)
+        for stored in filter(is_packed, model.contents.tensors.values()):
+            found = source.stored_as(stored.name)
+            theirs = None if found is None or found.inputs is None else _levels(found.inputs, found.input_parts())
+            ours = None if stored.inputs is None else _levels(stored.inputs, model.read_inputs(stored.name))
+            if theirs != ours:
+                raise ExportError(
+                    f"{out.name}: the inputs of {stored.name!r} come back as {theirs}, not as {ours}; nothing was kept "
+                    "of the export"
+                )
+        return source
+
+    def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
+        """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
+        contents = model.contents
+        specs = {t.name: self._written(t) for t in contents.tensors.values()}
+        shards = shards_of(specs.items(), _MAX_SHARD)
+        place = {name: shard for shard in shards for name in shard.spans}
+        total, done = sum(end - begin for shard in shards for begin, end in shard.spans.values()), 0
+        try:
+            out.mkdir(parents=True)
+            create(out, shards)
+            for stored in contents.tensors.values():
+                for name, tensor in self._tensors(stored, model).items():
+                    begin, end = place[name].spans[name]
+                    raw = bytes_of(tensor.contiguous())
+                    assert len(raw) == end - begin and tensor.dtype == specs[stored.name][name][0], name
+                    with (out / place[name].file).open("r+b") as file:
+                        file.seek(begin)
+                        file.write(raw)
+                    done += len(raw)
+                if progress is not None:
+                    progress(stored.name, done, total)
+            if len(shards) > 1:
+                (out / INDEX).write_bytes(index_json(shards))
+            config: Any = copy.deepcopy(contents.config)
+            config.quantization_config = self.section(contents)
+            config.save_pretrained(out)
+            model.save_assets(out)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {out}: {error.strerror or error}; check the path and its rights"
+            ) from error
+
+    def _written(self, stored: Stored) -> Spec:
+        if stored.format is None:
+            return {stored.name: (stored.dtype, stored.shape)}
+        if stored.kind in _TABLES:
+            return {stored.name: (table_dtype(stored), stored.shape)}
+        return {f"{module_of(stored.name)}.{part}": spec for part, spec in self.spec(stored).items()}
+
+    def _tensors(self, stored: Stored, model: LowbitFolder) -> dict[str, Tensor]:
+        tensor = model.read(stored.name)
+        if not isinstance(tensor, QTensor):
+            return {stored.name: tensor}
+        if stored.kind in _TABLES:
+            return {stored.name: _rounded(tensor.dequantize(), table_dtype(stored), stored.name)}
+        packed = self.pack(stored, tensor, model)
+        return {f"{module_of(stored.name)}.{part}": value for part, value in packed.items()}
+
+
+def _levels(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What tells inputs apart from others, however they are written: levels, block, and the lowest value of static ones."""
+    fmt = inputs.format
+    if fmt is None:
+        return (inputs.divisor,)
+    lowest = fmt.grid.lo - parts.get("input_offset", torch.zeros(1)).reshape(-1)
+    scale = parts["input_scale"].reshape(-1).tolist() if inputs.static else ()
+    static = (scale, lowest.tolist()) if inputs.static else ()
+    return fmt.grid.bits, fmt.grid.hi - fmt.grid.lo, fmt.offset is None, fmt.block, inputs.static, *static
+
+
+def _with_their(parts: list[Stored], odd: Mapping[str, Problem]) -> list[Problem]:
+    """Where the shape of one part is not for its format, the others take the nearest format with it."""
+    first = next((odd[p.name] for p in parts if p.name in odd), None)
+    if first is None:
+        return []
+    reason = f"is run as one layer with {module_of(first.tensor).rpartition('.')[2]}, which {first.reason}"
+    return [Problem(p.name, reason, first.nearest, shape=True) for p in parts if p.name not in odd]
+
+
+def module_of(name: str) -> str:
+    """The module that a weight belongs to."""
+    return name.removesuffix(".weight")
+
+
+def is_packed(stored: Stored) -> bool:
+    """Whether a tensor is a linear layer that is written in few bits."""
+    return stored.format is not None and stored.kind == "linear"
+
+
+def float_modules(model: Contents) -> list[str]:
+    """The linear layers that are written as floats, heads included."""
+    kept = [t.name for t in model.tensors.values() if t.kind in ("linear", "head") and not is_packed(t)]
+    tied = [a for a, n in model.tied.items() if n in model.tensors and model.tensors[n].kind in (*_TABLES, "linear")]
+    embeddings = {module_of(t.name) for t in model.tensors.values() if t.kind == "embedding"}
+    return [m for m in map(module_of, [*kept, *tied]) if m not in embeddings]
+
+
+def table_dtype(stored: Stored) -> torch.dtype:
+    """The 16-bit type that an embedding or head is written in: the model's own, float16 where that is wider."""
+    return stored.dtype if stored.dtype.itemsize == 2 else torch.float16
+
+
+def described(stored: Stored) -> str:
+    """A layer's format and inputs as a recipe writes them."""
+    text = "float" if stored.format is None else str(stored.format)
+    return text if stored.inputs is None else f"{text} with a={stored.inputs}"
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    rounded = values.to(dtype)
+    if not bool(rounded.isfinite().all()):
+        peak = float(values.abs().max())
+        raise ExportError(f"{name} has values up to {peak:.3g}, too large for {dtype}; quantize the bfloat16 model")
+    return rounded
+
+
+def _more_precise(one: Stored, two: Stored) -> str:
+    """The format text of the layer that takes more bits, for both."""
+    if one.format is None or two.format is None:
+        return "keep"
+    bits = {str(s.format): s.format.bits_per_weight(s.shape) for s in (one, two) if s.format is not None}
+    return max(bits, key=lambda text: bits[text])

@@ -1,0 +1,30 @@
+"""Layers that a serving program runs as one: their parts must be stored alike.
+
+By the names that models of transformers give them; the names of the whole are vLLM's (`packed_modules_mapping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("gate_up_proj", ("w1", "w3")),
+    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
+)
+_PART_OF = {part: whole for whole, parts in FUSED for part in parts}
+
+
+def fused_with(modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """The sets of two or more of these module names that are parts of one layer, in the order of their first."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(whole_of(module), []).append(module)
+    return [tuple(parts) for parts in found.values() if len(parts) > 1]
+
+
+def whole_of(module: str) -> str:
+    """The name of the layer that a module becomes part of; its own where it stands alone."""
+    parent, dot, leaf = module.rpartition(".")
+    return f"{parent}{dot}{_PART_OF.get(leaf, leaf)}"

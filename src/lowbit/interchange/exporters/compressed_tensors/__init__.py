@@ -1,0 +1,1 @@
+"""The schemes of compressed-tensors: how it describes and stores a linear layer."""

@@ -1,0 +1,155 @@
+"""`--as gptq`: the layout of AutoGPTQ and GPTQModel, which vLLM, transformers and ExLlama read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import lowbit
+from lowbit.errors import ExportError
+from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.folder_target import (
+    FolderTarget,
+    float_modules,
+    is_packed,
+    module_of,
+)
+from lowbit.interchange.exporters.common.fused import whole_of
+from lowbit.interchange.exporters.common.integers import (
+    Integers,
+    group_count,
+    group_size,
+    is_symmetric,
+    nearest_integers,
+    undivided,
+    why_not_integers,
+)
+from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
+from lowbit.interchange.layouts.gptq import pack_gptq
+from lowbit.interchange.safetensors_writer import Stored as Spec
+
+if TYPE_CHECKING:
+    from lowbit.interchange.lowbit_folder import LowbitFolder
+
+_BITS = (2, 3, 4, 8)
+_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@target
+class Gptq(FolderTarget):
+    """qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales fp16 [groups, out], g_idx [in].
+
+    Symmetric models say "gptq" (zero-points stored less one), others "gptq_v2" (as they are): with the older one a
+    zero-point of 0 has no code of its own. Source: GPTQModel `nn_modules/qlinear`, vLLM `auto_gptq.py`.
+    """
+
+    name = "gptq"
+    summary = "GPTQ layout for GPTQModel, vLLM and transformers"
+    reader = "GPTQ's readers"
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "w8": ("search@int8:channel", "search@int8:channel"),
+        "w3": ("search@int3:g32", "qronos@int3:g32"),
+        "w2": ("search@int2:g16", "qronos@int2:g16"),
+    }
+    mixed = ("int2:g32", "int3:g32", "int4:g64", "int4:g32", "int8:g32")
+    tolerance = 2.0**-11  # scales are rounded to fp16
+
+    def problem(self, stored: Stored) -> Problem | None:
+        fmt, (rows, width) = stored.format, stored.shape
+        assert fmt is not None
+        nearest = nearest_integers(fmt, width)
+        if stored.inputs is not None:
+            return Problem(stored.name, f"has inputs {stored.inputs}, and GPTQ's are float; vllm holds them", "no a=")
+        if (reason := why_not_integers(fmt)) is not None:
+            return Problem(stored.name, reason, nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Problem(stored.name, reason, nearest, shape=True)
+        if fmt.grid.bits not in _BITS:
+            return Problem(stored.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
+        if group_size(fmt) not in _GROUPS:
+            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+        if width * fmt.grid.bits % 32 or rows * fmt.grid.bits % 32:
+            return Problem(stored.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
+        return None
+
+    def spec(self, stored: Stored) -> Spec:
+        fmt, (rows, width) = stored.format, stored.shape
+        assert fmt is not None
+        bits, groups = fmt.grid.bits, group_count(fmt, width)
+        return {
+            "qweight": (torch.int32, (width * bits // 32, rows)),
+            "qzeros": (torch.int32, (groups, rows * bits // 32)),
+            "scales": (torch.float16, (groups, rows)),
+            "g_idx": (torch.int32, (width,)),
+        }
+
+    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+        width, integers = q.shape[1], Integers.of(q)
+        size = group_size(q.format)
+        version = 1 if is_symmetric(q.format) else 2
+        scales = half(integers.scales, stored.name)
+        packed = pack_gptq(integers.codes, integers.zeros, scales, q.format.grid.bits, version=version)
+        return packed | {"g_idx": (torch.arange(width) // (width if size == -1 else size)).to(torch.int32)}
+
+    def check(self, model: Contents) -> list[Problem]:
+        found = super().check(model)
+        packed = [t for t in model.tensors.values() if is_packed(t)]
+        if not found and len({_symmetric(t) for t in packed}) > 1:
+            odd = next(t for t in packed if _symmetric(t))
+            found.append(
+                Problem(odd.name, "has no zero-points where others do; one folder says it of all", _asym(packed))
+            )
+        return found
+
+    def section(self, model: Contents) -> dict[str, Any]:
+        packed = [t for t in model.tensors.values() if is_packed(t)]
+        kinds = [_kind(t) for t in packed]
+        base = max(sorted(set(kinds)), key=kinds.count)
+        symmetric = _symmetric(packed[0])
+        dynamic: dict[str, dict[str, int]] = {}
+        for stored, kind in zip(packed, kinds, strict=True):
+            if kind != base:
+                for pattern in _patterns(module_of(stored.name)):
+                    dynamic[f"+:{pattern}"] = {"bits": kind[0], "group_size": kind[1]}
+        layers = [m for m in float_modules(model) if m.rpartition(".")[2] != "lm_head"]
+        for module in layers:
+            for pattern in _patterns(module):
+                dynamic[f"-:{pattern}"] = {}
+        version = "gptq" if symmetric else "gptq_v2"
+        section: dict[str, Any] = {
+            "quant_method": "gptq", "bits": base[0], "group_size": base[1], "sym": symmetric, "desc_act": False,
+            "lm_head": False, "checkpoint_format": version, "format": version, "pack_dtype": "int32",
+            "meta": {"quantizer": [f"lowbit:{lowbit.__version__}"]},
+        }  # fmt: skip
+        return section | ({"dynamic": dynamic} if dynamic else {})
+
+
+def half(scales: Tensor, name: str) -> Tensor:
+    """Scales as fp16, which readers of these layouts have for them. ExportError when one does not fit."""
+    rounded = scales.to(torch.float16)
+    if not bool(rounded.isfinite().all()):
+        raise ExportError(f"{name} has a scale of {float(scales.abs().max()):.3g}, too large for fp16; use --as vllm")
+    return rounded
+
+
+def _kind(stored: Stored) -> tuple[int, int]:
+    assert stored.format is not None
+    return stored.format.grid.bits, group_size(stored.format)
+
+
+def _symmetric(stored: Stored) -> bool:
+    assert stored.format is not None
+    return is_symmetric(stored.format)
+
+
+def _asym(packed: list[Stored]) -> str:
+    return str(next(t.format for t in packed if not _symmetric(t)))
+
+
+def _patterns(module: str) -> list[str]:
+    """Regular expressions of a module and, where vLLM makes it part of a larger one, of that."""
+    return [f"^{re.escape(name)}$" for name in dict.fromkeys((module, whole_of(module)))]

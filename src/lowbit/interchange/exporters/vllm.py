@@ -1,0 +1,144 @@
+"""`--as vllm`: a folder in compressed-tensors, which vLLM, SGLang and transformers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.folder_target import (
+    FolderTarget,
+    float_modules,
+    is_packed,
+    module_of,
+)
+from lowbit.interchange.exporters.common.fused import whole_of
+from lowbit.interchange.exporters.common.integers import nearest_integers
+from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
+from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
+from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
+from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
+from lowbit.interchange.safetensors_writer import Stored as Spec
+
+if TYPE_CHECKING:
+    from lowbit.interchange.lowbit_folder import LowbitFolder
+
+SCHEMES: tuple[Scheme, ...] = (*INTEGERS, *FLOATS)
+
+
+@target
+class Vllm(FolderTarget):
+    """One config group for each way in which layers are stored; the format of the whole is theirs, or mixed-precision."""
+
+    name = "vllm"
+    summary = "compressed-tensors folder for vLLM, SGLang and transformers"
+    reader = "vLLM"
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "w8": ("search@int8:channel", "search@int8:channel"),
+        "w8a8": ("search@int8:channel,a=int8:token", "search@int8:channel,a=int8:token"),
+        "w4a8": ("search@int4:g32,a=int8:token", "qronos@int4:g32,a=int8:token"),
+    }
+    mixed = ("int4:g128", "int4:g64", "int4:g32", "int8:channel")
+
+    def problem(self, stored: Stored) -> Problem | None:
+        assert stored.format is not None
+        scheme = _scheme(stored)
+        width = stored.shape[-1]
+        if scheme is None:
+            reason = f"compressed-tensors has no {stored.format}"
+            return Problem(stored.name, reason, nearest_integers(stored.format, width))
+        refusal = scheme.refuses(stored.format, stored.inputs, _matrix(stored))
+        return None if refusal is None else Problem(stored.name, *refusal)
+
+    def spec(self, stored: Stored) -> Spec:
+        assert stored.format is not None
+        scheme = _known(stored)
+        return scheme.spec(stored.format, _matrix(stored)) | scheme.input_spec(stored.inputs)
+
+    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+        scheme = _known(stored)
+        if scheme.shares_scale:
+            q = scheme.rescaled(q, [_quantized(model, name) for name in self._with(stored, model.contents)])
+        return scheme.pack(q) | scheme.pack_inputs(stored.inputs, model.read_inputs(stored.name))
+
+    def _with(self, stored: Stored, model: Contents) -> list[str]:
+        """The other weights of the layer that this one becomes part of."""
+        parts = next((p for p in self._fused(model) if stored in p), [])
+        return [p.name for p in parts if p is not stored]
+
+    def allowed(self, stored: Stored) -> float:
+        shares = is_packed(stored) and _known(stored).shares_scale and whole_of(m := module_of(stored.name)) != m
+        return RESCALED if shares else super().allowed(stored)
+
+    def logits_allowed(self, model: Contents) -> float:
+        shares = any(self.allowed(t) == RESCALED for t in model.tensors.values())
+        return 0.3 if shares else super().logits_allowed(model)
+
+    def notes(self, model: Contents) -> list[str]:
+        shared = [module_of(t.name) for t in model.tensors.values() if self.allowed(t) == RESCALED]
+        if not shared:
+            return super().notes(model)
+        note = (
+            f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
+            "of the layers that vLLM runs as one; mxfp4 has no such scale"
+        )
+        return [*super().notes(model), note]
+
+    def section(self, model: Contents) -> dict[str, Any]:
+        groups = _config_groups(model)
+        formats = {group["format"] for group in groups}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "kv_cache_scheme": None,
+            "ignore": float_modules(model),
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        }
+
+
+def _config_groups(model: Contents) -> list[dict[str, Any]]:
+    """Layers that are stored alike; all Linear as the target where there is one way, names where there are several."""
+    groups: list[dict[str, Any]] = []
+    for stored in filter(is_packed, model.tensors.values()):
+        assert stored.format is not None
+        scheme = _known(stored)
+        group: dict[str, Any] = {
+            "targets": [],
+            "weights": scheme.weights(stored.format, _matrix(stored)),
+            "input_activations": scheme.inputs(stored.inputs),
+            "output_activations": None,
+            "format": scheme.format_name,
+        }
+        known = next((g for g in groups if g | {"targets": []} == group), None)
+        if known is None:
+            groups.append(known := group)
+        known["targets"].append(module_of(stored.name))
+    if len(groups) == 1:
+        groups[0]["targets"] = ["Linear"]
+    return groups
+
+
+def _scheme(stored: Stored) -> Scheme | None:
+    assert stored.format is not None
+    return next((s for s in SCHEMES if s.claims(stored.format, stored.inputs)), None)
+
+
+def _quantized(model: LowbitFolder, name: str) -> QTensor:
+    tensor = model.read(name)
+    assert isinstance(tensor, QTensor)  # parts of one layer are stored alike
+    return tensor
+
+
+def _known(stored: Stored) -> Scheme:
+    scheme = _scheme(stored)
+    assert scheme is not None  # `check` comes first
+    return scheme
+
+
+def _matrix(stored: Stored) -> tuple[int, int]:
+    rows, width = stored.shape
+    return rows, width

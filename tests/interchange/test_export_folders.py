@@ -1,0 +1,142 @@
+"""Whole folders of tiny models: written, read back by lowbit's own readers, the same weights, inputs and logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli.main import app
+from lowbit.errors import ExportError
+from lowbit.interchange.source import open_source
+from tiny import save_tiny
+
+TARGETS = {
+    "vllm": ("int4:g32", "uint4:g32:asym", "int8:channel", "int8:tensor,a=int8:token", "mxfp4", "nvfp4", "fp8",
+             "e4m3:channel,a=fp8:token", "int4:g32,*.down_proj=int8:channel", "int4:g32,*.0.*.o_proj=keep",
+             "int8:channel,a=minmax@int8:tensor,fallback=never", "int8:channel,a=minmax@uint8:tensor:asym,fallback=never"),
+    "gptq": ("int4:g32", "uint4:g32:asym", "int2:g16", "int8:channel", "int4:g32,*.down_proj=int8:channel"),
+    "awq": ("int4:g32", "uint4:g32:asym", "int4:g32,*.0.*.o_proj=keep"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny("llama-tied", folder)
+    return folder
+
+
+def quantized(source: Path, recipe: str, out: Path) -> Path:
+    text = [torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(1)).tolist()]
+    calibration = {"calibration": [torch.tensor(text)], "samples": 1, "length": 64} if "minmax" in recipe else {}
+    lowbit.quantize(source, recipe, out, **calibration)  # type: ignore[arg-type]
+    return out
+
+
+def section(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+@pytest.mark.parametrize(("target", "recipe"), [(t, r) for t, recipes in TARGETS.items() for r in recipes])
+def test_what_is_written_reads_back(llama: Path, tmp_path: Path, target: str, recipe: str) -> None:
+    ours = quantized(llama, recipe, tmp_path / "ours")
+    made = lowbit.export(ours, target, tmp_path / "theirs")
+    names = {p.name for p in made.path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not {"lowbit.json", "journal.jsonl"} & names
+    source, folder = open_source(made.path), lowbit.load(ours, torch.float32)
+    exact = 0.0 if "channel" not in recipe or target == "vllm" else 2.0**-11
+    for name, tensor in folder.state_dict().items():
+        if name.endswith("norm.weight"):
+            assert torch.equal(source.read(name), tensor)
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj"):
+        weight = folder.get_submodule(layer).weight
+        expected = weight.dequantize() if hasattr(weight, "dequantize") and not torch.is_tensor(weight) else weight
+        apart = (source.read(f"{layer}.weight") - expected).norm() / expected.norm()
+        assert float(apart) <= (2.0**-4 if recipe == "nvfp4" else exact)
+
+
+def test_it_is_the_same_every_time(llama: Path, tmp_path: Path) -> None:
+    ours = quantized(llama, "int4:g32", tmp_path / "ours")
+    for target in TARGETS:
+        one, two = (lowbit.export(ours, target, tmp_path / f"{target}{i}").path for i in (1, 2))
+        for path in one.iterdir():
+            assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+def test_config_of_one_and_of_several_ways(llama: Path, tmp_path: Path) -> None:
+    recipe = "int4:g32,*.down_proj=int8:channel,*.0.*.o_proj=keep"
+    ours = quantized(llama, recipe, tmp_path / "ours")
+    vllm = section(lowbit.export(ours, "vllm", tmp_path / "vllm").path)
+    assert vllm["format"] == "pack-quantized"
+    assert vllm["ignore"] == ["model.layers.0.self_attn.o_proj", "lm_head"]
+    groups = list(vllm["config_groups"].values())
+    assert sorted(g["weights"]["num_bits"] for g in groups) == [4, 8]
+    assert groups[1]["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    gptq = section(lowbit.export(ours, "gptq", tmp_path / "gptq").path)
+    assert (gptq["bits"], gptq["group_size"], gptq["sym"], gptq["checkpoint_format"]) == (4, 32, True, "gptq")
+    assert gptq["dynamic"][r"+:^model\.layers\.1\.mlp\.down_proj$"] == {"bits": 8, "group_size": -1}
+    assert gptq["dynamic"][r"-:^model\.layers\.0\.self_attn\.o_proj$"] == {}
+    with pytest.raises(ExportError, match=r"down_proj.*the nearest is uint4:channel:asym"):
+        lowbit.export(ours, "awq", tmp_path / "awq")
+    assert not list(tmp_path.glob("awq*"))
+
+
+def test_tables_go_out_in_sixteen_bits_and_the_note_says_so(llama: Path, tmp_path: Path) -> None:
+    ours = quantized(llama, "int4:g32", tmp_path / "ours")
+    made = lowbit.export(ours, "vllm", tmp_path / "vllm")
+    stored = load_file(made.path / "model.safetensors")
+    assert stored["model.embed_tokens.weight"].dtype == torch.float16
+    assert "lm_head.weight" not in stored  # tied
+    assert made.notes == ("model.embed_tokens: float16 for vLLM, 8,192 bytes instead of 4,608",)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi", "opt", "gpt-neox", "gemma3"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    save_tiny(family, tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "ours")
+    for target in TARGETS:
+        assert lowbit.export(tmp_path / "ours", target, tmp_path / target).logits is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "what"), [("gpt2", r"\[in, out\].*--as gguf"), ("qwen3-moe", "stack of experts.*lowbit's own folder")]
+)
+def test_models_that_cannot_be_held(tmp_path: Path, family: str, what: str) -> None:
+    save_tiny(family, tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "ours")
+    for target in TARGETS:
+        with pytest.raises(ExportError, match=what):
+            lowbit.export(tmp_path / "ours", target, tmp_path / target)
+        assert not (tmp_path / target).exists()
+
+
+def test_straight_from_the_float_model(llama: Path, tmp_path: Path) -> None:
+    """Presets get the target's sense, widths that 128 does not divide another group, and tables stay float."""
+    run = CliRunner()
+    done = run.invoke(
+        app, ["quantize", str(llama), "int4:g64", "-o", str(tmp_path / "w4"), "--as", "vllm", "--no-card"]
+    )
+    assert done.exit_code == 0, done.output
+    groups = section(tmp_path / "w4")["config_groups"].values()
+    assert {g["weights"]["group_size"] for g in groups} <= {32, 64}
+    assert load_file(tmp_path / "w4/model.safetensors")["model.embed_tokens.weight"].dtype == torch.float32
+    done = run.invoke(app, ["quantize", str(llama), "w8a8", "-o", str(tmp_path / "w8"), "--as", "vllm", "--no-card"])
+    assert done.exit_code == 0, done.output
+    assert section(tmp_path / "w8")["format"] == "int-quantized"
+
+
+def test_what_cannot_be_is_said_before_anything_is_quantized(llama: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["quantize", str(llama), "nf4", "-o", str(tmp_path / "out"), "--as", "vllm"])
+    assert done.exit_code == 2
+    assert "has no nf4" in done.output
+    assert "int4:" in done.output
+    assert not list(tmp_path.iterdir())
