@@ -18,7 +18,8 @@ from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "inspect", "explain", "doctor", "recipes")
+COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "inspect", "explain", "doctor", "recipes",
+            "import", "dequantize")  # fmt: skip
 
 
 def run(*words: object) -> str:
