@@ -1,154 +1,43 @@
-"""The engine's speed beside transformers in float32 and llama.cpp, taking turns in one run.
+"""The engine's speed beside transformers and llama.cpp, taking turns in one run: `lowbit bench`, kept as a result.
 
-    python benchmarks/engine.py FOLDER --float MODEL --llama-bench BIN --gguf FILE --out engine
+    python benchmarks/engine.py FOLDER --beside MODEL --llama-bench BIN --gguf FILE --out benchmarks/results/engine \\
+        --program "CTranslate2 int8=PEER_PYTHON benchmarks/peers/ctranslate2_speed.py MODEL WORK"
 
-FOLDER is what lowbit wrote. Every round runs each program once for each figure; a figure is the median of the rounds.
-Decode: 128 tokens after 64 (llama-bench: after none). Prefill: 512 tokens. Batch: 20 sequences from 5 to 100 tokens.
+FOLDER is what lowbit wrote; both kinds of activations are measured. Writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-
-from lowbit import Engine, _core
-from lowbit.measure.speed import greedy_times
-from lowbit.report.doctor import examine
-
-Probe = Callable[[], float]
-
-
-def engine_probes(engine: Engine) -> dict[str, Probe]:
-    def times(sequences: int, prompt: int, new: int) -> list[float]:
-        memory = engine.memory(sequences, prompt + new)
-        ids = (np.arange(prompt) * 37 % 1000 + 10).tolist()
-        start, found = time.perf_counter(), []
-        logits = engine._forward(memory, [(i, ids, 0) for i in range(sequences)], range(sequences))
-        for step in range(new):
-            tokens = logits.argmax(-1)
-            found.append(time.perf_counter() - start)
-            if step + 1 < new:
-                pieces = [(i, [int(tokens[i])], prompt + step) for i in range(sequences)]
-                logits = engine._forward(memory, pieces, range(sequences))
-        return found
-
-    return probes_of(times)
-
-
-def transformers_probes(folder: str) -> dict[str, Probe]:
-    from lowbit.interchange.source import open_source
-
-    model = open_source(folder).load_float(torch.float32)
-
-    def times(sequences: int, prompt: int, new: int) -> list[float]:
-        ids = (torch.arange(prompt) * 37 % 1000 + 10)[None].expand(sequences, -1)
-        return greedy_times(model, ids, new)
-
-    return probes_of(times)
-
-
-def probes_of(times: Callable[[int, int, int], list[float]]) -> dict[str, Probe]:
-    def decode() -> float:
-        found = times(1, 64, 128)
-        return (len(found) - 1) / (found[-1] - found[0])
-
-    return {
-        "decode": decode,
-        "prefill": lambda: 512 / times(1, 512, 1)[-1],
-        "batch": lambda: 20 * 95 / times(20, 5, 95)[-1],
-    }
-
-
-def llama_probes(binary: str, gguf: str, threads: int) -> dict[str, Probe]:
-    def bench(*options: str) -> float:
-        command = [binary, "-m", gguf, "-t", str(threads), "-r", "1", "-o", "json", *options]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        return float(found[0]["avg_ts"])
-
-    return {"decode": lambda: bench("-p", "0", "-n", "128"), "prefill": lambda: bench("-p", "512", "-n", "0")}
+import lowbit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
-    parser.add_argument("--float", dest="float_model")
+    parser.add_argument("--beside", nargs="*")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--llama-bench")
     parser.add_argument("--gguf", nargs="*", default=[])
+    parser.add_argument("--program", nargs="*", default=[], help="NAME=COMMAND")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", required=True, help="writes OUT.json and OUT.md")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    threads = args.threads or _core.features()["cores"]
-    torch.set_num_threads(threads)
-
-    programs: dict[str, dict[str, Probe]] = {}
-    sizes: dict[str, int] = {}
-    for folder in args.folders:
-        for activations in ("int8", "exact"):
-            engine = Engine.open(folder, activations=activations, threads=threads)
-            name = f"lowbit {Path(folder).name}, {activations} activations"
-            programs[name], sizes[name] = engine_probes(engine), engine.describe().packed_bytes
-    for gguf in args.gguf:
-        name = f"llama.cpp {Path(gguf).stem}"
-        programs[name], sizes[name] = llama_probes(args.llama_bench, gguf, threads), Path(gguf).stat().st_size
-    if args.float_model:
-        programs["transformers float32"] = transformers_probes(args.float_model)
-
-    rows: dict[str, dict[str, list[float]]] = {name: {p: [] for p in probes} for name, probes in programs.items()}
-    limits: list[dict[str, float]] = []
-    for turn in range(args.rounds + 1):
-        limits.append(_core.limits(_core.Pool(threads)))
-        for name, probes in programs.items():
-            if turn > 2 and name.startswith("transformers"):
-                continue  # slow; two rounds say enough
-            for what, probe in probes.items():
-                value = probe()
-                if turn:  # the first warms up
-                    rows[name][what].append(value)
-    best = {key: max(one[key] for one in limits) for key in limits[0]}
-    result: dict[str, Any] = {
-        "threads": threads, "limits": best, "rows": rows, "bytes": sizes, "isa": _core.isas()[0],
-        "machine": str(examine(kernels=False).__dict__.get("machine", "")),
-    }  # fmt: skip
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    Path(f"{args.out}.md").write_text(table(result))
-    print(table(result))
-
-
-def table(result: dict[str, Any]) -> str:
-    limits = result["limits"]
-    lines = [
-        "# The engine beside others",
-        "",
-        f"Tokens per second, medians of rounds in which all took turns, {result['threads']} threads, {result['isa']}. This machine read"
-        f" {limits['read_bytes_per_second'] / 1e9:.0f} GB/s and took {limits['int8_products_per_second'] / 1e9:.0f} G products of"
-        " bytes a second. Decode is also given as the share of that reading which the packed weights of each token make up.",
-        "",
-        "| program | MB | decode | of reading | prefill 512 | batch 20 |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
-    for name, figures in result["rows"].items():
-        found = {what: statistics.median(values) for what, values in figures.items() if values}
-        size = result["bytes"].get(name)
-        share = found["decode"] * size / limits["read_bytes_per_second"] if size and "decode" in found else None
-        cells = [
-            f"{size / 1e6:.0f}" if size else "",
-            f"{found['decode']:.0f}" if "decode" in found else "",
-            f"{share:.0%}" if share is not None else "",
-            f"{found['prefill']:.0f}" if "prefill" in found else "",
-            f"{found['batch']:.0f}" if "batch" in found else "",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    found = lowbit.bench(
+        args.folders, beside=args.beside, dtype=args.dtype, gguf=args.gguf, llama_bench=args.llama_bench,
+        programs=dict(text.split("=", 1) for text in args.program), activations=["int8", "exact"], threads=args.threads, rounds=args.rounds,
+        progress=lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr),
+    )  # fmt: skip
+    text = f"# The engine beside others\n\n    python {shlex.join(sys.argv)}\n\n{found}"
+    Path(f"{args.out}.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    Path(f"{args.out}.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

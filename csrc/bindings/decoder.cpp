@@ -35,6 +35,7 @@ Product product_of(const nb::dict& values) {
         const auto from = nb::cast<nb::dict>(item);
         Part part;
         part.weight = get<Weight>(from, "weight").linear;
+        if (!from["rest"].is_none()) part.rest = get<Weight>(from, "rest").linear;
         part.input.planes = get<int>(from, "planes");
         part.input.whole = get<bool>(from, "whole");
         part.input.fixed = get<float>(from, "fixed");
@@ -46,6 +47,7 @@ Product product_of(const nb::dict& values) {
         part.offset = get<int>(from, "offset");
         require(part.weight->cols == product.cols, "weights of a product have the width of its input");
         require(part.input.planes == 1 || part.input.planes == 2, "activations have one plane of 8 bits, or two");
+        require(!part.rest || fits(*part.weight, *part.rest), "the rest of a weight has its shape, and its segments; a pair has none");
         product.parts.push_back(std::move(part));
     }
     require(!product.parts.empty() && product.parts.size() <= 3, "a product has one to three parts");

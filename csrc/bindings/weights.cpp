@@ -127,11 +127,7 @@ void make_factor(Factor* self, const Weight& weight, int planes, bool whole, flo
     require(planes == 1 || planes == 2, "activations have one plane of 8 bits, or two");
     require(!divisor || static_cast<int>(divisor->shape(0)) == w.cols, "a divisor for each column");
     require(!divisor || !is_float(w.code), "float weights take no divisor");
-    if (rest) {
-        const Linear& r = *rest->linear;
-        require(r.rows == w.rows && r.cols == w.cols && r.padded_cols == w.padded_cols && r.segment == w.segment,
-                "the rest of a weight has its shape, and its segments");
-    }
+    require(!rest || fits(w, *rest->linear), "the rest of a weight has its shape, and its segments");
     Factor factor{weight.linear, rest ? rest->linear : nullptr, {}};
     factor.input.planes = planes;
     factor.input.whole = whole;
@@ -159,6 +155,7 @@ void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
+    m.def("give_back", &give_back, "Gives freed memory that the C library keeps back to the system, where it can.");
     nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
         .def("__init__", &make_pool, nb::arg("threads"), nb::arg("openmp").none() = nb::none(),
              "openmp: addresses of GOMP_parallel, omp_get_num_threads and omp_get_thread_num, to borrow the threads of "

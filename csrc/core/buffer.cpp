@@ -7,17 +7,34 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace lowbit {
 
 namespace {
 constexpr std::size_t kLine = 64;
-constexpr std::size_t kHuge = std::size_t{1} << 21;
+[[maybe_unused]] constexpr std::size_t kHuge = std::size_t{1} << 21;
 
-std::size_t padded(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+[[maybe_unused]] std::size_t padded(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 }  // namespace
 
-#ifdef __linux__
+#if defined(LOWBIT_SANITIZE)
+
+// To the byte, so that the sanitizer sees what is read beyond.
+void* allocate(std::size_t bytes) {
+    if (bytes == 0) return nullptr;
+    void* memory = ::operator new(bytes, std::align_val_t{kLine});
+    std::memset(memory, 0, bytes);
+    return memory;
+}
+
+void release(void* memory, std::size_t) noexcept {
+    if (memory != nullptr) ::operator delete(memory, std::align_val_t{kLine});
+}
+
+#elif defined(__linux__)
 
 // Straight from the system: pages arrive zeroed, and go back as soon as they are released.
 void* allocate(std::size_t bytes) {
@@ -47,5 +64,11 @@ void release(void* memory, std::size_t) noexcept {
 }
 
 #endif
+
+void give_back() noexcept {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
 
 }  // namespace lowbit

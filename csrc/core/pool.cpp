@@ -1,6 +1,11 @@
 #include "core/pool.h"
 
 #include <chrono>
+#include <stdexcept>
+
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -23,6 +28,29 @@ inline void pause() {
 constexpr auto kSpin = std::chrono::microseconds(300);
 constexpr int kSpinsBeforeYield = 2000;
 
+// Puts the calling thread on the `index`-th of the processors that it may use, and lets it go where it likes from there. A
+// new thread begins beside the one that made it, and as both spin, the system may leave them there for a tenth of a second.
+void spread(int index) {
+#ifdef __linux__
+    cpu_set_t all, one;
+    if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+    const int count = CPU_COUNT(&all), mine = sched_getcpu();
+    if (count < 2 || mine < 0) return;
+    int place = 0;  // of the maker's processor among them
+    for (int cpu = 0; cpu < mine; ++cpu) place += CPU_ISSET(cpu, &all) ? 1 : 0;
+    int left = (place + index) % count;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &all) || left-- > 0) continue;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        if (sched_setaffinity(0, sizeof one, &one) == 0) sched_setaffinity(0, sizeof all, &all);
+        return;
+    }
+#else
+    static_cast<void>(index);
+#endif
+}
+
 template <class Done>
 void spin_until(const Done& done) {
     for (int i = 0; !done(); ++i) {
@@ -37,12 +65,19 @@ void spin_until(const Done& done) {
 }  // namespace
 
 Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads), borrowed_() {
-    for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    try {
+        for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (...) {
+        stop();
+        throw std::runtime_error("the system does not give so many threads; ask for fewer");
+    }
 }
 
 Pool::Pool(int threads, const OpenMp& borrowed) : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed) {}
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     if (workers_.empty()) return;
     {
         std::lock_guard lock(sleeping_);
@@ -51,6 +86,7 @@ Pool::~Pool() {
     }
     wake_.notify_all();
     for (auto& worker : workers_) worker.join();
+    workers_.clear();
 }
 
 void Pool::reset_counters() {
@@ -92,6 +128,7 @@ void Pool::run_borrowed() {
 }
 
 void Pool::work(int index) {
+    spread(index);
     std::uint64_t seen = 0;
     for (;;) {
         const auto start = std::chrono::steady_clock::now();

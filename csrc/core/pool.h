@@ -35,8 +35,16 @@ class Member {
     template <class Body>
     void share(int counter, std::int64_t total, std::int64_t grain, Body&& body);
 
+    // The same where items lie side by side in memory and are read once: each member begins with a long run of its own,
+    // from own_begin(total) to own_end(total), and only what is left is taken by whoever is free.
+    template <class Body>
+    void share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body);
+    std::int64_t own_begin(std::int64_t total) const { return run_of(total) * index_; }
+    std::int64_t own_end(std::int64_t total) const { return run_of(total) * (index_ + 1); }
+
  private:
     friend class Pool;
+    std::int64_t run_of(std::int64_t total) const { return total * 3 / 4 / count_; }
     Member(Pool& pool, int index, int count) : pool_(pool), index_(index), count_(count) {}
     Pool& pool_;
     int index_;
@@ -67,6 +75,7 @@ class Pool {
 
  private:
     friend class Member;
+    void stop();
     using Function = void (*)(const void*, Member&);
 
     void run_erased(Function function, const void* job);
@@ -108,6 +117,13 @@ void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& b
         const std::int64_t last = first + grain < total ? first + grain : total;
         body(first, last);
     }
+}
+
+template <class Body>
+void Member::share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
+    if (count_ > 1 && own_end(total) > own_begin(total)) body(own_begin(total), own_end(total));
+    const std::int64_t shared = count_ > 1 ? run_of(total) * count_ : 0;
+    share(counter, total - shared, grain, [&](std::int64_t begin, std::int64_t end) { body(shared + begin, shared + end); });
 }
 
 }  // namespace lowbit

@@ -9,11 +9,20 @@ namespace lowbit {
 namespace {
 
 constexpr int kRowBlock = 96;       // rows of activations that stay in the second cache
+constexpr int kAhead = 8192;        // bytes of a weight that are fetched before they are needed
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
-constexpr std::int64_t kChunk = 512;  // positions of one piece, where a sequence is shared by threads
 
 // Columns of padded results: whole tiles, so that rows begin at cache lines.
 int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
+
+std::int64_t pairs_of(const Linear& w) { return (w.tiles() + 1) / 2; }
+
+// Where this member begins with the weight: memory works while it waits for the others and prepares its row.
+void fetch_ahead(const Linear& w, const Member& member) {
+    const std::uint8_t* from = w.tile(static_cast<int>(2 * member.own_begin(pairs_of(w))));
+    const std::uint8_t* end = w.data.data() + w.data.bytes();
+    for (int i = 0; i < kAhead && from + i < end; i += 64) __builtin_prefetch(from + i);
+}
 
 }  // namespace
 
@@ -50,8 +59,9 @@ Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool,
     own_.resize(pool_->threads());
     for (Own& own : own_) {
         own.row = Buffer<float>(2 * hidden_);
-        own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 2 * m.head_dim);
-        own.scores = Buffer<float>(6 * 64 + 2 * query_rows_);
+        own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 3 * m.head_dim);
+        own.scores = Buffer<float>(6 * 64);
+        own.extremes = Buffer<float>(4 * query_rows_);
         own.first.resize(query_rows_);
         own.last.resize(query_rows_);
     }
@@ -66,12 +76,9 @@ void Decoder::prepare(int count, int wanted, int longest) {
     added_.reserve(n * padded(m.width));
     normed_.reserve(std::max<std::size_t>(n, wanted) * hidden_);
     for (std::size_t i = 0; i < m.ropes.size(); ++i) angles_[i].reserve(n * 2 * m.ropes[i].inverse_frequency.size());
-    // Where there are fewer queries than threads can share, the positions are shared.
+    // Where there are fewer queries than threads can share, the pieces are shared too.
     const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads;
-    chunks_ = 1;
-    if (shares < 4 * pool_->threads()) chunks_ = static_cast<int>((longest + kChunk - 1) / kChunk);
-    chunks_ = std::max(chunks_, 1);
-    chunk_ = chunks_ == 1 ? longest : static_cast<int>(kChunk);
+    chunks_ = shares < 4 * pool_->threads() ? (longest + kPiece - 1) / kPiece : 1;
     part_out_.reserve(n * chunks_ * m.query_width());
     part_max_.reserve(n * chunks_ * m.heads);
     part_sum_.reserve(n * chunks_ * m.heads);
@@ -121,10 +128,10 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
 }
 
 // y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,
-// which is cheaper than waiting for another; several are shared. Ends at a barrier.
+// which is cheaper than waiting for another; several are shared. Ends at a barrier. next: the product after this.
 template <class Row>
 void Decoder::multiply(Member& member, const Product& product, int count, const Row& row, float* y,
-                       std::int64_t stride, Gate gate, const float* residual) {
+                       std::int64_t stride, Gate gate, const float* residual, const Product* next) {
     Own& own = own_[member.index()];
     const bool alone = count == 1;
     std::vector<RowsBuffer>& buffers = alone ? own.rows : shared_;
@@ -192,120 +199,35 @@ void Decoder::multiply(Member& member, const Product& product, int count, const 
         e.bias = part.bias.size() > 0 ? part.bias.data() : nullptr;
         e.residual = residual != nullptr ? residual + part.offset : nullptr;
         e.gate = gate;
-        const int pairs = (w.tiles() + 1) / 2;
-        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
-        const int grain = std::clamp(pairs / (4 * member.count()), 1, 16);
-        const std::int64_t groups = (pairs + grain - 1) / grain;
+        const std::int64_t pairs = pairs_of(w);
+        const auto run = [&](std::int64_t first, std::int64_t last, int m0, int m1) {
+            const int t0 = static_cast<int>(2 * first), t1 = std::min(static_cast<int>(2 * last), w.tiles());
+            kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+            if (!part.rest) return;
+            Epilogue more;
+            more.residual = y + part.offset;
+            kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
+        };
         // A loop has a counter of its own until the next barrier; a product has at most three parts.
-        member.share(1 + static_cast<int>(i) % 3, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+        const int counter = 1 + static_cast<int>(i) % 3;
+        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
+        const std::int64_t grain = std::clamp<std::int64_t>(pairs / (4 * member.count()), 1, 16);
+        if (alone) {
+            member.share_in_runs(counter, pairs, std::max<std::int64_t>(grain / 2, 1),
+                                 [&](std::int64_t first, std::int64_t last) { run(first, last, 0, 1); });
+            continue;
+        }
+        const std::int64_t groups = (pairs + grain - 1) / grain;
+        member.share(counter, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t share = begin; share < end; ++share) {
-                const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
-                const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
-                kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
+                const std::int64_t first = share / blocks * grain;
+                const int m0 = static_cast<int>(share % blocks) * kRowBlock;
+                run(first, std::min(first + grain, pairs), m0, std::min(m0 + kRowBlock, count));
             }
         });
     }
+    if (alone && next != nullptr) fetch_ahead(*next->parts.front().weight, member);
     member.barrier();
-}
-
-void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
-    const int half = static_cast<int>(rope.inverse_frequency.size());
-    if (!rope.interleaved) return kernels_.rotate(head, angles, half);
-    for (int i = 0; i < half; ++i) {
-        float &a = head[2 * i], &b = head[2 * i + 1];
-        const float before = a;
-        a = before * angles[i] - b * angles[half + i];
-        b = b * angles[i] + before * angles[half + i];
-    }
-}
-
-void Decoder::rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
-    const Model& m = *model_;
-    AttentionShape shape;
-    shape.head_dim = m.head_dim;
-    shape.int8 = cache.int8();
-    const int heads = m.heads + m.key_heads;
-    member.share(0, std::int64_t{tokens.count} * heads, tokens.count == 1 ? 2 : heads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t t = i / heads;
-            const int h = static_cast<int>(i % heads), key_head = h - m.heads;
-            float* head = qkv_.data() + t * qkv_width_ + h * m.head_dim;
-            const Buffer<float>& norm = key_head < 0 ? layer.query_norm : layer.key_norm;
-            if (norm.size() > 0) kernels_.rms_norm(head, norm.data(), m.head_dim, m.epsilon, head);
-            if (layer.rope >= 0) {
-                const Rope& rope = m.ropes[layer.rope];
-                rotate(rope, angles_[layer.rope].data() + t * 2 * rope.inverse_frequency.size(), head);
-            }
-            if (key_head >= 0) {
-                const float* value = qkv_.data() + t * qkv_width_ + (m.heads + m.key_heads + key_head) * m.head_dim;
-                kernels_.append(shape, cache.at(index, tokens.sequence[t], key_head), head, value, tokens.position[t]);
-            }
-        }
-    });
-    member.barrier();
-}
-
-void Decoder::attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
-    const Model& m = *model_;
-    Own& own = own_[member.index()];
-    AttentionShape shape;
-    shape.head_dim = m.head_dim;
-    shape.group = m.heads / m.key_heads;
-    shape.scale = m.attention_scale;
-    shape.soft_cap = m.attention_soft_cap;
-    shape.int8 = cache.int8();
-    const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads * chunks_;
-    member.share(1, shares, 1, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t share = begin; share < end; ++share) {
-            const int chunk = static_cast<int>(share % chunks_), key_head = static_cast<int>(share / chunks_ % m.key_heads);
-            const Item& item = items_[share / chunks_ / m.key_heads];
-            const int rows = item.count * shape.group;
-            float* q = own.queries.data();
-            float* out = q + rows * m.head_dim;
-            float* maximum = own.scores.data() + 6 * 64;
-            float* sum = maximum + query_rows_;
-            for (int r = 0; r < rows; ++r) {
-                const int t = item.token + r / shape.group, h = key_head * shape.group + r % shape.group;
-                std::memcpy(q + r * m.head_dim, qkv_.data() + std::int64_t{t} * qkv_width_ + h * m.head_dim,
-                            sizeof(float) * m.head_dim);
-                const int end_of = tokens.position[t] + 1;
-                const int start = layer.window > 0 ? std::max(0, end_of - layer.window) : 0;
-                own.first[r] = std::max(start, chunk * chunk_);
-                own.last[r] = std::min(end_of, (chunk + 1) * chunk_);
-            }
-            kernels_.attend(shape, cache.at(index, tokens.sequence[item.token], key_head), q, rows, own.first.data(),
-                            own.last.data(), out, maximum, sum, own.scores.data());
-            for (int r = 0; r < rows; ++r) {
-                const int t = item.token + r / shape.group, h = key_head * shape.group + r % shape.group;
-                const std::int64_t at = (std::int64_t{t} * chunks_ + chunk) * m.heads + h;
-                std::memcpy(part_out_.data() + at * m.head_dim, out + r * m.head_dim, sizeof(float) * m.head_dim);
-                part_max_[at] = maximum[r];
-                part_sum_[at] = sum[r];
-            }
-        }
-    });
-    member.barrier();
-}
-
-// What all heads of a token attended to, its parts joined: out [heads, head_dim].
-const float* Decoder::attended(int token, float* out) const {
-    const Model& m = *model_;
-    for (int h = 0; h < m.heads; ++h) {
-        const std::int64_t at = std::int64_t{token} * chunks_ * m.heads + h;
-        float highest = part_max_[at];
-        for (int c = 1; c < chunks_; ++c) highest = std::max(highest, part_max_[at + std::int64_t{c} * m.heads]);
-        float* head = out + h * m.head_dim;
-        float total = 0;
-        for (int c = 0; c < chunks_; ++c) {
-            const std::int64_t part = at + std::int64_t{c} * m.heads;
-            const float weight = chunks_ == 1 ? 1.0f : std::exp(part_max_[part] - highest);
-            const float* from = part_out_.data() + part * m.head_dim;
-            total += weight * part_sum_[part];
-            for (int d = 0; d < m.head_dim; ++d) head[d] = c == 0 ? weight * from[d] : head[d] + weight * from[d];
-        }
-        for (int d = 0; d < m.head_dim; ++d) head[d] /= total;
-    }
-    return out;
 }
 
 // x += norm(added)
@@ -333,22 +255,25 @@ void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* log
         };
     };
     // Added to the residual stream at once, unless something happens to it before.
-    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row) {
+    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row, const Product* next) {
         const bool plain = norm.size() == 0 && m.residual_scale == 1;
         multiply(member, product, count, row, plain ? x_.data() : added_.data(), stride, Gate::none,
-                 plain ? x_.data() : nullptr);
+                 plain ? x_.data() : nullptr, next);
         if (!plain) add_normed(member, count, norm);
     };
 
     embed(member, tokens);
     for (std::size_t i = 0; i < m.layers.size(); ++i) {
         const Layer& layer = m.layers[i];
-        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr);
+        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr,
+                 &layer.output);
         rotate_and_append(member, layer, static_cast<int>(i), tokens, cache);
         attend(member, layer, static_cast<int>(i), tokens, cache);
-        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); });
+        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); },
+            &layer.gate_up);
 
-        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr);
+        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr,
+                 &layer.down);
         const bool paired = layer.gate_up.parts.size() == 1;
         add(layer.down, layer.mlp_post_norm, [&](int t, float* scratch) -> const float* {
             const float* row = mlp_.data() + std::int64_t{t} * mlp_columns_;
@@ -356,12 +281,12 @@ void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* log
             std::memcpy(scratch, row, sizeof(float) * layer.down.cols);
             kernels_.gate(m.gate, scratch, row + layer.gate_up.parts[1].offset, layer.down.cols);
             return scratch;
-        });
+        }, i + 1 < m.layers.size() ? &m.layers[i + 1].qkv : &m.head);
     }
     if (tokens.wanted_count == 0) return;
     const auto last = normed(m.final_norm);
     multiply(member, m.head, tokens.wanted_count, [&](int i, float* scratch) { return last(tokens.wanted[i], scratch); },
-             logits, m.vocabulary, Gate::none, nullptr);
+             logits, m.vocabulary, Gate::none, nullptr, nullptr);
     if (m.logit_soft_cap > 0 || m.logit_scale != 1) {
         const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
         member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {

@@ -43,9 +43,9 @@ class Decoder {
     const Model& model() const { return *model_; }
 
  private:
-    struct Run {  // tokens of one sequence, one after another
-        int first, count;
-    };
+    // Positions of one piece: attention is always joined from pieces that begin at multiples of this.
+    static constexpr int kPiece = 512;
+
     struct Item {  // queries that are attended together
         int token, count;
     };
@@ -55,7 +55,7 @@ class Decoder {
     void embed(Member& member, const Tokens& tokens);
     template <class Row>
     void multiply(Member& member, const Product& product, int count, const Row& row, float* y, std::int64_t stride,
-                  Gate gate, const float* residual);
+                  Gate gate, const float* residual, const Product* next);
     void rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
     void attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
     const float* attended(int token, float* scratch) const;
@@ -69,13 +69,13 @@ class Decoder {
 
     // Of the forward at hand.
     std::vector<Item> items_;
-    int chunks_ = 1, chunk_ = 0;
+    int chunks_ = 1;  // pieces of the positions that are attended by tasks of their own
     Buffer<float> x_, qkv_, mlp_, added_, normed_;
     Buffer<float> part_out_, part_max_, part_sum_;
     std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines
     std::vector<RowsBuffer> shared_;     // one for each kind of input of a product
     struct Own {
-        Buffer<float> row, queries, scores;
+        Buffer<float> row, queries, scores, extremes;
         std::vector<RowsBuffer> rows;
         std::vector<int> first, last;
     };

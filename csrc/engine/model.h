@@ -23,6 +23,7 @@ struct Input {
 // A weight in its place: columns of the result from `offset` on.
 struct Part {
     std::shared_ptr<const Linear> weight;
+    std::shared_ptr<const Linear> rest;  // a second weight that is added, or none: what rounding the first one's table left
     Input input;
     Buffer<float> bias;  // whole tiles, or empty
     int offset = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace lowbit {
 
@@ -26,6 +27,9 @@ std::int32_t likeliest(const float* logits, int vocabulary) {
 }  // namespace
 
 std::int32_t sample(float* logits, int vocabulary, const Sampling& how, const std::uint8_t* seen, Random& random) {
+    // Sorting needs numbers that can be compared; a token whose logit is none is never the likeliest.
+    for (int i = 0; i < vocabulary; ++i)
+        if (std::isnan(logits[i])) logits[i] = -std::numeric_limits<float>::infinity();
     if (seen != nullptr && how.repetition_penalty != 1) {
         for (int i = 0; i < vocabulary; ++i) {
             if (seen[i]) logits[i] = logits[i] > 0 ? logits[i] / how.repetition_penalty : logits[i] * how.repetition_penalty;

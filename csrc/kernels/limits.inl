@@ -1,24 +1,49 @@
 // What this processor could do at best, to hold speeds against.
+#include <utility>
+
 #include "kernels/linear.h"
 
 namespace lowbit {
 namespace {
 
-// Dot products of bytes that wait for nothing; returns how many products of two bytes they were.
+// The sums of one tile of a product: a row of them for each x. Indices are constants from the start, because an array that
+// is indexed by a loop stays in memory.
+template <int... r>
+LOWBIT_INLINE void dots(I (&sums)[2 * sizeof...(r)], B (&w)[2], const B (&x)[sizeof...(r)], std::integer_sequence<int, r...>) {
+    Simd::keep(w[0]);
+    Simd::keep(w[1]);
+    ((sums[2 * r] = Simd::dot_small(sums[2 * r], w[0], x[r]), sums[2 * r + 1] = Simd::dot_small(sums[2 * r + 1], w[1], x[r])), ...);
+}
+
+template <int... i>
+LOWBIT_INLINE I added(const I (&sums)[sizeof...(i)], std::integer_sequence<int, i...>) {
+    I total = Simd::all(0);
+    ((total = Simd::add(total, sums[i])), ...);
+    return total;
+}
+
+// Dot products of bytes that wait for nothing; returns how many products of two bytes they were. rounds: a
+// multiple of 4.
 std::int64_t peak(std::int64_t rounds) {
-    constexpr int kSums = Simd::kRows > 2 ? 16 : 4;
-    alignas(64) std::uint8_t bytes[64] = {1};
-    alignas(64) std::int8_t four[4] = {1, 1, 1, 1};
-    I sums[kSums];
-    for (I& sum : sums) sum = Simd::all(0);
-    const B w = Simd::load_bytes(bytes), x = Simd::four_bytes(four);
-    for (std::int64_t i = 0; i < rounds; ++i) {
-        for (I& sum : sums) sum = Simd::dot_small(sum, w, x);
-        Simd::keep(sums);
+    // As many sums as fit into registers, and enough that each may take its time.
+    constexpr int kX = Simd::kRows * Simd::kTiles / 2;
+    alignas(64) static const std::uint8_t bytes[64] = {1};
+    static const std::int8_t four[4] = {1, 1, 1, 1};
+    B w[2] = {Simd::load_bytes(bytes), Simd::load_bytes(bytes)}, x[kX];
+    I sums[2 * kX];
+    // Nothing is known of the values, so that no product is computed once for all rounds, or for two sums.
+    const auto begin = [&]<int... r>(std::integer_sequence<int, r...>) {
+        ((x[r] = Simd::four_bytes(four), Simd::keep(x[r]), sums[2 * r] = sums[2 * r + 1] = Simd::all(0)), ...);
+    };
+    constexpr auto all_x = std::make_integer_sequence<int, kX>{};
+    begin(all_x);
+    for (std::int64_t i = 0; i < rounds; i += 4) {  // several in a loop, which moves registers at its end
+        dots(sums, w, x, all_x);
+        dots(sums, w, x, all_x);
+        dots(sums, w, x, all_x);
+        dots(sums, w, x, all_x);
     }
-    I total = sums[0];
-    for (const I& sum : sums) total = Simd::add(total, sum);
-    return rounds * kSums * 64 + (Simd::sum(total) == -1);
+    return rounds * 2 * kX * 64 + (Simd::sum(added(sums, std::make_integer_sequence<int, 2 * kX>{})) == -1);
 }
 
 // Reads memory from end to end; returns something that depends on all of it.

@@ -54,6 +54,23 @@ LOWBIT_INLINE int power_of(int zero) {
     return bits;
 }
 
+// Fetches the tiles after these, codes and scales alike and in the order of memory, while these are used: one row is as
+// fast as memory, and what a processor fetches by itself stops at every page and tile.
+class Ahead {
+ public:
+    // `steps`: times that `step` is called while `tiles` of them are read
+    Ahead(const Linear& w, int t0, int tiles, int steps)
+        : from_(w.tile(t0 + tiles)), lines_(static_cast<int>((tiles * w.tile_bytes / steps + 63) / 64)) {}
+    void step() {
+        for (int i = 0; i < lines_; ++i) Simd::prefetch(from_ + i * 64);
+        from_ += lines_ * 64;
+    }
+
+ private:
+    const std::uint8_t* from_;
+    int lines_;
+};
+
 // Sums of `kM` rows from `m0` and `kT` tiles from `t0`:
 //
 //   y[m, n] = sum over segments  scale_x[m, s] scale_w[n, g] (sum_k q_x q_w - zero sum_k q_x) + minimum[n, g] total_x[m, s]
@@ -80,8 +97,10 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
     for (int m = 0; m < kM; ++m)
         for (int t = 0; t < kT; ++t) y[m][t] = Simd::zero();
 
+    Ahead ahead(w, t0, kT, segments);
     std::int64_t scale_at = 0;
     for (int s = 0, in_group = 0; s < segments; ++s) {
+        if constexpr (kM == 1) ahead.step();
         I sum[kPlanes][kM][kT];
         for (int plane = 0; plane < kPlanes; ++plane) {
             const std::int32_t* minus = x.minus[plane] + std::int64_t{m0} * segments + s;
@@ -95,9 +114,6 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
         for (int line = 0; line < lines; ++line) {
             B codes[kT][L::kQuads];
             for (int t = 0; t < kT; ++t) L::expand(p[t] + line * 64, table, codes[t]);
-            // One row is as fast as memory: the tiles after these are on their way while these are used.
-            if constexpr (kM == 1)
-                for (int t = 0; t < kT; ++t) Simd::prefetch(p[t] + line * 64 + kT * w.tile_bytes);
             for (int quad = 0; quad < L::kQuads; ++quad) {
                 for (int plane = 0; plane < kPlanes; ++plane) {
                     for (int m = 0; m < kM; ++m) {
@@ -154,8 +170,11 @@ LOWBIT_INLINE void float_block(const Linear& w, const Rows& x, int m0, int t0, F
     for (int m = 0; m < kM; ++m) values[m] = x.values + (m0 + m) * x.stride;
     for (int m = 0; m < kM; ++m)
         for (int t = 0; t < kT; ++t) y[m][t] = Simd::zero();
-#pragma GCC unroll 4
+    Ahead ahead(w, t0, kT, (w.cols + 7) / 8);
+#pragma GCC unroll 8
     for (int k = 0; k < w.cols; ++k) {
+        if constexpr (kM == 1)
+            if (k % 8 == 0) ahead.step();
         F weights[kT];
         for (int t = 0; t < kT; ++t) weights[t] = float_weights<code>(p[t] + std::int64_t{k} * bytes);
         for (int m = 0; m < kM; ++m) {

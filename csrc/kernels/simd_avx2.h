@@ -52,11 +52,8 @@ struct Simd {
     LOWBIT_INLINE I dot_small(I sum, B w, B x) { return {dot_half(sum.a, w.a, x.a), dot_half(sum.b, w.b, x.b)}; }
     LOWBIT_INLINE I dot(I sum, B w, B x) { return {dot_whole(sum.a, w.a, x.a), dot_whole(sum.b, w.b, x.b)}; }
 
-    // Makes the compiler believe that somebody looks at these.
-    template <int n>
-    LOWBIT_INLINE void keep(I (&v)[n]) {
-        for (int i = 0; i < n; ++i) asm volatile("" : "+x"(v[i].a), "+x"(v[i].b));
-    }
+    // Makes the compiler forget what it knows of a value.
+    LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+x"(v.a), "+x"(v.b)); }
     LOWBIT_INLINE I all(std::int32_t v) { return pair(_mm256_set1_epi32(v)); }
     LOWBIT_INLINE I shift_left(I v, int bits) {
         const __m128i n = _mm_cvtsi32_si128(bits);

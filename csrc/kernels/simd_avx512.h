@@ -45,12 +45,8 @@ struct Simd {
     }
 #endif
 
-    // Makes the compiler believe that somebody looks at these.
-    template <int n>
-    LOWBIT_INLINE void keep(I (&v)[n]) {
-#pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) asm volatile("" : "+v"(v[i]));
-    }
+    // Makes the compiler forget what it knows of a value.
+    LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+v"(v)); }
     LOWBIT_INLINE I all(std::int32_t v) { return _mm512_set1_epi32(v); }
     LOWBIT_INLINE I shift_left(I v, int bits) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(bits)); }
     LOWBIT_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }

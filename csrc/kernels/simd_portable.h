@@ -70,13 +70,13 @@ struct Simd {
     }
     LOWBIT_INLINE I dot_small(I sum, const B& w, const B& x) { return dot(sum, w, x); }
 
-    // Makes the compiler believe that somebody looks at these.
-    template <int n>
-    LOWBIT_INLINE void keep(I (&v)[n]) {
-        for (I& one : v) {
-            volatile std::int32_t* seen = one.v;
-            seen[0] = seen[0];
-        }
+    // Makes the compiler forget what it knows of a value.
+    LOWBIT_INLINE void keep(B& b) {
+#if defined(_MSC_VER)
+        for (auto& byte : b.v) *static_cast<volatile std::uint8_t*>(&byte) = byte;
+#else
+        asm volatile("" : : "r"(b.v) : "memory");
+#endif
     }
     LOWBIT_INLINE I all(std::int32_t v) {
         return each<I>([&](int) { return v; });

@@ -26,6 +26,7 @@ _HOMES = {
     "Quantized": "lowbit.pipeline.api",
     "Recipe": "lowbit.pipeline.recipe",
     "allocate": "lowbit.pipeline.targets",
+    "bench": "lowbit.measure.bench",
     "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.loading",
     "dequantize_model": "lowbit.pipeline.dequantizing",

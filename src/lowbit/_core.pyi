@@ -1,6 +1,7 @@
 """What csrc/ gives to Python. Written by hand, so that types are checked where nothing was built; a test compares."""
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, TypedDict
 
 version: str
@@ -18,6 +19,12 @@ class Features(TypedDict):
 
 def features() -> Features: ...
 def isas() -> list[str]: ...
+def give_back() -> None: ...
+
+class Value(Enum):
+    f32 = ...
+    f16 = ...
+    bf16 = ...
 
 class Pool:
     def __init__(self, threads: int, openmp: tuple[int, int, int] | None = None) -> None: ...
@@ -45,13 +52,6 @@ def pack(
     segment: int = 0,
 ) -> Weight: ...
 def pack_floats(type: str, sources: Sequence[Any], paired: bool = False) -> Weight: ...
-
-class Value:
-    """An enumeration: a type of activations."""
-
-    f32: Value
-    f16: Value
-    bf16: Value
 
 class Factor:
     def __init__(
@@ -99,4 +99,4 @@ def sample(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> int: ...
-def limits(pool: Pool, isa: str = "", bytes: int = ..., repeats: int = 3) -> dict[str, float]: ...
+def limits(pool: Pool, isa: str = "", bytes: int = 268435456, repeats: int = 3) -> dict[str, float]: ...

@@ -18,7 +18,7 @@ from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "inspect", "explain", "doctor", "recipes",
+COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "bench", "inspect", "explain", "doctor", "recipes",
             "import", "dequantize")  # fmt: skip
 
 
@@ -194,6 +194,6 @@ def test_recipes_lists_every_preset_and_method() -> None:
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.report.doctor._SIDE", 64)
+    monkeypatch.setattr("lowbit.report.doctor.SIDE", 64)
     assert "torch-int8 declines" in run("doctor")
     assert json.loads(run("doctor", "--no-kernels", "--json"))["kernels"] == []

@@ -18,6 +18,7 @@ from rich.console import Console
 import lowbit
 from lowbit.kernels import core as door
 from lowbit.report import doctor
+from lowbit.report.doctor_view import render_report
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ NOT_THERE = ModuleNotFoundError("No module named 'lowbit._core'", name="lowbit._
 def shown() -> str:
     console = Console(width=300)
     with console.capture() as capture:
-        console.print(doctor.render_report(doctor.examine(kernels=False)))
+        console.print(render_report(doctor.examine(kernels=False)))
     return capture.get()
 
 
@@ -62,6 +63,8 @@ def test_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pyte
     (said,) = caplog.messages
     assert "slower" in said and "pip install" in said
     assert "built without: no C++ compiler" in shown() and "avx2: " not in shown()
+    assert "does not run here, transformers does: built without: no C++ compiler" in shown()
+    assert doctor.examine(kernels=False).engine == doctor.EngineState(False, reason=door.why_absent())
 
 
 def test_built_for_another_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_doctor_says_which_set_is_live_and_what_others_lack(monkeypatch: pytest.
     module.version = lowbit.__version__
     module.isas = lambda: ["avx2", "portable"]
     missing = {"avx512": ["avx512f", "avx512bw"], "avx2": [], "portable": []}
-    module.features = lambda: {"missing": missing}
+    module.features = lambda: {"missing": missing, "cores": 3}
     give(monkeypatch, module)
     assert doctor.examine(kernels=False).core == {
         "avx512": "not on this processor, which lacks avx512f, avx512bw",
@@ -102,6 +105,10 @@ def test_doctor_says_which_set_is_live_and_what_others_lack(monkeypatch: pytest.
         "portable": "supported",
     }
     assert "avx2: live" in shown() and "lacks avx512f, avx512bw" in shown()
+    assert "runs here: avx2, 3 threads" in shown()
+    module.isas = lambda: ["portable"]
+    assert doctor.examine(kernels=False).engine == doctor.EngineState(True, "portable", 3)
+    assert "portable, 3 threads; slow" in shown()
 
 
 def test_only_one_file_imports_it_and_never_with_lowbit() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -45,16 +46,57 @@ def test_flags_are_those_of_the_system() -> None:
         assert usable == (name in system), name
 
 
-def test_the_stub_names_what_the_module_has() -> None:
+def test_limits_are_measured_for_every_set_of_instructions() -> None:
+    pool = core().Pool(2)
+    for isa in core().isas():
+        found = core().limits(pool, isa, bytes=1 << 20, repeats=1)
+        assert set(found) == {"read_bytes_per_second", "int8_products_per_second"}
+        assert all(1e6 < value < 1e16 for value in found.values())
+    for wrong in ({"isa": "mmx"}, {"bytes": 0}, {"repeats": 0}):
+        with pytest.raises(ValueError):
+            core().limits(pool, **wrong)
+
+
+def test_the_stub_is_the_module() -> None:
+    """Names, members, parameters and their defaults."""
     tree = ast.parse((Path(lowbit.__file__).parent / "_core.pyi").read_text())
-    types = {node.name for node in tree.body if isinstance(node, ast.ClassDef) and _is_typed_dict(node)}
-    named = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))} - types
-    named |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    written = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    types = {name for name, node in written.items() if isinstance(node, ast.ClassDef) and bases(node) == {"TypedDict"}}
+    named = set(written) - types | {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
     assert named == {name for name in dir(core()) if not name.startswith("_")}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Features":
-            assert {item.target.id for item in node.body} == set(core().features())
+    for name, node in written.items():
+        if name in types:
+            continue
+        real = getattr(core(), name)
+        if isinstance(node, ast.FunctionDef):
+            assert parameters(node) == real_parameters(real), name
+        elif bases(node) == {"Enum"}:
+            assert {item.targets[0].id for item in node.body if isinstance(item, ast.Assign)} == set(real.__members__)
+        else:
+            members = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+            assert set(members) == {m for m in vars(real) if not m.startswith("_")} | set(members) & {"__init__"}, name
+            for member, item in members.items():
+                if item.decorator_list:
+                    assert isinstance(vars(real)[member], property), f"{name}.{member}"
+                else:
+                    assert parameters(item) == real_parameters(vars(real)[member]), f"{name}.{member}"
+    features = {item.target.id for item in written["Features"].body if isinstance(item, ast.AnnAssign)}
+    assert features == set(core().features())
 
 
-def _is_typed_dict(node: ast.ClassDef) -> bool:
-    return any(isinstance(base, ast.Name) and base.id == "TypedDict" for base in node.bases)
+def bases(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+
+
+def parameters(node: ast.FunctionDef) -> tuple[list[str], list[object]]:
+    """(names, defaults)"""
+    return [a.arg for a in node.args.args], [ast.literal_eval(default) for default in node.args.defaults]
+
+
+def real_parameters(function: object) -> tuple[list[str], list[object]]:
+    """The same of what nanobind says; the types of arrays are no Python."""
+    ((text, _, defaults),) = function.__nb_signature__  # type: ignore[attr-defined]
+    plain = re.sub(r"\\\d+", "...", re.sub(r"ndarray\[[^\]]*\]", "Any", text))
+    names = parameters(ast.parse(f"{plain}: ...").body[0])[0]  # type: ignore[arg-type]
+    count = plain.count("= ...")
+    return names, list(defaults[-count:]) if count else []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ def test_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         assert Timings().choose(q, torch.float32, CPU, 1) == chosen
 
 
-def test_kernels_take_turns_and_slow_ones_are_called_once() -> None:
+def test_kernels_take_turns_and_slow_ones_are_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Counting(registry.Kernel):
         def __init__(self, name: str, seconds: float) -> None:
             self.name, self.seconds = name, seconds
@@ -161,14 +161,16 @@ def test_kernels_take_turns_and_slow_ones_are_called_once() -> None:
 
         def linear(self, x: Tensor, packed: object, bias: object) -> Tensor:
             calls.append(self.name)
-            time.sleep(self.seconds)
+            clock[0] += self.seconds
             return x
 
+    clock = [0.0]
+    monkeypatch.setattr(registry, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     calls: list[str] = []
     kernels = [Counting("quick", 1e-4), Counting("slow", 2e-2), Counting("other", 1e-4)]
     seconds = registry._measure(kernels, packed("int8:channel", (32, 64)), torch.zeros(1, 64))
     assert calls == ["quick", "slow", "other"] + ["quick", "other"] * 5
-    assert 1e-4 <= seconds["quick"] < seconds["slow"] and seconds["slow"] >= 2e-2
+    assert seconds == pytest.approx({"quick": 1e-4, "slow": 2e-2, "other": 1e-4})
 
 
 @pytest.mark.parametrize("only", [None, "expand", "torch-int8"])

@@ -15,7 +15,7 @@ from lowbit.report import doctor
 @pytest.fixture(scope="module")
 def report() -> doctor.Report:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "_SIDE", 128)
+        patch.setattr(doctor, "SIDE", 128)
         return doctor.examine()
 
 
@@ -32,7 +32,7 @@ def test_every_kernel_is_timed_or_says_why_not(report: doctor.Report) -> None:
 
 def test_one_kernel_is_chosen_for_each_number_of_rows_and_it_is_the_fastest(report: doctor.Report) -> None:
     for recipe in doctor._RECIPES:
-        for i, rows in enumerate(doctor._ROWS):
+        for i, rows in enumerate(doctor.ROWS):
             able = [t for t in report.kernels if t.recipe == recipe and t.dtype == "bfloat16" and t.microseconds]
             chosen = [t for t in able if rows in t.chosen_for]
             assert len(chosen) == 1
@@ -43,5 +43,5 @@ def test_the_report_is_json_and_names_what_is_missing(report: doctor.Report, mon
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert data["versions"]["torch"] == torch.__version__ or data["versions"]["torch"] in torch.__version__
     assert data["threads"] == torch.get_num_threads()
-    monkeypatch.setitem(doctor._OPTIONAL, "no_such_package_at_all", "nothing")
+    monkeypatch.setitem(doctor.OPTIONAL, "no_such_package_at_all", "nothing")
     assert doctor.examine(kernels=False).optional["no_such_package_at_all"] is False

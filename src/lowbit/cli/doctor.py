@@ -18,8 +18,9 @@ def doctor(
     kernels: Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels, some seconds.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Show what this machine offers: versions, vector units, kernels and how fast they are, memory, disk."""
-    from lowbit.report.doctor import examine, render_report
+    """Show what this machine offers: versions, vector units, whether the engine runs, kernels and how fast they are, memory, disk."""
+    from lowbit.report.doctor import examine
+    from lowbit.report.doctor_view import render_report
 
     with console.stderr().status("timing kernels"):
         report = examine(kernels)

@@ -8,6 +8,7 @@ import typer
 
 from lowbit import __version__
 from lowbit.cli import (
+    bench,
     chat,
     compare,
     dequantize,
@@ -55,7 +56,7 @@ def _lowbit(
 
 
 for command in (
-    quantize, plan, evaluate, compare, generate, chat, importing, dequantize, inspect, explain, doctor, recipes,
+    quantize, plan, evaluate, compare, generate, chat, bench, importing, dequantize, inspect, explain, doctor, recipes,
 ):  # fmt: skip
     command.register(app)
 

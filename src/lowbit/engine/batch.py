@@ -110,7 +110,12 @@ class Batch:
             sequence.reason = "stop"
         elif sequence.generated >= sequence.limit:
             sequence.reason = "length"
-        return piece + sequence.text.close() if sequence.reason else piece
+        if not sequence.reason:
+            return piece
+        piece += sequence.text.close()
+        if sequence.text.stopped:  # also by a stop string in what was held back
+            sequence.reason = "stop"
+        return piece
 
 
 def marks(ids: Sequence[int], vocabulary: int) -> Any:

@@ -13,7 +13,7 @@ from lowbit.engine.shape import Rotation, Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
 from lowbit.formats import IntGrid, QTensor
-from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, why_not
+from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, rest_of, why_not
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -22,12 +22,14 @@ ACTIVATIONS = ("exact", "int8")
 class Program:
     """What `lowbit._core.Decoder` takes, and what had to be changed of the weights on the way.
 
-    expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose levels
-    were rounded to fit (see `kernels.layout`).
+    nbytes: of all packed weights, of which `lookup_bytes` belong to an embedding that is no head, of which a token reads
+    one row. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
+    levels were rounded to fit (see `kernels.layout`).
     """
 
     model: dict[str, Any]
     nbytes: int = 0
+    lookup_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
@@ -56,6 +58,20 @@ class _Input:
         return self.planes, self.whole, self.fixed, divisor, self.segment
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A weight as the kernels read it, what rounding its levels left, where that is to be added, and its inputs."""
+
+    value: Codes | Floats
+    inputs: _Input
+    rest: Codes | None = None
+
+    def part(self, start: int, stop: int) -> _Source:
+        """Some of its rows."""
+        rest = None if self.rest is None else self.rest.part(start, stop)
+        return _Source(self.value.part(start, stop), self.inputs, rest)
+
+
 class Builder:
     """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8"."""
 
@@ -67,12 +83,16 @@ class Builder:
     def build(self) -> Program:
         """Reads every weight once. EngineError for one that the engine cannot use."""
         s = self.shape
-        embedding = self._source("model.embed_tokens")
+        embedding = self._source("model.embed_tokens", whole=True)
         tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
-        packed = self._pack([embedding[0]])
-        head = packed if tied else self._pack([self._source("lm_head")[0]])
-        self.program.nbytes += packed.nbytes + (0 if tied else head.nbytes)
-        _, inputs = embedding if tied else self._source("lm_head")
+        packed = self._pack([embedding.value])
+        if tied:
+            head = self._part(packed, None, embedding.inputs, 0, self.weights.vector("lm_head.bias"))
+        else:
+            (head,) = self._product(["lm_head"], s.width, [s.vocabulary])["parts"]
+        # _product counts what it packs.
+        self.program.nbytes += packed.nbytes
+        self.program.lookup_bytes = 0 if tied else packed.nbytes
         self.program.model = {
             "width": s.width, "heads": s.heads, "key_heads": s.key_heads, "head_dim": s.head_dim,
             "vocabulary": s.vocabulary, "epsilon": s.epsilon, "attention_scale": s.attention_scale,
@@ -83,7 +103,7 @@ class Builder:
             "final_norm": self._norm("model.norm"),
             "head": {
                 "cols": s.width, "width": s.vocabulary,
-                "parts": [self._part(head, inputs, 0, self.weights.vector("lm_head.bias"))],
+                "parts": [head],
             },
             "layers": [self._layer(i) for i in range(s.layers)],
         }  # fmt: skip
@@ -112,46 +132,44 @@ class Builder:
         """Weights that read one input, one after another; packed as one where they can be."""
         found = [self._source(name) for name in names]
         biases = [self.weights.vector(f"{name}.bias") for name in names]
-        rows = [source.rows for source, _ in found]
+        rows = [source.value.rows for source in found]
         if sum(rows) != sum(widths):
             raise EngineError(f"{names[0]!r} has {sum(rows)} rows where the config says {sum(widths)}")
-        sources, inputs = [f[0] for f in found], found[0][1]
-        if can_join(sources, paired=False) and len({i.key for _, i in found}) == 1:  # type: ignore[arg-type]
-            weight = self._pack(sources, inputs)
-            parts = [self._part(weight, inputs, 0, _joined(biases, rows))]
+        if _alike(found, paired=False):
+            parts = [self._packed(found, 0, _joined(biases, rows))]
         else:
             offsets = [sum(rows[:i]) for i in range(len(rows))]
-            parts = [
-                self._part(self._pack([s], i), i, o, b) for (s, i), o, b in zip(found, offsets, biases, strict=True)
-            ]
-        self.program.nbytes += sum(part["weight"].nbytes for part in parts)
+            parts = [self._packed([s], o, b) for s, o, b in zip(found, offsets, biases, strict=True)]
         return {"cols": cols, "width": sum(widths), "parts": parts}
 
     def _pair(self, names: list[str]) -> dict[str, Any]:
         """Gate and up: as a pair whose products meet in registers, or one after the other."""
         s = self.shape
         if len(names) == 1:
-            source, inputs = self._source(names[0])
-            found = [(source.part(0, s.hidden), inputs), (source.part(s.hidden, 2 * s.hidden), inputs)]
+            source = self._source(names[0])
+            found = [source.part(0, s.hidden), source.part(s.hidden, 2 * s.hidden)]
             bias = self.weights.vector(f"{names[0]}.bias")
             biases = [None, None] if bias is None else [bias[: s.hidden], bias[s.hidden :]]
         else:
             found = [self._source(name) for name in names]
             biases = [self.weights.vector(f"{name}.bias") for name in names]
-        sources, inputs = [f[0] for f in found], found[0][1]
-        if can_join(sources, paired=True) and len({i.key for _, i in found}) == 1:  # type: ignore[arg-type]
-            weight = self._pack(sources, inputs, paired=True)
-            parts = [self._part(weight, inputs, 0, _alternated(biases))]
-            width = s.hidden
-        else:
-            offsets = [0, s.hidden]
-            parts = [
-                self._part(self._pack([source], i), i, o, b)
-                for (source, i), o, b in zip(found, offsets, biases, strict=True)
-            ]
-            width = 2 * s.hidden
-        self.program.nbytes += sum(part["weight"].nbytes for part in parts)
-        return {"cols": s.width, "width": width, "parts": parts}
+        # A pair meets before anything can be added to it.
+        if _alike(found, paired=True) and found[0].rest is None:
+            return {
+                "cols": s.width,
+                "width": s.hidden,
+                "parts": [self._packed(found, 0, _alternated(biases), paired=True)],
+            }
+        parts = [self._packed([f], o, b) for f, o, b in zip(found, (0, s.hidden), biases, strict=True)]
+        return {"cols": s.width, "width": 2 * s.hidden, "parts": parts}
+
+    def _packed(self, sources: list[_Source], offset: int, bias: Tensor | None, paired: bool = False) -> dict[str, Any]:
+        """A part of a product: weights alike, packed as one, and what is added to them."""
+        inputs, rests = sources[0].inputs, [s.rest for s in sources if s.rest is not None]
+        weight = self._pack([s.value for s in sources], inputs, paired)
+        rest = self._pack(rests, inputs) if rests else None
+        self.program.nbytes += weight.nbytes + (0 if rest is None else rest.nbytes)
+        return self._part(weight, rest, inputs, offset, bias)
 
     def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Any:
         try:
@@ -160,28 +178,33 @@ class Builder:
             raise EngineError(f"the engine cannot pack a weight: {error}") from None
 
     @staticmethod
-    def _part(weight: Any, inputs: _Input, offset: int, bias: Tensor | None) -> dict[str, Any]:
+    def _part(weight: Any, rest: Any, inputs: _Input, offset: int, bias: Tensor | None) -> dict[str, Any]:
         return {
-            "weight": weight, "planes": inputs.planes, "whole": inputs.whole, "fixed": inputs.fixed, "offset": offset,
+            "weight": weight, "rest": rest, "planes": inputs.planes, "whole": inputs.whole, "fixed": inputs.fixed, "offset": offset,
             "divisor": None if inputs.divisor is None else inputs.divisor.numpy(),
             "bias": None if bias is None else bias.numpy(),
         }  # fmt: skip
 
-    def _source(self, name: str) -> tuple[Codes | Floats, _Input]:
-        """A weight as the kernels read it, and how its input is rounded."""
+    def _source(self, name: str, whole: bool = False) -> _Source:
+        """A weight as the kernels read it. whole: nothing can be added to it, as to one whose rows are looked up."""
         found = self.weights.get(f"{name}.weight")
-        if isinstance(found.value, QTensor):
-            inputs, reason = self._input(name, found), why_not(found.value)
-            if reason is None:
-                codes = codes_of(found.value)
-                if not codes.rounded or inputs.planes == 1:
-                    self.program.rounded += [name] * codes.rounded
-                    return codes, inputs
-                # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
-                reason = f"the levels of {found.value.format.grid} would have to be rounded"
-            self.program.expanded[name] = reason
-            return Floats(found.value.dequantize(torch.float16)), inputs
-        return Floats(as_float(found.value)), _Input(self.planes)
+        if not isinstance(found.value, QTensor):
+            return _Source(Floats(as_float(found.value)), _Input(self.planes))
+        inputs, reason = self._input(name, found), why_not(found.value)
+        if reason is None:
+            codes = codes_of(found.value)
+            if not codes.rounded:
+                return _Source(codes, inputs)
+            if inputs.planes == 1:
+                self.program.rounded.append(name)
+                return _Source(codes, inputs)
+            # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
+            rest = None if whole else rest_of(found.value, codes)
+            if rest is not None:
+                return _Source(codes, inputs, rest)
+            reason = f"the levels of {found.value.format.grid} would have to be rounded"
+        self.program.expanded[name] = reason
+        return _Source(Floats(found.value.dequantize(torch.float16)), inputs)
 
     def _input(self, name: str, found: Found) -> _Input:
         quantizer = found.inputs
@@ -221,6 +244,12 @@ class Builder:
                 and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
             )
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def _alike(found: list[_Source], paired: bool) -> bool:
+    """Whether these can be packed as one."""
+    same = len({s.inputs.key for s in found}) == 1 and len({s.rest is None for s in found}) == 1
+    return same and can_join([s.value for s in found], paired)  # type: ignore[arg-type]
 
 
 def _joined(biases: list[Tensor | None], rows: list[int]) -> Tensor | None:

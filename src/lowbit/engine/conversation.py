@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lowbit.engine.chat_template import Message
+from lowbit.engine.request import whole_number
 from lowbit.engine.results import Generated, Sampling
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.errors import EngineError
 
 if TYPE_CHECKING:
-    from lowbit.engine.engine import Engine, Memory
+    from lowbit.engine.engine import Engine
     from lowbit.engine.fallback import Transformers
+    from lowbit.engine.runner import Memory
 
 _FIRST = 1024  # positions that a conversation begins with
 
@@ -72,11 +74,7 @@ class KeptConversation(Conversation):
         self.read = 0
 
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
-        limit = min(limit, self._engine.shape.positions - len(ids))
-        if limit < 1:
-            raise EngineError(
-                f"the conversation has {len(ids)} tokens, and this model {self._engine.shape.positions} positions; begin anew with /reset"
-            )
+        limit = _room_for(limit, ids, self._engine.shape.positions)
         memory = self._room(len(ids) + limit)
         running = self._engine.running(0, ids, limit, stop, self._sampling)
         running.done = _shared(self._known, ids[:-1])  # the last is read in any case, for its logits
@@ -107,10 +105,22 @@ class PlainConversation(Conversation):
         self._generator, self._sampling = generator, sampling
 
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
+        most = self._generator.positions
+        limit = limit if most is None else _room_for(limit, ids, most)
         found: Generated = self._generator.generate(
             [ids], max_new_tokens=limit, stop=stop, stream=lambda piece, index: show(piece), **vars(self._sampling)
         )[0]
         return found
+
+
+def _room_for(limit: int, ids: Sequence[int], positions: int) -> int:
+    """How many tokens an answer may have. EngineError when there is room for none."""
+    room = positions - len(ids)
+    if room < 1:
+        raise EngineError(
+            f"the conversation has {len(ids)} tokens, and this model {positions} positions; begin anew with /reset"
+        )
+    return min(whole_number("max_new_tokens", limit, 1), room)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

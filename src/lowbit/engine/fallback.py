@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from lowbit.engine.conversation import PlainConversation
-from lowbit.engine.engine import sampling_of
+from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
 from lowbit.engine.results import Generated, OnText, Sampling
 from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
-from lowbit.errors import SourceError
+from lowbit.errors import EngineError, SourceError
+from lowbit.interchange.running import max_positions
 
 
 class Transformers:
@@ -61,27 +62,44 @@ class Transformers:
         **sampling: Any,
     ) -> Any:
         """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch."""
-        alone = isinstance(prompts, str)
-        every = [prompts] if alone else list(prompts)
-        strings, how = [stop] if isinstance(stop, str) else list(stop), sampling_of(sampling)
-        results = [self._one(i, p, max_new_tokens, strings, raw, stream, how) for i, p in enumerate(every)]
+        alone, every = split(prompts)
+        limit, strings, how = (
+            whole_number("max_new_tokens", max_new_tokens, 1),
+            stop_strings(stop),
+            sampling_of(sampling),
+        )
+        given = [self._ids(p, raw, limit) for p in every]
+        results = [self._one(i, ids, limit, strings, stream, how) for i, ids in enumerate(given)]
         return results[0] if alone else results
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence of prompt and answer, None where there is no such limit."""
+        return None if self.model.config.is_encoder_decoder else max_positions(self.model)  # type: ignore[union-attr]
 
     def conversation(self, system: str | None = None, **sampling: Any) -> PlainConversation:
         """As `Engine.conversation`; every turn reads all of it again."""
         return PlainConversation(self, system, sampling_of(sampling))
 
+    def _ids(self, prompt: Any, raw: bool, limit: int) -> list[int]:
+        """The token ids of a prompt. EngineError when it does not fit."""
+        config: Any = self.model.config
+        ids = token_ids(prompt, self.tokenizer, raw, config.get_text_config().vocab_size)
+        most, length = self.positions, len(ids) + limit
+        if most is not None and length > most:
+            raise EngineError(
+                f"{length} tokens, and this model has {most} positions; shorten the prompt or max_new_tokens"
+            )
+        return ids
+
     def _one(
-        self, index: int, prompt: Any, limit: int, stop: list[str], raw: bool, stream: OnText | None, how: Sampling
+        self, index: int, ids: list[int], limit: int, stop: list[str], stream: OnText | None, how: Sampling
     ) -> Generated:
         from transformers import StoppingCriteriaList
 
-        ids = self.tokenizer.prompt(prompt, raw) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids:
-            raise SourceError(f"the prompt {prompt!r} has no tokens; write a few words")
         watch = _watch(TokenText(self.tokenizer.decode, stop), index, stream)
         given = torch.tensor([ids], device=self.model.device)  # type: ignore[arg-type]
-        torch.manual_seed(how.seed + index)
+        torch.manual_seed((how.seed + index) % 2**64)
         with torch.inference_mode():
             type(self.model).generate(  # type: ignore[attr-defined]
                 self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,

@@ -31,7 +31,7 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
     config = read_json(folder / "config.json")
     refuse(config)
-    if int(str(config.get("transformers_version", "0")).partition(".")[0] or 0) < 5:
+    if _major(config.get("transformers_version")) < 5:
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
@@ -80,6 +80,12 @@ def refuse(config: Mapping[str, Any]) -> None:
 
 def _given(tokenizer: Any) -> TextTokenizer:
     return tokenizer if isinstance(tokenizer, TextTokenizer) else AnyTokenizer(tokenizer)
+
+
+def _major(version: Any) -> int:
+    """Of a version such as 5.24.0; 0 where it says none."""
+    first = str(version).partition(".")[0]
+    return int(first) if first.isdecimal() else 0
 
 
 def _normalized(folder: Path) -> dict[str, Any]:

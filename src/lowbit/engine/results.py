@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from numbers import Integral, Real
 from typing import Protocol
 
 from lowbit.errors import RecipeError
@@ -25,10 +27,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise RecipeError(f"{name}={getattr(self, name)!r}; it is a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), Real) or not isfinite(getattr(self, name)):
+                raise RecipeError(f"{name}={getattr(self, name)!r}; it is a number")
         rules = {
-            "temperature": (self.temperature >= 0, "0 or more"), "top_k": (self.top_k >= 0, "0 or more"),
+            "temperature": (self.temperature >= 0, "0 or more"), "top_k": (0 <= self.top_k < 2**31, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"), "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"), "seed": (self.seed >= 0, "0 or more"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"), "seed": (0 <= self.seed < 2**64, "0 or more, below 2**64"),
         }  # fmt: skip
         for name, (fine, what) in rules.items():
             if not fine:

@@ -55,6 +55,12 @@ class Shape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
 
+    def products(self, tokens: int, logits: int) -> int:
+        """Multiply-adds with weights when so many tokens are read and so many of them give logits."""
+        heads = (2 * self.heads + 2 * self.key_heads) * self.head_dim * self.width
+        layer = heads + 3 * self.hidden * self.width
+        return tokens * self.layers * layer + logits * self.vocabulary * self.width
+
 
 def shape_of(config: Config, positions: int = 1) -> Shape:
     """The shape of a model by its config, as JSON. `positions`: how long sequences may get, for rotations that depend on it.

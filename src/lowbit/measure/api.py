@@ -27,7 +27,8 @@ from lowbit.measure.memory import in_fresh_process
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
-from lowbit.measure.speed import STANDARD, SpeedSettings, measure_speed
+from lowbit.measure.speed import STANDARD, measure_speed
+from lowbit.measure.turns import SpeedSettings
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, quantize

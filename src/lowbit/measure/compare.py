@@ -15,7 +15,8 @@ from ..errors import LowbitError
 from .card import Card, CardParts, TextMark
 from .environment import environment
 from .quality import Progress, Reference, measure_quality
-from .speed import Rates, Speed, SpeedSettings, measure_speed
+from .speed import Rates, Speed, measure_speed
+from .turns import SpeedSettings
 from .windows import Windows
 
 Build = Callable[[str], tuple[nn.Module, CardParts]]

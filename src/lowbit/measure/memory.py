@@ -48,19 +48,30 @@ class PeakMemory:
     stderr: str
 
 
-def peak_resident() -> int:
-    """The most bytes that this process has had resident since it began."""
+def resident() -> int:
+    """Bytes that this process has resident now; where the system does not say, the most that it had."""
+    return _status("VmRSS") or peak_resident()
+
+
+def _status(what: str) -> int | None:
+    """A size from Linux's status of this process."""
     try:
         status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(what))
     except (OSError, StopIteration):
-        pass  # not Linux
+        return None
+
+
+def peak_resident() -> int:
+    """The most bytes that this process has had resident since it began."""
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     if sys.platform == "win32":
         return _windows_peak()
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _windows_peak() -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,20 +25,9 @@ from torch import Tensor, nn
 from ..errors import TextError
 from ..interchange.running import device_of, evaluating, max_positions
 from .quality import Progress
+from .turns import SpeedSettings, Times, fit_settings, rate_probes, take_turns
 
 _PROMPT = "The secret of life is"
-
-
-@dataclass(frozen=True)
-class SpeedSettings:
-    """Lengths in tokens. `batch` 0 leaves the batch figure out; `batch_length` includes the prompt."""
-
-    prompt: int = 64
-    new: int = 128
-    prefill: int = 512
-    batch: int = 20
-    batch_length: int = 100
-    repeats: int = 3
 
 
 STANDARD = SpeedSettings()
@@ -87,38 +76,10 @@ def measure_speed(
             return Speed(skipped=f"{type(each).__name__} does not generate text")
     settings = fit_settings(settings, [max_positions(each) for each in models])
     prompt = _prompt_ids(tokenizer)
-    probes = _probes(prompt, settings)
-    total = len(models) * len(probes) * (settings.repeats + 1)
-    done = 0
-    rates: list[dict[str, list[float]]] = [{name: [] for name in probes} for _ in models]
-    for turn in range(settings.repeats + 1):
-        for name, probe in probes.items():
-            for each, found in zip(models, rates, strict=True):
-                value = probe(each)
-                if turn > 0:  # the first turn warms caches, kernels and clocks
-                    found[name].append(value)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+    probes = [rate_probes(_times(each, prompt), settings, len(prompt)) for each in models]
+    rates = take_turns(probes, settings.repeats, progress)
     medians = [Rates(**{name: statistics.median(values) for name, values in found.items()}) for found in rates]
     return Speed(settings, medians[-1], medians[0] if base is not None else None)
-
-
-def fit_settings(settings: SpeedSettings, limits: list[int | None]) -> SpeedSettings:
-    """The settings with every length cut to the shortest of the models' longest sequences."""
-    known = [limit for limit in limits if limit is not None]
-    longest = min(known) if known else None
-    if longest is None:
-        return settings
-    new = min(settings.new, max(2, longest - settings.prompt), longest // 2)
-    return SpeedSettings(
-        prompt=min(settings.prompt, longest - new),
-        new=new,
-        prefill=min(settings.prefill, longest - 1),
-        batch=settings.batch,
-        batch_length=min(settings.batch_length, longest),
-        repeats=settings.repeats,
-    )
 
 
 def greedy_times(model: nn.Module, ids: Tensor, new: int) -> list[float]:
@@ -191,25 +152,9 @@ def _prompt_ids(tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _probes(prompt: Tensor, settings: SpeedSettings) -> dict[str, Callable[[nn.Module], float]]:
-    """The measurements by name; each takes a model and gives tokens per second."""
+def _times(model: nn.Module, prompt: Tensor) -> Times:
+    def times(sequences: int, length: int, new: int) -> list[float]:
+        ids = prompt.repeat(-(-length // len(prompt)))[None, :length]
+        return greedy_times(model, ids.expand(sequences, -1), new)
 
-    def repeated(length: int) -> Tensor:
-        return prompt.repeat(-(-length // len(prompt)))[None, :length]
-
-    def decode(model: nn.Module) -> float:
-        times = greedy_times(model, repeated(settings.prompt), settings.new)
-        return (len(times) - 1) / (times[-1] - times[0])
-
-    def prefill(model: nn.Module) -> float:
-        return settings.prefill / greedy_times(model, repeated(settings.prefill), 1)[-1]
-
-    def batch(model: nn.Module) -> float:
-        new = settings.batch_length - len(prompt)
-        times = greedy_times(model, prompt.expand(settings.batch, -1), new)
-        return settings.batch * len(times) / times[-1]
-
-    probes: dict[str, Callable[[nn.Module], float]] = {"decode": decode, "prefill": prefill}
-    if settings.batch > 0 and settings.batch_length > len(prompt):
-        probes["batch"] = batch
-    return probes
+    return times

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,6 @@ from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.registry import survey
 from lowbit.measure.environment import environment
 from lowbit.pipeline.recipe import Recipe
-from lowbit.report.wording import bytes_text
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _PACKAGES = (
     "lowbit",
@@ -40,7 +36,7 @@ _PACKAGES = (
     "rich",
     "numpy",
 )
-_OPTIONAL = {
+OPTIONAL = {
     "matplotlib": "figures of `lowbit compare --plots`",
     "datasets": "texts from Hugging Face datasets",
     "accelerate": "device_map in from_pretrained",
@@ -50,15 +46,15 @@ _FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
-_OPERATORS = {
+OPERATORS = {
     "_weight_int8pack_mm": "8-bit weights",
     "_weight_int4pack_mm_for_cpu": "4-bit weights",
     "_int_mm": "8-bit weights and activations",
     "_scaled_mm": "fp8 weights and activations",
 }
 _RECIPES = ("w8", "w4", "nl4", "nf4", "per-channel", "w8a8", "int8:channel,a=int8:token")
-_SIDE = 1024
-_ROWS = (1, 64)
+SIDE = 1024
+ROWS = (1, 64)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,16 @@ class KernelTrial:
 
 
 @dataclass(frozen=True)
+class EngineState:
+    """Whether `lowbit.Engine` runs here: by which set of kernels, on how many threads; or why it does not."""
+
+    runs: bool
+    isa: str = ""
+    threads: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that `lowbit doctor` prints. Bytes; 0 where the system does not say."""
 
@@ -90,6 +96,7 @@ class Report:
     threads: int
     operators: dict[str, bool]
     core: dict[str, str]
+    engine: EngineState
     bfloat16: bool
     accelerator: str
     memory: int
@@ -108,13 +115,14 @@ def examine(kernels: bool = True) -> Report:
         python=platform.python_version(),
         machine=environment().machine,
         versions={name: _version(name) for name in _PACKAGES},
-        optional={name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
+        optional={name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         features=_features(),
         cores=os.cpu_count() or 1,
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        operators={name: hasattr(torch, name) for name in _OPERATORS},
+        operators={name: hasattr(torch, name) for name in OPERATORS},
         core=_core(),
+        engine=_engine(),
         bfloat16=_bfloat16(),
         accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         memory=memory,
@@ -127,10 +135,10 @@ def examine(kernels: bool = True) -> Report:
 def _trials() -> list[KernelTrial]:
     """Every kernel on a weight of every recipe in float32 and bfloat16, dense first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weight = torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = [torch.randn(rows, _SIDE).to(device, dtype) for rows in _ROWS]
+        inputs = [torch.randn(rows, SIDE).to(device, dtype) for rows in ROWS]
         name, dense = str(dtype).removeprefix("torch."), weight.to(device, dtype)
         times = _times(partial(torch.nn.functional.linear, weight=dense), inputs)
         found.append(KernelTrial("float", name, "dense", times))
@@ -155,8 +163,8 @@ def _trials() -> list[KernelTrial]:
 def _with_choice(trials: list[KernelTrial]) -> list[KernelTrial]:
     """The trials of one weight, the fastest marked for each number of rows."""
     able = [t for t in trials if t.declines is None]
-    best = {rows: min(able, key=lambda t: t.microseconds[i]).kernel for i, rows in enumerate(_ROWS)}
-    return [dataclasses.replace(t, chosen_for=tuple(r for r in _ROWS if best[r] == t.kernel)) for t in trials]
+    best = {rows: min(able, key=lambda t: t.microseconds[i]).kernel for i, rows in enumerate(ROWS)}
+    return [dataclasses.replace(t, chosen_for=tuple(r for r in ROWS if best[r] == t.kernel)) for t in trials]
 
 
 def _times(product: Callable[[Tensor], Tensor], inputs: list[Tensor], repeats: int = 5) -> tuple[float, ...]:
@@ -212,6 +220,14 @@ def _core() -> dict[str, str]:
     return found
 
 
+def _engine() -> EngineState:
+    absent = why_absent()
+    module = core() if absent is None else None
+    if module is None:
+        return EngineState(False, reason=absent or "")
+    return EngineState(True, module.isas()[0], int(module.features()["cores"]))
+
+
 def _bfloat16() -> bool:
     """Whether PyTorch's matrix library multiplies bfloat16 in hardware on this CPU."""
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
@@ -229,90 +245,3 @@ def _memory() -> tuple[int, int]:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
     except (AttributeError, ValueError, OSError):
         return 0, 0
-
-
-def render_report(report: Report) -> RenderableType:
-    """The report as lines, a table of kernels, and why kernels decline."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="cyan", no_wrap=True)
-    lines.add_column(overflow="fold")
-    for name, value in _lines(report):
-        lines.add_row(name, Text(value))
-    pieces: list[RenderableType] = [lines]
-    if report.kernels:
-        pieces += [Text(), _kernel_table(report), _declines(report)]
-    return Group(*pieces)
-
-
-def _lines(report: Report) -> list[tuple[str, str]]:
-    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in report.versions.items())
-    paths = [f"{name} {'yes' if here else 'no'} ({_OPERATORS[name]})" for name, here in report.operators.items()]
-    memory = "not known" if not report.memory else bytes_text(report.memory)
-    if report.memory_free:
-        memory += f", {bytes_text(report.memory_free)} available"
-    optional = [
-        f"{name}: {'installed' if here else f'not installed, for {_OPTIONAL[name]}'}"
-        for name, here in report.optional.items()
-    ]
-    return [
-        ("versions", f"Python {report.python}, {versions}"),
-        ("machine", report.machine),
-        ("vector units", " ".join(report.features) or "none that is known"),
-        ("threads", f"{report.threads} used, {report.usable_cores} of {report.cores} cores usable"),
-        ("bfloat16", "in hardware" if report.bfloat16 else "emulated: float32 may be faster here"),
-        ("accelerator", report.accelerator or "none that PyTorch can use"),
-        ("memory", memory),
-        ("disk", f"{bytes_text(report.disk_free)} free in {Path.cwd()}"),
-        *(("C++ core" if i == 0 else "", line) for i, line in enumerate(_core_lines(report.core))),
-        *(("PyTorch has" if i == 0 else "", path) for i, path in enumerate(paths)),
-        *(("optional" if i == 0 else "", line) for i, line in enumerate(optional)),
-    ]
-
-
-def _core_lines(core: dict[str, str]) -> list[str]:
-    return [core["absent"]] if "absent" in core else [f"{isa}: {state}" for isa, state in core.items()]
-
-
-def _kernel_table(report: Report) -> RenderableType:
-    from rich import box
-    from rich.table import Table
-
-    dense = {t.dtype: t.microseconds for t in report.kernels if t.kernel == "dense"}
-    title = f"Kernels on a weight of {_SIDE} x {_SIDE}: microseconds, and times as fast as dense"
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", title=title, title_justify="left", padding=(0, 1))
-    for name in ("recipe", "activations", "kernel"):
-        table.add_column(name, no_wrap=True)
-    for rows in _ROWS:
-        table.add_column(f"{rows} row" + ("s" if rows > 1 else ""), justify="right", no_wrap=True)
-    table.add_column("chosen for", no_wrap=True)
-    for trial in report.kernels:
-        if trial.declines is not None:
-            continue
-        cells = [
-            f"{t:.0f}" + ("" if trial.kernel == "dense" else f"  {d / t:5.2f} x")
-            for t, d in zip(trial.microseconds, dense[trial.dtype], strict=True)
-        ]
-        chosen = " and ".join("1 row" if rows == 1 else f"{rows} rows" for rows in trial.chosen_for)
-        style = "dim" if trial.kernel == "dense" else ""
-        table.add_row(trial.recipe, trial.dtype, trial.kernel, *cells, chosen, style=style)
-    return table
-
-
-def _declines(report: Report) -> RenderableType:
-    from rich.text import Text
-
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for trial in report.kernels:
-        if trial.declines is not None:
-            recipes = reasons.setdefault((trial.kernel, trial.declines), [])
-            if trial.recipe not in recipes:
-                recipes.append(trial.recipe)
-    text = Text()
-    for (kernel, reason), recipes in reasons.items():
-        text.append(f"{kernel} declines {', '.join(recipes)}: ", "cyan").append(f"{reason}\n")
-    text.rstrip()
-    return text

@@ -1,0 +1,158 @@
+"""Tokens in, logits out: the packed program of a model, the decoders that run it, and memory for keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowbit.engine.build import ACTIVATIONS, Builder
+from lowbit.engine.request import known, whole_number
+from lowbit.engine.shape import shape_of
+from lowbit.engine.weights import Weights
+from lowbit.errors import EngineError
+from lowbit.kernels.core import core, why_absent
+
+CACHES = ("fp16", "int8")
+MOST_THREADS = 1024
+
+Piece = tuple[int, Sequence[int], int]
+"""Tokens of one sequence: its place in the memory, their ids, the position of the first."""
+
+
+@dataclass(eq=False)
+class Memory:
+    """Keys and values of some sequences, the decoder for sequences of their length, and room for their logits."""
+
+    decoder: Any
+    cache: Any
+    positions: int
+    _logits: Any = None
+
+    def logits(self, count: int, vocabulary: int) -> Any:
+        """float32 [count, vocabulary] to write to, the same each time: new memory would cost as much as a layer."""
+        if self._logits is None or len(self._logits) < count:
+            self._logits = np.empty((count, vocabulary), dtype=np.float32)
+        return self._logits[:count]
+
+    @property
+    def sequences(self) -> int:
+        return int(self.cache.sequences)
+
+
+@dataclass(frozen=True)
+class Description:
+    """Of an engine: how it runs and what it takes.
+
+    packed_bytes: of all weights; bytes_per_token: of those that one token reads, which are all but an embedding that is
+    not the head as well. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
+    packed, with the reason; they are float16. rounded: weights whose levels had to be rounded to fit a table, which only
+    happens with activations "int8".
+    """
+
+    family: str
+    isa: str
+    threads: int
+    activations: str
+    cache: str
+    packed_bytes: int
+    bytes_per_token: int
+    cache_bytes_per_token: int
+    positions: int
+    expanded: dict[str, str] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"engine ({self.isa}, {self.threads} thread{'s' * (self.threads != 1)})"
+
+
+class Runner:
+    """Runs the decoder of one model. Several threads may use it; their forwards take turns."""
+
+    def __init__(self, weights: Weights, activations: str, cache: str, threads: int | None, isa: str) -> None:
+        known("activations", activations, ACTIVATIONS)
+        known("cache", cache, CACHES)
+        module = core()
+        if module is None:
+            raise EngineError(f"the engine needs the C++ part of lowbit, which is not there: {why_absent()}")
+        if isa:
+            known("isa", isa, tuple(module.isas()))
+        if threads is not None:
+            whole_number("threads", threads, 1, MOST_THREADS)
+        self.core: Any = module
+        self.shape = shape_of(weights.config)
+        self._config, self._isa = weights.config, isa or module.isas()[0]
+        self._activations, self._cache = activations, cache
+        self._pool = module.Pool(threads or module.features()["cores"])
+        with _one_torch_thread():
+            self._program = Builder(module, self.shape, weights, activations).build()
+        module.give_back()  # packing went through every weight unpacked
+        self._decoders: dict[bool, Any] = {}
+        self._lock = Lock()
+
+    def describe(self) -> Description:
+        """How it runs and what it takes."""
+        program = self._program
+        per_token = self.core.Cache(self._decoder(1), 1, 1, self._cache == "int8").bytes_per_position
+        return Description(
+            str(self._config["model_type"]), self._isa, self._pool.threads, self._activations, self._cache,
+            program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
+            dict(program.expanded), list(program.rounded),
+        )  # fmt: skip
+
+    def memory(self, sequences: int, positions: int) -> Memory:
+        """Memory for keys and values of `sequences` of at most `positions` tokens. EngineError where they cannot be had."""
+        if positions > self.shape.positions:
+            raise EngineError(
+                f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
+            )
+        decoder = self._decoder(positions)
+        try:
+            return Memory(decoder, self.core.Cache(decoder, sequences, positions, self._cache == "int8"), positions)
+        except MemoryError:
+            raise EngineError(
+                f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
+                "cache='int8'"
+            ) from None
+
+    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int]) -> Any:
+        """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
+
+        They stand until the next forward with this memory.
+        """
+        ends = np.cumsum([len(ids) for _, ids, _ in pieces]) - 1
+        rows = memory.logits(len(wanted), self.shape.vocabulary)
+        self.forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows)
+        return rows
+
+    def forward_tokens(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], rows: Any) -> None:
+        """The same after any token of the pieces, counted through, into `rows` float32 [len(wanted), vocabulary]."""
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in pieces])
+        place = np.concatenate([np.full(len(part), at, dtype=np.int32) for at, part, _ in pieces])
+        position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
+        with self._lock:
+            memory.decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+
+    def _decoder(self, positions: int) -> Any:
+        """The decoder for sequences up to `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
+        long = bool(self.shape.short_positions) and positions > self.shape.short_positions
+        if long not in self._decoders:
+            rotations = shape_of(self._config, positions).rotations
+            self._decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), self._pool, self._isa)
+        return self._decoders[long]
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The engine has its own threads; PyTorch's would spin beside them after packing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,253 @@
+"""bench: how fast a model answers on this machine, beside others that take turns with it, and beside what is possible.
+
+Figures are medians of rounds in which every program had its turn. Decode is held against reading memory, because a token
+must read every weight; prefill against products of bytes. The machine's own limits are measured in every round, and the
+best of them counts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from lowbit.engine.build import ACTIVATIONS
+from lowbit.engine.engine import Engine
+from lowbit.errors import EngineError, RecipeError, SourceError
+from lowbit.kernels.core import core
+from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module, of_program
+from lowbit.measure.environment import environment
+from lowbit.measure.quality import Progress
+from lowbit.measure.startup import Startup, load_module
+from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
+from lowbit.pipeline.loading import as_dtype
+
+STANDARD = SpeedSettings(repeats=5)
+Model: TypeAlias = "str | Path | nn.Module"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine did at best: bytes read and products of two bytes, a second."""
+
+    read: float
+    products: float
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One program with one model.
+
+    values: by name what each round found, tokens/s, and seconds for "first_token". weight_bytes: what a token must read
+    of the weights, None where not known. read_share: decode against the limit of reading; keys and values are not
+    counted. product_share: prefill against the limit of products, one for each weight and token. startup: of the round
+    with the median time. note: what is out of the ordinary.
+    """
+
+    name: str
+    values: dict[str, list[float]]
+    weight_bytes: int | None = None
+    read_share: float | None = None
+    product_share: float | None = None
+    startup: Startup | None = None
+    note: str = ""
+
+    def median(self, name: str) -> float | None:
+        """The figure `name`: decode, prefill, batch or first_token; None where it was not measured."""
+        values = self.values.get(name)
+        return statistics.median(values) if values else None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` found; the first row is the model's. isa and limits: None without the C++ part."""
+
+    rows: list[BenchRow]
+    settings: SpeedSettings
+    threads: int
+    machine: str
+    isa: str | None = None
+    limits: Limits | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        found = asdict(self)
+        for row, plain in zip(self.rows, found["rows"], strict=True):
+            plain["medians"] = {name: row.median(name) for name in row.values}
+        return found
+
+    def __str__(self) -> str:
+        from lowbit.measure.bench_table import markdown_bench
+
+        return markdown_bench(self)
+
+
+@dataclass
+class _Machine:
+    """Measures the machine's limits between rounds."""
+
+    pool: Any
+    found: list[dict[str, float]] = field(default_factory=list)
+
+    def look(self) -> None:
+        module = core()
+        assert module is not None
+        self.found.append(module.limits(self.pool))
+
+    def best(self) -> Limits:
+        return Limits(
+            *(max(one[key] for one in self.found) for key in ("read_bytes_per_second", "int8_products_per_second"))
+        )
+
+
+def bench(
+    model: Model | Sequence[Model],
+    *,
+    beside: Model | Sequence[Model] | None = None,
+    dtype: str = "float32",
+    gguf: Sequence[str | Path] | str | Path = (),
+    llama_bench: str | None = None,
+    programs: Mapping[str, str] | None = None,
+    activations: Sequence[str] | str | None = None,
+    cache: str | None = None,
+    threads: int | None = None,
+    rounds: int = 5,
+    settings: SpeedSettings = STANDARD,
+    progress: Progress | None = None,
+) -> Bench:
+    """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
+
+    model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
+    transformers. beside: one or several models that transformers runs, in `dtype`. gguf: files for llama.cpp, run by the
+    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `contestants.of_program`; only
+    with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
+    of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
+
+    EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be.
+    """
+    if rounds < 1:
+        raise RecipeError(f"rounds={rounds}; measure 1 or more")
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads={threads}; give 1 or more, or nothing for all cores")
+    as_dtype(dtype)
+    program = _llama_bench(gguf, llama_bench)
+    count = threads or _cores()
+    options = {"cache": cache} if cache is not None else {}
+    kinds: Sequence[str | None] = [activations] if activations is None or isinstance(activations, str) else activations
+    if not kinds:
+        raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
+    with _torch_threads(count):
+        found: list[Contestant] = []
+        for one in _listed(model):
+            for kind in kinds:
+                wanted = {**options, **({} if kind is None else {"activations": kind})}
+                found.append(_contestant(one, wanted, count, dtype))
+        found += [_in_transformers(one, dtype) for one in ([] if beside is None else _listed(beside))]
+        found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
+        found += [of_program(name, command) for name, command in (programs or {}).items()]
+        module = core()
+        machine = None if module is None else _Machine(module.Pool(count))
+        fitted = fit_settings(settings, [each.positions for each in found])
+        if programs and fitted != STANDARD:
+            raise RecipeError(
+                f"{', '.join(programs)}: programs measure {STANDARD}, and these models are too short for it"
+            )
+        try:
+            values = take_turns(
+                [each.all_probes(fitted) for each in found], rounds, progress, None if machine is None else machine.look
+            )
+        finally:
+            for each in found:
+                each.close()
+    limits = None if machine is None else machine.best()
+    rows = [_row(each, one, fitted, limits) for each, one in zip(found, values, strict=True)]
+    return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)
+
+
+def _row(each: Contestant, values: dict[str, list[float]], settings: SpeedSettings, limits: Limits | None) -> BenchRow:
+    medians = {name: statistics.median(found) for name, found in values.items()}
+    read = products = None
+    if limits is not None and each.weight_bytes is not None:
+        read = medians["decode"] * each.weight_bytes / limits.read
+    if limits is not None and each.products is not None:
+        products = medians["prefill"] / settings.prefill * each.products(settings.prefill) / limits.products
+    middle = sorted(each.startups, key=lambda s: s.seconds)
+    return BenchRow(
+        each.name, values, each.weight_bytes, read, products, middle[len(middle) // 2] if middle else None, each.note
+    )
+
+
+def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Contestant:
+    """The engine with a model, or transformers where the engine does not know it."""
+    label = _label(model)
+    try:
+        engine = Engine.open(model, threads=threads, **options)
+    except EngineError as error:
+        if options:
+            raise EngineError(f"{error}; transformers runs it, without {' and '.join(options)}") from None
+        return _in_transformers(model, dtype, f"transformers, not the engine: {error}")
+    again = None if isinstance(model, nn.Module) else {"model": str(model), "threads": threads, **options}
+    said = ", ".join(f"{value} {key}" for key, value in options.items())
+    return of_engine(engine, f"lowbit {label}" + (f", {said}" if said else ""), again)
+
+
+def _in_transformers(model: Model, dtype: str, note: str = "") -> Contestant:
+    if isinstance(model, nn.Module):
+        own = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return of_module(model, f"transformers {_label(model)}, {own}", None, note)
+    again = {"model": str(model), "dtype": dtype}
+    return of_module(load_module(**again), f"transformers {_label(model)}, {dtype}", again, note)
+
+
+def _llama_bench(gguf: Any, given: str | None) -> str | None:
+    """The program of llama.cpp, None where there is nothing for it."""
+    files = [Path(file) for file in _listed(gguf)]
+    if not files:
+        if given is not None:
+            raise RecipeError("llama-bench without a GGUF file would be ignored; give gguf=... (--gguf FILE) as well")
+        return None
+    for file in files:
+        if not file.is_file():
+            raise SourceError(f"{file}: no such GGUF file")
+    found = shutil.which(given or "llama-bench")
+    if found is None:
+        where = f"{given}: no such program" if given else "there is no llama-bench on the PATH"
+        raise RecipeError(
+            f"{where}; build llama.cpp and name its llama-bench (--llama-bench), or leave the GGUF file out"
+        )
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (str, Path, nn.Module)) else list(value)
+
+
+def _label(model: Model) -> str:
+    if isinstance(model, nn.Module):
+        return type(model).__name__
+    return Path(model).resolve().name if Path(model).exists() else str(model)
+
+
+def _cores() -> int:
+    module = core()
+    if module is not None:
+        return int(module.features()["cores"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,299 @@
+"""Calls everything that `lowbit._core` has over a grid of small shapes, and holds it against numpy in float64.
+
+    python drive_core.py MODULE PART
+
+A program of its own, because the sanitizers must be there before Python is, and PyTorch need not be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from typing import Any
+
+import numpy as np
+
+SHAPES = ((1, 32), (16, 48), (17, 80), (33, 200), (48, 576))
+ROWS = (1, 2, 5, 13, 97)
+rng = np.random.default_rng(0)
+
+
+def load(path: str) -> Any:
+    """By its path, so that the module of the package stays out of it."""
+    spec = spec_from_file_location("_core", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def close(found: Any, right: Any, bound: float, *what: object) -> None:
+    error = np.linalg.norm(found - right) / max(np.linalg.norm(right), 1e-30)
+    assert error <= bound, (error, *what)
+
+
+def refused(call: Any, *arguments: Any, **options: Any) -> None:
+    try:
+        call(*arguments, **options)
+    except (ValueError, TypeError):
+        return
+    raise AssertionError(f"{arguments} {options} were taken")
+
+
+def packed(core: Any, kind: str, rows: int, cols: int, group: int, minimum: bool, wide: bool, **options: Any) -> Any:
+    """(Weight, its values float64 [rows, cols])"""
+    groups = 1 if group == 0 else -(-cols // group)
+    bits = 8 if kind == "u8" else 4
+    codes = rng.integers(0, 1 << bits, (rows, cols), dtype=np.uint8)
+    scale = rng.uniform(0.5, 2.0, (rows, groups)).astype(np.float32)
+    low = rng.normal(size=(rows, groups)).astype(np.float32)
+    if not wide:
+        scale, low = scale.astype(np.float16).astype(np.float32), low.astype(np.float16).astype(np.float32)
+    table = rng.integers(0, 256, 16, dtype=np.uint8) if kind == "table4" else None
+    zero = {"u8": 128, "u4": 8, "table4": 128}[kind]
+    weight = core.pack(bits, group, zero, [(codes, scale, low if minimum else None)], table, **options)
+    levels = (codes if table is None else table[codes]).astype(np.float64) - zero
+    spread = np.arange(cols) // (group or cols)
+    return weight, levels * scale[:, spread] + (low[:, spread] if minimum else 0)
+
+
+def kernels(core: Any) -> None:
+    pool = core.Pool(2)
+    every = itertools.product(("u4", "table4", "u8"), (0, 16, 32, 96), (False, True), (False, True))
+    for n, (kind, group, minimum, wide) in enumerate(every):
+        shape = SHAPES[n % len(SHAPES)]
+        weight, values = packed(core, kind, *shape, group, minimum, wide)
+        row = np.empty(shape[1], np.float32)
+        for r in range(shape[0]):
+            weight.unpack_row(r, row)
+            close(row, values[r], 1e-5, kind, group)
+        refused(weight.unpack_row, shape[0], row)
+        refused(weight.unpack_row, 0, np.empty(shape[1] + 1, np.float32))
+        for isa, planes in itertools.product(core.isas(), (1, 2)):
+            multiplier, rows = core.Multiplier(pool, isa), ROWS[(n + planes) % len(ROWS)]
+            x, bias = (rng.normal(size=s).astype(np.float32) for s in ((rows, shape[1]), (shape[0],)))
+            divisor = rng.uniform(0.5, 2, shape[1]).astype(np.float32)
+            y = np.empty((rows, shape[0]), np.float32)
+            for options, inputs in (
+                ({}, x),
+                ({"whole": True}, x),
+                ({"fixed": 0.05}, x),
+                ({"divisor": divisor}, x / divisor),
+            ):
+                if "fixed" in options and planes == 2:
+                    continue
+                factor = core.Factor(weight, planes, **options)
+                multiplier.linear(factor, x, y, bias)
+                close(y, inputs @ values.T + bias, 0.1 if planes == 1 else 3e-4, kind, group, isa, planes, options)
+            multiplier.linear(core.Factor(weight, planes), x[:0], y[:0])
+            refused(multiplier.linear, core.Factor(weight), x[:, 1:].copy(), y)
+            refused(multiplier.linear, core.Factor(weight), x, y, bias[1:].copy())
+    floats(core, pool)
+    sums(core, pool)
+
+
+def floats(core: Any, pool: Any) -> None:
+    for kind, shape in itertools.product(("f32", "f16", "bf16"), SHAPES):
+        values = rng.normal(size=shape).astype(np.float32)
+        if kind == "f16":
+            given, values = values.astype(np.float16).view(np.int16), values.astype(np.float16).astype(np.float32)
+        elif kind == "bf16":
+            given = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+            values = (given.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            given = values
+        weight = core.pack_floats(kind, [given])
+        for isa, rows in itertools.product(core.isas(), (1, 7)):
+            x, y = rng.normal(size=(rows, shape[1])).astype(np.float32), np.empty((rows, shape[0]), np.float32)
+            core.Multiplier(pool, isa).linear(core.Factor(weight), x, y)
+            close(y, x.astype(np.float64) @ values.T, 1e-5, kind, isa)
+        refused(core.pack_floats, kind, [given.astype(np.float64)])
+
+
+def sums(core: Any, pool: Any) -> None:
+    """A second weight that is added, and rows of halves at addresses."""
+    one, first = packed(core, "table4", 33, 192, 32, False, False)
+    two, second = packed(core, "u4", 33, 192, 32, False, False)
+    x = rng.normal(size=(9, 192)).astype(np.float32)
+    for isa in core.isas():
+        multiplier, y = core.Multiplier(pool, isa), np.empty((9, 33), np.float32)
+        factor = core.Factor(one, rest=two)
+        multiplier.linear(factor, x, y)
+        close(y, x @ (first + second).T, 3e-4, isa)
+        halves, out = x.astype(np.float16), np.empty((9, 33), np.float16)
+        multiplier.linear_at(factor, halves.ctypes.data, 9, out.ctypes.data, core.Value.f16)
+        close(out.astype(np.float64), halves.astype(np.float64) @ (first + second).T, 2e-3, isa)
+        brain = (x.view(np.uint32) >> 16).astype(np.uint16)
+        multiplier.linear_at(factor, brain.ctypes.data, 9, out.ctypes.data, core.Value.bf16, 0)
+    refused(core.Factor, one, rest=packed(core, "u4", 17, 80, 0, False, False)[0])
+    refused(core.Factor, one, planes=3)
+
+
+def joined(core: Any) -> None:
+    """Weights one after another, pairs, and what cannot be packed."""
+    for kind in ("u4", "u8"):
+        bits = 4 if kind == "u4" else 8
+        codes = [rng.integers(0, 16, (rows, 64), dtype=np.uint8) for rows in (32, 16, 5)]
+        scales = [np.ones((len(c), 2), np.float32) for c in codes]
+        weight = core.pack(bits, 32, 0, [(c, s, None) for c, s in zip(codes, scales, strict=True)])
+        row = np.empty(64, np.float32)
+        for r, right in enumerate(np.concatenate(codes)):
+            weight.unpack_row(r, row)
+            assert np.array_equal(row, right)
+        core.pack(bits, 32, 0, [(codes[0], scales[0], None)] * 2, paired=True)
+        refused(core.pack, bits, 32, 0, [(codes[2], scales[2], None)] * 2, paired=True)
+        refused(core.pack, bits, 32, 0, [(codes[2], scales[2], None), (codes[0], scales[0], None)])
+        refused(core.pack, bits, 32, 0, [])
+        refused(core.pack, 3, 32, 0, [(codes[0], scales[0], None)])
+        for group, zero in ((24, 0), (-1, 0), (32, 3), (32, -8)):
+            refused(core.pack, bits, group, zero, [(codes[0], scales[0], None)])
+        refused(core.pack, bits, 32, 0, [(codes[0], scales[1], None)])
+    for bits, code, rows in ((4, 16, 16), (8, 1, 0)):
+        refused(core.pack, bits, 0, 0, [(np.full((rows, 32), code, np.uint8), np.ones((rows, 1), np.float32), None)])
+
+
+def product(core: Any, kind: str, cols: int, widths: list[int], paired: bool = False) -> dict[str, Any]:
+    """Weights that read one input: a pair, or parts one after another."""
+
+    def weight(sources: list[Any]) -> Any:
+        if kind.startswith("f"):
+            return core.pack_floats("f32", sources, paired)
+        given = [
+            (np.clip(np.round(s * 3 + 8), 0, 15).astype(np.uint8), np.full((len(s), -(-cols // 16)), 0.25 / cols**0.5, np.float32), None)
+            for s in sources
+        ]  # fmt: skip
+        table = np.arange(16, dtype=np.uint8) if kind == "table4" else None
+        return core.pack(4, 16, 8, given, table, paired)
+
+    sources = [rng.normal(size=(n, cols)).astype(np.float32) * (cols**-0.5 if kind[0] == "f" else 1) for n in widths]
+    shared = {"rest": None, "planes": 2, "whole": False, "fixed": 0.0, "divisor": None}
+    if paired:
+        return {
+            "cols": cols,
+            "width": widths[0],
+            "parts": [{**shared, "weight": weight(sources), "bias": None, "offset": 0}],
+        }
+    offsets = np.cumsum([0, *widths])
+    parts = [
+        {
+            **shared,
+            "weight": weight([s]),
+            "rest": weight([s * 0.1]) if kind == "table4" else None,
+            "bias": rng.normal(size=len(s)).astype(np.float32),
+            "offset": int(o),
+        }
+        for s, o in zip(sources, offsets, strict=False)
+    ]
+    return {"cols": cols, "width": sum(widths), "parts": parts}
+
+
+def model(core: Any, kind: str, heads: int, key_heads: int, head_dim: int, odd: bool) -> dict[str, Any]:
+    """A decoder of two layers with everything that a family may have, or as little as possible."""
+    width, hidden, vocabulary = (80, 104, 203) if odd else (64, 96, 128)
+
+    def norm(n: int) -> Any:
+        return rng.uniform(0.5, 1.5, n).astype(np.float32)
+
+    def layer(i: int) -> dict[str, Any]:
+        return {
+            "attention_norm": norm(width), "mlp_norm": norm(width),
+            "attention_post_norm": norm(width) if odd else None, "mlp_post_norm": norm(width) if odd else None,
+            "query_norm": norm(head_dim) if odd else None, "key_norm": norm(head_dim) if odd else None,
+            "qkv": product(core, kind, width, [heads * head_dim, key_heads * head_dim, key_heads * head_dim]),
+            "output": product(core, kind, heads * head_dim, [width]),
+            "gate_up": product(core, kind, width, [hidden] * 2, paired=not odd),
+            "down": product(core, kind, hidden, [width]),
+            "rope": -1 if odd and i else 0, "window": 20 if odd and i else 0,
+        }  # fmt: skip
+
+    frequency = (100.0 ** -np.linspace(0, 1, head_dim // 4 if odd else head_dim // 2)).astype(np.float32)
+    table = core.pack_floats("f32", [rng.normal(size=(vocabulary, width)).astype(np.float32)])
+    head = {
+        "rest": None,
+        "planes": 2,
+        "whole": False,
+        "fixed": 0.0,
+        "divisor": None,
+        "weight": table,
+        "bias": None,
+        "offset": 0,
+    }
+    return {
+        "width": width, "heads": heads, "key_heads": key_heads, "head_dim": head_dim, "vocabulary": vocabulary,
+        "epsilon": 1e-5, "attention_scale": head_dim**-0.5, "attention_soft_cap": 30.0 if odd else 0.0,
+        "logit_soft_cap": 20.0 if odd else 0.0, "logit_scale": 1.0, "embedding_scale": 2.0 if odd else 1.0,
+        "residual_scale": 0.5 if odd else 1.0, "gate": "gelu_tanh" if odd else "silu", "embedding": table,
+        "final_norm": norm(width), "head": {"cols": width, "width": vocabulary, "parts": [head]},
+        "ropes": [{"inverse_frequency": frequency, "factor": 1.0, "interleaved": odd}],
+        "layers": [layer(i) for i in range(2)],
+    }  # fmt: skip
+
+
+def decoder(core: Any) -> None:
+    for kind, heads, key_heads, head_dim, odd in (
+        ("u4", 4, 2, 16, False), ("table4", 6, 1, 32, True), ("f32", 3, 3, 48, True), ("u4", 8, 8, 16, True),
+    ):  # fmt: skip
+        built = model(core, kind, heads, key_heads, head_dim, odd)
+        lengths, found = (70, 1, 530 if heads == 4 else 129, 17), {}
+        for isa, threads, int8 in itertools.product(core.isas(), (1, 3), (False, True)):
+            one = core.Decoder(built, core.Pool(threads), isa)
+            cache = core.Cache(one, len(lengths), max(lengths) + 1, int8)
+            logits = np.zeros((len(lengths), built["vocabulary"]), np.float32)
+            for first, last in ((0, 0.6), (0.6, 1.0)):
+                parts = [range(int(n * first), max(int(n * last), 1) if first == 0 else n) for n in lengths]
+                run(one, cache, parts, logits)
+            run(one, cache, [range(n, n + 1) for n in lengths], logits)
+            assert np.isfinite(logits).all()
+            close(logits, found.setdefault(int8, logits), 1e-3, kind, isa, threads)
+            for wrong in ([-1], [built["vocabulary"]]):
+                refused(one.forward, cache, *(np.array(v, np.int32) for v in (wrong, [0], [0], [0])), logits[:1].copy())
+            for sequence, position, wanted in ((9, 0, 0), (0, 99999, 0), (0, -1, 0), (0, 0, 1)):
+                given = (np.array([v], np.int32) for v in (5, sequence, position, wanted))
+                refused(one.forward, cache, *given, logits[:1].copy())
+        close(found[True], found[False], 0.1, "int8 cache")
+        broken = {**built, "heads": heads + 1}
+        refused(core.Decoder, broken, core.Pool(1))
+        refused(core.Cache, one, 0, 5)
+
+
+def run(one: Any, cache: Any, parts: list[range], logits: Any) -> None:
+    """A forward of these positions of each sequence; those that are empty are left out."""
+    position = np.concatenate([np.array(p, np.int32) for p in parts])
+    sequence = np.concatenate([np.full(len(p), i, np.int32) for i, p in enumerate(parts)])
+    ids = (position * 37 + sequence) % 100
+    there = [i for i, p in enumerate(parts) if len(p)]
+    wanted = np.array([np.flatnonzero(sequence == i)[-1] for i in there], np.int32)
+    rows = np.empty((len(there), logits.shape[1]), np.float32)
+    one.forward(cache, ids.astype(np.int32), sequence, position, wanted, rows)
+    logits[there] = rows
+
+
+def sampler(core: Any) -> None:
+    random = core.Random(2**64 - 1)
+    for size, t, k, p, m, r in itertools.product(
+        (1, 2, 65, 3000), (0.0, 1e-30, 1.0, 50.0), (0, 1, 64, 9999), (0.01, 1.0), (0.0, 1.0), (1.0, 1.7)
+    ):
+        logits = rng.normal(size=size).astype(np.float32)
+        seen = (rng.random(size) < 0.5).astype(np.uint8)
+        assert 0 <= core.sample(logits, random, seen, t, k, p, m, r) < size
+    for extreme in (np.inf, -np.inf, np.nan):
+        for t in (0.0, 1.0):
+            assert 0 <= core.sample(np.full(70, extreme, np.float32), random, None, t, 0, 0.9, 0.1, 1.0) < 70
+    for k in (0, 500):  # order means nothing with these, which sorting must survive
+        holes = np.where(rng.random(3000) < 0.3, np.nan, rng.normal(size=3000)).astype(np.float32)
+        assert not np.isnan(holes.copy()[core.sample(holes.copy(), random, None, 1.0, k, 0.9, 0.0, 1.0)])
+        assert not np.isnan(holes.copy()[core.sample(holes.copy(), random, None, 0.0, k, 0.9, 0.0, 1.0)])
+    refused(core.sample, np.zeros(300, np.float32), random, np.zeros(299, np.uint8))
+
+
+def limits(core: Any) -> None:
+    assert core.features()["cores"] >= 1
+    for isa in core.isas():
+        core.limits(core.Pool(2), isa, 1 << 20, 1)
+
+
+PARTS = {part.__name__: part for part in (kernels, joined, decoder, sampler, limits)}
+
+if __name__ == "__main__":
+    PARTS[sys.argv[2]](load(sys.argv[1]))

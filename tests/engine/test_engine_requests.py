@@ -1,0 +1,199 @@
+"""What is asked of a generator is checked before anything runs, for the engine and for transformers alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_models import tokens
+
+from lowbit import Engine
+from lowbit.engine.batch import Batch, Running
+from lowbit.engine.fallback import Transformers
+from lowbit.engine.results import Sampling
+from lowbit.engine.text import TokenText
+from lowbit.errors import EngineError, LowbitError, RecipeError
+from tiny import save_tiny
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def engine(packed_folder: Folder) -> Engine:
+    return Engine.open(packed_folder("llama", "int4:g32"), threads=1)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Transformers:
+    folder = tmp_path_factory.mktemp("requests") / "gpt2"
+    save_tiny("gpt2", folder)
+    return Transformers.open(str(folder), "for a test")
+
+
+@pytest.fixture(scope="module", params=["engine", "transformers"])
+def generator(request: pytest.FixtureRequest, engine: Engine, other: Transformers) -> Any:
+    return engine if request.param == "engine" else other
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0; ask for 1 or more"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5; it is a whole number"),
+        ({"stop": ""}, "stop='' ends no answer"),
+        ({"stop": ["a", ""]}, "stop='' ends no answer"),
+        ({"stop": [5]}, "stop=5 ends no answer"),
+        ({"temperature": -1.0}, "temperature=-1.0; it is a number 0 or more"),
+        ({"temperature": float("nan")}, "temperature=nan; it is a number"),
+        ({"temperature": float("inf")}, "temperature=inf; it is a number"),
+        ({"temperature": "1"}, "temperature='1'; it is a number"),
+        ({"top_k": 1.5}, "top_k=1.5; it is a whole number"),
+        ({"top_k": 2**31}, "top_k=2147483648"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"min_p": -0.1}, "min_p=-0.1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"temprature": 1.0}, "did you mean 'temperature'"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], words: str, generator: Any) -> None:
+    with pytest.raises(RecipeError) as caught:
+        generator.generate("the cat", **options)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([[]], "without tokens"),
+        ([3, 4.5], "text or token ids"),
+        ([3, "the"], "text or token ids"),
+        (None, "this is a NoneType"),
+        (7, "this is a int"),
+        ([1, 2, 5000], "token 5000 is outside of the vocabulary"),
+        ([1, -1], "token -1 is outside"),
+        (torch.tensor([0.5]), "text or token ids"),
+    ],
+)
+def test_prompts_that_are_none(prompt: Any, words: str, generator: Any) -> None:
+    with pytest.raises(EngineError, match=words):
+        generator.generate(prompt, max_new_tokens=2)
+
+
+def test_prompts_of_every_kind_are_one_or_several(generator: Any) -> None:
+    def made(prompt: Any) -> Any:
+        return generator.generate(prompt, max_new_tokens=3)
+
+    right = made([5, 6, 7]).tokens
+    for alone in (
+        (5, 6, 7),
+        np.array([5, 6, 7]),
+        torch.tensor([5, 6, 7]),
+        list(np.array([5, 6, 7])),
+        list(torch.tensor([5, 6, 7])),
+    ):
+        assert made(alone).tokens == right
+    for several in ([[5, 6, 7]] * 2, torch.tensor([[5, 6, 7]] * 2), [np.array([5, 6, 7]), (5, 6, 7)]):
+        assert [r.tokens for r in made(several)] == [right] * 2
+    mixed = made(["the cat", [5, 6, 7]])
+    assert mixed[1].tokens == right and mixed[0].tokens == made("the cat").tokens
+    assert made([]) == []
+
+
+def test_prompts_that_do_not_fit_say_how_long_they_may_be(engine: Engine, other: Transformers) -> None:
+    for generator, most in ((engine, 1024), (other, 128)):
+        with pytest.raises(EngineError, match=f"{most + 1} tokens, and this model has {most} positions; shorten"):
+            generator.generate(tokens(most - 9, vocabulary=100), max_new_tokens=10)
+        assert len(generator.generate(tokens(most - 3, vocabulary=100), max_new_tokens=3).tokens) <= 3
+
+
+def test_a_stream_says_what_is_wrong_at_once_and_takes_one_prompt(engine: Engine) -> None:
+    with pytest.raises(EngineError, match="a list of 2 prompts"):
+        engine.stream(["the", "cat"])  # type: ignore[list-item]
+    with pytest.raises(EngineError, match="a list of 0 prompts"):
+        engine.stream([])
+    with pytest.raises(RecipeError, match="temprature"):
+        engine.stream("the", temprature=1.0)
+    with pytest.raises(EngineError, match="positions"):
+        engine.stream("the", max_new_tokens=5000)
+    with pytest.raises(RecipeError, match="batch=0"):
+        engine.generate("the", batch=0)
+    with pytest.raises(RecipeError, match="chunk=0"):
+        engine.logits([3], chunk=0)
+    pieces, stream = "", engine.stream("the cat", max_new_tokens=5)
+    try:
+        while True:
+            pieces += next(stream)
+    except StopIteration as end:
+        assert end.value.text == pieces and len(end.value.tokens) == 5
+
+
+@pytest.mark.parametrize("threads", [0, -3, 1.5, 100_000])
+def test_threads_that_cannot_be(threads: Any, packed_folder: Folder) -> None:
+    with pytest.raises(RecipeError, match=f"threads={threads}"):
+        Engine.open(packed_folder("llama", "int4:g32"), threads=threads)
+
+
+def test_zero_temperature_and_the_penalty(engine: Engine) -> None:
+    greedy = engine.generate("the cat", max_new_tokens=40)
+    same = engine.generate("the cat", max_new_tokens=40, top_k=3, top_p=0.5, seed=9)
+    assert same.tokens == greedy.tokens  # without a temperature nothing is drawn
+    one = engine.generate("the cat", max_new_tokens=40, temperature=1.0, top_k=1, seed=9)
+    assert one.tokens == greedy.tokens
+    strong = engine.generate("the cat", max_new_tokens=40, repetition_penalty=1e6)
+    drawn = [t for t in strong.tokens if t not in engine.tokenizer.prompt("the cat")]
+    assert len(drawn) == len(set(drawn)) == len(strong.tokens)  # nothing comes twice, nothing of the prompt
+
+
+def test_a_stop_string_in_what_was_held_back_is_the_reason() -> None:
+    """The last token leaves half a character, which becomes text only at the end."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    picks = iter([ord("a"), 0xC3])
+    core = SimpleNamespace(sample=lambda *rest: next(picks))
+    sequence = Running(0, [65], TokenText(decode, ["a\ufffd"]), 2)
+    batch = Batch(
+        core, lambda memory, pieces, wanted: [None] * len(wanted), SimpleNamespace(sequences=1), Sampling(), frozenset()
+    )
+    pieces = [piece for _, piece in batch.run([sequence])]
+    assert sequence.result().text == "".join(pieces) == "" and sequence.reason == "stop"
+
+
+def test_configs_of_unreleased_versions_and_folders_that_hold_nothing(packed_folder: Folder, tmp_path: Path) -> None:
+    shutil.copytree(packed_folder("llama", "int4:g32"), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    right = Engine.open(packed_folder("llama", "int4:g32")).generate([5, 6], max_new_tokens=3).tokens
+    for version in ("dev", "", None, "v5.1", "5.24.0.dev0", 4):
+        file.write_text(json.dumps({**config, "transformers_version": version}))
+        assert Engine.open(tmp_path / "model").generate([5, 6], max_new_tokens=3).tokens == right
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LowbitError, match=r"config\.json"):
+        Engine.open(tmp_path / "empty")
+    with pytest.raises(LowbitError, match="nowhere"):
+        Engine.open(str(tmp_path / "nowhere"))
+
+
+def test_an_interrupted_generation_leaves_the_engine_usable(engine: Engine) -> None:
+    right = engine.generate("the cat", max_new_tokens=12)
+
+    def interrupt(piece: str, index: int) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(["the cat", "a hen"], max_new_tokens=12, stream=interrupt)
+        stream = engine.stream("the cat", max_new_tokens=12)
+        next(stream)
+        stream.close()
+    assert engine.generate("the cat", max_new_tokens=12).tokens == right.tokens
