@@ -47,7 +47,7 @@ def by(package: str, source: Path, out: Path, case: Any) -> dict[str, torch.Tens
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     done = subprocess.run(
         [python, str(script), str(source), str(out), json.dumps(case)],
-        capture_output=True, text=True, timeout=900, check=False, env=env | {"CUDA_VISIBLE_DEVICES": ""},
+        cwd=out.parent, capture_output=True, text=True, timeout=900, check=False, env=env | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out / "true.values")
