@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -259,4 +260,30 @@ def save_quantized(
     save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return true
+
+
+def gpt_oss(folder: Path) -> dict[str, Tensor]:
+    """A tiny gpt-oss whose experts are stored as mxfp4, as OpenAI published it. Gives the true values by name."""
+    config = transformers.GptOssConfig(
+        architectures=["GptOssForCausalLM"], vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.GptOssForCausalLM(config).save_pretrained(folder)
+    stored, true = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = tensor
+            continue
+        made = [fp4_layer(expert.T, 32, False) for expert in tensor]  # the model keeps [in, out]
+        packed = torch.stack([m[0]["weight_packed"] for m in made])
+        stored[f"{name}_blocks"] = packed.view(*packed.shape[:2], -1, 16)
+        stored[f"{name}_scales"] = torch.stack([m[0]["weight_scale"] for m in made])
+        true[name] = torch.stack([m[1].T for m in made])
+    save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors", {"format": "pt"})
+    section = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    text = json.loads((folder / "config.json").read_text()) | {"quantization_config": section}
+    (folder / "config.json").write_text(json.dumps(text))
     return true

@@ -18,20 +18,8 @@ from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = (
-    "quantize",
-    "plan",
-    "evaluate",
-    "compare",
-    "generate",
-    "chat",
-    "export",
-    "bench",
-    "inspect",
-    "explain",
-    "doctor",
-    "recipes",
-)
+COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
+            "inspect", "explain", "doctor", "recipes")  # fmt: skip
 
 
 def run(*words: object) -> str:

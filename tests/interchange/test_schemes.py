@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
@@ -25,6 +23,7 @@ from quantized_folders import (
     fp4_layer,
     fp8_layer,
     fp8_rows,
+    gpt_oss,
     gptq_layer,
     int8_layer,
     packed_layer,
@@ -206,27 +205,8 @@ def test_experts_are_stacked_as_integers_where_rows_keep_their_scales(model: str
 
 
 def test_experts_of_gpt_oss(tmp_path: Path) -> None:
-    config = transformers.GptOssConfig(
-        architectures=["GptOssForCausalLM"], vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path)
-    floats = load_file(tmp_path / "model.safetensors")
-    stored, true = {}, {}
-    for name, tensor in floats.items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            stored[name] = tensor
-            continue
-        made = [fp4_layer(expert.T, 32, False) for expert in tensor]  # the model keeps [in, out]
-        packed = torch.stack([m[0]["weight_packed"] for m in made])
-        stored[f"{name}_blocks"] = packed.view(*packed.shape[:2], -1, 16)
-        stored[f"{name}_scales"] = torch.stack([m[0]["weight_scale"] for m in made])
-        true[name] = torch.stack([m[1].T for m in made])
-    save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    change_config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    source = open_source(tmp_path)
+    true = gpt_oss(tmp_path)
+    stored, source = load_file(tmp_path / "model.safetensors"), open_source(tmp_path)
     assert len(true) == 4
     for name, dense in true.items():
         assert torch.equal(source.read(name).double(), dense)
@@ -274,11 +254,6 @@ def test_kept_scales_of_a_cache_and_inputs_that_cannot_be_kept_are_named(tmp_pat
     )
     left = source.stored_as("model.layers.1.mlp.up_proj.weight")
     assert left is not None and left.inputs is None and "never calibrated" in left.note
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
 
 
 NAME = "model.layers.0.mlp.down_proj"

@@ -20,6 +20,7 @@ from lowbit.errors import SourceError
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS, _DEPTH, _KEY, _ALIGNMENT = 4, 4, 1 << 16, 1 << 20
+_SHOWN = 300  # characters of a problem: damaged names can be long
 
 
 @dataclass(frozen=True)
@@ -174,4 +175,5 @@ class _Reader:
         self._left -= count
 
     def _refuse(self, problem: str, what: str = "it is damaged") -> NoReturn:
+        problem = problem if len(problem) <= _SHOWN else problem[: _SHOWN - 3] + "..."
         raise SourceError(f"{self._path}: cannot be read as GGUF ({problem}): {what}; download it again")
