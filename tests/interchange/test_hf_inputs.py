@@ -113,6 +113,8 @@ def test_dense_again(folder: Path) -> None:
     dense = lowbit.load(folder, kernel="dense")
     assert not list(packed_weights(dense))
     assert float((logits(dense) - y).norm() / y.norm()) < 2e-4  # 15 bits of activations
+    y = logits(lowbit.load(folder, kernel="expand"))
+    assert float((logits(dense) - y).norm() / y.norm()) < 1e-5
 
 
 def test_inputs_that_mean_nothing_are_an_error(folder: Path) -> None:

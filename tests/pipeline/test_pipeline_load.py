@@ -30,7 +30,8 @@ def test_kernels_agree(name: str, packed_folder: Folder) -> None:
         for kernel in ("auto", "dense"):
             model = lowbit.load(folder, kernel=kernel)
             assert not model.training and bool(list(packed_weights(model))) == (kernel == "auto")
-            assert float((model(IDS).logits - expected).norm() / expected.norm()) < 2e-4  # 15 bits of activations
+            bound = 1e-5 if kernel == "dense" else 2e-4  # the packed kernel has 15 bits for activations
+            assert float((model(IDS).logits - expected).norm() / expected.norm()) < bound
 
 
 def test_dense_is_an_ordinary_model(packed_folder: Folder, tmp_path: Path) -> None:

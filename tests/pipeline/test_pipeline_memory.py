@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lowbit
 from lowbit.errors import LowbitError, OutputError, SourceError
+from lowbit.kernels.registry import Dispatcher
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights
 from tiny import TINY, save_tiny, tiny_model, tiny_tokenizer
@@ -90,6 +91,9 @@ def test_what_is_kept_is_shared_and_what_is_packed_is_the_solver_s(custom: Custo
     with torch.no_grad():
         expected = whole(IDS)
         assert float((model(IDS) - expected).norm() / expected.norm()) < 2e-4  # 15 bits of activations
+        for weight in packed.values():
+            weight.dispatcher = Dispatcher("expand")
+        assert float((model(IDS) - expected).norm() / expected.norm()) < 1e-5
     assert result.report.coverage == result.plan.coverage > 0.7
     errors = {layer.name: layer.error for layer in result.report.layers}
     for name, weight in packed.items():

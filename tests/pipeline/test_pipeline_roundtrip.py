@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.interchange.inventory import inventory_of
+from lowbit.kernels.registry import Dispatcher
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights
 from lowbit.pipeline.recipe import Recipe
@@ -57,6 +58,12 @@ def oracle(weight: Tensor, recipe: Recipe, name: str, kind: str, transposed: boo
 
 def parts_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {name: weight.qtensor().parts() for name, weight in packed_weights(model)}
+
+
+def expanding(model: nn.Module) -> None:
+    """Its weights are multiplied as what they stand for, in the type of the activations."""
+    for _, weight in packed_weights(model):
+        weight.dispatcher = Dispatcher("expand")
 
 
 def assert_same_parts(model: nn.Module, other: nn.Module) -> None:
@@ -109,6 +116,8 @@ def test_packed_logits_are_those_of_the_dequantized_weights(name: str, recipe: s
         for key, weight in packed_weights(model):
             dense.get_parameter(key).copy_(weight.dequantize())
     assert distance(logits(model), logits(dense)) < PLANES
+    expanding(model)
+    assert distance(logits(model), logits(dense)) < 1e-5
     assert distance(logits(model), logits(tiny_model(name))) > 1e-4  # it is not the float model that runs
 
 
@@ -246,6 +255,8 @@ def test_dequantize_gives_an_ordinary_model(packed_folder: Folder, tmp_path: Pat
     assert not list(packed_weights(dense)) and torch.equal(dense.lm_head.weight, weight)
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
     assert distance(logits(dense), before) < PLANES
+    expanding(model)
+    assert distance(logits(dense), logits(model)) < 1e-5
     dense.save_pretrained(tmp_path / "dense")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert torch.equal(logits(plain.eval()), logits(dense))

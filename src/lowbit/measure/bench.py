@@ -156,11 +156,11 @@ def bench(
         module = core()
         machine = None if module is None else _Machine(module.Pool(count))
         fitted = fit_settings(settings, [each.positions for each in found])
-        if programs and fitted != STANDARD:
-            raise RecipeError(
-                f"{', '.join(programs)}: programs measure {STANDARD}, and these models are too short for it"
-            )
         try:
+            if programs and fitted != STANDARD:
+                raise RecipeError(
+                    f"{', '.join(programs)}: programs measure {STANDARD}, which is not what was asked for or fits the models"
+                )
             values = take_turns(
                 [each.all_probes(fitted) for each in found], rounds, progress, None if machine is None else machine.look
             )
