@@ -26,7 +26,7 @@ void RowsBuffer::shape(const Linear& weight, int planes, int count) {
     rows.count = count;
     rows.planes = planes;
     rows.padded_cols = weight.padded_cols;
-    rows.zero = weight.zero;
+    rows.zero = weight.zero > 0 ? weight.zero : 1;
     rows.segment = weight.segment;
     rows.segments = weight.segment > 0 ? weight.padded_cols / weight.segment : 0;
     const std::size_t segments = static_cast<std::size_t>(count) * rows.segments;

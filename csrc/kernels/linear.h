@@ -59,7 +59,7 @@ struct Rows {
     int segments = 0;
     std::int8_t* q[2] = {};       // [count, padded_cols]
     float* scale = nullptr;       // [count, segments]
-    int zero = 0;                 // of the weights that these rows are for
+    int zero = 1;                 // of the weights that these rows are for, and 1 for those without
     std::int32_t* start[2] = {};  // [count, segments], -zero times the sum of q: where the sums of a product begin
     float* total = nullptr;       // [count, segments], of the values: scale * sum
     const float* values = nullptr;  // [count, cols], what float weights multiply

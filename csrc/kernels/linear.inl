@@ -71,14 +71,16 @@ class Ahead {
 //
 // The integer sums are exact; what is rounded is the float32 sum over segments.
 //
-// kSegment: columns of a segment where they are known, so that nothing is counted while running; else 0.
-template <Code code, int kPlanes, int kM, int kT, int kSegment>
+// kSegment: columns of a segment where they are known, so that nothing is counted while running; else 0. kHalves: scales of
+// groups in float16, no minima, and the zero that the rows were made for: the most frequent case.
+template <Code code, int kPlanes, int kM, int kT, int kSegment, bool kHalves>
 LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
     using L = Line<code>;
     const int segment = kSegment > 0 ? kSegment : w.segment;
     const int lines = segment / (4 * L::kQuads), segments = x.segments, scale_bytes = w.scale_bytes();
     const int segments_in_group = w.group / segment;
-    const bool one_group = w.groups() == 1 && !w.minimum;
+    const bool one_group = !kHalves && w.groups() == 1 && !w.minimum, wide = !kHalves && w.wide_scale;
+    const bool same_zero = kHalves || w.zero == x.zero;
     B table{};
     if constexpr (code == Code::table4) table = Simd::load_table(w.table);
 
@@ -98,7 +100,8 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
         for (int plane = 0; plane < kPlanes; ++plane) {
             const std::int32_t* begin = x.start[plane] + std::int64_t{m0} * segments + s;
             for (int m = 0; m < kM; ++m) {
-                const I start = Simd::all(begin[m * segments]);
+                const std::int32_t seed = begin[m * segments];
+                const I start = Simd::all(same_zero ? seed : seed / x.zero * w.zero);
                 for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
             }
         }
@@ -118,7 +121,7 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
         }
         for (int t = 0; t < kT; ++t) {
             p[t] += std::int64_t{lines} * 64;
-            const F scale = one_group ? Simd::all(1.0f) : load_scale(w.scales(t0 + t) + scale_at, w.wide_scale);
+            const F scale = one_group ? Simd::all(1.0f) : load_scale(w.scales(t0 + t) + scale_at, wide);
             for (int m = 0; m < kM; ++m) {
                 I whole = sum[0][m][t];
                 if constexpr (kPlanes == 2) whole = Simd::add(Simd::shift_left(whole, 7), sum[1][m][t]);
@@ -126,7 +129,7 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
                 y[m][t] = Simd::fma(Simd::to_float(whole), factor, y[m][t]);
             }
         }
-        if (w.minimum) {
+        if (!kHalves && w.minimum) {
             for (int t = 0; t < kT; ++t) {
                 const F minimum = load_scale(w.minima(t0 + t) + scale_at, w.wide_scale);
                 for (int m = 0; m < kM; ++m)
@@ -212,10 +215,12 @@ void product(const Linear& w, const Rows& x, int m0, int t0, const Epilogue& e, 
     F sums[kM][kT];
     if constexpr (is_float(code)) {
         float_block<code, kM, kT>(w, x, m0, t0, sums);
+    } else if (w.segment == 32 && !w.wide_scale && !w.minimum && w.groups() > 1 && w.zero == x.zero) {
+        block<code, kPlanes, kM, kT, 32, true>(w, x, m0, t0, sums);
     } else if (w.segment == 32) {
-        block<code, kPlanes, kM, kT, 32>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 32, false>(w, x, m0, t0, sums);
     } else {
-        block<code, kPlanes, kM, kT, 0>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 0, false>(w, x, m0, t0, sums);
     }
     finish<kM, kT>(w, e, m0, t0, sums, y, stride);
 }
