@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from lowbit.engine.build import ACTIVATIONS
@@ -25,6 +23,7 @@ from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
 from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
+from lowbit.measure.generation import torch_threads
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
 from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
@@ -144,7 +143,7 @@ def bench(
     kinds: Sequence[str | None] = [activations] if activations is None or isinstance(activations, str) else activations
     if not kinds:
         raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
-    with _torch_threads(count):
+    with torch_threads(count):
         found: list[Contestant] = []
         for one in _listed(model):
             for kind in kinds:
@@ -241,13 +240,3 @@ def _cores() -> int:
     if module is not None:
         return int(module.features()["cores"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
