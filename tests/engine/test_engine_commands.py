@@ -97,14 +97,14 @@ def test_chat_reads_lines_and_leaves_at_the_end(folder: Path) -> None:
 def test_chat_stops_an_answer_and_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.cli import chat
 
-    count, write = iter(range(1000)), chat._write
+    count, write = iter(range(1000)), chat.show
 
     def interrupted(piece: str) -> None:
         write(piece)
         if next(count) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat, "_write", interrupted)
+    monkeypatch.setattr(chat, "show", interrupted)
     found = run("chat", folder, "--max-new-tokens", 12, lines="the cat\ngo on\n")
     assert found.exit_code == 0 and "stopped" in found.stderr and found.stderr.count("tokens/s") == 1
 
