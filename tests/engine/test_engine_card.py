@@ -102,12 +102,12 @@ def test_compare_runs_each_row_as_generate_would(float_folder: Any) -> None:
     assert f"speed by {row.program}; float by transformers, float32" in markdown_compare(rows)
 
 
-@pytest.mark.parametrize("error", [LowbitError("no"), RuntimeError("no"), MemoryError("no"), OSError("no")])
+@pytest.mark.parametrize("kind", [LowbitError, RuntimeError, MemoryError, OSError])
 def test_a_failure_to_measure_speed_leaves_the_rest(
-    error: Exception, packed_folder: Any, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], packed_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> Any:
-        raise error
+        raise kind("no")
 
     monkeypatch.setattr(api, "measure_speed", fails)
     card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
