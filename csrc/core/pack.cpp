@@ -70,8 +70,8 @@ Linear make_linear(const Layout& layout) {
             throw std::invalid_argument("groups of " + std::to_string(layout.group) + " columns and segments of " +
                                         std::to_string(w.segment) + "; multiples of 16 are served, the one of the other");
         }
-        if ((layout.zero & (layout.zero - 1)) != 0 || layout.zero < 0) {
-            throw std::invalid_argument("a zero of " + std::to_string(layout.zero) + "; 0 and powers of two are served");
+        if (layout.zero < 0 || layout.zero > 255) {
+            throw std::invalid_argument("a zero of " + std::to_string(layout.zero) + "; 0 to 255 are served");
         }
         w.padded_cols = round_up(layout.cols, layout.group == 0 ? w.segment : layout.group);
         w.group = layout.group == 0 ? w.padded_cols : layout.group;

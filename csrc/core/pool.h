@@ -25,6 +25,8 @@ class Member {
  public:
     int index() const { return index_; }
     int count() const { return count_; }
+    // A team of this thread only, for what it does inside a share.
+    Member alone() const { return Member(pool_, index_, 1); }
 
     // Nobody goes on before everyone is here.
     void barrier();

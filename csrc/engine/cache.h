@@ -23,14 +23,13 @@ class Cache {
         plane_ = (plane + 63) / 64 * 64;
         keys_ = Buffer<std::uint8_t>(plane_ * count);
         values_ = Buffer<std::uint8_t>(plane_ * count);
-        if (int8_) scales_ = Buffer<float>(2 * count * capacity_);
+        scales_ = Buffer<float>(2 * count * capacity_);
     }
 
     KeyValues at(int layer, int sequence, int key_head) {
         const std::size_t index = (static_cast<std::size_t>(sequence) * layers_ + layer) * key_heads_ + key_head;
-        float* scales = int8_ ? scales_.data() + 2 * index * capacity_ : nullptr;
-        return {keys_.data() + index * plane_, values_.data() + index * plane_, scales,
-                int8_ ? scales + capacity_ : nullptr};
+        float* scales = scales_.data() + 2 * index * capacity_;
+        return {keys_.data() + index * plane_, values_.data() + index * plane_, scales, scales + capacity_};
     }
 
     int sequences() const { return sequences_; }
@@ -38,7 +37,7 @@ class Cache {
     bool int8() const { return int8_; }
     // Bytes of one position of one sequence.
     std::int64_t bytes_per_position() const {
-        return std::int64_t{2} * layers_ * key_heads_ * (head_dim_ * (int8_ ? 1 : 2) + (int8_ ? 4 : 0));
+        return std::int64_t{2} * layers_ * key_heads_ * (head_dim_ * (int8_ ? 1 : 2) + 4);
     }
 
  private:

@@ -8,42 +8,17 @@ namespace lowbit {
 
 namespace {
 
-constexpr int kRowBlock = 96;       // rows of activations that stay in the second cache
-constexpr int kAhead = 8192;        // bytes of a weight that are fetched before they are needed
+constexpr int kOwnBytes = 5 << 17;  // of a thread's second cache, for what one product leaves to the next
+constexpr int kOwnRows = 48;        // rows that are worth reading all weights for
+constexpr int kLeastRows = 16;      // of the last spans, which end the waiting
+constexpr int kEven = 48;           // rows of whole blocks, of products and of attention
+constexpr int kSpans = 0;           // the counter of spans
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
 
 // Columns of padded results: whole tiles, so that rows begin at cache lines.
 int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
 
-std::int64_t pairs_of(const Linear& w) { return (w.tiles() + 1) / 2; }
-
-// Where this member begins with the weight: memory works while it waits for the others and prepares its row.
-void fetch_ahead(const Linear& w, const Member& member) {
-    const std::uint8_t* from = w.tile(static_cast<int>(2 * member.own_begin(pairs_of(w))));
-    const std::uint8_t* end = w.data.data() + w.data.bytes();
-    for (int i = 0; i < kAhead && from + i < end; i += 64) __builtin_prefetch(from + i);
-}
-
 }  // namespace
-
-void RowsBuffer::shape(const Linear& weight, int planes, int count) {
-    rows.count = count;
-    rows.planes = planes;
-    rows.padded_cols = weight.padded_cols;
-    rows.segment = weight.segment;
-    rows.segments = weight.segment > 0 ? weight.padded_cols / weight.segment : 0;
-    const std::size_t segments = static_cast<std::size_t>(count) * rows.segments;
-    for (int plane = 0; plane < planes; ++plane) {
-        q[plane].reserve(static_cast<std::size_t>(count) * weight.padded_cols);
-        minus[plane].reserve(segments);
-        rows.q[plane] = q[plane].data();
-        rows.minus[plane] = minus[plane].data();
-    }
-    scale.reserve(segments);
-    total.reserve(segments);
-    rows.scale = scale.data();
-    rows.total = total.data();
-}
 
 Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels)
     : model_(std::move(model)), pool_(std::move(pool)), kernels_(kernels) {
@@ -60,7 +35,7 @@ Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool,
     for (Own& own : own_) {
         own.row = Buffer<float>(2 * hidden_);
         own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 3 * m.head_dim);
-        own.scores = Buffer<float>(6 * 64);
+        own.scores = Buffer<float>(attention_memory(query_rows_, m.head_dim));
         own.extremes = Buffer<float>(4 * query_rows_);
         own.first.resize(query_rows_);
         own.last.resize(query_rows_);
@@ -72,16 +47,48 @@ void Decoder::prepare(int count, int wanted, int longest) {
     const std::size_t n = count;
     x_.reserve(n * padded(m.width));
     qkv_.reserve(n * qkv_width_);
-    mlp_.reserve(n * mlp_columns_);
-    added_.reserve(n * padded(m.width));
-    normed_.reserve(std::max<std::size_t>(n, wanted) * hidden_);
     for (std::size_t i = 0; i < m.ropes.size(); ++i) angles_[i].reserve(n * 2 * m.ropes[i].inverse_frequency.size());
     // Where there are fewer queries than threads can share, the pieces are shared too.
     const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads;
     chunks_ = shares < 4 * pool_->threads() ? (longest + kPiece - 1) / kPiece : 1;
-    part_out_.reserve(n * chunks_ * m.query_width());
-    part_max_.reserve(n * chunks_ * m.heads);
-    part_sum_.reserve(n * chunks_ * m.heads);
+    divide(count);
+    const auto reserve = [&](Scratch& scratch, std::size_t rows) {
+        scratch.mlp.reserve(rows * mlp_columns_);
+        scratch.added.reserve(rows * padded(m.width));
+        scratch.part_out.reserve(rows * chunks_ * m.query_width());
+        scratch.part_max.reserve(rows * chunks_ * m.heads);
+        scratch.part_sum.reserve(rows * chunks_ * m.heads);
+        scratch.normed.reserve(rows * hidden_);
+    };
+    if (alone_.empty()) reserve(together_, n);
+    int longest_span = 0;
+    for (const Share& share : alone_) longest_span = std::max(longest_span, share.count);
+    if (longest_span > 0) {
+        for (Own& own : own_) reserve(own.scratch, longest_span);
+    }
+    together_.normed.reserve(static_cast<std::size_t>(wanted) * hidden_);
+}
+
+// A thread that takes some tokens through a layer by itself finds what it wrote in its own cache, and waits for others once
+// a layer. Wider models leave no room there for enough rows, and their weights would be read too often.
+void Decoder::divide(int count) {
+    alone_.clear();
+    const int threads = pool_->threads();
+    const int most = static_cast<int>(std::min<std::int64_t>(kOwnBytes / (std::int64_t{4} * mlp_columns_), 96));
+    if (most < kOwnRows || count < threads * kOwnRows) return;
+    // From the last tokens, which attend to most, in ever smaller spans: threads end together.
+    int end = count;
+    std::size_t item = items_.size();
+    while (end > 0) {
+        int size = std::clamp(end / (2 * threads), kLeastRows, most);
+        if (size > kEven) size -= size % kEven;
+        std::size_t from = item;
+        int rows = 0;
+        while (from > 0 && (rows == 0 || rows + items_[from - 1].count <= size)) rows += items_[--from].count;
+        alone_.push_back({end - rows, rows, static_cast<int>(from), static_cast<int>(item - from)});
+        end -= rows;
+        item = from;
+    }
 }
 
 void Decoder::forward(const Tokens& tokens, Cache& cache, float* logits) {
@@ -127,177 +134,103 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
     member.barrier();
 }
 
-// y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,
-// which is cheaper than waiting for another; several are shared. Ends at a barrier. next: the product after this.
-template <class Row>
-void Decoder::multiply(Member& member, const Product& product, int count, const Row& row, float* y,
-                       std::int64_t stride, Gate gate, const float* residual, const Product* next) {
-    Own& own = own_[member.index()];
-    const bool alone = count == 1;
-    std::vector<RowsBuffer>& buffers = alone ? own.rows : shared_;
-    // Parts that round their input alike share it.
-    const std::size_t parts = product.parts.size();
-    std::size_t kind_of[8], representative[8], kinds = 0;
-    for (std::size_t i = 0; i < parts; ++i) {
-        const Part& part = product.parts[i];
-        std::size_t kind = 0;
-        for (; kind < kinds; ++kind) {
-            const Part& other = product.parts[representative[kind]];
-            if (other.weight->segment == part.weight->segment && other.weight->padded_cols == part.weight->padded_cols &&
-                other.input == part.input)
-                break;
+// x += norm(added)
+void Decoder::add_normed(const Span& span, const Buffer<float>& norm) {
+    const Model& m = *model_;
+    span.member.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            float *x = x_.data() + (span.first + i) * padded(m.width), *added = span.scratch.added.data() + i * padded(m.width);
+            if (norm.size() > 0) kernels_.rms_norm(added, norm.data(), m.width, m.epsilon, added);
+            for (int k = 0; k < m.width; ++k) x[k] += m.residual_scale * added[k];
         }
-        if (kind == kinds) representative[kinds++] = i;
-        kind_of[i] = kind;
-    }
-    if (alone || member.index() == 0) {
-        if (buffers.size() < kinds) buffers.resize(kinds);
-        for (std::size_t kind = 0; kind < kinds; ++kind) {
-            const Part& part = product.parts[representative[kind]];
-            buffers[kind].shape(*part.weight, part.input.planes, count);
-        }
-    }
-    if (!alone) member.barrier();
-
-    const bool keeps = std::any_of(product.parts.begin(), product.parts.end(),
-                                   [](const Part& part) { return is_float(part.weight->code); });
-    const auto prepare_row = [&](std::int64_t i, float* scratch, float* kept) {
-        const float* values = row(static_cast<int>(i), scratch);
-        if (keeps && values != kept) std::memcpy(kept, values, sizeof(float) * product.cols);
-        for (std::size_t kind = 0; kind < kinds; ++kind) {
-            const Part& part = product.parts[representative[kind]];
-            if (is_float(part.weight->code)) continue;
-            const float* from = values;
-            if (!part.input.divisor.empty()) {
-                float* divided = scratch + hidden_;
-                for (int k = 0; k < product.cols; ++k) divided[k] = values[k] / part.input.divisor[k];
-                from = divided;
-            }
-            kernels_.quantize(from, product.cols, buffers[kind].rows, static_cast<int>(i), part.input.fixed,
-                              part.input.whole);
-        }
-    };
-    const float* values = own.row.data();
-    if (alone) {
-        prepare_row(0, own.row.data(), own.row.data());
-    } else {
-        member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i) prepare_row(i, own.row.data(), normed_.data() + i * hidden_);
-        });
-        member.barrier();
-        values = normed_.data();
-    }
-
-    const int blocks = (count + kRowBlock - 1) / kRowBlock;
-    for (std::size_t i = 0; i < parts; ++i) {
-        const Part& part = product.parts[i];
-        const Linear& w = *part.weight;
-        Rows rows = buffers[kind_of[i]].rows;
-        rows.values = values;
-        rows.stride = hidden_;
-        Epilogue e;
-        e.bias = part.bias.size() > 0 ? part.bias.data() : nullptr;
-        e.residual = residual != nullptr ? residual + part.offset : nullptr;
-        e.gate = gate;
-        const std::int64_t pairs = pairs_of(w);
-        const auto run = [&](std::int64_t first, std::int64_t last, int m0, int m1) {
-            const int t0 = static_cast<int>(2 * first), t1 = std::min(static_cast<int>(2 * last), w.tiles());
-            kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
-            if (!part.rest) return;
-            Epilogue more;
-            more.residual = y + part.offset;
-            kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
-        };
-        // A loop has a counter of its own until the next barrier; a product has at most three parts.
-        const int counter = 1 + static_cast<int>(i) % 3;
-        // Enough shares for threads of different speed, few enough that weights are read in long pieces.
-        const std::int64_t grain = std::clamp<std::int64_t>(pairs / (4 * member.count()), 1, 16);
-        if (alone) {
-            member.share_in_runs(counter, pairs, std::max<std::int64_t>(grain / 2, 1),
-                                 [&](std::int64_t first, std::int64_t last) { run(first, last, 0, 1); });
-            continue;
-        }
-        const std::int64_t groups = (pairs + grain - 1) / grain;
-        member.share(counter, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t share = begin; share < end; ++share) {
-                const std::int64_t first = share / blocks * grain;
-                const int m0 = static_cast<int>(share % blocks) * kRowBlock;
-                run(first, std::min(first + grain, pairs), m0, std::min(m0 + kRowBlock, count));
-            }
-        });
-    }
-    if (alone && next != nullptr) fetch_ahead(*next->parts.front().weight, member);
-    member.barrier();
+    });
+    span.member.barrier();
 }
 
-// x += norm(added)
-void Decoder::add_normed(Member& member, int count, const Buffer<float>& norm) {
+// Row `row` of the residual stream, normed.
+const float* Decoder::normed(const Buffer<float>& norm, std::int64_t row, float* out) const {
     const Model& m = *model_;
-    member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t t = begin; t < end; ++t) {
-            float *x = x_.data() + t * padded(m.width), *added = added_.data() + t * padded(m.width);
-            if (norm.size() > 0) kernels_.rms_norm(added, norm.data(), m.width, m.epsilon, added);
-            for (int i = 0; i < m.width; ++i) x[i] += m.residual_scale * added[i];
+    const float* x = x_.data() + row * padded(m.width);
+    if (norm.size() == 0) return x;
+    kernels_.rms_norm(x, norm.data(), m.width, m.epsilon, out);
+    return out;
+}
+
+void Decoder::before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache) {
+    const Layer& layer = model_->layers[index];
+    multiply(span, layer.qkv, [&](int i, float* out) { return normed(layer.attention_norm, span.first + i, out); },
+             qkv_.data() + std::int64_t{span.first} * qkv_width_, qkv_width_, Gate::none, nullptr, &layer.output);
+    rotate_and_append(span, index, tokens, cache);
+}
+
+void Decoder::attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache) {
+    const Model& m = *model_;
+    const Layer& layer = m.layers[index];
+    const int stride = padded(m.width);
+    float* x = x_.data() + std::int64_t{span.first} * stride;
+    // Added to the residual stream at once, unless something happens to it before.
+    const auto add = [&](const Product& product, const Buffer<float>& norm, const RowSource& row, const Product* next) {
+        const bool plain = norm.size() == 0 && m.residual_scale == 1;
+        multiply(span, product, row, plain ? x : span.scratch.added.data(), stride, Gate::none, plain ? x : nullptr, next);
+        if (!plain) add_normed(span, norm);
+    };
+
+    attend(span, index, tokens, cache);
+    add(layer.output, layer.attention_post_norm, [&](int i, float* out) { return attended(span, i, out); },
+        &layer.gate_up);
+    multiply(span, layer.gate_up, [&](int i, float* out) { return normed(layer.mlp_norm, span.first + i, out); },
+             span.scratch.mlp.data(), mlp_columns_, m.gate, nullptr, &layer.down);
+    const bool paired = layer.gate_up.parts.size() == 1;
+    add(layer.down, layer.mlp_post_norm, [&](int i, float* out) -> const float* {
+        const float* row = span.scratch.mlp.data() + std::int64_t{i} * mlp_columns_;
+        if (paired) return row;
+        std::memcpy(out, row, sizeof(float) * layer.down.cols);
+        kernels_.gate(m.gate, out, row + layer.gate_up.parts[1].offset, layer.down.cols);
+        return out;
+    }, index + 1 < static_cast<int>(m.layers.size()) ? &m.layers[index + 1].qkv : &m.head);
+}
+
+void Decoder::read_head(Member& member, const Tokens& tokens, float* logits) {
+    const Model& m = *model_;
+    if (tokens.wanted_count == 0) return;
+    const Span span{member, together_, 0, tokens.wanted_count, 0, 0};
+    multiply(span, m.head, [&](int i, float* out) { return normed(m.final_norm, tokens.wanted[i], out); }, logits,
+             m.vocabulary, Gate::none, nullptr, nullptr);
+    if (m.logit_soft_cap == 0 && m.logit_scale == 1) return;
+    const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
+    member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            float v = logits[i] * m.logit_scale;
+            if (m.logit_soft_cap > 0) v = m.logit_soft_cap * std::tanh(v / m.logit_soft_cap);
+            logits[i] = v;
         }
     });
     member.barrier();
 }
 
 void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* logits) {
-    const Model& m = *model_;
-    const int count = tokens.count, stride = padded(m.width);
-    const auto normed = [&](const Buffer<float>& norm) {
-        return [this, &m, &norm, stride](int i, float* scratch) -> const float* {
-            const float* x = x_.data() + std::int64_t{i} * stride;
-            if (norm.size() == 0) return x;
-            kernels_.rms_norm(x, norm.data(), m.width, m.epsilon, scratch);
-            return scratch;
-        };
+    const int layers = static_cast<int>(model_->layers.size());
+    // What lies between two layers' attention: keys of all tokens are in the cache before any is looked for.
+    const auto stage = [&](const Span& span, int i) {
+        if (i > 0) attention_and_after(span, i - 1, tokens, cache);
+        if (i < layers) before_attention(span, i, tokens, cache);
     };
-    // Added to the residual stream at once, unless something happens to it before.
-    const auto add = [&](const Product& product, const Buffer<float>& norm, const auto& row, const Product* next) {
-        const bool plain = norm.size() == 0 && m.residual_scale == 1;
-        multiply(member, product, count, row, plain ? x_.data() : added_.data(), stride, Gate::none,
-                 plain ? x_.data() : nullptr, next);
-        if (!plain) add_normed(member, count, norm);
-    };
-
     embed(member, tokens);
-    for (std::size_t i = 0; i < m.layers.size(); ++i) {
-        const Layer& layer = m.layers[i];
-        multiply(member, layer.qkv, count, normed(layer.attention_norm), qkv_.data(), qkv_width_, Gate::none, nullptr,
-                 &layer.output);
-        rotate_and_append(member, layer, static_cast<int>(i), tokens, cache);
-        attend(member, layer, static_cast<int>(i), tokens, cache);
-        add(layer.output, layer.attention_post_norm, [this](int t, float* scratch) { return attended(t, scratch); },
-            &layer.gate_up);
-
-        multiply(member, layer.gate_up, count, normed(layer.mlp_norm), mlp_.data(), mlp_columns_, m.gate, nullptr,
-                 &layer.down);
-        const bool paired = layer.gate_up.parts.size() == 1;
-        add(layer.down, layer.mlp_post_norm, [&](int t, float* scratch) -> const float* {
-            const float* row = mlp_.data() + std::int64_t{t} * mlp_columns_;
-            if (paired) return row;
-            std::memcpy(scratch, row, sizeof(float) * layer.down.cols);
-            kernels_.gate(m.gate, scratch, row + layer.gate_up.parts[1].offset, layer.down.cols);
-            return scratch;
-        }, i + 1 < m.layers.size() ? &m.layers[i + 1].qkv : &m.head);
-    }
-    if (tokens.wanted_count == 0) return;
-    const auto last = normed(m.final_norm);
-    multiply(member, m.head, tokens.wanted_count, [&](int i, float* scratch) { return last(tokens.wanted[i], scratch); },
-             logits, m.vocabulary, Gate::none, nullptr, nullptr);
-    if (m.logit_soft_cap > 0 || m.logit_scale != 1) {
-        const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
-        member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                float v = logits[i] * m.logit_scale;
-                if (m.logit_soft_cap > 0) v = m.logit_soft_cap * std::tanh(v / m.logit_soft_cap);
-                logits[i] = v;
+    for (int i = 0; i <= layers; ++i) {
+        if (alone_.empty()) {
+            stage({member, together_, 0, tokens.count, 0, static_cast<int>(items_.size())}, i);
+            continue;
+        }
+        member.share(kSpans, static_cast<std::int64_t>(alone_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t k = begin; k < end; ++k) {
+                const Share& share = alone_[k];
+                Member self = member.alone();
+                stage({self, own_[member.index()].scratch, share.first, share.count, share.first_item, share.items}, i);
             }
         });
         member.barrier();
     }
+    read_head(member, tokens, logits);
 }
 
 }  // namespace lowbit

@@ -27,7 +27,7 @@ struct Tokens {
 struct RowsBuffer {
     Rows rows;
     Buffer<std::int8_t> q[2];
-    Buffer<std::int32_t> minus[2];
+    Buffer<std::int32_t> start[2];
     Buffer<float> scale, total;
 
     void shape(const Linear& weight, int planes, int count);
@@ -50,16 +50,46 @@ class Decoder {
         int token, count;
     };
 
+    // What the rows of a span need between two products.
+    struct Scratch {
+        std::vector<RowsBuffer> rows;  // one for each kind of input of a product
+        Buffer<float> mlp, added, normed;
+        Buffer<float> part_out, part_max, part_sum;
+    };
+
+    // Tokens that a team takes through a layer together: all threads all tokens, or each thread some tokens by itself.
+    struct Span {
+        Member& member;
+        Scratch& scratch;
+        int first, count;  // tokens
+        int first_item, items;
+    };
+
+    // Row `i` of a span, in `scratch` or where it lies.
+    struct RowSource {
+        template <class Row>
+        RowSource(const Row& row)
+            : self(&row), get([](const void* r, int i, float* scratch) -> const float* {
+                  return (*static_cast<const Row*>(r))(i, scratch);
+              }) {}
+        const void* self;
+        const float* (*get)(const void*, int, float*);
+    };
+
     void prepare(int count, int wanted, int longest);
+    void divide(int count);
     void run(Member& member, const Tokens& tokens, Cache& cache, float* logits);
     void embed(Member& member, const Tokens& tokens);
-    template <class Row>
-    void multiply(Member& member, const Product& product, int count, const Row& row, float* y, std::int64_t stride,
-                  Gate gate, const float* residual, const Product* next);
-    void rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
-    void attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache);
-    const float* attended(int token, float* scratch) const;
-    void add_normed(Member& member, int count, const Buffer<float>& norm);
+    void before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache);
+    void attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache);
+    void read_head(Member& member, const Tokens& tokens, float* logits);
+    void multiply(const Span& span, const Product& product, const RowSource& row, float* y, std::int64_t stride, Gate gate,
+                  const float* residual, const Product* next);
+    void rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache);
+    void attend(const Span& span, int index, const Tokens& tokens, Cache& cache);
+    const float* attended(const Span& span, int row, float* out) const;
+    const float* normed(const Buffer<float>& norm, std::int64_t row, float* out) const;
+    void add_normed(const Span& span, const Buffer<float>& norm);
     void rotate(const Rope& rope, const float* angles, float* head) const;
 
     std::shared_ptr<const Model> model_;
@@ -70,14 +100,18 @@ class Decoder {
     // Of the forward at hand.
     std::vector<Item> items_;
     int chunks_ = 1;  // pieces of the positions that are attended by tasks of their own
-    Buffer<float> x_, qkv_, mlp_, added_, normed_;
-    Buffer<float> part_out_, part_max_, part_sum_;
+    Buffer<float> x_, qkv_;
     std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines
-    std::vector<RowsBuffer> shared_;     // one for each kind of input of a product
+    struct Share {
+        int first, count, first_item, items;
+    };
+    std::vector<Share> alone_;  // spans that one thread takes by itself; none: everyone takes all
+    Scratch together_;
     struct Own {
         Buffer<float> row, queries, scores, extremes;
         std::vector<RowsBuffer> rows;
         std::vector<int> first, last;
+        Scratch scratch;
     };
     std::vector<Own> own_;  // of each thread
 };

@@ -48,15 +48,16 @@ void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
     }
 }
 
-void Decoder::rotate_and_append(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
+void Decoder::rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache) {
     const Model& m = *model_;
+    const Layer& layer = m.layers[index];
     AttentionShape shape;
     shape.head_dim = m.head_dim;
     shape.int8 = cache.int8();
     const int heads = m.heads + m.key_heads;
-    member.share(0, std::int64_t{tokens.count} * heads, tokens.count == 1 ? 2 : heads, [&](std::int64_t begin, std::int64_t end) {
+    span.member.share(0, std::int64_t{span.count} * heads, span.count == 1 ? 2 : heads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t t = i / heads;
+            const std::int64_t t = span.first + i / heads;
             const int h = static_cast<int>(i % heads), key_head = h - m.heads;
             float* head = qkv_.data() + t * qkv_width_ + h * m.head_dim;
             const Buffer<float>& norm = key_head < 0 ? layer.query_norm : layer.key_norm;
@@ -71,12 +72,14 @@ void Decoder::rotate_and_append(Member& member, const Layer& layer, int index, c
             }
         }
     });
-    member.barrier();
+    span.member.barrier();
 }
 
-void Decoder::attend(Member& member, const Layer& layer, int index, const Tokens& tokens, Cache& cache) {
+void Decoder::attend(const Span& span, int index, const Tokens& tokens, Cache& cache) {
     const Model& m = *model_;
-    Own& own = own_[member.index()];
+    const Layer& layer = m.layers[index];
+    Own& own = own_[span.member.index()];
+    Scratch& scratch = span.scratch;
     AttentionShape shape;
     shape.head_dim = m.head_dim;
     shape.group = m.heads / m.key_heads;
@@ -84,11 +87,11 @@ void Decoder::attend(Member& member, const Layer& layer, int index, const Tokens
     shape.soft_cap = m.attention_soft_cap;
     shape.int8 = cache.int8();
     const auto first_of = [&](int t) { return layer.window > 0 ? std::max(0, tokens.position[t] + 1 - layer.window) : 0; };
-    const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads * chunks_;
-    member.share(1, shares, 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t shares = std::int64_t{span.items} * m.key_heads * chunks_;
+    span.member.share(1, shares, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t share = begin; share < end; ++share) {
             const int chunk = static_cast<int>(share % chunks_), key_head = static_cast<int>(share / chunks_ % m.key_heads);
-            const Item& item = items_[share / chunks_ / m.key_heads];
+            const Item& item = items_[span.first_item + share / chunks_ / m.key_heads];
             const int rows = item.count * shape.group;
             float* q = own.queries.data();
             float *out = q + query_rows_ * m.head_dim, *piece = out + query_rows_ * m.head_dim;
@@ -121,25 +124,27 @@ void Decoder::attend(Member& member, const Layer& layer, int index, const Tokens
             }
             for (int r = 0; r < rows; ++r) {
                 const int t = item.token + r / shape.group, h = key_head * shape.group + r % shape.group;
-                const std::int64_t at = (std::int64_t{t} * chunks_ + chunk) * m.heads + h;
-                std::memcpy(part_out_.data() + at * m.head_dim, out + r * m.head_dim, sizeof(float) * m.head_dim);
-                part_max_[at] = maximum[r];
-                part_sum_[at] = sum[r];
+                const std::int64_t at = (std::int64_t{t - span.first} * chunks_ + chunk) * m.heads + h;
+                std::memcpy(scratch.part_out.data() + at * m.head_dim, out + r * m.head_dim, sizeof(float) * m.head_dim);
+                scratch.part_max[at] = maximum[r];
+                scratch.part_sum[at] = sum[r];
             }
         }
     });
-    member.barrier();
+    span.member.barrier();
 }
 
 // What all heads of a token attended to, its pieces joined: out [heads, head_dim].
-const float* Decoder::attended(int token, float* out) const {
+const float* Decoder::attended(const Span& span, int row, float* out) const {
     const Model& m = *model_;
+    const Scratch& scratch = span.scratch;
     for (int h = 0; h < m.heads; ++h) {
         float* head = out + h * m.head_dim;
         float maximum = 0, sum = 0;
         for (int c = 0; c < chunks_; ++c) {
-            const std::int64_t at = (std::int64_t{token} * chunks_ + c) * m.heads + h;
-            join({head, &maximum, &sum}, {part_out_.data() + at * m.head_dim, &part_max_[at], &part_sum_[at]}, m.head_dim);
+            const std::int64_t at = (std::int64_t{row} * chunks_ + c) * m.heads + h;
+            join({head, &maximum, &sum},
+                 {scratch.part_out.data() + at * m.head_dim, &scratch.part_max[at], &scratch.part_sum[at]}, m.head_dim);
         }
         for (int d = 0; d < m.head_dim; ++d) head[d] /= sum;
     }

@@ -59,7 +59,8 @@ struct Rows {
     int segments = 0;
     std::int8_t* q[2] = {};       // [count, padded_cols]
     float* scale = nullptr;       // [count, segments]
-    std::int32_t* minus[2] = {};  // [count, segments], minus the sum of q
+    int zero = 0;                 // of the weights that these rows are for
+    std::int32_t* start[2] = {};  // [count, segments], -zero times the sum of q: where the sums of a product begin
     float* total = nullptr;       // [count, segments], of the values: scale * sum
     const float* values = nullptr;  // [count, cols], what float weights multiply
     std::int64_t stride = 0;        // of values
@@ -82,14 +83,20 @@ struct AttentionShape {
     bool int8 = false;
 };
 
-// The keys and values of one sequence and one key head. Keys lie in tiles of 16 positions, [tile][head_dim][16], values
-// plainly, [position][head_dim]. float16, or int8 with one scale a position.
+// The keys and values of one sequence and one key head, int16 or int8 with a scale for each position. What is multiplied in
+// pairs lies in pairs: keys in tiles of 16 positions, [tile][head_dim / 2][16][2], values as [position / 2][head_dim][2].
 struct KeyValues {
     void* keys = nullptr;
     void* values = nullptr;
     float* key_scale = nullptr;
     float* value_scale = nullptr;
 };
+
+// Floats of memory that attention over `rows` queries needs: scores and probabilities of six, the queries as integers.
+inline std::size_t attention_memory(int rows, int head_dim) {
+    const std::size_t padded = (static_cast<std::size_t>(rows) + kTile - 1) / kTile * kTile;
+    return 6 * 64 + padded + 6 * 32 + padded * head_dim / 2;
+}
 
 struct Kernels {
     const char* name;
@@ -106,7 +113,7 @@ struct Kernels {
     void (*rotate)(float* head, const float* angles, int half);
     // Softmax attention of `rows` queries that share one key head; see attention.inl.
     void (*attend)(const AttentionShape&, const KeyValues&, const float* q, int rows, const int* first, const int* last,
-                   float* out, float* maximum, float* denominator, float* scratch);
+                   float* out, float* maximum, float* denominator, float* memory);
     void (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
     // Row r of an 8-bit, 4-bit or float weight.
     void (*unpack_row)(const Linear&, int row, float* out);

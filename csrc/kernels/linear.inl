@@ -48,12 +48,6 @@ LOWBIT_INLINE F load_scale(const std::uint8_t* p, bool wide) {
                 : Simd::load_f16(reinterpret_cast<const std::uint16_t*>(p));
 }
 
-LOWBIT_INLINE int power_of(int zero) {
-    int bits = 0;
-    while ((1 << bits) < zero) ++bits;
-    return bits;
-}
-
 // Fetches the tiles after these, codes and scales alike and in the order of memory, while these are used: one row is as
 // fast as memory, and what a processor fetches by itself stops at every page and tile.
 class Ahead {
@@ -84,8 +78,7 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
     const int segment = kSegment > 0 ? kSegment : w.segment;
     const int lines = segment / (4 * L::kQuads), segments = x.segments, scale_bytes = w.scale_bytes();
     const int segments_in_group = w.group / segment;
-    const bool one_group = w.groups() == 1 && !w.minimum, seeded = w.zero != 0;
-    const int zero_bits = power_of(w.zero);
+    const bool one_group = w.groups() == 1 && !w.minimum;
     B table{};
     if constexpr (code == Code::table4) table = Simd::load_table(w.table);
 
@@ -103,10 +96,9 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
         if constexpr (kM == 1) ahead.step();
         I sum[kPlanes][kM][kT];
         for (int plane = 0; plane < kPlanes; ++plane) {
-            const std::int32_t* minus = x.minus[plane] + std::int64_t{m0} * segments + s;
+            const std::int32_t* begin = x.start[plane] + std::int64_t{m0} * segments + s;
             for (int m = 0; m < kM; ++m) {
-                I start = Simd::all(0);
-                if (seeded) start = Simd::shift_left(Simd::all(minus[m * segments]), zero_bits);
+                const I start = Simd::all(begin[m * segments]);
                 for (int t = 0; t < kT; ++t) sum[plane][m][t] = start;
             }
         }

@@ -20,7 +20,6 @@ struct Simd {
     using B = I;
     static constexpr int kRows = 2;
     static constexpr int kTiles = 1;
-    static constexpr int kWideRows = 4;
 
     LOWBIT_INLINE I pair(__m256i v) { return {v, v}; }
     LOWBIT_INLINE F pair(__m256 v) { return {v, v}; }
@@ -51,6 +50,20 @@ struct Simd {
     }
     LOWBIT_INLINE I dot_small(I sum, B w, B x) { return {dot_half(sum.a, w.a, x.a), dot_half(sum.b, w.b, x.b)}; }
     LOWBIT_INLINE I dot(I sum, B w, B x) { return {dot_whole(sum.a, w.a, x.a), dot_whole(sum.b, w.b, x.b)}; }
+
+    // sum + two products of signed 16-bit integers
+    LOWBIT_INLINE I dot_pairs(I sum, B x, B y) {
+        return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, y.b))};
+    }
+    // 32 bytes as 16-bit integers
+    LOWBIT_INLINE B widen(const std::int8_t* p) {
+        const __m256i bytes = halves_of(p);
+        return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(bytes, 1))};
+    }
+    LOWBIT_INLINE void store_shorts(std::int16_t* p, I v) {
+        const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+    }
 
     // Makes the compiler forget what it knows of a value.
     LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+x"(v.a), "+x"(v.b)); }
@@ -115,11 +128,6 @@ struct Simd {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
     }
     LOWBIT_INLINE F load_bf16(const std::uint16_t* p) { return {widened(eight_halves(p)), widened(eight_halves(p + 8))}; }
-    LOWBIT_INLINE F load_i8(const std::int8_t* p) {
-        const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
-                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
-    }
     LOWBIT_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
     LOWBIT_INLINE F multiply(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
     LOWBIT_INLINE F divide(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }

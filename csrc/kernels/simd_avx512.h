@@ -16,7 +16,6 @@ struct Simd {
     using B = __m512i;  // 64 bytes
     static constexpr int kRows = 6;      // rows and tiles whose sums stay in registers
     static constexpr int kTiles = 2;
-    static constexpr int kWideRows = 12;  // rows where there is one tile
 
     LOWBIT_INLINE B load_bytes(const std::uint8_t* p) { return _mm512_load_si512(p); }
     LOWBIT_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -44,6 +43,20 @@ struct Simd {
         return _mm512_add_epi32(dot_small(sum, low_nibbles(w), x), high);
     }
 #endif
+
+    // sum + two products of signed 16-bit integers
+#ifdef LOWBIT_VNNI
+    LOWBIT_INLINE I dot_pairs(I sum, B a, B b) { return _mm512_dpwssd_epi32(sum, a, b); }
+#else
+    LOWBIT_INLINE I dot_pairs(I sum, B a, B b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+#endif
+    // 32 bytes as 16-bit integers
+    LOWBIT_INLINE B widen(const std::int8_t* p) {
+        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    LOWBIT_INLINE void store_shorts(std::int16_t* p, I v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
+    }
 
     // Makes the compiler forget what it knows of a value.
     LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+v"(v)); }
@@ -81,9 +94,6 @@ struct Simd {
     LOWBIT_INLINE F load_bf16(const std::uint16_t* p) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    LOWBIT_INLINE F load_i8(const std::int8_t* p) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
     LOWBIT_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
     LOWBIT_INLINE F multiply(F a, F b) { return _mm512_mul_ps(a, b); }

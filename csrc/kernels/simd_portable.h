@@ -26,7 +26,6 @@ struct Simd {
     };
     static constexpr int kRows = 2;
     static constexpr int kTiles = 1;
-    static constexpr int kWideRows = 2;
 
     template <class T, class Function>
     LOWBIT_INLINE T each(const Function& f) {
@@ -69,6 +68,26 @@ struct Simd {
         return sum;
     }
     LOWBIT_INLINE I dot_small(I sum, const B& w, const B& x) { return dot(sum, w, x); }
+
+    // sum + two products of signed 16-bit integers
+    LOWBIT_INLINE I dot_pairs(I sum, const B& a, const B& b) {
+        std::int16_t x[32], y[32];
+        std::memcpy(x, a.v, 64);
+        std::memcpy(y, b.v, 64);
+        for (int i = 0; i < 16; ++i) sum.v[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+        return sum;
+    }
+    // 32 bytes as 16-bit integers
+    LOWBIT_INLINE B widen(const std::int8_t* p) {
+        std::int16_t wide[32];
+        for (int i = 0; i < 32; ++i) wide[i] = p[i];
+        B out;
+        std::memcpy(out.v, wide, 64);
+        return out;
+    }
+    LOWBIT_INLINE void store_shorts(std::int16_t* p, const I& v) {
+        for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(v.v[i]);
+    }
 
     // Makes the compiler forget what it knows of a value.
     LOWBIT_INLINE void keep(B& b) {
@@ -158,9 +177,6 @@ struct Simd {
     }
     LOWBIT_INLINE F load_bf16(const std::uint16_t* p) {
         return each<F>([&](int i) { return from_bits(static_cast<std::uint32_t>(p[i]) << 16); });
-    }
-    LOWBIT_INLINE F load_i8(const std::int8_t* p) {
-        return each<F>([&](int i) { return static_cast<float>(p[i]); });
     }
     LOWBIT_INLINE F add(F a, F b) {
         return each<F>([&](int i) { return a.v[i] + b.v[i]; });

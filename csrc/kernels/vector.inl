@@ -141,7 +141,7 @@ void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool
         std::int32_t total = 0;
         for (int plane = 0; plane < out.planes; ++plane) {
             const std::int32_t sum = Simd::sum(sums[plane]);
-            out.minus[plane][index] = -sum;
+            out.start[plane][index] = -out.zero * sum;
             total = total * 128 + sum;
         }
         out.total[index] = scale * static_cast<float>(total);

@@ -117,7 +117,7 @@ def test_long_contexts_are_shared_by_threads(name: str, packed_folder: Folder) -
         assert apart(torch.from_numpy(last), right[-1:]) < EXACT
 
 
-@pytest.mark.parametrize("cache", ["fp16", "int8"])
+@pytest.mark.parametrize("cache", ["int16", "int8"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama-wide"])
 def test_logits_depend_on_the_sequence_alone(name: str, cache: str, packed_folder: Folder) -> None:
     """Bit for bit: not on what runs beside it, nor on how it is cut, nor on the number of threads, at any length."""
@@ -156,7 +156,7 @@ def test_every_instruction_set(isa: str, packed_folder: Folder) -> None:
     ):
         folder = packed_folder(name, recipe)
         right = reference(loaded(folder), tokens(65))
-        for cache, bound in (("fp16", EXACT), ("int8", ROUNDED)):
+        for cache, bound in (("int16", EXACT), ("int8", ROUNDED)):
             engine = Engine.open(folder, threads=2, isa=isa, cache=cache)
             assert apart(engine.logits(tokens(65)), right) < bound
             assert engine.describe().isa == isa
@@ -164,7 +164,7 @@ def test_every_instruction_set(isa: str, packed_folder: Folder) -> None:
 
 def test_an_int8_cache_is_smaller_and_near(packed_folder: Folder) -> None:
     folder = packed_folder("mistral", "int4:g32")
-    wide, small = (Engine.open(folder, threads=1, cache=c) for c in ("fp16", "int8"))
+    wide, small = (Engine.open(folder, threads=1, cache=c) for c in ("int16", "int8"))
     ids = tokens(300)
     assert apart(small.logits(ids), wide.logits(ids)) < ROUNDED
     assert small.describe().cache_bytes_per_token < 0.6 * wide.describe().cache_bytes_per_token
@@ -229,7 +229,7 @@ def test_wrong_options_say_what_there_is(packed_folder: Folder) -> None:
     folder = packed_folder("llama", "int4:g32")
     for options, reason in (
         ({"activations": "int4"}, "exact, int8"),
-        ({"cache": "fp8"}, "fp16, int8"),
+        ({"cache": "fp8"}, "int16, int8"),
         ({"threads": 0}, "1 or more"),
         ({"isa": "sse"}, "portable"),
     ):

@@ -98,6 +98,6 @@ SensitivityFile = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")]
 CacheType = Annotated[
     str | None,
-    typer.Option("--cache", help="Keys and values as fp16, or as int8: half the memory.", show_default="fp16"),
+    typer.Option("--cache", help="Keys and values as int16, or as int8: half the memory.", show_default="int16"),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine.", show_default="all cores")]

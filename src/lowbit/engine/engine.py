@@ -34,7 +34,7 @@ class Engine:
         tokenizer: TextTokenizer | None,
         eos: frozenset[int],
         activations: str = "exact",
-        cache: str = "fp16",
+        cache: str = "int16",
         threads: int | None = None,
         isa: str = "",
     ) -> None:
@@ -45,7 +45,7 @@ class Engine:
     def open(
         model: str | Path | nn.Module,
         activations: str = "exact",
-        cache: str = "fp16",
+        cache: str = "int16",
         threads: int | None = None,
         isa: str = "",
         tokenizer: Any = None,
@@ -53,7 +53,8 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: keys and values as "fp16" or "int8".
+        recipe says how their inputs are rounded get that in either case. cache: keys and values as "int16"
+        or "int8", with a scale for each position and head; int16 is finer than float16.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 

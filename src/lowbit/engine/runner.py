@@ -18,7 +18,7 @@ from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
 
-CACHES = ("fp16", "int8")
+CACHES = ("int16", "int8")
 MOST_THREADS = 1024
 
 Piece = tuple[int, Sequence[int], int]
