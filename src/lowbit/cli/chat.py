@@ -31,9 +31,10 @@ def chat(
 
     /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Lines may come from a file or a pipe.
     """
+    sampling, stop = how.sampling(), how.stops()
     with console.stderr().status("loading"):
         generator = console.generator(model, **how.engine())
-    talk = generator.conversation(system, **how.sampling())
+    talk = generator.conversation(system, **sampling)
     if sys.stdin.isatty():
         console.dim(_HELP)
     while (line := _line()) is not None and line != "/exit":
@@ -42,7 +43,7 @@ def chat(
         elif line.startswith("/"):
             console.dim(f"there is no {line.split()[0]}; {_HELP}")
         elif line:
-            _answer(talk.ask, line, max_new_tokens, how.stop or [])
+            _answer(talk.ask, line, max_new_tokens, stop)
 
 
 def _line() -> str | None:
@@ -54,11 +55,17 @@ def _line() -> str | None:
 
 
 def _answer(ask: Callable[..., Any], line: str, limit: int, stop: list[str]) -> None:
+    from lowbit.errors import EngineError
+
     try:
         result = ask(line, show, limit, stop)
         rate = f"{result.tokens_per_second:.0f} tokens/s, " if len(result.tokens) > 1 else ""
         said = f"{len(result.tokens)} tokens, {rate}first token {result.first_seconds:.2f} s"
     except KeyboardInterrupt:
         said = "stopped"
+    except EngineError as error:  # such as a conversation that has grown too long, which /reset mends
+        if not sys.stdin.isatty():
+            raise
+        said = str(error)
     show("\n")
     console.dim(said)

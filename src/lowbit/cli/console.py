@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _FILE_WIDTH = 140  # columns when the output is no terminal, so that names in a log or a pipe stay whole
+
+
+def prepare_streams() -> None:
+    """Standard streams that take any text: one that is closed goes nowhere, and characters that an encoding lacks, such as
+    an emoji in a pipe on Windows, become `?` rather than an error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def stdout() -> Console:

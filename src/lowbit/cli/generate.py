@@ -30,11 +30,12 @@ def generate(
     The Llama family runs in lowbit's own engine, any other model in transformers. Several prompts are answered side
     by side and printed one after another.
     """
+    sampling, stop = how.sampling(), how.stops()
     with console.stderr().status("loading"):
         generator = console.generator(model, **how.engine())
     alone = len(prompt) == 1
     results = generator.generate(
-        prompt, max_new_tokens=max_new_tokens, stop=how.stop or (), raw=raw,
-        stream=(lambda piece, index: show(piece)) if alone else None, **how.sampling(),
+        prompt, max_new_tokens=max_new_tokens, stop=stop, raw=raw,
+        stream=(lambda piece, index: show(piece)) if alone else None, **sampling,
     )  # fmt: skip
     sys.stdout.write("\n" if alone else "\n\n".join(r.text for r in results) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ import typer
 from lowbit.cli.options import CacheType, Threads
 
 _ENGINE = ("activations", "cache", "threads")
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Generation:
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers when the temperature is above 0.")] = 0
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End the answer before this text; may be given again.", show_default=False),
+        typer.Option(
+            help=r"End the answer before this text, in which \n is a new line, \t a tab and \\ a backslash; may be given again.",
+            show_default=False,
+        ),
     ] = None
     activations: Annotated[
         str | None,
@@ -51,8 +56,18 @@ class Generation:
         return {name: getattr(self, name) for name in _ENGINE}
 
     def sampling(self) -> dict[str, Any]:
-        """Fields of `Sampling`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop")}
+        """Fields of `Sampling`. RecipeError for what they cannot be, before a model is loaded."""
+        from lowbit.engine.request import sampling_of
+
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop")}
+        sampling_of(found)
+        return found
+
+    def stops(self) -> list[str]:
+        """The strings that end an answer, as a shell cannot easily write them. RecipeError for empty ones."""
+        from lowbit.engine.request import stop_strings
+
+        return stop_strings([re.sub(r"\\([nt\\])", lambda m: _ESCAPES[m[1]], text) for text in self.stop or ()])
 
 
 def with_generation(command: Callable[..., None]) -> Callable[..., None]:
