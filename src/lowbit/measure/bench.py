@@ -111,7 +111,7 @@ def bench(
     model: Model | Sequence[Model],
     *,
     beside: Model | Sequence[Model] | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     gguf: Sequence[str | Path] | str | Path = (),
     llama_bench: str | None = None,
     programs: Mapping[str, str] | None = None,
@@ -125,18 +125,20 @@ def bench(
     """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
 
     model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
-    transformers. beside: one or several models that transformers runs, in `dtype`. gguf: files for llama.cpp, run by the
+    transformers. beside: one or several models that transformers runs, in `dtype`, float32 when None. gguf: files for llama.cpp, run by the
     program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `contestants.of_program`; only
     with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
     of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
 
-    EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be.
+    EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be, and for
+    a `dtype` that nobody computes in.
     """
     if rounds < 1:
         raise RecipeError(f"rounds={rounds}; measure 1 or more")
     if threads is not None and threads < 1:
         raise RecipeError(f"threads={threads}; give 1 or more, or nothing for all cores")
     as_dtype(dtype)
+    theirs = dtype or "float32"
     program = _llama_bench(gguf, llama_bench)
     count = threads or _cores()
     options = {"cache": cache} if cache is not None else {}
@@ -148,8 +150,13 @@ def bench(
         for one in _listed(model):
             for kind in kinds:
                 wanted = {**options, **({} if kind is None else {"activations": kind})}
-                found.append(_contestant(one, wanted, count, dtype))
-        found += [_in_transformers(one, dtype) for one in ([] if beside is None else _listed(beside))]
+                found.append(_contestant(one, wanted, count, theirs))
+        found += [_in_transformers(one, theirs) for one in ([] if beside is None else _listed(beside))]
+        # The engine has threads of its own, and a module in memory its own type and no name to open it by again.
+        if dtype is not None and not any(each.threads is None and each.first is not None for each in found):
+            raise RecipeError(
+                f"dtype={dtype} would be ignored, as transformers loads no model here; leave it out, or add beside=..."
+            )
         found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
         found += [of_program(name, command) for name, command in (programs or {}).items()]
         module = core()
