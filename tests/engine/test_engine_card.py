@@ -57,7 +57,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_engine_that_generate_runs(packed_folder: Any, float_folder: Any, started: list[Any]) -> None:
     folder = packed_folder("llama-tied", "int4:g32")
     card = lowbit.evaluate(folder, float_folder("llama-tied"), **HOW)
-    assert card.speed is not None and card.speed.skipped is None
+    assert card.speed is not None and card.speed.skipped is None and card.speed.not_engine is None
     assert card.speed.program == str(Engine.open(folder).describe())
     assert card.speed.base_program in ("transformers, float32", "transformers, bfloat16")
     assert all(
@@ -79,9 +79,9 @@ def test_a_float_model_is_the_engines_too(float_folder: Any) -> None:
 def test_transformers_in_the_type_that_generate_loads(gpt2: Path, started: list[Any]) -> None:
     card = lowbit.evaluate(gpt2, **HOW)
     assert card.speed is not None and card.speed.program is not None and card.speed.model is not None
-    assert card.speed.program.startswith(
-        "transformers, bfloat16, not the engine: the engine does not know models of type"
-    )
+    assert card.speed.program == "transformers, bfloat16"
+    assert card.speed.not_engine is not None and "models of type 'gpt2'" in card.speed.not_engine
+    assert dict(card_lines(card))["  not the engine"] == card.speed.not_engine
     assert started == [("transformers", {"model": str(gpt2), "dtype": "bfloat16"})]
 
 

@@ -40,8 +40,8 @@ class Rates:
 class Speed:
     """Speed of a model, beside the base model, and the settings as they were after fitting the model.
 
-    `program` and `base_program`: what ran them, such as "engine (avx2, 2 threads)" or "transformers, float32".
-    When the model cannot generate, `skipped` says why and the rest is None.
+    `program` and `base_program`: what ran them, such as "engine (avx2, 2 threads)" or "transformers, float32"; `not_engine`:
+    why it was not the engine, where that would have been tried. When the model cannot generate, `skipped` says why and the rest is None.
     """
 
     settings: SpeedSettings | None = None
@@ -50,6 +50,7 @@ class Speed:
     skipped: str | None = None
     program: str | None = None
     base_program: str | None = None
+    not_engine: str | None = None
 
     def ratio(self, name: str) -> float | None:
         """How many times as fast as the base: `name` is decode, prefill or batch."""
@@ -78,7 +79,7 @@ def measure_speed(
     with torch_threads(mine.threads):
         found = take_turns([each.probes(settings) for each in every], settings.repeats, progress)
     rates = [Rates(**{name: statistics.median(values) for name, values in one.items()}) for one in found]
-    said = mine.name + (f", not the engine: {mine.note}" if mine.note else "")
-    if base is None:
-        return Speed(settings, rates[0], program=said)
-    return Speed(settings, rates[1], rates[0], None, said, others[0].name)
+    return Speed(
+        settings, rates[-1], None if base is None else rates[0], program=mine.name,
+        base_program=None if base is None else others[0].name, not_engine=mine.note or None,
+    )  # fmt: skip

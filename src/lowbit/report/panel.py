@@ -126,6 +126,8 @@ def _speed_lines(card: Card) -> list[tuple[str, str]]:
     if speed.program is not None:
         beside = "" if speed.base_program is None else f"; the float model by {speed.base_program}"
         lines.append(("  run by", speed.program + beside))
+    if speed.not_engine is not None:
+        lines.append(("  not the engine", speed.not_engine))
     return lines
 
 
