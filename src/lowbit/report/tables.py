@@ -172,7 +172,7 @@ def _caption(rows: Sequence[CompareRow]) -> str | None:
     for row in rows:
         if row.card is not None and row.card.text is not None:
             text = row.card.text
-            windows = f"{text.windows} windows of {text.length} tokens"
+            windows = f"{text.windows} window{'s' * (text.windows != 1)} of {text.length} tokens"
             caption = f"{row.card.parts.model} on {text.name}, {windows}; KL in nats per token"
             return "; ".join([caption, *_programs(rows)])
     return None
