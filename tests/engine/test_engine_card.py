@@ -115,6 +115,18 @@ def test_a_failure_to_measure_speed_leaves_the_rest(
     assert dict(card_lines(card))["speed"] == "not measured: no"
 
 
+def test_a_fresh_process_that_fails_costs_the_memory_alone(
+    packed_folder: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise LowbitError("killed")
+
+    monkeypatch.setattr(contestants, "startup", fails)
+    card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
+    assert card.speed is not None and card.speed.model is not None and card.run_peak is None
+    assert "memory while running is not measured: killed" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["quality", "speed"])
 def test_quantize_ends_well_when_measuring_does_not(
     where: str, float_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -40,6 +41,8 @@ from lowbit.pipeline.loading import as_dtype, load
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
+
+_log = logging.getLogger("lowbit")
 
 # Of running a model: lowbit's own, the system's, and those that PyTorch raises, out of memory among them.
 _FAILURES = (LowbitError, OSError, MemoryError, RuntimeError)
@@ -87,22 +90,30 @@ def evaluate(
         name = model.folder if isinstance(model, Quantized) else model
         what = name if _loaded_here(model) and name is not None else subject
         cast = _loaded_here(model) and not isinstance(against, nn.Module)
-        try:
-            rates, run_peak = _speed(
-                what, subject, base.to(faster_type(base)) if cast and base else base, tok, settings
-            )
-        except _FAILURES as error:  # what was measured before stands
-            rates = Speed(skipped=str(error) or type(error).__name__)
+        rates, run_peak = _speed(what, subject, base, cast, tok, settings)
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
 def _speed(
-    model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, tokenizer: Any, settings: SpeedSettings
-) -> tuple[Speed, int | None]:
-    """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token."""
-    program = as_generated(model, subject, tokenizer)
-    found = measure_speed(program, base=base, settings=settings)
-    return found, None if program.first is None or found.model is None else program.first().peak
+    model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
+    settings: SpeedSettings,
+) -> tuple[Speed, int | None]:  # fmt: skip
+    """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
+
+    cast: the base may be given its faster type. What fails is said, and what was measured before stands.
+    """
+    try:
+        program = as_generated(model, subject, tokenizer)
+        if base is not None and cast:
+            base.to(faster_type(base))
+        found = measure_speed(program, base=base, settings=settings)
+    except _FAILURES as error:
+        return Speed(skipped=str(error) or type(error).__name__), None
+    try:
+        return found, None if program.first is None or found.model is None else program.first().peak
+    except LowbitError as error:
+        _log.warning("memory while running is not measured: %s", error)
+        return found, None
 
 
 def compare(
