@@ -20,6 +20,7 @@ from lowbit import Engine
 from lowbit.cli.main import app
 from lowbit.engine.results import Generated
 from lowbit.errors import EngineError
+from lowbit.kernels.core import core
 from tiny import save_tiny
 
 Folder = Callable[..., Path]
@@ -62,6 +63,14 @@ def test_every_option_reaches_the_engine(folder: Path) -> None:
     engine = Engine.open(folder, activations="int8", cache="int8")
     right = engine.generate("the cat", stop=["x", "yz"], **options)
     assert run("generate", folder, "the cat", *words, *more).stdout == right.text + "\n"
+
+
+def test_more_threads_than_cores_are_said_to_be_slower(folder: Path) -> None:
+    module = core()
+    assert module is not None
+    cores = module.features()["cores"]
+    found = run("generate", folder, "the cat", "--max-new-tokens", 2, "--threads", cores + 1)
+    assert found.exit_code == 0 and f"{cores + 1} threads); this machine has {cores} cores" in found.stderr
 
 
 def test_several_prompts(folder: Path) -> None:

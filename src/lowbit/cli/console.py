@@ -75,7 +75,7 @@ def generator(model: str, **options: Any) -> Any:
     given = {key: value for key, value in options.items() if value is not None}
     try:
         found: Any = Engine.open(model, **given)
-        said = str(found.describe())
+        said = str(found.describe()) + _too_many(given.get("threads") or 0)
     except EngineError as error:
         if given:
             raise EngineError(
@@ -88,6 +88,15 @@ def generator(model: str, **options: Any) -> Any:
         said = str(found)
     dim(said)
     return found
+
+
+def _too_many(threads: int) -> str:
+    """What is to be said of more threads than cores: they wait for each other."""
+    from lowbit.kernels.core import core
+
+    module = core()
+    cores = 0 if module is None else module.features()["cores"]
+    return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
 
 
 def dim(text: str) -> None:
