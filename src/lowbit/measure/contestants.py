@@ -90,6 +90,8 @@ def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None 
 
 def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = None, note: str = "") -> Contestant:
     """`of_module`, by the name of the type that it computes in, such as "transformers, float32"."""
+    if not getattr(model, "can_generate", bool)():
+        raise SourceError(f"a {type(model).__name__} does not generate text")
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return of_module(model, f"transformers, {str(own).removeprefix('torch.')}", open_again, note)
 

@@ -24,7 +24,7 @@ from lowbit.measure.quality import Progress
 from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 
 STANDARD = SpeedSettings()
-SHORT = SpeedSettings(new=24, batch=0, repeats=2)
+SHORT = SpeedSettings(new=16, batch=0)
 
 
 @dataclass(frozen=True)
