@@ -4,7 +4,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <map>
+#include <optional>
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
@@ -125,6 +127,36 @@ Model model_of(const nb::dict& values) {
     return m;
 }
 
+// Runs Python's handlers of signals, such as that of Ctrl-C, while a forward goes on: now and then, as it takes the
+// interpreter from other threads. Python runs them in its main thread only, so no other asks.
+class Signals {
+ public:
+    Signals() {
+        const nb::object main = nb::module_::import_("threading").attr("main_thread")();
+        if (nb::cast<unsigned long>(main.attr("ident")) != PyThread_get_thread_ident()) next_ = Clock::time_point::max();
+    }
+
+    // Whether a handler raised an error. The interpreter is not held.
+    bool look() {
+        if (Clock::now() < next_) return false;
+        const nb::gil_scoped_acquire held;
+        if (PyErr_CheckSignals() != 0) error_.emplace();
+        next_ = Clock::now() + kPause;
+        return error_.has_value();
+    }
+
+    void raise() {
+        if (error_) throw std::move(*error_);
+    }
+
+ private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr auto kPause = std::chrono::milliseconds(50);
+
+    Clock::time_point next_ = Clock::now() + kPause;
+    std::optional<nb::python_error> error_;
+};
+
 using Ids = Array<std::int32_t, 1>;
 
 void forward(Decoder& self, Cache& cache, const Ids& ids, const Ids& sequence, const Ids& position, const Ids& wanted,
@@ -148,8 +180,12 @@ void forward(Decoder& self, Cache& cache, const Ids& ids, const Ids& sequence, c
     tokens.position = position.data();
     tokens.wanted = wanted.data();
     tokens.wanted_count = static_cast<int>(wanted.shape(0));
-    const nb::gil_scoped_release released;
-    self.forward(tokens, cache, logits.data());
+    Signals signals;
+    {
+        const nb::gil_scoped_release released;
+        if (self.forward(tokens, cache, logits.data(), [&] { return signals.look(); })) return;
+    }
+    signals.raise();
 }
 
 }  // namespace
@@ -176,7 +212,8 @@ void bind_decoder(nb::module_& m) {
         .def("forward", &forward, nb::arg("cache"), nb::arg("ids").noconvert(), nb::arg("sequence").noconvert(),
              nb::arg("position").noconvert(), nb::arg("wanted").noconvert(), nb::arg("logits").noconvert(),
              "Runs tokens (int32: ids, their sequences and positions) and writes the logits [len(wanted), vocabulary] of the "
-             "tokens whose indices are wanted. Tokens of one sequence stand together, in order.");
+             "tokens whose indices are wanted. Tokens of one sequence stand together, in order. An error that a handler of "
+             "signals raises meanwhile, as that of Ctrl-C does, ends it; run the same tokens again then.");
     nb::class_<Random>(m, "Random", "Random numbers, the same on every machine.").def(nb::init<std::uint64_t>(), nb::arg("seed"));
     m.def(
         "sample",

@@ -95,6 +95,7 @@ void Pool::reset_counters() {
 
 void Pool::run_erased(Function function, const void* job) {
     std::lock_guard one(callers_);
+    dropped_.store(false, std::memory_order_relaxed);
     Member self(*this, 0, threads_);
     if (threads_ == 1) {
         function(job, self);

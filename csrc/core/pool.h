@@ -44,6 +44,11 @@ class Member {
     std::int64_t own_begin(std::int64_t total) const { return run_of(total) * index_; }
     std::int64_t own_end(std::int64_t total) const { return run_of(total) * (index_ + 1); }
 
+    // From here on the shares of this run are handed out no more, to anyone: threads pass their barriers and end. What was
+    // not computed holds what it held before.
+    void drop();
+    bool dropped() const;
+
  private:
     friend class Pool;
     std::int64_t run_of(std::int64_t total) const { return total * 3 / 4 / count_; }
@@ -103,19 +108,23 @@ class Pool {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<bool> sense_{false};
     alignas(64) std::atomic<int> asleep_{0};
+    alignas(64) std::atomic<bool> dropped_{false};
     Counter counters_[kCounters];
 };
+
+inline void Member::drop() { pool_.dropped_.store(true, std::memory_order_relaxed); }
+inline bool Member::dropped() const { return pool_.dropped_.load(std::memory_order_relaxed); }
 
 template <class Body>
 void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
     if (count_ == 1) {
-        if (total > 0) body(std::int64_t{0}, total);
+        if (total > 0 && !dropped()) body(std::int64_t{0}, total);
         return;
     }
     auto& next = pool_.counters_[counter].next;
     for (;;) {
         const std::int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-        if (first >= total) return;
+        if (first >= total || dropped()) return;
         const std::int64_t last = first + grain < total ? first + grain : total;
         body(first, last);
     }
@@ -123,7 +132,7 @@ void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& b
 
 template <class Body>
 void Member::share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
-    if (count_ > 1 && own_end(total) > own_begin(total)) body(own_begin(total), own_end(total));
+    if (count_ > 1 && own_end(total) > own_begin(total) && !dropped()) body(own_begin(total), own_end(total));
     const std::int64_t shared = count_ > 1 ? run_of(total) * count_ : 0;
     share(counter, total - shared, grain, [&](std::int64_t begin, std::int64_t end) { body(shared + begin, shared + end); });
 }

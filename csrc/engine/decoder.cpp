@@ -91,7 +91,7 @@ void Decoder::divide(int count) {
     }
 }
 
-void Decoder::forward(const Tokens& tokens, Cache& cache, float* logits) {
+bool Decoder::forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted) {
     const Model& m = *model_;
     items_.clear();
     const int together = std::max(1, query_rows_ / (m.heads / m.key_heads));
@@ -106,7 +106,17 @@ void Decoder::forward(const Tokens& tokens, Cache& cache, float* logits) {
         }
     }
     prepare(tokens.count, tokens.wanted_count, longest);
+    interrupted_ = &interrupted;
+    stopped_ = false;
     pool_->run([&](Member& member) { run(member, tokens, cache, logits); });
+    return !stopped_;
+}
+
+// The first member is the thread that called.
+void Decoder::look(Member& member) {
+    if (member.index() != 0 || stopped_ || !(*interrupted_)()) return;
+    stopped_ = true;
+    member.drop();
 }
 
 void Decoder::embed(Member& member, const Tokens& tokens) {

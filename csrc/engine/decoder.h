@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -37,8 +38,10 @@ class Decoder {
  public:
     Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels);
 
-    // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions.
-    void forward(const Tokens& tokens, Cache& cache, float* logits);
+    // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions. interrupted: asked again and
+    // again by the thread that called, while more than one token is run; once it says so the rest is left out, and the result
+    // is false: logits, and keys and values at the positions of these tokens, are then worth nothing. All else is as before.
+    bool forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted);
 
     const Model& model() const { return *model_; }
 
@@ -79,6 +82,7 @@ class Decoder {
     void prepare(int count, int wanted, int longest);
     void divide(int count);
     void run(Member& member, const Tokens& tokens, Cache& cache, float* logits);
+    void look(Member& member);
     void embed(Member& member, const Tokens& tokens);
     void before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache);
     void attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache);
@@ -99,6 +103,8 @@ class Decoder {
 
     // Of the forward at hand.
     std::vector<Item> items_;
+    const std::function<bool()>* interrupted_ = nullptr;
+    bool stopped_ = false;  // of the thread that called
     int chunks_ = 1;  // pieces of the positions that are attended by tasks of their own
     Buffer<float> x_, qkv_;
     std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines

@@ -135,6 +135,7 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
         }
         const std::int64_t groups = (pairs + grain - 1) / grain;
         member.share(counter, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+            look(member);
             for (std::int64_t share = begin; share < end; ++share) {
                 const std::int64_t first = share / blocks * grain;
                 const int m0 = static_cast<int>(share % blocks) * kRowBlock;

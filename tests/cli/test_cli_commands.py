@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.cli.job import default_folder
 from lowbit.cli.main import app
-from lowbit.cli.quantize import default_folder
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
 from tiny import save_tiny

@@ -195,6 +195,8 @@ def test_what_cannot_be_is_an_error_before_anything_is_measured(
         ({"rounds": 0}, RecipeError, "rounds=0"),
         ({"threads": 0}, RecipeError, "threads=0"),
         ({"dtype": "int7"}, RecipeError, "int7"),
+        ({"dtype": "bfloat16"}, RecipeError, "dtype=bfloat16 would be ignored"),
+        ({"dtype": "bfloat16", "beside": build_model("llama")}, RecipeError, "dtype=bfloat16 would be ignored"),
         ({"activations": []}, RecipeError, "no activations"),
         ({"llama_bench": str(llama_bench[0])}, RecipeError, "without a GGUF file"),
         ({"gguf": tmp_path / "none.gguf"}, SourceError, "no such GGUF file"),
@@ -273,7 +275,7 @@ def test_the_command_prints_a_table_markdown_or_json(monkeypatch: pytest.MonkeyP
     assert found.exit_code == 0, found.output
     progress = asked.pop("progress")
     assert callable(progress) and asked == {
-        "models": ["x", "y"], "beside": ["z"], "programs": {"peer": "run it"}, "dtype": "float32", "gguf": [Path("f.gguf")], "llama_bench": "l",
+        "models": ["x", "y"], "beside": ["z"], "programs": {"peer": "run it"}, "dtype": None, "gguf": [Path("f.gguf")], "llama_bench": "l",
         "activations": ["int8", "exact"], "cache": None, "threads": 2, "rounds": 7,
     }  # fmt: skip
     assert "| lowbit x | 150 | 81% | 1000 | 45% | 0.50 | 80 | 90 |" in found.stdout

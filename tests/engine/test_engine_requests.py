@@ -144,8 +144,10 @@ def test_threads_that_cannot_be(threads: Any, packed_folder: Folder) -> None:
 
 def test_zero_temperature_and_the_penalty(engine: Engine) -> None:
     greedy = engine.generate("the cat", max_new_tokens=40)
-    same = engine.generate("the cat", max_new_tokens=40, top_k=3, top_p=0.5, seed=9)
+    same = engine.generate("the cat", max_new_tokens=40, top_k=1, seed=9)
     assert same.tokens == greedy.tokens  # without a temperature nothing is drawn
+    with pytest.raises(RecipeError, match="top_k and top_p would be ignored at temperature 0"):
+        engine.generate("the cat", top_k=3, top_p=0.5)
     one = engine.generate("the cat", max_new_tokens=40, temperature=1.0, top_k=1, seed=9)
     assert one.tokens == greedy.tokens
     strong = engine.generate("the cat", max_new_tokens=40, repetition_penalty=1e6)

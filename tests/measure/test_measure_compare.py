@@ -6,7 +6,7 @@ import math
 import pytest
 from measure_models import perturbed, tiny_llama
 
-from lowbit.errors import RecipeError
+from lowbit.errors import EngineError, RecipeError
 from lowbit.interchange.text import load_text
 from lowbit.measure.card import CardParts
 from lowbit.measure.compare import CompareRow, compare
@@ -69,13 +69,23 @@ def test_progress_and_rows_arrive_in_order(windows):
     assert tuple(rows) == found
 
 
-def test_speed_beside_the_base(windows, tokenizer):
+def test_speed_beside_the_base(windows):
     settings = SpeedSettings(prompt=4, new=3, prefill=8, batch=0, repeats=1)
-    rows = compare(["little", "much"], build, tiny_llama(), BASE, windows, tokenizer=tokenizer, speed=settings)
+    rows = compare(["little", "much"], build, tiny_llama(), BASE, windows, speed=settings)
     speeds = [row.card.speed for row in rows]
     assert speeds[0].model.decode == pytest.approx((speeds[1].base.decode + speeds[2].base.decode) / 2)
     assert speeds[0].ratio("decode") == 1.0
     assert all(each.settings == settings for each in speeds)
+    assert markdown_compare(rows).endswith("; speed by transformers, float32; float by transformers, float32\n")
+
+
+def test_a_program_that_does_not_run_costs_the_speed_and_nothing_else(windows):
+    def program(model):
+        raise EngineError("out of order")
+
+    rows = compare(["little"], build, tiny_llama(), BASE, windows, speed=SpeedSettings(), program=program)
+    assert rows[1].card.quality is not None and rows[1].card.speed.skipped == "out of order"
+    assert rows[0].card.speed is None and "speed by" not in markdown_compare(rows)
 
 
 def test_records_and_markdown(windows):

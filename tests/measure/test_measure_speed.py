@@ -4,8 +4,10 @@ import pytest
 import torch
 from measure_models import tiny_bert, tiny_llama, tiny_t5
 
-from lowbit.measure import speed
-from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, greedy_times, measure_speed
+from lowbit.measure import contestants
+from lowbit.measure.contestants import WORDS, Contestant
+from lowbit.measure.generation import greedy_times
+from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, measure_speed
 
 FEW = SpeedSettings(prompt=12, new=6, prefill=20, batch=3, batch_length=14, repeats=2)
 
@@ -24,12 +26,11 @@ def recorded(model, record, name):
     return model
 
 
-def test_models_take_turns_with_the_same_work(tokenizer):
+def test_models_take_turns_with_the_same_work():
     record: list = []
     model, base = (recorded(tiny_llama(), record, name) for name in "AB")
-    found = measure_speed(model, tokenizer, base=base, settings=FEW)
-    words = len(tokenizer("The secret of life is")["input_ids"])
-    turn = [((1, 12), 6), ((1, 20), 1), ((3, words), 14 - words)]
+    found = measure_speed(model, base=base, settings=FEW)
+    turn = [((1, 12), 6), ((1, 20), 1), ((3, WORDS), 14 - WORDS)]
     assert record == 3 * [(name, shape, new) for shape, new in turn for name in "BA"]
     assert found.settings == FEW
     for rates in (found.model, found.base):
@@ -37,7 +38,7 @@ def test_models_take_turns_with_the_same_work(tokenizer):
     assert found.ratio("decode") == found.model.decode / found.base.decode
 
 
-def test_rates_from_a_known_clock(tokenizer, monkeypatch):
+def test_rates_from_a_known_clock(monkeypatch):
     """Each token takes 0.5 s after a first one of 2 s; turn after turn the machine slows down."""
     turns = iter([100.0] * 3 + [1.0] * 3 + [2.0] * 3 + [4.0] * 3)  # warm-up, then three turns of three
 
@@ -45,9 +46,9 @@ def test_rates_from_a_known_clock(tokenizer, monkeypatch):
         slow = next(turns)
         return [slow * (2.0 + 0.5 * i) for i in range(new)]
 
-    monkeypatch.setattr(speed, "greedy_times", times)
-    settings = SpeedSettings(prompt=12, new=5, prefill=20, batch=3, batch_length=9, repeats=3)
-    found = measure_speed(tiny_llama(), tokenizer, settings=settings)
+    monkeypatch.setattr(contestants, "greedy_times", times)
+    settings = SpeedSettings(prompt=12, new=5, prefill=20, batch=3, batch_length=WORDS + 4, repeats=3)
+    found = measure_speed(tiny_llama(), settings=settings)
     assert found.base is None and found.ratio("decode") is None
     assert found.model == Rates(decode=2.0 / 2, prefill=20 / 2.0 / 2, batch=3 * 4 / (2.0 + 3 * 0.5) / 2)
 
@@ -79,8 +80,8 @@ def test_many_architectures_generate(name):
     assert len(greedy_times(tiny_model(name), torch.ones(2, 5, dtype=torch.int64), 4)) == 4
 
 
-def test_what_cannot_generate_is_skipped_and_says_so(tokenizer):
-    found = measure_speed(tiny_bert(), tokenizer)
+def test_what_cannot_generate_is_skipped_and_says_so():
+    found = measure_speed(tiny_bert())
     assert "BertForMaskedLM does not generate" in found.skipped
     assert found.model is None and found.ratio("decode") is None
 
@@ -100,22 +101,38 @@ def test_settings_without_a_limit_stay():
     assert fit_settings(SpeedSettings(), [None, None]) == SpeedSettings()
 
 
-def test_a_short_model_is_measured_within_its_positions(tokenizer):
-    found = measure_speed(tiny_llama(max_position_embeddings=16), tokenizer, settings=FEW)
+def test_a_short_model_is_measured_within_its_positions():
+    found = measure_speed(tiny_llama(max_position_embeddings=16), settings=FEW)
     assert found.settings.prefill == 15 and found.model.prefill > 0
 
 
-def test_batch_can_be_left_out(tokenizer):
+def test_batch_can_be_left_out():
     settings = SpeedSettings(prompt=5, new=3, prefill=8, batch=0, repeats=1)
-    found = measure_speed(tiny_llama(), tokenizer, settings=settings)
+    found = measure_speed(tiny_llama(), settings=settings)
     assert found.model.batch is None and found.model.decode > 0
 
 
-def test_progress_reaches_the_total(tokenizer):
+def test_progress_reaches_the_total():
     seen = []
-    measure_speed(tiny_llama(), tokenizer, settings=FEW, progress=lambda *each: seen.append(each))
+    measure_speed(tiny_llama(), settings=FEW, progress=lambda *each: seen.append(each))
     assert seen == [(i, 9) for i in range(1, 10)]
 
 
 def test_nothing_measured_has_no_ratio():
     assert Speed(model=Rates(1.0, 1.0), base=Rates(2.0, 1.0)).ratio("batch") is None
+
+
+def test_what_ran_is_said_and_pytorch_gets_as_many_threads():
+    import torch
+
+    seen, before = [], torch.get_num_threads()
+
+    def probes(settings):
+        return {name: lambda: float(not seen.append(torch.get_num_threads())) for name in ("decode", "prefill")}
+
+    program = Contestant("an engine", probes, threads=before + 1, note="no reason")
+    found = measure_speed(program, base=tiny_llama().bfloat16(), settings=FEW)
+    assert set(seen) == {before + 1} and torch.get_num_threads() == before
+    assert (found.program, found.base_program) == ("an engine", "transformers, bfloat16")
+    assert found.not_engine == "no reason"
+    assert measure_speed(tiny_llama(), settings=FEW).program == "transformers, float32"

@@ -24,7 +24,9 @@ def bench(
         list[str] | None,
         typer.Option(help="A model that transformers runs, taking turns; may be given again.", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="What transformers computes in: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="What transformers computes in: float32 or bfloat16.", show_default="float32")
+    ] = None,
     gguf: Annotated[
         list[Path] | None,
         typer.Option(help="A file for llama.cpp, taking turns; may be given again.", show_default=False),

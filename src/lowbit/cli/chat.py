@@ -9,20 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import (
-    Activations,
-    CacheType,
-    MaxNewTokens,
-    MinP,
-    Model,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-)
+from lowbit.cli.generation import Generation, show, with_generation
+from lowbit.cli.options import MaxNewTokens, Model
 
 _HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -31,31 +19,21 @@ def register(app: typer.Typer) -> None:
     app.command(epilog='Example:  lowbit chat smollm2-w4 --system "You answer in one sentence."')(chat)
 
 
+@with_generation
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
     max_new_tokens: MaxNewTokens = 1024,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    activations: Activations = None,
-    cache: CacheType = None,
-    threads: Threads = None,
+    *,
+    how: Generation,
 ) -> None:
     """Talk to a model. Answers come word by word, and what was read once is not read again.
 
     /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Lines may come from a file or a pipe.
     """
+    sampling, stop = how.sampling(), how.stops()
     with console.stderr().status("loading"):
-        generator = console.generator(model, activations=activations, cache=cache, threads=threads)
-    sampling = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
+        generator = console.generator(model, **how.engine())
     talk = generator.conversation(system, **sampling)
     if sys.stdin.isatty():
         console.dim(_HELP)
@@ -65,7 +43,7 @@ def chat(
         elif line.startswith("/"):
             console.dim(f"there is no {line.split()[0]}; {_HELP}")
         elif line:
-            _answer(talk.ask, line, max_new_tokens, stop or [])
+            _answer(talk.ask, line, max_new_tokens, stop)
 
 
 def _line() -> str | None:
@@ -77,16 +55,17 @@ def _line() -> str | None:
 
 
 def _answer(ask: Callable[..., Any], line: str, limit: int, stop: list[str]) -> None:
+    from lowbit.errors import EngineError
+
     try:
-        result = ask(line, _write, limit, stop)
+        result = ask(line, show, limit, stop)
         rate = f"{result.tokens_per_second:.0f} tokens/s, " if len(result.tokens) > 1 else ""
         said = f"{len(result.tokens)} tokens, {rate}first token {result.first_seconds:.2f} s"
     except KeyboardInterrupt:
         said = "stopped"
-    _write("\n")
+    except EngineError as error:  # such as a conversation that has grown too long, which /reset mends
+        if not sys.stdin.isatty():
+            raise
+        said = str(error)
+    show("\n")
     console.dim(said)
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _FILE_WIDTH = 140  # columns when the output is no terminal, so that names in a log or a pipe stay whole
+
+
+def prepare_streams() -> None:
+    """Standard streams that take any text: one that is closed goes nowhere, and characters that an encoding lacks, such as
+    an emoji in a pipe on Windows, become `?` rather than an error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def stdout() -> Console:
@@ -63,7 +75,7 @@ def generator(model: str, **options: Any) -> Any:
     given = {key: value for key, value in options.items() if value is not None}
     try:
         found: Any = Engine.open(model, **given)
-        said = str(found.describe())
+        said = str(found.describe()) + _too_many(given.get("threads") or 0)
     except EngineError as error:
         if given:
             raise EngineError(
@@ -76,6 +88,15 @@ def generator(model: str, **options: Any) -> Any:
         said = str(found)
     dim(said)
     return found
+
+
+def _too_many(threads: int) -> str:
+    """What is to be said of more threads than cores: they wait for each other."""
+    from lowbit.kernels.core import core
+
+    module = core()
+    cores = 0 if module is None else module.features()["cores"]
+    return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
 
 
 def dim(text: str) -> None:

@@ -45,7 +45,7 @@ def explained(error: OSError) -> str | None:
     """What is wrong and what to do for a full disk or a forbidden place, None for any other error."""
     where = f" at {error.filename}" if error.filename else ""
     if error.errno in _FULL:
-        return f"no space left on the disk{where}; make room, or name another place with -o"
+        return f"no space left on the disk{where}; make room, or name another place"
     if error.errno in _FORBIDDEN:
         return f"not allowed to read or write{where}; mend its rights, or name another place"
     return None

@@ -11,6 +11,7 @@ from lowbit.cli import (
     bench,
     chat,
     compare,
+    console,
     dequantize,
     doctor,
     evaluate,
@@ -65,4 +66,5 @@ for command in (
 
 def main() -> None:
     """The entry point."""
+    console.prepare_streams()
     app(prog_name="lowbit")

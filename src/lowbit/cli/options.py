@@ -96,28 +96,6 @@ SensitivityFile = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from this many of the likeliest tokens; 0: from all.")]
-TopP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this much probability.")
-]
-MinP = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Leave out tokens with less than this share of the likeliest's.")
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(min=0.0, help="Above 1: tokens that were there before become less likely.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers when the temperature is above 0.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End the answer before this text; may be given again.", show_default=False)
-]
-Activations = Annotated[
-    str | None,
-    typer.Option(
-        help="exact, or int8: faster, less precise. What a recipe says of inputs holds in either case.",
-        show_default="exact",
-    ),
-]
 CacheType = Annotated[
     str | None,
     typer.Option("--cache", help="Keys and values as int16, or as int8: half the memory.", show_default="int16"),

@@ -25,7 +25,8 @@ from lowbit.errors import EngineError
 class Engine:
     """A model ready to generate. Make one with `Engine.open`.
 
-    Several threads may use one engine; their forwards take turns.
+    Several threads may use one engine; their forwards take turns. Ctrl-C (an error that a handler of signals raises in the
+    main thread) ends a forward where it is, and leaves the engine as it was before.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ def token_ids(prompt: Any, tokenizer: TextTokenizer | None, raw: bool, vocabular
     if isinstance(prompt, str):
         if tokenizer is None:
             raise EngineError("this model came without a tokenizer; give token ids, or tokenizer=... when opening")
-        found = tokenizer.prompt(prompt, raw)
+        # In a chat template an empty prompt would be some tokens, but nothing that a model could answer.
+        found = tokenizer.prompt(prompt, raw) if prompt else []
         if not found:
             raise EngineError(f"the prompt {prompt!r} has no tokens; write a few words")
     else:

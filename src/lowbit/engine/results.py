@@ -15,7 +15,8 @@ from lowbit.errors import RecipeError
 class Sampling:
     """How the next token is picked: penalty, temperature, top-k, top-p and min-p apply in this order.
 
-    temperature 0: the likeliest token, whatever the rest says. top_k 0, top_p 1, min_p 0, repetition_penalty 1: off.
+    temperature 0: the likeliest token; top_k, top_p and min_p would be ignored then, and are errors. top_k 0, top_p 1, min_p 0,
+    repetition_penalty 1: off.
     seed: of the first prompt; prompt i has seed + i, so that the same prompt given twice has two answers.
     """
 
@@ -41,6 +42,13 @@ class Sampling:
         for name, (fine, what) in rules.items():
             if not fine:
                 raise RecipeError(f"{name}={getattr(self, name)}; it is a number {what}")
+        given = {"top_k": self.top_k > 1, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        ignored = [name for name, is_given in given.items() if is_given]
+        if self.temperature == 0 and ignored:
+            raise RecipeError(
+                f"{' and '.join(ignored)} would be ignored at temperature 0, which takes the likeliest token every time; give a "
+                "temperature above 0, such as 0.7"
+            )
 
 
 @dataclass(frozen=True)

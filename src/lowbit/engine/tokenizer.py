@@ -58,7 +58,7 @@ class FolderTokenizer(TextTokenizer):
         self.has_template = self._template is not None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        found: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        found: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=special).ids
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -79,7 +79,7 @@ class AnyTokenizer(TextTokenizer):
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        found: list[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        found: list[int] = self._tokenizer(_whole(text), add_special_tokens=special)["input_ids"]
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -103,6 +103,16 @@ def tokenizer_of(folder: Path) -> TextTokenizer:
     if (folder / "tokenizer.json").is_file():
         return FolderTokenizer(folder)
     return AnyTokenizer(load_tokenizer(folder, str(folder)))
+
+
+def _whole(text: str) -> str:
+    """`text`. SourceError where it is no Unicode, as what Python makes of bytes on a command line that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 10) : error.end + 10]
+        raise SourceError(f"the text has bytes that are no UTF-8, near {near!r}; give it as UTF-8") from None
+    return text
 
 
 def _json(path: Path) -> dict[str, Any]:

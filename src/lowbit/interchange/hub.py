@@ -177,6 +177,8 @@ def _explained(repo: str, error: Exception) -> SourceError:
     ):
         problem, remedy = f"could not be stored ({detail})", "free some space in the Hugging Face cache"
     else:
-        problem = f"is not in the local cache and Hugging Face cannot be reached ({name}: {detail})"
+        problem = (
+            f"is no local folder and not in the local cache, and Hugging Face cannot be reached ({name}: {detail})"
+        )
         remedy = "go online and repeat, or give a local folder"
     return SourceError(f"{repo} {problem}; {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -14,20 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.errors import RecipeError, SourceError
+from lowbit.errors import LowbitError, RecipeError, SourceError
 from lowbit.interchange.folder import load_tokenizer, quantization_method
 from lowbit.interchange.module_source import ModuleSource
 from lowbit.interchange.source import Source, open_source
 from lowbit.interchange.text import load_text
 from lowbit.measure import compare as table
+from lowbit.measure.as_generated import as_generated, faster_type
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.contestants import Contestant
 from lowbit.measure.environment import environment
-from lowbit.measure.memory import in_fresh_process
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
-from lowbit.measure.speed import STANDARD, measure_speed
+from lowbit.measure.speed import STANDARD, Speed, measure_speed
 from lowbit.measure.turns import SpeedSettings
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
@@ -39,6 +41,11 @@ from lowbit.pipeline.loading import as_dtype, load
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import Recipe
+
+_log = logging.getLogger("lowbit")
+
+# Of running a model: lowbit's own, the system's, and those that PyTorch raises, out of memory among them.
+_FAILURES = (LowbitError, OSError, MemoryError, RuntimeError)
 
 
 def evaluate(
@@ -58,9 +65,10 @@ def evaluate(
 
     `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
     (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
-    tokens per second (True: the standard protocol), each model that was loaded here in the faster of float32 and
-    bfloat16. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is loaded
-    here, and a module's own type, which is not changed. TextError when the text is shorter than a window.
+    tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, beside
+    the float model in transformers, in the faster of float32 and bfloat16 where it was loaded here; a failure to measure
+    it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
+    loaded here, and a module's own type, which is not changed. TextError when the text is shorter than a window.
     """
     run = as_dtype(dtype)
     subject, parts, tok = _subject(model, tokenizer, run)
@@ -79,44 +87,33 @@ def evaluate(
     settings = STANDARD if speed is True else speed or None
     rates = run_peak = None
     if settings:
-        if _loaded_here(model) and not isinstance(against, nn.Module):
-            parts = replace(parts, notes=(*parts.notes, "speed in " + _fastest_types(base, subject, tok)))
-        rates = measure_speed(subject, tok, base=base, settings=settings)
-        folder = model.folder if isinstance(model, Quantized) else model
-        if rates.model is not None and isinstance(folder, (str, Path)) and Path(folder).is_dir():
-            run_peak = running_peak(Path(folder), subject.dtype)  # type: ignore[arg-type]
+        name = model.folder if isinstance(model, Quantized) else model
+        what = name if _loaded_here(model) and name is not None else subject
+        cast = _loaded_here(model) and not isinstance(against, nn.Module)
+        rates, run_peak = _speed(what, subject, base, cast, tok, settings)
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
-def _fastest_types(base: nn.Module | None, subject: nn.Module, tokenizer: Any) -> str:
-    """Give each model the type of float32 and bfloat16 in which it decodes faster here; say which they are."""
-    trial = SpeedSettings(prompt=16, new=8, prefill=16, batch=0, repeats=1)
-    names = {}
-    for label, model in (("the float model in", base), ("", subject)):
-        if model is None:
-            continue
-        rates = {}
-        for dtype in (torch.float32, torch.bfloat16):
-            found = measure_speed(model.to(dtype), tokenizer, settings=trial).model
-            rates[dtype] = found.decode if found is not None else 0.0
-        best = max(rates, key=lambda dtype: rates[dtype])
-        model.to(best)
-        names[label] = str(best).removeprefix("torch.")
-    return ", ".join(f"{label} {name}".strip() for label, name in reversed(names.items()))
+def _speed(
+    model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
+    settings: SpeedSettings,
+) -> tuple[Speed, int | None]:  # fmt: skip
+    """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
 
-
-_RUN = """
-import sys, torch, lowbit
-model = lowbit.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-ids = torch.zeros((1, 64), dtype=torch.int64)
-with torch.inference_mode():
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
-"""
-
-
-def running_peak(folder: Path, dtype: torch.dtype) -> int:
-    """Peak resident bytes of a fresh process that loads the packed model and generates a little (64 + 8 tokens)."""
-    return in_fresh_process(["-c", _RUN, str(folder), str(dtype).removeprefix("torch.")]).bytes
+    cast: the base may be given its faster type. What fails is said, and what was measured before stands.
+    """
+    try:
+        program = as_generated(model, subject, tokenizer)
+        if base is not None and cast:
+            base.to(faster_type(base))
+        found = measure_speed(program, base=base, settings=settings)
+    except _FAILURES as error:
+        return Speed(skipped=str(error) or type(error).__name__), None
+    try:
+        return found, None if program.first is None or found.model is None else program.first().peak
+    except LowbitError as error:
+        _log.warning("memory while running is not measured: %s", error)
+        return found, None
 
 
 def compare(
@@ -168,8 +165,13 @@ def compare(
         return built, parts
 
     settings = STANDARD if speed is True else speed or None
+
+    def program(built: Any) -> Contestant:
+        folder = built._lowbit_result.folder if built.can_generate() else None
+        return as_generated(built if folder is None else folder, built, tok)
+
     rows = table.compare(
-        names, build, base, base_parts, cut, tokenizer=tok, speed=settings, progress=progress, on_row=on_row
+        names, build, base, base_parts, cut, speed=settings, program=program, progress=progress, on_row=on_row
     )
     return list(rows)
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
 from lowbit.engine.build import ACTIVATIONS
@@ -25,6 +23,7 @@ from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
 from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
+from lowbit.measure.generation import torch_threads
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
 from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
@@ -112,7 +111,7 @@ def bench(
     model: Model | Sequence[Model],
     *,
     beside: Model | Sequence[Model] | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     gguf: Sequence[str | Path] | str | Path = (),
     llama_bench: str | None = None,
     programs: Mapping[str, str] | None = None,
@@ -126,31 +125,38 @@ def bench(
     """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
 
     model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
-    transformers. beside: one or several models that transformers runs, in `dtype`. gguf: files for llama.cpp, run by the
+    transformers. beside: one or several models that transformers runs, in `dtype`, float32 when None. gguf: files for llama.cpp, run by the
     program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `contestants.of_program`; only
     with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
     of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
 
-    EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be.
+    EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be, and for
+    a `dtype` that nobody computes in.
     """
     if rounds < 1:
         raise RecipeError(f"rounds={rounds}; measure 1 or more")
     if threads is not None and threads < 1:
         raise RecipeError(f"threads={threads}; give 1 or more, or nothing for all cores")
     as_dtype(dtype)
+    theirs = dtype or "float32"
     program = _llama_bench(gguf, llama_bench)
     count = threads or _cores()
     options = {"cache": cache} if cache is not None else {}
     kinds: Sequence[str | None] = [activations] if activations is None or isinstance(activations, str) else activations
     if not kinds:
         raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
-    with _torch_threads(count):
+    with torch_threads(count):
         found: list[Contestant] = []
         for one in _listed(model):
             for kind in kinds:
                 wanted = {**options, **({} if kind is None else {"activations": kind})}
-                found.append(_contestant(one, wanted, count, dtype))
-        found += [_in_transformers(one, dtype) for one in ([] if beside is None else _listed(beside))]
+                found.append(_contestant(one, wanted, count, theirs))
+        found += [_in_transformers(one, theirs) for one in ([] if beside is None else _listed(beside))]
+        # The engine has threads of its own, and a module in memory its own type and no name to open it by again.
+        if dtype is not None and not any(each.threads is None and each.first is not None for each in found):
+            raise RecipeError(
+                f"dtype={dtype} would be ignored, as transformers loads no model here; leave it out, or add beside=..."
+            )
         found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
         found += [of_program(name, command) for name, command in (programs or {}).items()]
         module = core()
@@ -241,13 +247,3 @@ def _cores() -> int:
     if module is not None:
         return int(module.features()["cores"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

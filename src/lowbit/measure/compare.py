@@ -7,12 +7,12 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ..errors import LowbitError
 from .card import Card, CardParts, TextMark
+from .contestants import Contestant, in_transformers
 from .environment import environment
 from .quality import Progress, Reference, measure_quality
 from .speed import Rates, Speed, measure_speed
@@ -39,8 +39,8 @@ def compare(
     base_parts: CardParts,
     windows: Windows,
     *,
-    tokenizer: Any = None,
     speed: SpeedSettings | None = None,
+    program: Callable[[nn.Module], Contestant] = in_transformers,
     keep_bytes: int = 2 * 2**30,
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
@@ -49,8 +49,8 @@ def compare(
 
     `build` gives the quantized model and what is known about it. A recipe that raises a LowbitError
     becomes a row with the error and the others go on; any other exception is a bug and is raised.
-    Speed is measured when `speed` and a tokenizer are given, the base taking turns with each recipe;
-    the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
+    Speed is measured when `speed` is given, each model run by what `program` makes of it, and the base by
+    transformers, taking turns with each; the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
     kept between recipes. `progress` counts windows, those of the base included.
     """
     reference = Reference(base, windows, keep_bytes)
@@ -70,8 +70,8 @@ def compare(
             model, parts = build(recipe)
             quality = measure_quality(model, windows, base=reference, progress=step(index + 1))
             rates = None
-            if speed is not None and tokenizer is not None:
-                rates = measure_speed(model, tokenizer, base=base, settings=speed)
+            if speed is not None:
+                rates = _speed(model, base, speed, program)
             row = CompareRow(recipe, Card(parts, text, quality, rates, environment=machine))
             del model
         except LowbitError as error:
@@ -83,6 +83,16 @@ def compare(
         if on_row is not None:
             on_row(row)
     return (_with_speed(base_row, rows), *rows)
+
+
+def _speed(
+    model: nn.Module, base: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Contestant]
+) -> Speed:
+    try:
+        runs = program(model)
+    except LowbitError as error:  # such as a model that generates no text: its quality stands
+        return Speed(skipped=str(error))
+    return measure_speed(runs, base=base, settings=settings)
 
 
 def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:
@@ -97,6 +107,6 @@ def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:
         return statistics.median(values) if None not in values else None
 
     rates = Rates(median("decode") or 0.0, median("prefill") or 0.0, median("batch"))
-    return dataclasses.replace(
-        base_row, card=dataclasses.replace(base_row.card, speed=Speed(turns[0].settings, rates, rates))
-    )
+    name = turns[0].base_program
+    own = Speed(turns[0].settings, rates, rates, program=name, base_program=name)
+    return dataclasses.replace(base_row, card=dataclasses.replace(base_row.card, speed=own))

@@ -6,7 +6,6 @@ import json
 import math
 import shlex
 import subprocess
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +18,8 @@ from torch import nn
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.running import max_positions
+from lowbit.measure.generation import engine_times, greedy_times
 from lowbit.measure.size import module_bytes
-from lowbit.measure.speed import greedy_times
 from lowbit.measure.startup import Startup, startup
 from lowbit.measure.turns import Probe, SpeedSettings, Times, rate_probes
 
@@ -34,7 +33,7 @@ class Contestant:
     probes: its measurements by name, given the settings. weight_bytes: what a token must read of the weights. products:
     multiply-adds with weights, for the tokens of a prompt whose last one gives logits. Both None where not known.
     positions: the longest sequence. first: loads the model in a fresh process up to its first token, where it can.
-    close: called when all is measured.
+    threads: of a pool of its own. close: called when all is measured.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Contestant:
     positions: int | None = None
     first: Callable[[], Startup] | None = None
     note: str = ""
+    threads: int | None = None
     startups: list[Startup] = field(default_factory=list)
     close: Callable[[], None] = lambda: None
 
@@ -61,24 +61,14 @@ class Contestant:
 
 def of_engine(engine: Engine, name: str, open_again: Mapping[str, Any] | None = None) -> Contestant:
     """An engine. open_again: the arguments of `Engine.open`, as JSON, that make it in another process."""
-    shape = engine.shape
+    shape, told = engine.shape, engine.describe()
 
     def times(sequences: int, prompt: int, new: int) -> list[float]:
-        ids, found = some_ids(prompt, shape.vocabulary), list[float]()
-        start = time.perf_counter()
-        memory = engine.memory(sequences, prompt + new)
-        logits = engine.forward(memory, [(i, ids, 0) for i in range(sequences)], range(sequences))
-        while True:
-            tokens = logits.argmax(-1)
-            found.append(time.perf_counter() - start)
-            if len(found) == new:
-                return found
-            pieces = [(i, [int(tokens[i])], prompt + len(found) - 1) for i in range(sequences)]
-            logits = engine.forward(memory, pieces, range(sequences))
+        return engine_times(engine, some_ids(prompt, shape.vocabulary), sequences, new)
 
     return Contestant(
-        name, _rates(times), engine.describe().bytes_per_token, lambda n: shape.products(n, 1), shape.positions,
-        None if open_again is None else lambda: startup("engine", open_again),
+        name, _rates(times), told.bytes_per_token, lambda n: shape.products(n, 1), shape.positions,
+        None if open_again is None else lambda: startup("engine", open_again), threads=told.threads,
     )  # fmt: skip
 
 
@@ -96,6 +86,14 @@ def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None 
         name, _rates(times), _read_by_module(model), None, max_positions(model),
         None if open_again is None else lambda: startup("transformers", open_again), note,
     )  # fmt: skip
+
+
+def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = None, note: str = "") -> Contestant:
+    """`of_module`, by the name of the type that it computes in, such as "transformers, float32"."""
+    if not getattr(model, "can_generate", bool)():
+        raise SourceError(f"a {type(model).__name__} does not generate text")
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return of_module(model, f"transformers, {str(own).removeprefix('torch.')}", open_again, note)
 
 
 def of_llama_cpp(binary: str, gguf: Path, threads: int) -> Contestant:
@@ -171,11 +169,17 @@ def _rates(times: Times) -> Callable[[SpeedSettings], Mapping[str, Probe]]:
 
 
 def _read_by_module(model: nn.Module) -> int | None:
-    """Bytes of weights that a token reads: all of a decoder, but an embedding that is not the head as well."""
+    """Bytes of weights that a token reads: all of a decoder, but an embedding that is not the head as well.
+
+    None for a model that does not say which they are.
+    """
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None
-    table = model.get_input_embeddings().weight  # type: ignore[operator]
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    try:
+        table = model.get_input_embeddings().weight  # type: ignore[operator]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
     tied = head is not None and head.weight is table
     return module_bytes(model) - (0 if tied else sum(t.nbytes for t in _tensors(table)))
 

@@ -13,25 +13,18 @@ Generation is greedy and of a forced length, whatever the model's own generation
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import TextError
-from ..interchange.running import device_of, evaluating, max_positions
-from .quality import Progress
-from .turns import SpeedSettings, Times, fit_settings, rate_probes, take_turns
-
-_PROMPT = "The secret of life is"
-
+from lowbit.errors import SourceError
+from lowbit.measure.contestants import Contestant, in_transformers
+from lowbit.measure.generation import torch_threads
+from lowbit.measure.quality import Progress
+from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 
 STANDARD = SpeedSettings()
-SHORT = SpeedSettings(new=32, batch=0)
+SHORT = SpeedSettings(new=16, batch=0)
 
 
 @dataclass(frozen=True)
@@ -47,13 +40,17 @@ class Rates:
 class Speed:
     """Speed of a model, beside the base model, and the settings as they were after fitting the model.
 
-    When the model cannot generate, `skipped` says why and the rest is None.
+    `program` and `base_program`: what ran them, such as "engine (avx2, 2 threads)" or "transformers, float32"; `not_engine`:
+    why it was not the engine, where that would have been tried. When the model cannot generate, `skipped` says why and the rest is None.
     """
 
     settings: SpeedSettings | None = None
     model: Rates | None = None
     base: Rates | None = None
     skipped: str | None = None
+    program: str | None = None
+    base_program: str | None = None
+    not_engine: str | None = None
 
     def ratio(self, name: str) -> float | None:
         """How many times as fast as the base: `name` is decode, prefill or batch."""
@@ -62,99 +59,27 @@ class Speed:
 
 
 def measure_speed(
-    model: nn.Module,
-    tokenizer: Any,
+    model: nn.Module | Contestant,
     *,
     base: nn.Module | None = None,
     settings: SpeedSettings = STANDARD,
     progress: Progress | None = None,
 ) -> Speed:
-    """Speed of `model`, taking turns with `base` when given. Lengths are cut to what the models take."""
-    models = [model] if base is None else [base, model]
-    for each in models:
-        if not _can_generate(each):
-            return Speed(skipped=f"{type(each).__name__} does not generate text")
-    settings = fit_settings(settings, [max_positions(each) for each in models])
-    prompt = _prompt_ids(tokenizer)
-    probes = [rate_probes(_times(each, prompt), settings, len(prompt)) for each in models]
-    rates = take_turns(probes, settings.repeats, progress)
-    medians = [Rates(**{name: statistics.median(values) for name, values in found.items()}) for found in rates]
-    return Speed(settings, medians[-1], medians[0] if base is not None else None)
+    """Speed of `model`, taking turns with `base` when given; modules are run by transformers.
 
-
-def greedy_times(model: nn.Module, ids: Tensor, new: int) -> list[float]:
-    """Greedy generation of exactly `new` tokens after ids [batch, length]; seconds until each of them."""
-    from transformers import GenerationConfig
-
-    device = device_of(model)
-    ids = ids.to(device)
-    clock = _Clock(device)
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new, use_cache=True)
-    with evaluating(model), _plain_generation(model):
-        clock.start()
-        model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[clock]
-        )
-    return clock.times
-
-
-class _Clock:
-    """A stopping criterion that never stops and notes when it was asked: once per new token."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin = 0.0
-        self.times: list[float] = []
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def start(self) -> None:
-        self.begin = self.now()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.times.append(self.now() - self.begin)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
-    """Replace the model's own generation settings: no end token, no sampling, no penalties.
-
-    transformers fills everything left open in a call from the model's settings, so only replacing
-    them makes the work the same for all models.
+    Lengths are cut to what the models take. Where the model's program has its own threads, PyTorch gets as many.
     """
-    from transformers import GenerationConfig
-
-    own: Any = model.generation_config
-    start = getattr(own, "decoder_start_token_id", None)
-    if start is None:
-        start = getattr(model.config, "decoder_start_token_id", None)
-    plain = GenerationConfig(bos_token_id=own.bos_token_id, pad_token_id=0, decoder_start_token_id=start)
-    model.generation_config = plain  # type: ignore[assignment]
     try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _can_generate(model: nn.Module) -> bool:
-    able = getattr(model, "can_generate", None)
-    return callable(able) and callable(getattr(model, "generate", None)) and bool(able())
-
-
-def _prompt_ids(tokenizer: Any) -> Tensor:
-    ids = tokenizer(_PROMPT, add_special_tokens=False, verbose=False)["input_ids"]
-    if not ids:
-        raise TextError("the tokenizer makes no tokens of plain English, so speed cannot be measured")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _times(model: nn.Module, prompt: Tensor) -> Times:
-    def times(sequences: int, length: int, new: int) -> list[float]:
-        ids = prompt.repeat(-(-length // len(prompt)))[None, :length]
-        return greedy_times(model, ids.expand(sequences, -1), new)
-
-    return times
+        mine = model if isinstance(model, Contestant) else in_transformers(model)
+        others = [] if base is None else [in_transformers(base)]
+    except SourceError as error:
+        return Speed(skipped=str(error))
+    every = [*others, mine]
+    settings = fit_settings(settings, [each.positions for each in every])
+    with torch_threads(mine.threads):
+        found = take_turns([each.probes(settings) for each in every], settings.repeats, progress)
+    rates = [Rates(**{name: statistics.median(values) for name, values in one.items()}) for one in found]
+    return Speed(
+        settings, rates[-1], None if base is None else rates[0], program=mine.name,
+        base_program=None if base is None else others[0].name, not_engine=mine.note or None,
+    )  # fmt: skip

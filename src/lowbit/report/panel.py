@@ -123,6 +123,11 @@ def _speed_lines(card: Card) -> list[tuple[str, str]]:
             meaning = f"{speed.settings.batch} {meaning}"
         beside = "" if ratio is None else f", {ratio:.2f} x the float model"
         lines.append((title, f"{rate_text(rate)} tokens/s{beside}  ({meaning})"))
+    if speed.program is not None:
+        beside = "" if speed.base_program is None else f"; the float model by {speed.base_program}"
+        lines.append(("  run by", speed.program + beside))
+    if speed.not_engine is not None:
+        lines.append(("  not the engine", speed.not_engine))
     return lines
 
 

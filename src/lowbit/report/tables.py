@@ -172,6 +172,16 @@ def _caption(rows: Sequence[CompareRow]) -> str | None:
     for row in rows:
         if row.card is not None and row.card.text is not None:
             text = row.card.text
-            windows = f"{text.windows} windows of {text.length} tokens"
-            return f"{row.card.parts.model} on {text.name}, {windows}; KL in nats per token"
+            windows = f"{text.windows} window{'s' * (text.windows != 1)} of {text.length} tokens"
+            caption = f"{row.card.parts.model} on {text.name}, {windows}; KL in nats per token"
+            return "; ".join([caption, *_programs(rows)])
     return None
+
+
+def _programs(rows: Sequence[CompareRow]) -> list[str]:
+    """What ran the recipes and the float model, where speed was measured."""
+    speeds = [row.card.speed for row in rows if row.card is not None and row.card.speed is not None and not row.is_base]
+    mine = dict.fromkeys(speed.program for speed in speeds if speed.program is not None)
+    base = dict.fromkeys(speed.base_program for speed in speeds if speed.base_program is not None)
+    said = [f"speed by {' and '.join(mine)}"] if mine else []
+    return said + ([f"float by {' and '.join(base)}"] if base else [])

@@ -1,0 +1,126 @@
+"""What `lowbit quantize` was asked for: names, texts and targets made into one job, checked before the work."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowbit.cli import console, targets
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowbit.interchange.exporters.target import Target
+    from lowbit.pipeline.api import Quantized
+    from lowbit.pipeline.exporting import Exported
+    from lowbit.pipeline.recipe import Recipe
+    from lowbit.pipeline.straight import Prepared
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The options about calibration text, as arguments of `lowbit.quantize`. samples: None for as many as usual."""
+
+    calibration: str | None
+    samples: int | None
+    chat: bool
+
+    def options(self) -> dict[str, Any]:
+        from lowbit.pipeline.calibration import SAMPLES
+
+        return {"calibration": self.calibration, "samples": self.samples or SAMPLES, "chat": self.chat}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written. exported: in the format of another program, None for lowbit's own."""
+
+    quantized: Quantized
+    exported: Exported | None
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and the recipe for it. ready: what another program's format makes of the recipe, None for lowbit's own."""
+
+    model: str
+    typed: str  # the recipe in the user's words
+    recipe: Recipe
+    ready: Prepared | None
+    text: CalibrationText
+
+    @staticmethod
+    def of(model: str, recipe: str, target_format: str | None, text: CalibrationText) -> Job:
+        """RecipeError for a recipe that there is not, and for text that it would ignore."""
+        from lowbit.errors import RecipeError
+        from lowbit.pipeline.recipe import Recipe
+        from lowbit.pipeline.straight import prepare
+
+        looks = text.calibration is not None
+        ready = prepare(model, recipe, target_format, calibrated=looks) if target_format else None
+        wanted = Recipe.of(recipe) if ready is None else ready.recipe
+        if looks:
+            wanted = wanted.calibrated()
+        elif wanted.needs_calibration is None and (text.samples is not None or text.chat):
+            raise RecipeError(
+                f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; add --calibration self"
+            )
+        return Job(model, recipe, wanted, ready, text)
+
+    def default_out(self) -> Path:
+        """The name of the result in the current folder, where none is given."""
+        if self.ready is None:
+            return default_folder(self.model, self.recipe)
+        return default_file(self.model, self.typed, self.ready.target)
+
+    def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
+        """The same with a format for each layer, for this target; what was found is printed."""
+        from lowbit.pipeline.straight import candidates, prepare
+
+        kind = None if self.ready is None else self.ready.target.name
+        options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
+        recipe = targets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
+        return replace(self, recipe=recipe, ready=prepare(self.model, recipe, kind) if kind else None)
+
+    @contextmanager
+    def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:
+        """Quantize and write, with a bar; what came of it can be measured until the end of the block."""
+        import lowbit
+        from lowbit.measure.memory import peak_resident
+        from lowbit.pipeline.straight import quantized_as
+
+        start = time.perf_counter()
+        exported = None
+        with ExitStack() as kept:
+            with console.layers_bar("quantizing") as (progress, on_layer):
+                options = {"progress": progress, "on_layer": on_layer, "overwrite": overwrite, **self.text.options()}
+                if self.ready is None:
+                    quantized = lowbit.quantize(self.model, self.recipe, out, **options)
+                else:
+                    straight = quantized_as(self.model, self.ready, out, keep=keep, **options)
+                    quantized, exported = kept.enter_context(straight)
+            yield Made(quantized, exported, time.perf_counter() - start, peak_resident())
+
+
+def default_file(model: str, recipe: str, kind: Target) -> Path:
+    """`<model's own name>-<recipe as it was typed>` with the target's ending, in the current folder."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
+    return Path(f"{_base(model)}-{words}{kind.suffix or '-' + kind.name}")
+
+
+def default_folder(model: str, recipe: Recipe) -> Path:
+    """`<model's own name>-<recipe>` in the current folder."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.name or str(recipe)).strip("-")
+    return Path(f"{_base(model)}-{words}")
+
+
+def _base(model: str) -> str:
+    path = Path(model)
+    return (path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name) or "model"

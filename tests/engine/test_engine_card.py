@@ -1,0 +1,163 @@
+"""Speed on the card: of what `lowbit generate` runs, which it says; never how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_models import build_model
+from typer.testing import CliRunner
+
+import lowbit
+from lowbit.cli.main import app
+from lowbit.engine.engine import Engine
+from lowbit.errors import LowbitError
+from lowbit.measure import api, as_generated, contestants, generation
+from lowbit.measure.startup import Startup
+from lowbit.measure.turns import SpeedSettings
+from lowbit.report.panel import card_lines
+from tiny import save_tiny, tiny_tokenizer
+
+FEW = SpeedSettings(prompt=6, new=4, prefill=9, batch=2, batch_length=9, repeats=1)
+PEAK = 123 << 20
+HOW: dict[str, Any] = {
+    "text": ["the cat sat on the mat and a hen ran over the hill " * 20],
+    "windows": 1,
+    "length": 48,
+    "speed": FEW,
+}
+
+
+@pytest.fixture(autouse=True)
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """How fresh processes were asked for; none is started."""
+    asked: list[Any] = []
+
+    def start(*how: Any) -> Startup:
+        asked.append(how)
+        return Startup(1.0, 1, 2, PEAK)
+
+    monkeypatch.setattr(contestants, "startup", start)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that the engine does not know, in bfloat16, quantized."""
+    base = tmp_path_factory.mktemp("card")
+    save_tiny("gpt2", base / "float").bfloat16().save_pretrained(base / "float")
+    lowbit.quantize(base / "float", "w8", base / "w8")
+    return base / "w8"
+
+
+def test_the_engine_that_generate_runs(packed_folder: Any, float_folder: Any, started: list[Any]) -> None:
+    folder = packed_folder("llama-tied", "int4:g32")
+    card = lowbit.evaluate(folder, float_folder("llama-tied"), **HOW)
+    assert card.speed is not None and card.speed.skipped is None and card.speed.not_engine is None
+    assert card.speed.program == str(Engine.open(folder).describe())
+    assert card.speed.base_program in ("transformers, float32", "transformers, bfloat16")
+    assert all(
+        r is not None and r.decode > 0 and r.prefill > 0 and r.batch for r in (card.speed.model, card.speed.base)
+    )
+    assert card.run_peak == PEAK and started == [("engine", {"model": str(folder)})]
+    said = dict(card_lines(card))
+    assert said["  run by"] == f"{card.speed.program}; the float model by {card.speed.base_program}"
+    assert "123 MiB running" in said["peak memory"]
+    assert json.loads(card.to_json())["speed"]["program"].startswith("engine (")
+
+
+def test_a_float_model_is_the_engines_too(float_folder: Any) -> None:
+    card = lowbit.evaluate(float_folder("qwen3"), **HOW)
+    assert card.speed is not None and card.speed.program is not None and card.speed.program.startswith("engine (")
+    assert card.speed.base_program is None and dict(card_lines(card))["  run by"] == card.speed.program
+
+
+def test_transformers_in_the_type_that_generate_loads(gpt2: Path, started: list[Any]) -> None:
+    card = lowbit.evaluate(gpt2, **HOW)
+    assert card.speed is not None and card.speed.program is not None and card.speed.model is not None
+    assert card.speed.program == "transformers, bfloat16"
+    assert card.speed.not_engine is not None and "models of type 'gpt2'" in card.speed.not_engine
+    assert dict(card_lines(card))["  not the engine"] == card.speed.not_engine
+    assert started == [("transformers", {"model": str(gpt2), "dtype": "bfloat16"})]
+
+
+def test_modules_are_run_by_what_their_generate_is(packed_folder: Any) -> None:
+    plain = lowbit.evaluate(build_model("llama"), tokenizer=tiny_tokenizer(), **HOW)
+    assert plain.speed is not None and plain.speed.program == "transformers, float32" and plain.run_peak is None
+    loaded = lowbit.evaluate(lowbit.load(packed_folder("llama", "int4:g32")), tokenizer=tiny_tokenizer(), **HOW)
+    assert loaded.speed is not None and loaded.speed.program is not None and loaded.speed.program.startswith("engine (")
+
+
+def test_compare_runs_each_row_as_generate_would(float_folder: Any) -> None:
+    rows = lowbit.compare(float_folder("llama-tied"), ["w8"], **HOW)
+    base, row = (r.card.speed for r in rows if r.card is not None)
+    assert row is not None and row.program is not None and row.program.startswith("engine (")
+    assert base is not None and base.program == row.base_program == "transformers, float32"
+    from lowbit.report.tables import markdown_compare
+
+    assert f"speed by {row.program}; float by transformers, float32" in markdown_compare(rows)
+
+
+@pytest.mark.parametrize("kind", [LowbitError, RuntimeError, MemoryError, OSError])
+def test_a_failure_to_measure_speed_leaves_the_rest(
+    kind: type[Exception], packed_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise kind("no")
+
+    monkeypatch.setattr(api, "measure_speed", fails)
+    card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
+    assert card.quality is not None and card.speed is not None and card.speed.skipped == "no" and card.run_peak is None
+    assert dict(card_lines(card))["speed"] == "not measured: no"
+
+
+def test_a_fresh_process_that_fails_costs_the_memory_alone(
+    packed_folder: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise LowbitError("killed")
+
+    monkeypatch.setattr(contestants, "startup", fails)
+    card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
+    assert card.speed is not None and card.speed.model is not None and card.run_peak is None
+    assert "memory while running is not measured: killed" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["quality", "speed"])
+def test_quantize_ends_well_when_measuring_does_not(
+    where: str, float_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(api, f"measure_{where}", fails)
+    asked = ["quantize", str(float_folder("llama")), "w8", "-o", str(tmp_path / "q"), "--windows", "1"]
+    found = CliRunner().invoke(app, asked)
+    assert found.exit_code == 0, found.output
+    assert "not measured: ZeroDivisionError: a bug" in found.stderr and "Try it:" in found.stdout
+    assert (tmp_path / "q" / "config.json").is_file()
+
+
+def test_engine_times_are_one_for_each_token(float_folder: Any) -> None:
+    engine, ids = Engine.open(float_folder("llama")), [5, 6, 7]
+    times = generation.engine_times(engine, ids, 2, 5)
+    assert len(times) == 5 and times == sorted(times) and times[0] > 0
+
+
+def test_the_faster_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    rates: Callable[[torch.dtype], float] = {torch.float32: 2.0, torch.bfloat16: 3.0}.__getitem__
+
+    def measured(model: Any, **_: Any) -> Any:
+        from lowbit.measure.speed import Rates, Speed
+
+        seen.append(model.dtype)
+        return Speed(model=Rates(rates(model.dtype), 1.0))
+
+    monkeypatch.setattr(as_generated, "measure_speed", measured)
+    assert as_generated.faster_type(build_model("llama")) == torch.bfloat16
+    assert seen == [torch.float32, torch.bfloat16]
