@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
 from lowbit.formats import Inputs, QTensor, parse_format
-from lowbit.interchange.exporters.common.fused import FUSED, fused_with
+from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
+from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
@@ -49,7 +50,7 @@ class FolderTarget(Target):
         """Names after the module's -> (dtype, shape) of what is written for a linear layer."""
 
     @abstractmethod
-    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         """What `spec` announces, of the weight `q`; `model` is asked for what belongs to its inputs."""
 
     @abstractmethod
@@ -61,7 +62,7 @@ class FolderTarget(Target):
         first = parts[0]
         for other in parts[1:]:
             if (other.format, other.inputs) != (first.format, first.inputs):
-                names = ", ".join(module_of(p.name).rpartition(".")[2] for p in parts)
+                names = ", ".join(dict.fromkeys(module_of(p.name).rpartition(".")[2] for p in parts))
                 return Problem(
                     other.name,
                     f"{self.reader} runs {names} as one layer; {described(other)} beside {described(first)} cannot be",
@@ -70,12 +71,17 @@ class FolderTarget(Target):
         return None
 
     def candidates(self, model: Contents) -> tuple[str, ...]:
-        linear = [t for t in model.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
+        linear = [t for t in published(model).contents.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
         return tuple(
             f for f in self.mixed if all(self.problem(replace(t, format=parse_format(f))) is None for t in linear)
         )
 
     def check(self, model: Contents) -> list[Problem]:
+        pieces = published(model)
+        return [*pieces.problems, *pieces.of_wholes(self.problems(pieces.contents))]
+
+    def problems(self, model: Contents) -> list[Problem]:
+        """What is wrong with a model under its published names, experts apart."""
         found = []
         if model.config is None:
             found.append(Problem("", "is a plain module, and a folder of transformers needs a model with a config", ""))
@@ -92,9 +98,6 @@ class FolderTarget(Target):
         return found
 
     def _problem(self, stored: Stored) -> Problem | None:
-        if stored.kind == "experts":
-            reason = f"is a stack of experts, which is not taken apart for {self.reader} yet"
-            return Problem(stored.name, reason, "lowbit's own folder")
         if stored.format is None or stored.kind in _TABLES:
             return None
         if stored.kind == "conv1d":
@@ -143,7 +146,8 @@ class FolderTarget(Target):
 
     def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
         """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
-        contents = model.contents
+        folder = PublishedFolder(model)
+        contents = folder.contents
         specs = {t.name: self._written(t) for t in contents.tensors.values()}
         shards = shards_of(specs.items(), _MAX_SHARD)
         place = {name: shard for shard in shards for name in shard.spans}
@@ -152,7 +156,7 @@ class FolderTarget(Target):
             out.mkdir(parents=True)
             create(out, shards)
             for stored in contents.tensors.values():
-                for name, tensor in self._tensors(stored, model).items():
+                for name, tensor in self._tensors(stored, folder).items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())
                     assert len(raw) == end - begin and tensor.dtype == specs[stored.name][name][0], name
@@ -180,7 +184,7 @@ class FolderTarget(Target):
             return {stored.name: (table_dtype(stored), stored.shape)}
         return {f"{module_of(stored.name)}.{part}": spec for part, spec in self.spec(stored).items()}
 
-    def _tensors(self, stored: Stored, model: LowbitFolder) -> dict[str, Tensor]:
+    def _tensors(self, stored: Stored, model: PublishedFolder) -> dict[str, Tensor]:
         tensor = model.read(stored.name)
         if not isinstance(tensor, QTensor):
             return {stored.name: tensor}
@@ -221,11 +225,17 @@ def is_packed(stored: Stored) -> bool:
 
 
 def float_modules(model: Contents) -> list[str]:
-    """The linear layers that are written as floats, heads included."""
-    kept = [t.name for t in model.tensors.values() if t.kind in ("linear", "head") and not is_packed(t)]
+    """The linear layers that are written as floats, heads and routers included; experts of a layer by one name."""
+    kept = [t.name for t in model.tensors.values() if (t.kind in ("linear", "head") and not is_packed(t)) or is_router(t)]
     tied = [a for a, n in model.tied.items() if n in model.tensors and model.tensors[n].kind in (*_TABLES, "linear")]
     embeddings = {module_of(t.name) for t in model.tensors.values() if t.kind == "embedding"}
-    return [m for m in map(module_of, [*kept, *tied]) if m not in embeddings]
+    modules = [experts_of(m) or m for m in map(module_of, [*kept, *tied]) if m not in embeddings]
+    return list(dict.fromkeys(modules))
+
+
+def is_router(stored: Stored) -> bool:
+    """Whether a kept tensor is a matrix that is no layer's to transformers and may be one to servers, as routers are."""
+    return stored.kind == "other" and len(stored.shape) == 2 and stored.name.endswith(".weight")
 
 
 def table_dtype(stored: Stored) -> torch.dtype:
