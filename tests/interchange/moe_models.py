@@ -25,7 +25,7 @@ MOE_MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": _made("MixtralConfig", "MixtralForCausalLM", num_local_experts=4, head_dim=32, **_SIZES),
     "qwen2-moe": _made("Qwen2MoeConfig", "Qwen2MoeForCausalLM", shared_expert_intermediate_size=96, **_QWEN),
     "qwen3-moe": _made("Qwen3MoeConfig", "Qwen3MoeForCausalLM", head_dim=32, norm_topk_prob=True, **_QWEN),
-    "olmoe": _made("OlmoeConfig", "OlmoeForCausalLM", num_experts=4, **_SIZES),
+    "olmoe": _made("OlmoeConfig", "OlmoeForCausalLM", num_experts=4, **_SIZES | {"num_key_value_heads": 4}),
 }  # fmt: skip
 EXPERT = {"mixtral": "block_sparse_moe.experts.3.w3"}  # an up projection as the checkpoint calls it; others:
 UP = "mlp.experts.3.up_proj"

@@ -62,7 +62,7 @@ class PublishedFolder:
     def __init__(self, folder: LowbitFolder) -> None:
         self.folder, self.pieces = folder, published(folder.contents)
         self.contents = self.pieces.contents
-        self._open: tuple[str, Tensor | _Stack] | None = None
+        self._open: tuple[str, Tensor | Stack] | None = None
 
     def read(self, name: str) -> Tensor | QTensor:
         """As `LowbitFolder.read`."""
@@ -73,9 +73,9 @@ class PublishedFolder:
             read = self.folder.read(piece.whole)
             turned = self.folder.contents.tensors[piece.whole].transposed and isinstance(read, Tensor)
             whole = read.transpose(-1, -2) if turned and isinstance(read, Tensor) else read
-            self._open = piece.whole, _Stack(whole) if isinstance(whole, QTensor) else whole
+            self._open = piece.whole, Stack(whole) if isinstance(whole, QTensor) else whole
         found = self._open[1]
-        if isinstance(found, _Stack):
+        if isinstance(found, Stack):
             return found.rows(piece.rows)
         return found.reshape(-1, found.shape[-1])[piece.rows]
 
@@ -107,6 +107,12 @@ def without_number(name: str) -> str:
     """The name of a tensor of one expert without the number of the expert: what the same tensor of all of them is called."""
     match = _EXPERT.match(name)
     return name if match is None else f"{match[1]}.{match[3]}"
+
+
+def number_of(name: str) -> int:
+    """The number of the expert that a tensor is of; -1 for others."""
+    match = _EXPERT.match(name)
+    return -1 if match is None else int(match[2])
 
 
 class _Whole(Exception):
@@ -162,8 +168,8 @@ def _why_whole(fmt: Format, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-class _Stack:
-    """A quantized stack [experts, out, in], its codes unpacked once."""
+class Stack:
+    """A quantized stack [experts, out, in] that `published` takes apart, its codes unpacked once."""
 
     def __init__(self, q: QTensor) -> None:
         self.q, self.codes = q, q.unpacked()
