@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from gguf_models import save_model
 from moe_models import EXPERT, MOE_MODELS, UP
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import lowbit
+from lowbit.cli.main import app
 from lowbit.errors import ExportError
 from lowbit.formats import QTensor, parse_format
 from lowbit.interchange.exporters.common.pieces import PublishedFolder, published, without_number
+from lowbit.interchange.exporters.gguf.families import family_of, refusal
 from lowbit.interchange.exporters.target import target_named
 from lowbit.interchange.lowbit_folder import LowbitFolder
 
@@ -75,7 +79,18 @@ def test_an_expert_has_the_codes_of_its_rows(room: Path, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    "text", ["int4:g32", "uint4:g32:asym", "int8:tensor", "int8:channel", "nvfp4", "q4_k", "q3_k", "q2_k", "uint4:g32:min=fp16"]
+    "text",
+    [
+        "int4:g32",
+        "uint4:g32:asym",
+        "int8:tensor",
+        "int8:channel",
+        "nvfp4",
+        "q4_k",
+        "q3_k",
+        "q2_k",
+        "uint4:g32:min=fp16",
+    ],
 )
 def test_rows_of_a_stack_are_what_they_were(room: Path, text: str) -> None:
     """Whatever the scales look like: of rows, groups, whole experts, or scales that have scales."""
@@ -129,6 +144,7 @@ def test_config_names_all_experts_of_a_layer_at_once(room: Path, tmp_path: Path)
     folder = ours(room, "mixtral", "int8:channel,*.0.*experts*=keep,*.1.*experts*=int4:g32")
     made = lowbit.export(folder, "vllm", tmp_path / "v")
     found = section(made.path)
+    assert "transformers takes the experts" in made.notes[-1]
     assert r"re:^model\.layers\.0\.block_sparse_moe\.experts\..*" in found["ignore"]
     four = next(g for g in found["config_groups"].values() if g["weights"]["num_bits"] == 4)
     assert four["targets"] == [r"re:^model\.layers\.1\.block_sparse_moe\.experts\..*"]
@@ -143,3 +159,61 @@ def test_config_names_all_experts_of_a_layer_at_once(room: Path, tmp_path: Path)
 def test_names_without_the_number_of_an_expert() -> None:
     assert without_number("model.layers.0.mlp.experts.12.up_proj.weight") == "model.layers.0.mlp.experts.up_proj.weight"
     assert without_number("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("name", MOE_MODELS)
+def test_gguf_has_the_experts_of_a_layer_in_three_tensors(room: Path, name: str) -> None:
+    """Read by the `gguf` package, against our own values; what was written is also read back by the export itself."""
+    folder = ours(room, name, "q4_0,embed=q8_0,*.1.*experts*=keep")
+    made = lowbit.export(folder, "gguf", room / f"{name}.gguf")
+    assert made.weights == 0.0
+    reader = gguf.GGUFReader(made.path)
+    there = {t.name: t for t in reader.tensors}
+    model = LowbitFolder(folder)
+    for layer in (0, 1):
+        stack = model.values(f"model.layers.{layer}.mlp.experts.gate_up_proj").float()
+        half = stack.shape[1] // 2
+        parts = {
+            "gate": stack[:, :half],
+            "up": stack[:, half:],
+            "down": model.values(f"model.layers.{layer}.mlp.experts.down_proj"),
+        }
+        for leaf, wanted in parts.items():
+            found = there[f"blk.{layer}.ffn_{leaf}_exps.weight"]
+            assert found.tensor_type.name == ("F32" if layer else "Q4_0")
+            values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).copy()).reshape(
+                wanted.shape
+            )
+            assert torch.equal(values, wanted.float())
+    assert there["blk.0.ffn_gate_inp.weight"].tensor_type.name == "F32"
+    known = {key: field.contents() for key, field in reader.fields.items()}
+    prefix = known["general.architecture"]
+    assert (known[f"{prefix}.expert_count"], known[f"{prefix}.expert_used_count"]) == (4, 2)
+    if name == "qwen2-moe":
+        assert list(there["blk.0.ffn_gate_inp_shexp.weight"].shape) == [128]
+        assert known["qwen2moe.expert_shared_feed_forward_length"] == 96
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob"), ("qwen2-moe", {"norm_topk_prob": True}, "norm_topk_prob"),
+     ("qwen3-moe", {"mlp_only_layers": [0]}, "experts in every layer"), ("olmoe", {"clip_qkv": 8.0}, "clips"),
+     ("olmoe", {"num_key_value_heads": 2}, "fewer")],
+)  # fmt: skip
+def test_what_llama_cpp_computes_otherwise_is_refused(name: str, change: dict[str, Any], what: str) -> None:
+    config = MOE_MODELS[name]()
+    for key, value in change.items():
+        setattr(config, key, value)
+    family = family_of(config)
+    assert family is not None and what in str(refusal(family, config))
+
+
+@pytest.mark.parametrize(("target", "recipe"), [("vllm", "w4"), ("gptq", "w4"), ("awq", "w4"), ("gguf", "q4_k_m")])
+def test_straight_from_the_float_model(room: Path, tmp_path: Path, target: str, recipe: str) -> None:
+    """Widths that a group or block does not divide get another, and a stack is named as the model has it."""
+    out = tmp_path / ("out.gguf" if target == "gguf" else "out")
+    done = CliRunner().invoke(
+        app, ["quantize", str(room / "qwen3-moe"), recipe, "-o", str(out), "--as", target, "--no-card"]
+    )
+    assert done.exit_code == 0, done.output
+    assert out.exists() and not list(tmp_path.glob("*.lowbit"))

@@ -107,9 +107,7 @@ def test_other_families(tmp_path: Path, family: str) -> None:
         assert lowbit.export(tmp_path / "ours", target, tmp_path / target).logits is not None
 
 
-@pytest.mark.parametrize(
-    ("family", "what"), [("gpt2", r"\[in, out\].*--as gguf")]
-)
+@pytest.mark.parametrize(("family", "what"), [("gpt2", r"\[in, out\].*--as gguf")])
 def test_models_that_cannot_be_held(tmp_path: Path, family: str, what: str) -> None:
     save_tiny(family, tmp_path / "float")
     lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "ours")

@@ -8,6 +8,7 @@ import pytest
 from gguf_models import save_model
 from moe_models import MOE_MODELS
 from test_foreign_readers import apart, python_of, read, written
+from torch import Tensor
 
 pytestmark = pytest.mark.peer
 
@@ -19,24 +20,37 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["int4:g32", "uint4:g32:asym", "int8:channel,*experts*=int4:g32", "int4:g32,*.0.*experts*=keep"])
-def test_vllm(mixture: Path, tmp_path: Path, recipe: str) -> None:
+def by_vllm(folder: Path) -> Tensor:
+    """Log-probabilities; skipped where vLLM has no experts of this kind for this processor (on x86 its int4 needs AMX)."""
     python_of("vllm")
-    folder, ours = written(mixture, recipe, "vllm", tmp_path)
-    found, last = read("vllm", "vllm_reader.py", folder, "auto")["logprobs"], ours[:, -1]
-    assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
+    try:
+        return read("vllm", "vllm_reader.py", folder, "auto")["logprobs"]
+    except AssertionError as error:
+        if "MoE backend supports" in str(error):
+            pytest.skip("vLLM has no kernel of such experts for this processor")
+        raise
 
 
-@pytest.mark.parametrize("recipe", ["int4:g32", "int8:channel", "int4:g32,*.0.*experts*=keep"])
-def test_compressed_tensors(mixture: Path, tmp_path: Path, recipe: str) -> None:
-    python_of("transformers")
-    folder, ours = written(mixture, recipe, "vllm", tmp_path)
-    assert apart(read("transformers", "transformers_reader.py", folder, "float32")["logits"], ours) < 1e-3
-
-
-@pytest.mark.parametrize(("target", "recipe"), [("gptq", "int4:g32"), ("awq", "uint4:g32:asym")])
-def test_vllm_reads_the_older_layouts(mixture: Path, tmp_path: Path, target: str, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "recipe"),
+    [("vllm", "int4:g32"), ("vllm", "uint4:g32:asym"), ("vllm", "int8:channel,*experts*=int4:g32"),
+     ("vllm", "int4:g32,*.0.*experts*=keep"), ("vllm", "int4:g32,*.experts.*=keep"), ("gptq", "int4:g32,*.experts.*=keep"),
+     ("gptq", "int4:g32"), ("awq", "uint4:g32:asym"), ("awq", "uint4:g32:asym,*.experts.*=keep")],
+)  # fmt: skip
+def test_vllm(mixture: Path, tmp_path: Path, target: str, recipe: str) -> None:
     python_of("vllm")
     folder, ours = written(mixture, recipe, target, tmp_path)
-    found, last = read("vllm", "vllm_reader.py", folder, "auto")["logprobs"], ours[:, -1]
+    found, last = by_vllm(folder), ours[:, -1]
     assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
+
+
+# transformers takes the experts of all layers to be of one kind, without zero-points.
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "within"),
+    [("int4:g32", "float32", 1e-3), ("int8:channel", "float32", 1e-3), ("int8:channel,*experts*=int4:g32", "float32", 1e-3),
+     ("mxfp4", "bfloat16", 5e-2)],
+)  # fmt: skip
+def test_compressed_tensors(mixture: Path, tmp_path: Path, recipe: str, dtype: str, within: float) -> None:
+    python_of("transformers")
+    folder, ours = written(mixture, recipe, "vllm", tmp_path)
+    assert apart(read("transformers", "transformers_reader.py", folder, dtype)["logits"], ours) < within

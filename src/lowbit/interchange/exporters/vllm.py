@@ -80,14 +80,20 @@ class Vllm(FolderTarget):
         return 0.3 if shares else super().logits_allowed(model)
 
     def notes(self, model: Contents) -> list[str]:
+        notes = super().notes(model)
         shared = [module_of(t.name) for t in model.tensors.values() if self.allowed(t) == RESCALED]
-        if not shared:
-            return super().notes(model)
-        note = (
-            f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
-            "of the layers that vLLM runs as one; mxfp4 has no such scale"
-        )
-        return [*super().notes(model), note]
+        if shared:
+            notes.append(
+                f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
+                "of the layers that vLLM runs as one; mxfp4 has no such scale"
+            )
+        experts = {t.format for t in model.tensors.values() if t.kind == "experts"}
+        if len(experts) > 1 or any(f is None or f.offset is not None for f in experts):
+            notes.append(
+                "for vLLM and SGLang: transformers takes the experts of all layers to be quantized in one format "
+                "without zero-points, and does not load this folder"
+            )
+        return notes
 
     def section(self, model: Contents) -> dict[str, Any]:
         groups = _config_groups(model)

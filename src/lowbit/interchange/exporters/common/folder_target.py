@@ -226,7 +226,9 @@ def is_packed(stored: Stored) -> bool:
 
 def float_modules(model: Contents) -> list[str]:
     """The linear layers that are written as floats, heads and routers included; experts of a layer by one name."""
-    kept = [t.name for t in model.tensors.values() if (t.kind in ("linear", "head") and not is_packed(t)) or is_router(t)]
+    kept = [
+        t.name for t in model.tensors.values() if (t.kind in ("linear", "head") and not is_packed(t)) or is_router(t)
+    ]
     tied = [a for a, n in model.tied.items() if n in model.tensors and model.tensors[n].kind in (*_TABLES, "linear")]
     embeddings = {module_of(t.name) for t in model.tensors.values() if t.kind == "embedding"}
     modules = [experts_of(m) or m for m in map(module_of, [*kept, *tied]) if m not in embeddings]

@@ -50,7 +50,9 @@ class Pieces:
 
     def of_wholes(self, problems: list[Problem]) -> list[Problem]:
         """Problems of pieces as problems of the model's tensors, each said once."""
-        named = [replace(p, tensor=self.by_name[p.tensor].whole if p.tensor in self.by_name else p.tensor) for p in problems]
+        named = [
+            replace(p, tensor=self.by_name[p.tensor].whole if p.tensor in self.by_name else p.tensor) for p in problems
+        ]
         first = {(p.tensor, p.nearest, p.shape, re.sub(r"\d+", "0", p.reason)): p for p in reversed(named)}
         kept = {id(p) for p in first.values()}
         return [p for p in named if id(p) in kept]
@@ -98,7 +100,9 @@ def published(model: Contents) -> Pieces:
             problems.append(Problem(stored.name, str(error), "lowbit's own folder"))
     names = {p.whole: p.stored.name for p in found if p.rows is None}
     contents = replace(
-        model, tensors={p.stored.name: p.stored for p in found}, tied={a: names.get(n, n) for a, n in model.tied.items()}
+        model,
+        tensors={p.stored.name: p.stored for p in found},
+        tied={a: names.get(n, n) for a, n in model.tied.items()},
     )
     return Pieces(contents, {p.stored.name: p for p in found}, tuple(problems))
 
@@ -128,7 +132,9 @@ def _taken_apart(module: Any, stored: Stored) -> list[Piece]:
     count = prod(shape[:-1]) if stack else prod(shape[:1])
     ids = torch.arange(count).view(*shape[:-1], 1) if stack else torch.arange(count)
     try:
-        made = revert_weight_conversion(module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids})
+        made = revert_weight_conversion(
+            module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids}
+        )
     except Exception as error:  # the rules are transformers', met with a plane one column wide
         raise _Whole(f"transformers cannot take it apart for saving ({one_line(error)})") from error
     if not stack:

@@ -56,7 +56,7 @@ class Gguf(Target):
         for name, there in names_in_file(family, model).items():
             stored = model.tensors[name]
             if name in whole:
-                problems.append(whole[name])
+                problems += _problems(stored) or [whole[name]]  # of a width that the type is not for, that is said
             elif there is None:
                 problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -53,7 +52,10 @@ class Placed:
 def names_in_file(family: Family, model: Contents) -> dict[str, str | None]:
     """Name in the model -> name in the file, of a stack of gates and ups that of its gates; None where llama.cpp has none."""
     parts = _parts(family, model, published(model))
-    return {name: None if None in (there := [n for n, _ in parts.get(name, ())]) or not there else there[0] for name in model.tensors}
+    return {
+        name: None if None in (there := [n for n, _ in parts.get(name, ())]) or not there else there[0]
+        for name in model.tensors
+    }
 
 
 def place(family: Family, model: Contents) -> list[Placed]:

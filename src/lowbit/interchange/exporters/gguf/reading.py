@@ -29,7 +29,9 @@ class Reread(Source):
             self._placed.setdefault(p.stored.name, []).append(p)
         self._there = {t.name: t for t in gguf.GGUFReader(path).tensors}
         self.tensors = {
-            n: s for n, s in ours.tensors.items() if n in self._placed and all(p.name in self._there for p in self._placed[n])
+            n: s
+            for n, s in ours.tensors.items()
+            if n in self._placed and all(p.name in self._there for p in self._placed[n])
         }
         self._model = model
 
