@@ -33,7 +33,7 @@ def by_vllm(folder: Path) -> Tensor:
 
 @pytest.mark.parametrize(
     ("target", "recipe"),
-    [("vllm", "int4:g32"), ("vllm", "uint4:g32:asym"), ("vllm", "int8:channel,*experts*=int4:g32"),
+    [("vllm", "int4:g32"), ("vllm", "uint4:g32:asym"),
      ("vllm", "int4:g32,*.0.*experts*=keep"), ("vllm", "int4:g32,*.experts.*=keep"), ("gptq", "int4:g32,*.experts.*=keep"),
      ("gptq", "int4:g32"), ("awq", "uint4:g32:asym"), ("awq", "uint4:g32:asym,*.experts.*=keep")],
 )  # fmt: skip
