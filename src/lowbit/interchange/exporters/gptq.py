@@ -74,6 +74,16 @@ class Gptq(FolderTarget):
             return Problem(stored.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
         return None
 
+    def turned(self, stored: Stored) -> Problem | None:
+        """vLLM alone reads such layers, and it has kernels for symmetric weights of 4 and 8 bits."""
+        fmt = stored.format
+        assert fmt is not None
+        if is_symmetric(fmt) and fmt.grid.bits in (4, 8):
+            return None
+        reason = "is kept [in, out] by its module, which vLLM alone reads, symmetric and of 4 or 8 bits"
+        nearest = nearest_integers(fmt, stored.shape[-1], asymmetric=False)
+        return Problem(stored.name, reason, nearest)
+
     def spec(self, stored: Stored) -> Spec:
         fmt, (rows, width) = stored.format, stored.shape
         assert fmt is not None

@@ -54,6 +54,14 @@ class Vllm(FolderTarget):
             return Problem(stored.name, reason, f"int8:{nearest_block(stored.format, width)}")
         return None if refusal is None else Problem(stored.name, *refusal)
 
+    def turned(self, stored: Stored) -> Problem | None:
+        """vLLM's GPT-2 turns what is called `weight`, whoever stored it, and leaves packed words as they are."""
+        if "weight" not in self.spec(stored):
+            return None
+        assert stored.format is not None
+        reason = f"is kept [in, out] by its module, which vLLM takes {_known(stored).format_name} weights to be too"
+        return Problem(stored.name, reason, f"int4:{nearest_block(stored.format, stored.shape[-1])} without a=")
+
     def spec(self, stored: Stored) -> Spec:
         assert stored.format is not None
         scheme = _known(stored)

@@ -57,6 +57,10 @@ class FolderTarget(Target):
     def section(self, model: Contents) -> dict[str, Any]:
         """`quantization_config` of config.json."""
 
+    def turned(self, stored: Stored) -> Problem | None:
+        """Why a layer that its module keeps as [in, out] cannot be held [out, in], as all are stored here, or None."""
+        return None
+
     def alike(self, parts: list[Stored]) -> Problem | None:
         """Why layers that the reader runs as one cannot be stored so, or None."""
         first = parts[0]
@@ -100,10 +104,8 @@ class FolderTarget(Target):
     def _problem(self, stored: Stored) -> Problem | None:
         if stored.format is None or stored.kind in _TABLES:
             return None
-        if stored.kind == "conv1d":
-            reason = f"is kept [in, out] by its module, which {self.reader} does not unpack; GGUF holds it"
-            return Problem(stored.name, reason, "--as gguf")
-        return self.problem(stored)
+        problem = self.problem(stored)
+        return self.turned(stored) if problem is None and stored.kind == "conv1d" else problem
 
     @staticmethod
     def _fused(model: Contents) -> Iterator[list[Stored]]:
@@ -121,14 +123,19 @@ class FolderTarget(Target):
         return _LOGITS if rounded else super().logits_allowed(model)
 
     def notes(self, model: Contents) -> list[str]:
+        notes = []
+        if any(is_packed(t) and t.kind == "conv1d" for t in model.tensors.values()):
+            notes.append(
+                "for vLLM: transformers does not load layers whose modules keep [in, out] (Conv1D) in this format"
+            )
         tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
-        if not tables:
-            return []
-        before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
-        after = sum(2 * math.prod(t.shape) for t in tables)
-        names = " and ".join(module_of(t.name) for t in tables)
-        kind = str(table_dtype(tables[0])).removeprefix("torch.")
-        return [f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}"]
+        if tables:
+            before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
+            after = sum(2 * math.prod(t.shape) for t in tables)
+            names = " and ".join(module_of(t.name) for t in tables)
+            kind = str(table_dtype(tables[0])).removeprefix("torch.")
+            notes.append(f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}")
+        return notes
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """What was written, its inputs compared already. ExportError where those come back changed."""
@@ -221,13 +228,15 @@ def module_of(name: str) -> str:
 
 def is_packed(stored: Stored) -> bool:
     """Whether a tensor is a linear layer that is written in few bits."""
-    return stored.format is not None and stored.kind == "linear"
+    return stored.format is not None and stored.kind in ("linear", "conv1d")
 
 
 def float_modules(model: Contents) -> list[str]:
     """The linear layers that are written as floats, heads and routers included; experts of a layer by one name."""
     kept = [
-        t.name for t in model.tensors.values() if (t.kind in ("linear", "head") and not is_packed(t)) or is_router(t)
+        t.name
+        for t in model.tensors.values()
+        if (t.kind in ("linear", "conv1d", "head") and not is_packed(t)) or is_router(t)
     ]
     tied = [a for a, n in model.tied.items() if n in model.tensors and model.tensors[n].kind in (*_TABLES, "linear")]
     embeddings = {module_of(t.name) for t in model.tensors.values() if t.kind == "embedding"}
