@@ -53,6 +53,7 @@ def section(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("target", "recipe"), [(t, r) for t, recipes in RECIPES.items() for r in recipes])
 def test_every_way_of_storing_reads_back(room: Path, tmp_path: Path, target: str, recipe: str) -> None:
     made = lowbit.export(ours(room, "qwen3-moe", recipe), target, tmp_path / "theirs")
+    assert target == "vllm" or "transformers does not load experts" in made.notes[0]
     assert made.weights <= (2.0**-4 if recipe == "nvfp4" else 2.0**-11) and made.logits is not None
     expert = {"model.layers.1.mlp.experts.3.up_proj", "model.layers.1.mlp.experts.0.down_proj"}
     names = load_file(made.path / "model.safetensors").keys()

@@ -41,6 +41,7 @@ class Awq(FolderTarget):
     summary = "AWQ layout (gemm) for vLLM and transformers"
     reader = "AWQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
+    experts_note = "for vLLM: transformers does not load experts in this layout and runs the model without them"
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:

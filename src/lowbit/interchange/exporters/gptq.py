@@ -54,6 +54,9 @@ class Gptq(FolderTarget):
         "w2": ("search@int2:g16", "qronos@int2:g16"),
     }
     mixed = ("int2:g32", "int3:g32", "int4:g64", "int4:g32", "int8:g32")
+    experts_note = (
+        "for GPTQModel and vLLM: transformers does not load experts in this layout and runs the model without them"
+    )
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:

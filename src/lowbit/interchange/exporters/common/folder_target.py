@@ -37,6 +37,7 @@ class FolderTarget(Target):
     """Embeddings and heads are written dequantized in 16 bits, as programs that serve want them; kept tensors as they are."""
 
     reader: str  # who reads the folder, for messages
+    experts_note = ""  # for a folder with packed experts
     embed = "keep"
     fuses = tuple(parts for _, parts in FUSED)
     mixed: tuple[str, ...] = ()  # formats that mixed precision chooses from, where they fit the widths
@@ -128,6 +129,8 @@ class FolderTarget(Target):
             notes.append(
                 "for vLLM: transformers does not load layers whose modules keep [in, out] (Conv1D) in this format"
             )
+        if self.experts_note and any(t.kind == "experts" and t.format is not None for t in model.tensors.values()):
+            notes.append(self.experts_note)
         tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
         if tables:
             before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
