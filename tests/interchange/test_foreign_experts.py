@@ -60,6 +60,8 @@ def test_compressed_tensors(mixture: Path, tmp_path: Path, recipe: str, dtype: s
 def test_gptqmodel(mixture: Path, tmp_path: Path, recipe: str) -> None:
     python_of("gptqmodel")
     if mixture.name.startswith("mixtral"):
-        pytest.skip("GPTQModel 7.6 wants Mixtral's experts under the names inside transformers, vLLM under the published ones")
+        pytest.skip(
+            "GPTQModel 7.6 wants Mixtral's experts under the names inside transformers, vLLM under the published ones"
+        )
     folder, ours = written(mixture, recipe, "gptq", tmp_path)
     assert apart(read("gptqmodel", "gptqmodel_reader.py", folder, "float16")["logits"], ours) < 4e-2
