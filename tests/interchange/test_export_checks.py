@@ -123,13 +123,10 @@ def test_gptq_says_once_whether_there_are_zero_points() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_modules_than_linear_are_refused(name: str) -> None:
+def test_stacks_that_transformers_saves_whole_are_refused(name: str) -> None:
     fmt = parse_format("int4:g32")
+    odd = Stored("mlp.experts.up", (4, 64, 64), "experts", torch.float32, False, fmt)
+    (found,) = folder_target(name).check(model(layer("mlp.up_proj", "int4:g32"), odd))
+    assert found.tensor == odd.name and "experts as one tensor" in found.reason
     conv = Stored("h.0.c_fc.weight", (64, 64), "conv1d", torch.float32, True, fmt)
-    experts = Stored("mlp.experts.up", (4, 64, 64), "experts", torch.float32, False, fmt)
-    for odd in (conv, experts):
-        found = folder_target(name).check(model(layer("mlp.up_proj", "int4:g32"), odd))
-        assert [p.tensor for p in found] == [odd.name]
-        assert found[0].nearest == ("--as gguf" if odd is conv else "lowbit's own folder")
-    nothing = Contents("m", "", TINY["llama"](), {}, {})
-    assert "no quantized linear layer" in folder_target(name).check(nothing)[0].reason
+    assert folder_target(name).check(model(layer("mlp.up_proj", "int4:g32"), conv)) == []

@@ -107,16 +107,29 @@ def test_other_families(tmp_path: Path, family: str) -> None:
         assert lowbit.export(tmp_path / "ours", target, tmp_path / target).logits is not None
 
 
+@pytest.mark.parametrize(("target", "recipe"), [("vllm", "int4:g32"), ("gptq", "int4:g32"), ("awq", "uint4:g32:asym")])
+def test_layers_that_their_module_keeps_turned_go_out_as_all_others(tmp_path: Path, target: str, recipe: str) -> None:
+    """GPT-2's Conv1D: [out, in] in the file, as vLLM's GPT-2 wants packed words; transformers does not read them."""
+    save_tiny("gpt2", tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", f"{recipe},*.0.*c_fc=keep", tmp_path / "ours")
+    made = lowbit.export(tmp_path / "ours", target, tmp_path / "theirs")
+    assert made.logits is not None and "transformers does not load" in made.notes[0]
+    stored = load_file(made.path / "model.safetensors")
+    words = stored["transformer.h.1.mlp.c_fc." + ("weight_packed" if target == "vllm" else "qweight")]
+    assert tuple(words.shape) == {"vllm": (128, 4), "gptq": (4, 128), "awq": (32, 16)}[target]
+    assert tuple(stored["transformer.h.0.mlp.c_fc.weight"].shape) == (32, 128)  # kept: as the module has it
+
+
 @pytest.mark.parametrize(
-    ("family", "what"), [("gpt2", r"\[in, out\].*--as gguf"), ("qwen3-moe", "stack of experts.*lowbit's own folder")]
-)
-def test_models_that_cannot_be_held(tmp_path: Path, family: str, what: str) -> None:
-    save_tiny(family, tmp_path / "float")
-    lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "ours")
-    for target in TARGETS:
-        with pytest.raises(ExportError, match=what):
-            lowbit.export(tmp_path / "ours", target, tmp_path / target)
-        assert not (tmp_path / target).exists()
+    ("target", "recipe", "near"),
+    [("vllm", "int8:channel,a=int8:token", "int4:channel"), ("gptq", "uint4:g32:asym", "int4:g32"), ("gptq", "int2:g32", "int4:g32")],
+)  # fmt: skip
+def test_turned_layers_that_no_reader_has(tmp_path: Path, target: str, recipe: str, near: str) -> None:
+    save_tiny("gpt2", tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", recipe, tmp_path / "ours")
+    with pytest.raises(ExportError, match=rf"\[in, out\].*the nearest is {near}"):
+        lowbit.export(tmp_path / "ours", target, tmp_path / target)
+    assert not (tmp_path / target).exists()
 
 
 def test_straight_from_the_float_model(llama: Path, tmp_path: Path) -> None:

@@ -132,6 +132,27 @@ def test_vllm(llama: Path, tmp_path: Path, target: str, recipe: str) -> None:
     assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
 
 
+@pytest.mark.parametrize(("target", "recipe"), [("vllm", "int4:g32"), ("gptq", "int4:g32"), ("awq", "uint4:g32:asym")])
+def test_vllm_reads_layers_that_modules_keep_turned(tmp_path: Path, target: str, recipe: str) -> None:
+    import transformers
+
+    python_of("vllm")
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB, n_positions=256, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    folder, ours = written(tmp_path / "gpt2", recipe, target, tmp_path)
+    found, last = read("vllm", "vllm_reader.py", folder, "auto")["logprobs"], ours[:, -1]
+    assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
+
+
 @pytest.mark.parametrize("recipe", ["int4:g64", "int8:channel,a=int8:token"])
 def test_vllm_serves_it_and_the_openai_client_is_answered(llama: Path, tmp_path: Path, recipe: str) -> None:
     python_of("vllm")

@@ -13,6 +13,7 @@ import torch
 import transformers
 from gguf_models import FAMILY_MODELS, faint_of, save_model
 from llama_cpp_reader import LlamaCpp
+from moe_models import MOE_MODELS
 
 import lowbit
 from lowbit.interchange.exporters.gguf.types import TYPES
@@ -82,3 +83,29 @@ def test_a_mix_is_what_llama_cpp_calls_it(room: Path) -> None:
     ready = prepare(wide(room), "q4_k_m", "gguf")
     with quantized_as(wide(room), ready, room / "mix.gguf", keep=room / "mix") as (_, made):
         assert apart(room / "mix", made.path) < 0.03
+
+
+def moe_faint(name: str) -> str:
+    """A stack after which nothing brings it back to size."""
+    return "model.layers.0.mlp.experts.down_proj"
+
+
+@pytest.mark.parametrize("name", MOE_MODELS)
+def test_every_mixture_of_experts_is_computed_alike_in_float32(room: Path, name: str) -> None:
+    """One faint stack in few bits: a wrong expert, half, router or shared expert would show in the other layers."""
+    faint = moe_faint(name)
+    save_model(MOE_MODELS[name](), room / name, spread=0.2, faint=faint)
+    lowbit.quantize(room / name, f"q8_0,embed=keep,*=keep,{faint}=q8_0", room / f"{name}-q")
+    made = lowbit.export(room / f"{name}-q", "gguf")
+    assert apart(room / f"{name}-q", made.path) < 1e-4
+
+
+@pytest.mark.parametrize("name", MOE_MODELS)
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q8_0"])
+def test_quantized_experts_are_read_alike(room: Path, name: str, kind: str) -> None:
+    """Routers choose by what the layers before give: int8 inputs may tip a choice, which the few seeds here do not."""
+    folder = room / f"{name}-{kind}"
+    if not (room / f"{name}-plain").exists():
+        save_model(MOE_MODELS[name](), room / f"{name}-plain", spread=0.1)
+    lowbit.quantize(room / f"{name}-plain", f"{kind},embed=q8_0", folder)
+    assert apart(folder, lowbit.export(folder, "gguf").path) < 0.03

@@ -17,7 +17,8 @@ from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
-from lowbit.interchange.gguf_header import GgufHeader, read_gguf_header
+from lowbit.interchange.gguf_header import GgufHeader
+from lowbit.interchange.gguf_parts import read_gguf
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
 from lowbit.interchange.planes import StoredTensor, tensor_of
@@ -43,7 +44,7 @@ def open_model(model: Any, tokenizer: Any = None) -> Source:
 
 
 class GgufSource(Source):
-    """Weights read and unpacked from a GGUF file by byte range.
+    """Weights read and unpacked from a GGUF file, or the files of a split model, by byte range.
 
     `config` replaces what transformers makes of the file's metadata, which does not have all of every model.
     """
@@ -51,10 +52,10 @@ class GgufSource(Source):
     def __init__(
         self, path: str | Path, label: str | None = None, tokenizer: Any = None, config: PretrainedConfig | None = None
     ) -> None:
-        self.path = Path(path)
+        self.paths, header = read_gguf(Path(path))
+        self.path = self.paths[0]
         self.label = label or str(path)
         self._tokenizer = tokenizer
-        header = read_gguf_header(self.path)
         _check_blocks(header, self.path)
         self._stored = header.tensors
         self.config = config or load_config(self.path.parent, gguf_file=self.path.name)
@@ -98,16 +99,19 @@ class GgufSource(Source):
         return types.pop() if len(types) == 1 else torch.float32
 
     def identity(self) -> dict[str, Any]:
-        """Size, SHA-256 of everything before the weights and of 64 evenly spaced samples of the file."""
-        start = min((t.offset for t in self._stored.values()), default=self.path.stat().st_size)
-        with self.path.open("rb") as file:
+        """Of each file: size, SHA-256 of everything before the weights and of 64 evenly spaced samples."""
+        return {"files": {path.name: self._identity(path) for path in self.paths}}
+
+    def _identity(self, path: Path) -> dict[str, Any]:
+        size = path.stat().st_size
+        start = min((t.offset for t in self._stored.values() if t.path == path), default=size)
+        with path.open("rb") as file:
             header = hashlib.sha256(file.read(start)).hexdigest()
-        size = self.path.stat().st_size
-        return {"files": {self.path.name: {"size": size, "header": header, "samples": sampled(self.path)}}}
+        return {"size": size, "header": header, "samples": sampled(path)}
 
     def disk_bytes(self) -> int:
-        """Size of the file."""
-        return self.path.stat().st_size
+        """Size of the file, or of all its parts."""
+        return sum(path.stat().st_size for path in self.paths)
 
     def save_assets(self, out: Path) -> None:
         """Write the tokenizer that the file holds, its chat template, and the special tokens for generation."""
@@ -133,7 +137,7 @@ class GgufSource(Source):
         rows = prod(stored.shape[:-1])
         data = torch.empty((rows, stored.nbytes // max(rows, 1)), dtype=torch.uint8)
         try:
-            with self.path.open("rb") as file:
+            with stored.path.open("rb") as file:
                 file.seek(stored.offset)
                 if file.readinto(bytes_of(data)) != data.numel():
                     raise SourceError(f"{self.label}: the file ends inside tensor {name!r}; download it again")
@@ -154,7 +158,7 @@ class GgufSource(Source):
         step = max(1, _CHUNK // max(columns, 1))
         row_bytes = stored.nbytes // max(rows, 1)
         try:
-            with self.path.open("rb") as file:
+            with stored.path.open("rb") as file:
                 file.seek(stored.offset)
                 for first in range(0, rows, step):
                     count = min(step, rows - first)

@@ -25,8 +25,9 @@ _SHOWN = 300  # characters of a problem: damaged names can be long
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: its ggml type, its shape in torch order, and where its bytes lie, counted from the start of the file."""
+    """One tensor: its ggml type, its shape in torch order, and where its bytes lie, counted from the start of the file `path`."""
 
+    path: Path
     name: str
     ggml_type: int
     shape: tuple[int, ...]
@@ -36,7 +37,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Architecture, tensors in the order of the file, and scalar metadata and strings (arrays are passed over)."""
+    """Architecture, tensors in the order of the file, and scalar metadata and strings (arrays are passed over).
+
+    Of the parts of a split model the first alone has an architecture; that of the others is empty.
+    """
 
     architecture: str
     tensors: dict[str, GgufTensor]
@@ -74,6 +78,8 @@ class _Reader:
                 self._refuse(f"its metadata name {key!r} twice")
             metadata[key] = self._value(self._number("<I", f"the type of {key!r}"), key)
         architecture, alignment = metadata.get("general.architecture"), metadata.get("general.alignment", 32)
+        if architecture is None and metadata.get("split.no"):
+            architecture = ""
         if not isinstance(architecture, str):
             self._refuse("its metadata name no general.architecture")
         if type(alignment) is not int or not 0 < alignment <= _ALIGNMENT:
@@ -89,7 +95,7 @@ class _Reader:
                 self._refuse(
                     f"tensor {name!r} ends at byte {start + offset + nbytes} but the file has {self._size}: it is truncated"
                 )
-            tensors[name] = GgufTensor(name, kind, shape, start + offset, nbytes)
+            tensors[name] = GgufTensor(self._path, name, kind, shape, start + offset, nbytes)
         self._check_apart(tensors)
         return GgufHeader(architecture, tensors, metadata)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ from lowbit.interchange.exporters.common.integers import (
     undivided,
     why_not_integers,
 )
+from lowbit.interchange.exporters.common.pieces import PublishedFolder
 from lowbit.interchange.exporters.gptq import half
 from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
 from lowbit.interchange.layouts.awq import pack_awq
 from lowbit.interchange.safetensors_writer import Stored as Spec
-
-if TYPE_CHECKING:
-    from lowbit.interchange.lowbit_folder import LowbitFolder
 
 
 @target
@@ -43,6 +41,7 @@ class Awq(FolderTarget):
     summary = "AWQ layout (gemm) for vLLM and transformers"
     reader = "AWQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
+    experts_note = "for vLLM: transformers does not load experts in this layout and runs the model without them"
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:
@@ -63,8 +62,8 @@ class Awq(FolderTarget):
             return Problem(stored.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
         return None
 
-    def check(self, model: Contents) -> list[Problem]:
-        found = super().check(model)
+    def problems(self, model: Contents) -> list[Problem]:
+        found = super().problems(model)
         packed = [t for t in model.tensors.values() if is_packed(t)]
         if not found:
             sizes = {t.name: _size(t) for t in packed}
@@ -86,7 +85,7 @@ class Awq(FolderTarget):
             "scales": (torch.float16, (groups, rows)),
         }
 
-    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         integers = Integers.of(q)
         return pack_awq(integers.codes, integers.zeros, half(integers.scales, stored.name))
 

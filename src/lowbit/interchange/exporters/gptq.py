@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lowbit.interchange.exporters.common.folder_target import (
     is_packed,
     module_of,
 )
-from lowbit.interchange.exporters.common.fused import whole_of
+from lowbit.interchange.exporters.common.fused import experts_of, whole_of
 from lowbit.interchange.exporters.common.integers import (
     Integers,
     group_count,
@@ -28,12 +28,10 @@ from lowbit.interchange.exporters.common.integers import (
     undivided,
     why_not_integers,
 )
+from lowbit.interchange.exporters.common.pieces import PublishedFolder
 from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
 from lowbit.interchange.layouts.gptq import pack_gptq
 from lowbit.interchange.safetensors_writer import Stored as Spec
-
-if TYPE_CHECKING:
-    from lowbit.interchange.lowbit_folder import LowbitFolder
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -56,6 +54,9 @@ class Gptq(FolderTarget):
         "w2": ("search@int2:g16", "qronos@int2:g16"),
     }
     mixed = ("int2:g32", "int3:g32", "int4:g64", "int4:g32", "int8:g32")
+    experts_note = (
+        "for GPTQModel and vLLM: transformers does not load experts in this layout and runs the model without them"
+    )
     tolerance = 2.0**-11  # scales are rounded to fp16
 
     def problem(self, stored: Stored) -> Problem | None:
@@ -76,6 +77,16 @@ class Gptq(FolderTarget):
             return Problem(stored.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
         return None
 
+    def turned(self, stored: Stored) -> Problem | None:
+        """vLLM alone reads such layers, and it has kernels for symmetric weights of 4 and 8 bits."""
+        fmt = stored.format
+        assert fmt is not None
+        if is_symmetric(fmt) and fmt.grid.bits in (4, 8):
+            return None
+        reason = "is kept [in, out] by its module, which vLLM alone reads, symmetric and of 4 or 8 bits"
+        nearest = nearest_integers(fmt, stored.shape[-1], asymmetric=False)
+        return Problem(stored.name, reason, nearest)
+
     def spec(self, stored: Stored) -> Spec:
         fmt, (rows, width) = stored.format, stored.shape
         assert fmt is not None
@@ -87,7 +98,7 @@ class Gptq(FolderTarget):
             "g_idx": (torch.int32, (width,)),
         }
 
-    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         width, integers = q.shape[1], Integers.of(q)
         size = group_size(q.format)
         version = 1 if is_symmetric(q.format) else 2
@@ -95,8 +106,8 @@ class Gptq(FolderTarget):
         packed = pack_gptq(integers.codes, integers.zeros, scales, q.format.grid.bits, version=version)
         return packed | {"g_idx": (torch.arange(width) // (width if size == -1 else size)).to(torch.int32)}
 
-    def check(self, model: Contents) -> list[Problem]:
-        found = super().check(model)
+    def problems(self, model: Contents) -> list[Problem]:
+        found = super().problems(model)
         packed = [t for t in model.tensors.values() if is_packed(t)]
         if not found and len({_symmetric(t) for t in packed}) > 1:
             odd = next(t for t in packed if _symmetric(t))
@@ -151,5 +162,7 @@ def _asym(packed: list[Stored]) -> str:
 
 
 def _patterns(module: str) -> list[str]:
-    """Regular expressions of a module and, where vLLM makes it part of a larger one, of that."""
+    """Regular expressions of a module and, where vLLM makes it part of a larger one, of that; all experts of a layer by one."""
+    if (experts := experts_of(module)) or module.endswith(".experts"):
+        return [rf"^{re.escape(experts or module)}(\..*)?$"]
     return [f"^{re.escape(name)}$" for name in dict.fromkeys((module, whole_of(module)))]

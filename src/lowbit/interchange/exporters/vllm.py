@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,16 +15,14 @@ from lowbit.interchange.exporters.common.folder_target import (
     is_packed,
     module_of,
 )
-from lowbit.interchange.exporters.common.fused import whole_of
-from lowbit.interchange.exporters.common.integers import nearest_integers
+from lowbit.interchange.exporters.common.fused import experts_of, whole_of
+from lowbit.interchange.exporters.common.integers import nearest_block, nearest_integers
+from lowbit.interchange.exporters.common.pieces import PublishedFolder
 from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
 from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
 from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
 from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
 from lowbit.interchange.safetensors_writer import Stored as Spec
-
-if TYPE_CHECKING:
-    from lowbit.interchange.lowbit_folder import LowbitFolder
 
 SCHEMES: tuple[Scheme, ...] = (*INTEGERS, *FLOATS)
 
@@ -50,23 +49,35 @@ class Vllm(FolderTarget):
             reason = f"compressed-tensors has no {stored.format}"
             return Problem(stored.name, reason, nearest_integers(stored.format, width))
         refusal = scheme.refuses(stored.format, stored.inputs, _matrix(stored))
+        if refusal is None and experts_of(stored.name) is not None and not scheme.runs_experts:
+            reason = f"is of experts, which vLLM does not run in {scheme.format_name} with float inputs"
+            return Problem(stored.name, reason, f"int8:{nearest_block(stored.format, width)}")
         return None if refusal is None else Problem(stored.name, *refusal)
+
+    def turned(self, stored: Stored) -> Problem | None:
+        """vLLM's GPT-2 turns what is called `weight`, whoever stored it, and leaves packed words as they are."""
+        if "weight" not in self.spec(stored):
+            return None
+        assert stored.format is not None
+        reason = f"is kept [in, out] by its module, which vLLM takes {_known(stored).format_name} weights to be too"
+        return Problem(stored.name, reason, f"int4:{nearest_block(stored.format, stored.shape[-1])} without a=")
 
     def spec(self, stored: Stored) -> Spec:
         assert stored.format is not None
         scheme = _known(stored)
         return scheme.spec(stored.format, _matrix(stored)) | scheme.input_spec(stored.inputs)
 
-    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         scheme = _known(stored)
         if scheme.shares_scale:
             q = scheme.rescaled(q, [_quantized(model, name) for name in self._with(stored, model.contents)])
         return scheme.pack(q) | scheme.pack_inputs(stored.inputs, model.read_inputs(stored.name))
 
     def _with(self, stored: Stored, model: Contents) -> list[str]:
-        """The other weights of the layer that this one becomes part of."""
+        """The other weights of the layer that this one becomes part of, of experts those of the same one."""
         parts = next((p for p in self._fused(model) if stored in p), [])
-        return [p.name for p in parts if p is not stored]
+        whole = whole_of(module_of(stored.name))
+        return [p.name for p in parts if p is not stored and whole_of(module_of(p.name)) == whole]
 
     def allowed(self, stored: Stored) -> float:
         shares = is_packed(stored) and _known(stored).shares_scale and whole_of(m := module_of(stored.name)) != m
@@ -77,14 +88,20 @@ class Vllm(FolderTarget):
         return 0.3 if shares else super().logits_allowed(model)
 
     def notes(self, model: Contents) -> list[str]:
+        notes = super().notes(model)
         shared = [module_of(t.name) for t in model.tensors.values() if self.allowed(t) == RESCALED]
-        if not shared:
-            return super().notes(model)
-        note = (
-            f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
-            "of the layers that vLLM runs as one; mxfp4 has no such scale"
-        )
-        return [*super().notes(model), note]
+        if shared:
+            notes.append(
+                f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
+                "of the layers that vLLM runs as one; mxfp4 has no such scale"
+            )
+        experts = {t.format for t in model.tensors.values() if t.kind == "experts"}
+        if len(experts) > 1 or any(f is None or f.offset is not None for f in experts):
+            notes.append(
+                "for vLLM and SGLang: transformers takes the experts of all layers to be quantized in one format "
+                "without zero-points, and does not load this folder"
+            )
+        return notes
 
     def section(self, model: Contents) -> dict[str, Any]:
         groups = _config_groups(model)
@@ -95,7 +112,7 @@ class Vllm(FolderTarget):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
-            "ignore": float_modules(model),
+            "ignore": list(map(_target, float_modules(model))),
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         }
 
@@ -116,10 +133,17 @@ def _config_groups(model: Contents) -> list[dict[str, Any]]:
         known = next((g for g in groups if g | {"targets": []} == group), None)
         if known is None:
             groups.append(known := group)
-        known["targets"].append(module_of(stored.name))
+        if (name := _target(module_of(stored.name))) not in known["targets"]:
+            known["targets"].append(name)
     if len(groups) == 1:
         groups[0]["targets"] = ["Linear"]
     return groups
+
+
+def _target(module: str) -> str:
+    """What config.json calls a layer; all experts of one by a regular expression."""
+    experts = experts_of(module) or (module if module.endswith(".experts") else None)
+    return module if experts is None else rf"re:^{re.escape(experts)}\..*"
 
 
 def _scheme(stored: Stored) -> Scheme | None:
@@ -127,7 +151,7 @@ def _scheme(stored: Stored) -> Scheme | None:
     return next((s for s in SCHEMES if s.claims(stored.format, stored.inputs)), None)
 
 
-def _quantized(model: LowbitFolder, name: str) -> QTensor:
+def _quantized(model: PublishedFolder, name: str) -> QTensor:
     tensor = model.read(name)
     assert isinstance(tensor, QTensor)  # parts of one layer are stored alike
     return tensor

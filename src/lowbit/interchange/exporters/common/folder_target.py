@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
 from lowbit.formats import Inputs, QTensor, parse_format
-from lowbit.interchange.exporters.common.fused import FUSED, fused_with
+from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
+from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
@@ -36,6 +37,7 @@ class FolderTarget(Target):
     """Embeddings and heads are written dequantized in 16 bits, as programs that serve want them; kept tensors as they are."""
 
     reader: str  # who reads the folder, for messages
+    experts_note = ""  # for a folder with packed experts
     embed = "keep"
     fuses = tuple(parts for _, parts in FUSED)
     mixed: tuple[str, ...] = ()  # formats that mixed precision chooses from, where they fit the widths
@@ -49,19 +51,23 @@ class FolderTarget(Target):
         """Names after the module's -> (dtype, shape) of what is written for a linear layer."""
 
     @abstractmethod
-    def pack(self, stored: Stored, q: QTensor, model: LowbitFolder) -> dict[str, Tensor]:
+    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         """What `spec` announces, of the weight `q`; `model` is asked for what belongs to its inputs."""
 
     @abstractmethod
     def section(self, model: Contents) -> dict[str, Any]:
         """`quantization_config` of config.json."""
 
+    def turned(self, stored: Stored) -> Problem | None:
+        """Why a layer that its module keeps as [in, out] cannot be held [out, in], as all are stored here, or None."""
+        return None
+
     def alike(self, parts: list[Stored]) -> Problem | None:
         """Why layers that the reader runs as one cannot be stored so, or None."""
         first = parts[0]
         for other in parts[1:]:
             if (other.format, other.inputs) != (first.format, first.inputs):
-                names = ", ".join(module_of(p.name).rpartition(".")[2] for p in parts)
+                names = ", ".join(dict.fromkeys(module_of(p.name).rpartition(".")[2] for p in parts))
                 return Problem(
                     other.name,
                     f"{self.reader} runs {names} as one layer; {described(other)} beside {described(first)} cannot be",
@@ -70,12 +76,17 @@ class FolderTarget(Target):
         return None
 
     def candidates(self, model: Contents) -> tuple[str, ...]:
-        linear = [t for t in model.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
+        linear = [t for t in published(model).contents.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
         return tuple(
             f for f in self.mixed if all(self.problem(replace(t, format=parse_format(f))) is None for t in linear)
         )
 
     def check(self, model: Contents) -> list[Problem]:
+        pieces = published(model)
+        return [*pieces.problems, *pieces.of_wholes(self.problems(pieces.contents))]
+
+    def problems(self, model: Contents) -> list[Problem]:
+        """What is wrong with a model under its published names, experts apart."""
         found = []
         if model.config is None:
             found.append(Problem("", "is a plain module, and a folder of transformers needs a model with a config", ""))
@@ -92,15 +103,10 @@ class FolderTarget(Target):
         return found
 
     def _problem(self, stored: Stored) -> Problem | None:
-        if stored.kind == "experts":
-            reason = f"is a stack of experts, which is not taken apart for {self.reader} yet"
-            return Problem(stored.name, reason, "lowbit's own folder")
         if stored.format is None or stored.kind in _TABLES:
             return None
-        if stored.kind == "conv1d":
-            reason = f"is kept [in, out] by its module, which {self.reader} does not unpack; GGUF holds it"
-            return Problem(stored.name, reason, "--as gguf")
-        return self.problem(stored)
+        problem = self.problem(stored)
+        return self.turned(stored) if problem is None and stored.kind == "conv1d" else problem
 
     @staticmethod
     def _fused(model: Contents) -> Iterator[list[Stored]]:
@@ -118,14 +124,21 @@ class FolderTarget(Target):
         return _LOGITS if rounded else super().logits_allowed(model)
 
     def notes(self, model: Contents) -> list[str]:
+        notes = []
+        if any(is_packed(t) and t.kind == "conv1d" for t in model.tensors.values()):
+            notes.append(
+                "for vLLM: transformers does not load layers whose modules keep [in, out] (Conv1D) in this format"
+            )
+        if self.experts_note and any(t.kind == "experts" and t.format is not None for t in model.tensors.values()):
+            notes.append(self.experts_note)
         tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
-        if not tables:
-            return []
-        before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
-        after = sum(2 * math.prod(t.shape) for t in tables)
-        names = " and ".join(module_of(t.name) for t in tables)
-        kind = str(table_dtype(tables[0])).removeprefix("torch.")
-        return [f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}"]
+        if tables:
+            before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
+            after = sum(2 * math.prod(t.shape) for t in tables)
+            names = " and ".join(module_of(t.name) for t in tables)
+            kind = str(table_dtype(tables[0])).removeprefix("torch.")
+            notes.append(f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}")
+        return notes
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """What was written, its inputs compared already. ExportError where those come back changed."""
@@ -143,7 +156,8 @@ class FolderTarget(Target):
 
     def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
         """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
-        contents = model.contents
+        folder = PublishedFolder(model)
+        contents = folder.contents
         specs = {t.name: self._written(t) for t in contents.tensors.values()}
         shards = shards_of(specs.items(), _MAX_SHARD)
         place = {name: shard for shard in shards for name in shard.spans}
@@ -152,7 +166,7 @@ class FolderTarget(Target):
             out.mkdir(parents=True)
             create(out, shards)
             for stored in contents.tensors.values():
-                for name, tensor in self._tensors(stored, model).items():
+                for name, tensor in self._tensors(stored, folder).items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())
                     assert len(raw) == end - begin and tensor.dtype == specs[stored.name][name][0], name
@@ -180,7 +194,7 @@ class FolderTarget(Target):
             return {stored.name: (table_dtype(stored), stored.shape)}
         return {f"{module_of(stored.name)}.{part}": spec for part, spec in self.spec(stored).items()}
 
-    def _tensors(self, stored: Stored, model: LowbitFolder) -> dict[str, Tensor]:
+    def _tensors(self, stored: Stored, model: PublishedFolder) -> dict[str, Tensor]:
         tensor = model.read(stored.name)
         if not isinstance(tensor, QTensor):
             return {stored.name: tensor}
@@ -217,15 +231,25 @@ def module_of(name: str) -> str:
 
 def is_packed(stored: Stored) -> bool:
     """Whether a tensor is a linear layer that is written in few bits."""
-    return stored.format is not None and stored.kind == "linear"
+    return stored.format is not None and stored.kind in ("linear", "conv1d")
 
 
 def float_modules(model: Contents) -> list[str]:
-    """The linear layers that are written as floats, heads included."""
-    kept = [t.name for t in model.tensors.values() if t.kind in ("linear", "head") and not is_packed(t)]
+    """The linear layers that are written as floats, heads and routers included; experts of a layer by one name."""
+    kept = [
+        t.name
+        for t in model.tensors.values()
+        if (t.kind in ("linear", "conv1d", "head") and not is_packed(t)) or is_router(t)
+    ]
     tied = [a for a, n in model.tied.items() if n in model.tensors and model.tensors[n].kind in (*_TABLES, "linear")]
     embeddings = {module_of(t.name) for t in model.tensors.values() if t.kind == "embedding"}
-    return [m for m in map(module_of, [*kept, *tied]) if m not in embeddings]
+    modules = [experts_of(m) or m for m in map(module_of, [*kept, *tied]) if m not in embeddings]
+    return list(dict.fromkeys(modules))
+
+
+def is_router(stored: Stored) -> bool:
+    """Whether a kept tensor is a matrix that is no layer's to transformers and may be one to servers, as routers are."""
+    return stored.kind == "other" and len(stored.shape) == 2 and stored.name.endswith(".weight")
 
 
 def table_dtype(stored: Stored) -> torch.dtype:

@@ -5,6 +5,7 @@ By the names that models of transformers give them; the names of the whole are v
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -13,6 +14,7 @@ FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gate_up_proj", ("w1", "w3")),
     ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
 )
+_EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
 _PART_OF = {part: whole for whole, parts in FUSED for part in parts}
 
 
@@ -20,7 +22,7 @@ def fused_with(modules: Iterable[str]) -> list[tuple[str, ...]]:
     """The sets of two or more of these module names that are parts of one layer, in the order of their first."""
     found: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(whole_of(module), []).append(module)
+        found.setdefault(run_as(module), []).append(module)
     return [tuple(parts) for parts in found.values() if len(parts) > 1]
 
 
@@ -28,3 +30,14 @@ def whole_of(module: str) -> str:
     """The name of the layer that a module becomes part of; its own where it stands alone."""
     parent, dot, leaf = module.rpartition(".")
     return f"{parent}{dot}{_PART_OF.get(leaf, leaf)}"
+
+
+def experts_of(module: str) -> str | None:
+    """`model.layers.0.mlp.experts` of a layer of one expert; None for others."""
+    match = _EXPERT.match(module)
+    return None if match is None else match[1]
+
+
+def run_as(module: str) -> str:
+    """As `whole_of`, and all experts of a layer are one."""
+    return experts_of(module) or whole_of(module)

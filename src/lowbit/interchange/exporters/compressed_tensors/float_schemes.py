@@ -23,6 +23,7 @@ class FloatQuantized(Scheme):
     """weight float8_e4m3fn [out, in]; weight_scale float32 [out, 1], [1], or one for each block of 128 x 128."""
 
     format_name = "float-quantized"
+    runs_experts = False
 
     def claims(self, fmt: Format, inputs: Inputs | None) -> bool:
         return fmt.grid.name in ("e4m3", "e5m2") and fmt != _MXFP8

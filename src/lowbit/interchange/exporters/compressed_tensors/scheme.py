@@ -34,10 +34,14 @@ RESCALED = 2.0**-4
 
 
 class Scheme(ABC):
-    """`format_name` as compressed-tensors calls it; `shares_scale`: layers that are run as one have one scale in common."""
+    """`format_name` as compressed-tensors calls it; `shares_scale`: layers that are run as one have one scale in common.
+
+    `runs_experts`: vLLM has experts of these weights whose inputs stay float (`compressed_tensors_moe.py`).
+    """
 
     format_name: str
     shares_scale = False
+    runs_experts = True
 
     @abstractmethod
     def claims(self, fmt: Format, inputs: Inputs | None) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.exporters.common.pieces import published
 from lowbit.interchange.exporters.gguf import families, vocabulary
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
@@ -50,9 +52,12 @@ class Gguf(Target):
         problems = [] if why is None else [Problem("", why)]
         if family.tied and not model.tied:
             problems.append(Problem("", f"llama.cpp's {family.architecture} always uses the embedding as its head"))
+        whole = {p.tensor: p for p in published(model).problems}
         for name, there in names_in_file(family, model).items():
             stored = model.tensors[name]
-            if there is None:
+            if name in whole:
+                problems += _problems(stored) or [whole[name]]  # of a width that the type is not for, that is said
+            elif there is None:
                 problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
             else:
                 problems += _problems(stored)
@@ -66,7 +71,7 @@ class Gguf(Target):
 
     def candidates(self, model: Contents) -> tuple[str, ...]:
         """The types of blocks of 256 where all widths are multiples of it, else those of 32."""
-        linear = [s for s in model.tensors.values() if s.kind in ("linear", "conv1d")]
+        linear = [s for s in model.tensors.values() if s.kind in ("linear", "conv1d", "experts")]
         widths = [s.shape[-2] if s.transposed and s.format is None else s.shape[-1] for s in linear]
         if all(width % 256 == 0 for width in widths):
             return ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
@@ -156,8 +161,6 @@ def _problems(stored: Stored) -> list[Problem]:
         if stored.dtype not in _FLOATS:
             found.append(Problem(stored.name, f"llama.cpp reads no {str(stored.dtype).removeprefix('torch.')} weights"))
         return found
-    if len(stored.shape) != 2:
-        return [*found, Problem(stored.name, "stacks of experts are not written yet", KEEP)]
     block, width = type_of(stored.format), stored.shape[-1]
     if block is None:
         kind = nearest_type(stored.format)
@@ -179,7 +182,7 @@ def _announce(writer: Any, p: Placed) -> None:
 
     kind = gguf.GGMLQuantizationType[p.kind]
     if p.block is not None:
-        shape = (*p.shape[:-1], p.nbytes // p.shape[0])
+        shape = (*p.shape[:-1], p.nbytes // prod(p.shape[:-1]))
         writer.add_tensor_info(p.name, shape, np.dtype(np.uint8), p.nbytes, raw_dtype=kind)
     else:
         dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[p.kind]

@@ -72,6 +72,46 @@ def _phi3(writer: GGUFWriter, config: Any) -> None:
     writer.add_sliding_window(config.sliding_window or 0)
 
 
+def _mixtral(writer: GGUFWriter, config: Any) -> None:
+    _llama(writer, config)
+    _experts(writer, config.num_local_experts, config)
+
+
+def _experts(writer: GGUFWriter, count: int, config: Any) -> None:
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def _qwen_moe(writer: GGUFWriter, config: Any) -> None:
+    _experts(writer, config.num_experts, config)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    shared = getattr(config, "shared_expert_intermediate_size", None)
+    if shared:
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
+def _refuses_qwen_moe(config: Any) -> str | None:
+    renormalized = config.model_type == "qwen3_moe"
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return "llama.cpp has experts in every layer of such a model, and this config has not"
+    return _shares(config, renormalized)
+
+
+def _refuses_olmoe(config: Any) -> str | None:
+    if config.clip_qkv is not None:
+        return "llama.cpp's olmoe clips no queries, keys and values, and this config does"
+    if config.num_key_value_heads != config.num_attention_heads:
+        return "llama.cpp's olmoe has as many heads of keys as of queries, and this config fewer"
+    return _shares(config, False)
+
+
+def _shares(config: Any, renormalized: bool) -> str | None:
+    """Whether the shares of the chosen experts are brought to a sum of 1, which is in llama.cpp's code."""
+    if bool(config.norm_topk_prob) != renormalized:
+        return f"llama.cpp takes norm_topk_prob as {str(renormalized).lower()}, and this config has the other"
+    return None
+
+
 def _refuses_gemma2(config: Any) -> str | None:
     if not (config.attn_logit_softcapping and config.final_logit_softcapping):
         return "llama.cpp's gemma2 always caps logits, and this config does not"
@@ -111,7 +151,19 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "llama", ("LlamaForCausalLM", "MistralForCausalLM"), describe=_llama, interleaved=("q_proj", "k_proj"),
     ),
+    Family(
+        "llama", ("MixtralForCausalLM",), describe=_mixtral, interleaved=("q_proj", "k_proj"), reader="own",
+    ),
     Family("qwen2", ("Qwen2ForCausalLM",), head_size=False),
+    Family(
+        "qwen2moe", ("Qwen2MoeForCausalLM",), describe=_qwen_moe, head_size=False, refuses=_refuses_qwen_moe,
+        reader="weights",
+    ),
+    Family("qwen3moe", ("Qwen3MoeForCausalLM",), describe=_qwen_moe, refuses=_refuses_qwen_moe, reader="weights"),
+    Family(
+        "olmoe", ("OlmoeForCausalLM",), describe=lambda w, c: _experts(w, c.num_experts, c), head_size=False,
+        refuses=_refuses_olmoe, reader="own",
+    ),
     Family("qwen3", ("Qwen3ForCausalLM",), reader="weights"),
     Family("gemma", ("GemmaForCausalLM",), shifted=True, tied=True, reader="own"),
     Family(
@@ -154,7 +206,7 @@ def refusal(family: Family, config: Any) -> str | None:
         return f"positions of the kind {kind!r} are not written yet"
     activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
     wanted = {
-        "llama": ("silu",), "qwen2": ("silu",), "qwen3": ("silu",), "phi3": ("silu",),
+        **dict.fromkeys(("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "olmoe", "phi3"), ("silu",)),
     }.get(family.architecture, ("gelu_new", "gelu_pytorch_tanh", "gelu"))  # fmt: skip
     if family.architecture.startswith("gemma"):
         activation = getattr(config, "hidden_activation", None) or activation
@@ -190,11 +242,14 @@ def describe(family: Family, writer: GGUFWriter, whole: PretrainedConfig) -> Non
     family.describe(writer, config)
 
 
+_WINDOWED = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+
 def _context(config: Any) -> int:
     """The longest sequence that llama.cpp computes as transformers does: it has no window where the family has none."""
     longest = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
-    windowed = config.model_type in ("mistral", "qwen2", "qwen3") and getattr(config, "use_sliding_window", True)
+    windowed = config.model_type in _WINDOWED and getattr(config, "use_sliding_window", True)
     return min(longest, int(window)) if window and windowed else longest
 
 

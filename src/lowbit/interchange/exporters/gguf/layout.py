@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.pieces import Pieces, Stack, number_of, published, without_number
 from lowbit.interchange.exporters.gguf.families import Family
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
 from lowbit.interchange.exporters.target import Contents, Stored
@@ -23,10 +24,11 @@ class Placed:
 
     name    in the file
     kind    name of its ggml type
-    shape   in elements, [out, in] as torch has it
+    shape   in elements, [out, in] as torch has it; of experts [experts, out, in]
     block   the type of blocks, None for floats
     heads   how many heads its rows are of, where they are interleaved; 0 where they stand as they are
     added   1 where a norm is stored as 1 + w
+    rows    of a part of a stack of experts: its rows in the model's stack, counted over all experts
     """
 
     stored: Stored
@@ -36,6 +38,7 @@ class Placed:
     block: BlockType | None
     heads: int = 0
     added: int = 0
+    rows: Tensor | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -47,46 +50,74 @@ class Placed:
 
 
 def names_in_file(family: Family, model: Contents) -> dict[str, str | None]:
-    """Name in the model -> name in the file, None where llama.cpp has no such tensor."""
+    """Name in the model -> name in the file, of a stack of gates and ups that of its gates; None where llama.cpp has none."""
+    parts = _parts(family, model, published(model))
+    return {
+        name: None if None in (there := [n for n, _ in parts.get(name, ())]) or not there else there[0]
+        for name in model.tensors
+    }
+
+
+def place(family: Family, model: Contents) -> list[Placed]:
+    """Every tensor of a model that `check` has passed, in its order; gates and ups of experts are two."""
+    return [
+        _placed(family, model, model.tensors[whole], there or whole, rows)
+        for whole, parts in _parts(family, model, published(model)).items()
+        for there, rows in parts
+    ]
+
+
+def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tuple[str | None, Tensor | None]]]:
+    """Name in the model -> (name in the file, rows of the stack or None) of what it becomes."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     assert model.config is not None
     architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
     known = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
-    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.tensors}
+    together: dict[tuple[str, str], list[tuple[int, Tensor | None]]] = {}
+    for name, piece in pieces.by_name.items():
+        together.setdefault((piece.whole, without_number(name)), []).append((number_of(name), piece.rows))
+    found: dict[str, list[tuple[str | None, Tensor | None]]] = {}
+    for (whole, name), experts in together.items():
+        stacked = [rows for _, rows in sorted(experts, key=lambda e: e[0]) if rows is not None]
+        there = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        found.setdefault(whole, []).append((there, torch.cat(stacked) if stacked else None))
+    return found
 
 
-def place(family: Family, model: Contents) -> list[Placed]:
-    """Every tensor of a model that `check` has passed, in its order."""
-    names: Mapping[str, str | None] = names_in_file(family, model)
-    return [_placed(family, model, stored, names[name] or name) for name, stored in model.tensors.items()]
-
-
-def _placed(family: Family, model: Contents, stored: Stored, name: str) -> Placed:
+def _placed(family: Family, model: Contents, stored: Stored, name: str, rows: Tensor | None) -> Placed:
     config: Any = model.config
     leaf = stored.name.split(".")[-2] if "." in stored.name else stored.name
     heads = 0
     if leaf in family.interleaved:
         text = config.get_text_config()
         heads = text.num_attention_heads if leaf == family.interleaved[0] else text.num_key_value_heads
+    turned = stored.transposed and stored.format is None
+    shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if turned else stored.shape
+    if rows is not None:
+        shape = (shape[0], len(rows) // shape[0], shape[-1])
     if stored.format is not None:
         block = type_of(stored.format)
         assert block is not None
-        return Placed(stored, name, block.name, stored.shape, block, heads)
-    shape = tuple(reversed(stored.shape)) if stored.transposed else stored.shape
-    kind = "F32" if len(shape) < 2 else _FLOATS[stored.dtype]  # ggml adds and multiplies by vectors in float32
+        return Placed(stored, name, block.name, shape, block, heads, rows=rows)
+    router = ".ffn_gate_inp" in name  # of experts, or of one that all tokens share, which is a vector to llama.cpp
+    shape = shape[1:] if router and shape[0] == 1 else shape
+    kind = "F32" if len(shape) < 2 or router else _FLOATS[stored.dtype]  # ggml multiplies by vectors in float32
     is_norm = len(shape) == 1 and stored.name.endswith("norm.weight")
-    return Placed(stored, name, kind, shape, None, heads, int(family.shifted and is_norm))
+    return Placed(stored, name, kind, shape, None, heads, int(family.shifted and is_norm), rows)
 
 
 def bytes_in_file(placed: Placed, tensor: Tensor | QTensor) -> Any:
     """The tensor as numpy has it for the file: uint8 [rows, bytes] for blocks, else of the type's own width."""
     if isinstance(tensor, QTensor):
         assert placed.block is not None
-        packed = placed.block.pack(tensor)
+        packed = placed.block.pack(tensor if placed.rows is None else Stack(tensor).rows(placed.rows))
         return packed[_rows(placed, len(packed)).numpy()] if placed.heads else packed
     if placed.stored.transposed:
-        tensor = tensor.T
+        tensor = tensor.transpose(-1, -2)
+    if placed.rows is not None:
+        tensor = tensor.reshape(-1, tensor.shape[-1])[placed.rows]
+    tensor = tensor.reshape(placed.shape)
     if placed.heads:
         tensor = tensor[_rows(placed, len(tensor))]
     if placed.added:
@@ -102,7 +133,20 @@ def values_in_model(placed: Placed, values: Tensor) -> Tensor:
         values = values[torch.argsort(_rows(placed, len(values)))]
     if placed.added:
         values = values - placed.added
-    return values.T.contiguous() if placed.stored.transposed else values.contiguous()
+    if placed.stored.transposed:
+        values = values.T
+    return values.reshape(placed.stored.shape) if placed.stored.format is None else values.contiguous()
+
+
+def stack_in_model(parts: list[tuple[Placed, Tensor]]) -> Tensor:
+    """The stack of experts that these parts [experts, out, in] are of: float32 as the module has it."""
+    stored, total = parts[0][0].stored, sum(prod(values.shape[:-1]) for _, values in parts)
+    made = torch.empty((total, parts[0][1].shape[-1]))
+    for placed, values in parts:
+        assert placed.rows is not None
+        made[placed.rows] = values.reshape(-1, values.shape[-1])
+    made = made.reshape(stored.shape[0], -1, made.shape[-1])
+    return made.transpose(-1, -2).contiguous() if stored.transposed else made
 
 
 def _rows(placed: Placed, rows: int) -> Tensor:

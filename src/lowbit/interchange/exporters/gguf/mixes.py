@@ -61,9 +61,10 @@ def layer_types(mix: Rules, names: Mapping[str, str | None]) -> dict[str, str]:
     out = {}
     for name, there in names.items():
         parts = (there or "").split(".")
-        rule = mix.rules.get(parts[2]) if parts[0] == "blk" and parts[-1] == "weight" else None
-        if rule is not None and (kind := rule(_layer(there or ""), layers)) != mix.base:
-            out[name] = kind
+        kind = parts[2].removesuffix("_exps").removesuffix("_shexp") if parts[0] == "blk" else ""
+        rule = mix.rules.get(kind) if parts[-1] == "weight" else None
+        if rule is not None and (type_ := rule(_layer(there or ""), layers)) != mix.base:
+            out[name] = type_
     return out
 
 
