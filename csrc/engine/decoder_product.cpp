@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/prefetch.h"
 #include "engine/decoder.h"
 
 namespace lowbit {
@@ -17,7 +18,7 @@ std::int64_t pairs_of(const Linear& w) { return (w.tiles() + 1) / 2; }
 void fetch_ahead(const Linear& w, const Member& member) {
     const std::uint8_t* from = w.tile(static_cast<int>(2 * member.own_begin(pairs_of(w))));
     const std::uint8_t* end = w.data.data() + w.data.bytes();
-    for (int i = 0; i < kAhead && from + i < end; i += 64) __builtin_prefetch(from + i);
+    for (int i = 0; i < kAhead && from + i < end; i += 64) prefetch(from + i);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ LOWBIT_INLINE void to_shorts(const float* x, int n, float scale, std::int16_t* c
 LOWBIT_INLINE float scale_by_norm(const float* x, int n) {
     F squares = Simd::zero();
     for (int i = 0; i < n; i += kTile) squares = Simd::fma(Simd::load(x + i), Simd::load(x + i), squares);
-    const float by_norm = __builtin_sqrtf(Simd::sum(squares)) / kLongest, by_peak = largest_magnitude(x, n) / kLargest;
+    const float by_norm = sqrtf(Simd::sum(squares)) / kLongest, by_peak = largest_magnitude(x, n) / kLargest;
     return by_norm > by_peak ? by_norm : by_peak;
 }
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define LOWBIT_INLINE static inline __attribute__((always_inline))
+#include "kernels/inline.h"
 
 namespace lowbit {
 namespace {

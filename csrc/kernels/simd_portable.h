@@ -5,11 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(_MSC_VER)
-#define LOWBIT_INLINE static __forceinline
-#else
-#define LOWBIT_INLINE static inline __attribute__((always_inline))
-#endif
+#include "kernels/inline.h"
 
 namespace lowbit {
 namespace {

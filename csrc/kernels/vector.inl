@@ -1,4 +1,6 @@
 // Everything along one row: quantizing activations, norms, gates.
+#include <math.h>  // sqrtf of C: an inline function of C++ could be shared with files that have fewer instructions
+
 #include "kernels/linear.h"
 
 namespace lowbit {
@@ -79,7 +81,7 @@ void rms_norm(const float* x, const float* weight, int k, float epsilon, float* 
         const F v = Simd::load_some(x + i, k - i);
         squares = Simd::fma(v, v, squares);
     }
-    const float inverse = 1.0f / __builtin_sqrtf(Simd::sum(squares) / static_cast<float>(k) + epsilon);
+    const float inverse = 1.0f / sqrtf(Simd::sum(squares) / static_cast<float>(k) + epsilon);
     for (int i = 0; i < k; i += kTile) {
         const F v = Simd::multiply(Simd::load_some(x + i, k - i), Simd::all(inverse));
         Simd::store_some(y + i, Simd::multiply(v, Simd::load_some(weight + i, k - i)), k - i);
