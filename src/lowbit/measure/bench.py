@@ -30,6 +30,7 @@ from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 from lowbit.pipeline.loading import as_dtype
 
 STANDARD = SpeedSettings(repeats=5)
+REST = 0.3  # seconds, where programs that stay loaded take turns
 Model: TypeAlias = "str | Path | nn.Module"
 
 
@@ -168,7 +169,11 @@ def bench(
                     f"{', '.join(programs)}: programs measure {STANDARD}, which is not what was asked for or fits the models"
                 )
             values = take_turns(
-                [each.all_probes(fitted) for each in found], rounds, progress, None if machine is None else machine.look
+                [each.all_probes(fitted) for each in found],
+                rounds,
+                progress,
+                None if machine is None else machine.look,
+                rest=REST if programs else 0.0,
             )
         finally:
             for each in found:

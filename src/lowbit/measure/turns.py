@@ -5,6 +5,7 @@ The first round warms caches, kernels and clocks, and is thrown away.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,10 +70,12 @@ def take_turns(
     rounds: int,
     progress: Progress | None = None,
     between: Callable[[], object] | None = None,
+    rest: float = 0.0,
 ) -> list[dict[str, list[float]]]:
     """What each probe of each program found in `rounds` rounds; all have one after another what is called the same.
 
-    between: called before every round, the first included.
+    between: called before every round, the first included. rest: seconds before each probe: threads of OpenMP go on spinning
+    after their last loop, for 0.2 s by default in some runtimes (KMP_BLOCKTIME), on processors that are another's now.
     """
     names = list(dict.fromkeys(name for program in programs for name in program))
     found: list[dict[str, list[float]]] = [{name: [] for name in program} for program in programs]
@@ -84,6 +87,7 @@ def take_turns(
             for program, values in zip(programs, found, strict=True):
                 if name not in program:
                     continue
+                time.sleep(rest)
                 value = program[name]()
                 if turn > 0:
                     values[name].append(value)
