@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--beside", nargs="*")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="of what transformers runs; float32")
     parser.add_argument("--llama-bench")
     parser.add_argument("--gguf", nargs="*", default=[])
     parser.add_argument("--program", nargs="*", default=[], help="NAME=COMMAND")

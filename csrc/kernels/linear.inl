@@ -71,10 +71,11 @@ class Ahead {
 //
 // The integer sums are exact; what is rounded is the float32 sum over segments.
 //
+// first: of the blocks that these tiles are for, so that they come from afar, and the next ones are asked for.
 // kSegment: columns of a segment where they are known, so that nothing is counted while running; else 0. kHalves: scales of
 // groups in float16, no minima, and the zero that the rows were made for: the most frequent case.
 template <Code code, int kPlanes, int kM, int kT, int kSegment, bool kHalves>
-LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[kM][kT]) {
+LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, bool first, F (&y)[kM][kT]) {
     using L = Line<code>;
     const int segment = kSegment > 0 ? kSegment : w.segment;
     const int lines = segment / (4 * L::kQuads), segments = x.segments, scale_bytes = w.scale_bytes();
@@ -95,7 +96,7 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, F (&y)[
     Ahead ahead(w, t0, kT, segments);
     std::int64_t scale_at = 0;
     for (int s = 0, in_group = 0; s < segments; ++s) {
-        if constexpr (kM == 1) ahead.step();
+        if (kM == 1 || first) ahead.step();
         I sum[kPlanes][kM][kT];
         for (int plane = 0; plane < kPlanes; ++plane) {
             const std::int32_t* begin = x.start[plane] + std::int64_t{m0} * segments + s;
@@ -211,16 +212,16 @@ LOWBIT_INLINE void finish(const Linear& w, const Epilogue& e, int m0, int t0, F 
 }
 
 template <Code code, int kPlanes, int kM, int kT>
-void product(const Linear& w, const Rows& x, int m0, int t0, const Epilogue& e, float* y, std::int64_t stride) {
+void product(const Linear& w, const Rows& x, int m0, int t0, bool first, const Epilogue& e, float* y, std::int64_t stride) {
     F sums[kM][kT];
     if constexpr (is_float(code)) {
         float_block<code, kM, kT>(w, x, m0, t0, sums);
     } else if (w.segment == 32 && !w.wide_scale && !w.minimum && w.groups() > 1 && w.zero == x.zero) {
-        block<code, kPlanes, kM, kT, 32, true>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 32, true>(w, x, m0, t0, first, sums);
     } else if (w.segment == 32) {
-        block<code, kPlanes, kM, kT, 32, false>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 32, false>(w, x, m0, t0, first, sums);
     } else {
-        block<code, kPlanes, kM, kT, 0, false>(w, x, m0, t0, sums);
+        block<code, kPlanes, kM, kT, 0, false>(w, x, m0, t0, first, sums);
     }
     finish<kM, kT>(w, e, m0, t0, sums, y, stride);
 }
@@ -236,20 +237,20 @@ void all_products(const Linear& w, const Rows& x, int m0, int m1, int t0, int t1
     if (two == 2) {
         for (; t + kPair <= t1; t += kPair) {
             int m = m0;
-            for (; m + kPairM <= m1; m += kPairM) product<code, kPlanes, kPairM, kPair>(w, x, m, t, e, y, stride);
+            for (; m + kPairM <= m1; m += kPairM) product<code, kPlanes, kPairM, kPair>(w, x, m, t, m == m0, e, y, stride);
             if constexpr (kPairM > 4) {
-                if (m + 4 <= m1) product<code, kPlanes, 4, kPair>(w, x, m, t, e, y, stride), m += 4;
+                if (m + 4 <= m1) product<code, kPlanes, 4, kPair>(w, x, m, t, m == m0, e, y, stride), m += 4;
             }
             if constexpr (kPairM > 2) {
-                if (m + 2 <= m1) product<code, kPlanes, 2, kPair>(w, x, m, t, e, y, stride), m += 2;
+                if (m + 2 <= m1) product<code, kPlanes, 2, kPair>(w, x, m, t, m == m0, e, y, stride), m += 2;
             }
-            for (; m < m1; ++m) product<code, kPlanes, 1, kPair>(w, x, m, t, e, y, stride);
+            for (; m < m1; ++m) product<code, kPlanes, 1, kPair>(w, x, m, t, m == m0, e, y, stride);
         }
     }
     for (; t < t1; ++t) {
         int m = m0;
-        for (; m + kM <= m1; m += kM) product<code, kPlanes, kM, 1>(w, x, m, t, e, y, stride);
-        for (; m < m1; ++m) product<code, kPlanes, 1, 1>(w, x, m, t, e, y, stride);
+        for (; m + kM <= m1; m += kM) product<code, kPlanes, kM, 1>(w, x, m, t, m == m0, e, y, stride);
+        for (; m < m1; ++m) product<code, kPlanes, 1, 1>(w, x, m, t, m == m0, e, y, stride);
     }
 }
 
