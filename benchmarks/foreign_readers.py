@@ -5,9 +5,9 @@
         --python gptqmodel=ENV/bin/python --python vllm=ENV/bin/python --python lm-eval=ENV/bin/python
 
 Each environment has the program and not lowbit, but for lm-eval's, which has both. A reader without `--python` is left out.
-The folders carry the first table, the first one in every target that can hold it, the others as vllm; what is in DIR from
-an earlier run is taken as it is. A tiny random Llama, made here, the second, with every
-way of storing. Reference: `lowbit.load` in float32, weights expanded, inputs rounded as the recipe says. Logits:
+The folders carry the first table, the first one in every target that can hold it, the others as vllm. A tiny random Llama, made
+here, carries the second, with every way of storing; without `--folder` it is asked about alone. What is in DIR from an earlier run
+is taken as it is, and records in OUT stay until they are measured anew. Reference: `lowbit.load` in float32, weights expanded, inputs rounded as the recipe says. Logits:
 |a - b| / |b| over all tokens of the rows; of vLLM, which gives log-probabilities of the next token, each row's mean taken off both.
 """
 
@@ -16,8 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
@@ -33,7 +31,12 @@ from lowbit.errors import ExportError
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from readers import tables
 
-HERE = Path(__file__).parent / "readers"
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "interchange")]
+
+from foreign_programs import ReaderFailed, apart, asked, error_of, read, wide_llama  # noqa: E402
+from gguf_models import save_model  # noqa: E402
+
 ROWS, LENGTH, NEW = 2, 32, 8
 PROMPT = "The capital of France is"
 # (recipe, target, whether vLLM is asked too) of the tiny model.
@@ -48,6 +51,8 @@ TINY_WAYS = (
     ("minmax@uint4:g64:asym", "gptq", True), ("int8:g32", "gptq", True), ("int3:g32", "gptq", False), ("int2:g32", "gptq", False),
     ("minmax@uint4:g64:asym", "awq", True),
 )  # fmt: skip
+FOLDERS = re.compile(r"(?<![\w/])/(?:[^\s/'\"]+/)+")  # of absolute paths in an error, which are this machine's business
+NAMES = ("reader", "target", "recipe", "folder")  # what tells records of one table apart
 READERS = {"vllm": "transformers", "gptq": "gptqmodel", "awq": "gptqmodel"}
 # compressed-tensors expands these to bfloat16 whatever it is asked for, and GPTQModel's kernels are for 16 bits.
 DTYPES = {"mxfp4": "bfloat16", "nvfp4": "bfloat16", "mxfp8": "bfloat16"}
@@ -65,37 +70,13 @@ class Case:
     logits: Tensor
     tokens: Tensor
 
-    @property
-    def rounding(self) -> float | None:
+    def rounding(self, rows: Tensor) -> float | None:
         """What rounding the inputs changes of lowbit's own logits, |a - b| / |b|: the size of what readers may do otherwise."""
         if not any(t.inputs is not None for t in LowbitFolder(self.ours).contents.tensors.values()):
             return None
         model = LowbitFolder(self.ours).dense().load_float()
-        rows = torch.tensor(json.loads((self.ours.parent / "ids.json").read_text()))
         with torch.inference_mode():
             return apart(self.logits, model(input_ids=rows).logits)
-
-
-def tiny(folder: Path) -> Path:
-    """A Llama of 2 layers and 256 channels with random weights and the tokenizer of the tests."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import transformers
-
-    from tiny import VOCAB, tiny_tokenizer
-
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def rows_of(model: Path, text: Path) -> Tensor:
@@ -122,36 +103,12 @@ def reference(folder: Path, rows: Tensor) -> tuple[Tensor, Tensor]:
     return logits, seen[:, rows.shape[1] :]
 
 
-def asked(python: str, script: str, *arguments: str) -> list[dict[str, Any]]:
-    """The lines of JSON that a reader prints, or why there is none. Only lm-eval's environment is shown where lowbit is."""
-    shown = dict(os.environ)
-    if script != "lm_eval_reader.py":
-        shown.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [python, str(HERE / script), *arguments], capture_output=True, text=True, check=False, env=shown
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and found:
-        return found
-    lines = [line for line in done.stderr.splitlines() if "Error" in line and "EngineCore" not in line]
-    return [{"error": (lines or done.stderr.splitlines() or ["it ended without a word"])[-1].strip()[-300:]}]
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def compared(out: Path, logits: Tensor, tokens: Tensor) -> dict[str, Any]:
-    """The logits' error, and how many rows of tokens and how many tokens up to the first difference are the same."""
-    read = load_file(out)
-    if "logprobs" in read:
-        ours = logits[:, -1]
-        error = apart(read["logprobs"] - read["logprobs"].mean(1, True), ours - ours.mean(1, True))
-    else:
-        error = apart(read["logits"], logits)
-    same = (read["tokens"] == tokens).long().cumprod(1)
-    return {"logits": error, "tokens": int(same.sum()), "of": same.numel()}
+def answers(python: str, script: str, rows: Tensor, work: Path, names: list[str]) -> list[Any]:
+    """What a script says of each DTYPE=FOLDER and what it computed, or of each why it gives nothing."""
+    try:
+        return read(python, script, rows, work / "read", *names)
+    except ReaderFailed as error:
+        return [({"error": str(error)}, {})] * len(names)
 
 
 def exported(ours: Path, target: str, rows: Tensor, own: tuple[Tensor, Tensor] | None = None) -> Case:
@@ -179,7 +136,7 @@ def of_tiny(model: Path, rows: Tensor, work: Path) -> Iterator[tuple[Case, bool]
     """The cases of the tiny model, and whether vLLM is asked."""
     for recipe, target, vllm in TINY_WAYS:
         ours = work / "".join(c if c.isalnum() else "-" for c in f"tiny-{recipe}")
-        static = {"calibration": "self", "samples": 2, "length": 128} if "a=minmax@" in recipe else {}
+        static: dict[str, Any] = {"calibration": "self", "samples": 2, "length": 128} if "a=minmax@" in recipe else {}
         if not ours.exists():
             lowbit.quantize(model, recipe + ",embed=keep", ours, **static)
         yield replace(exported(ours, target, rows), recipe=recipe), vllm
@@ -187,38 +144,46 @@ def of_tiny(model: Path, rows: Tensor, work: Path) -> Iterator[tuple[Case, bool]
 
 def ask_all(cases: list[Case], vllm: list[Case], rows: Tensor, pythons: dict[str, str], work: Path) -> Iterator[Any]:
     """A record for each case and reader: transformers' of all its cases in one process, vLLM's in one each."""
-    ids, out = work / "ids.json", work / "read"
-    ids.write_text(json.dumps(rows.tolist()))
-    out.mkdir(exist_ok=True)
     for reader in ("transformers", "gptqmodel"):
         mine = [case for case in cases if READERS[case.target] == reader]
         if reader in pythons and mine:
             names = [f"{_dtype(case, reader)}={case.theirs}" for case in mine]
-            found = asked(pythons[reader], "transformers_reader.py", str(ids), str(out), *names)
-            yield from (
-                _record(case, reader, one, out / f"{i}.safetensors") for i, (case, one) in enumerate(zip(mine, found))
-            )
+            found = answers(pythons[reader], "transformers_reader.py", rows, work, names)
+            yield from (_record(case, reader, one, rows) for case, one in zip(mine, found))
     for case in vllm if "vllm" in pythons else ():
-        (found,) = asked(pythons["vllm"], "vllm_reader.py", str(ids), str(out), f"auto={case.theirs}")[-1:]
-        yield _record(case, "vllm", found, out / "0.safetensors")
+        (one,) = answers(pythons["vllm"], "vllm_reader.py", rows, work, [f"auto={case.theirs}"])
+        yield _record(case, "vllm", one, rows)
 
 
 def _dtype(case: Case, reader: str) -> str:
     return "float16" if reader == "gptqmodel" else DTYPES.get(case.recipe, "float32")
 
 
-def _record(case: Case, reader: str, found: dict[str, Any], out: Path) -> dict[str, Any]:
-    record = {"reader": reader, "target": case.target, "recipe": case.recipe, "export": case.said} | found
-    if "error" not in found:
-        record |= {"rounding": case.rounding}
-        record |= compared(out, case.logits, case.tokens)
+def _record(case: Case, reader: str, answer: tuple[dict[str, Any], dict[str, Tensor]], rows: Tensor) -> dict[str, Any]:
+    """What one reader made of a case: the error, and how many tokens up to the first difference of each row are the same."""
+    said, found = answer
+    record = {"reader": reader, "target": case.target, "recipe": case.recipe, "export": case.said} | said
+    if "error" in said:
+        record["error"] = FOLDERS.sub("", said["error"])
+    else:
+        same = (found["tokens"] == case.tokens).long().cumprod(1)
+        record |= {"logits": error_of(found, case.logits), "tokens": int(same.sum()), "of": same.numel()}
+        record["rounding"] = case.rounding(rows)
     print(json.dumps(record), file=sys.stderr, flush=True)
     return record
 
 
+def _last(python: str, script: str, *arguments: Any) -> dict[str, Any]:
+    """The last line that a script prints, or the error."""
+    try:
+        return asked(python, script, *arguments)[-1]
+    except ReaderFailed as error:
+        return {"error": FOLDERS.sub("", str(error))}
+
+
 def served(folder: Path, ours: Path, pythons: dict[str, str]) -> dict[str, Any]:
     """vLLM's server asked through the `openai` client, beside lowbit's own greedy text."""
-    found = asked(pythons["vllm"], "openai_client.py", str(folder), PROMPT, "--tokens", str(NEW))[-1]
+    found = _last(pythons["vllm"], "openai_client.py", folder, PROMPT, "--tokens", NEW)
     model = lowbit.load(ours, torch.float32, kernel="expand")
     from transformers import AutoTokenizer
 
@@ -235,7 +200,7 @@ def harness(ours: Path, text: Path, python: str) -> dict[str, Any]:
     """lm-eval's bits per byte of a text, beside lowbit's own arithmetic."""
     from transformers import AutoTokenizer
 
-    found = asked(python, "lm_eval_reader.py", str(ours), str(text))[-1]
+    found = _last(python, "lm_eval_reader.py", ours, text)
     piece = text.read_text("utf-8")[:2000]
     tokenizer, model = AutoTokenizer.from_pretrained(ours), lowbit.load(ours, torch.float32, kernel="expand")
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(piece, add_special_tokens=False)["input_ids"]]])
@@ -245,41 +210,58 @@ def harness(ours: Path, text: Path, python: str) -> dict[str, Any]:
     return found | {"own": nats / math.log(2) / len(piece.encode()), "folder": ours.name}
 
 
+class Report:
+    """What is known so far, as JSON and as tables; records of an earlier run stay until they are measured anew."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+        self.found |= {"lowbit": lowbit.__version__, "rows": [ROWS, LENGTH, NEW]}
+
+    def keep(self, key: str, record: dict[str, Any]) -> None:
+        """Put a record in the place of the one of the same reader, target and recipe, or at the end, and write."""
+        records = self.found.setdefault(key, [])
+        same = [i for i, old in enumerate(records) if all(old.get(k) == record.get(k) for k in NAMES)]
+        at = same[0] if same else len(records)
+        records[at : at + 1] = [record]
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.found, indent=1) + "\n")
+        self.out.with_suffix(".md").write_text(tables.markdown(self.found))
+
+
+def on_folders(folders: list[Path], text: Path, pythons: dict[str, str], work: Path, report: Report) -> None:
+    """The first in every target, the others as vllm; then the server, and lm-eval on the first."""
+    rows = rows_of(folders[0], text)
+    cases = list(of_folder(folders[0], READERS, rows, work))
+    cases += [case for folder in folders[1:] for case in of_folder(folder, ["vllm"], rows, work)]
+    for record in ask_all(cases, cases, rows, pythons, work):
+        report.keep("on_model", record)
+    for case in cases if "vllm" in pythons else ():
+        if case.target == "vllm":
+            report.keep("served", {"recipe": case.recipe} | served(case.theirs, case.ours, pythons))
+    if "lm-eval" in pythons:
+        report.keep("harness", harness(folders[0], text, pythons["lm-eval"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("text", type=Path)
-    parser.add_argument("--folder", type=Path, action="append", required=True)
+    parser.add_argument("--folder", type=Path, action="append", default=[])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--python", action="append", default=[], metavar="READER=PYTHON")
     given = parser.parse_args()
     pythons = dict(item.split("=", 1) for item in given.python)
     given.work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"lowbit": lowbit.__version__, "rows": [ROWS, LENGTH, NEW], "on_model": [], "on_tiny": []}
-
-    def keep(key: str, record: dict[str, Any]) -> None:
-        """Add a record, and write what is known so far as JSON and as tables."""
-        found.setdefault(key, []).append(record)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(found, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(tables.markdown(found))
-
-    rows = rows_of(given.folder[0], given.text)
-    cases = list(of_folder(given.folder[0], READERS, rows, given.work))
-    cases += [case for folder in given.folder[1:] for case in of_folder(folder, ["vllm"], rows, given.work)]
-    for record in ask_all(cases, cases, rows, pythons, given.work):
-        keep("on_model", record)
-    if "vllm" in pythons:
-        for case in cases:
-            if case.target == "vllm":
-                keep("served", {"recipe": case.recipe} | served(case.theirs, case.ours, pythons))
-    if "lm-eval" in pythons:
-        keep("harness", harness(given.folder[0], given.text, pythons["lm-eval"]))
-    small = tiny(given.work / "tiny-llama")
+    report = Report(given.out)
+    if given.folder:
+        on_folders(given.folder, given.text, pythons, given.work, report)
+    small = given.work / "tiny-llama"
+    save_model(wide_llama(256), small)
     rows = rows_of(small, given.text)
     pairs = list(of_tiny(small, rows, given.work))
     for record in ask_all([c for c, _ in pairs], [c for c, vllm in pairs if vllm], rows, pythons, given.work):
-        keep("on_tiny", record)
+        report.keep("on_tiny", record)
 
 
 if __name__ == "__main__":

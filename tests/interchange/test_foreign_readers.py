@@ -7,23 +7,22 @@ in it, else in this one; where the program is in neither, the test is skipped.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from foreign_programs import ReaderFailed, asked, error_of, read, wide_llama
+from gguf_models import save_model
 from torch import Tensor
 
 import lowbit
 from tiny import VOCAB, tiny_tokenizer
 
-READERS = Path(__file__).parents[2] / "benchmarks" / "readers"
 PACKAGES = {"transformers": "compressed_tensors", "gptqmodel": "gptqmodel", "vllm": "vllm", "lm_eval": "lm_eval"}
 pytestmark = pytest.mark.peer
 ROWS = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -37,34 +36,17 @@ def python_of(reader: str) -> str:
 
 
 def run(reader: str, script: str, *arguments: Any) -> dict[str, Any]:
-    shown = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or reader == "lm_eval"}
-    if reader == "lm_eval":
-        shown["PYTHONPATH"] = str(Path(lowbit.__file__).parents[1])
-    command = [python_of(reader), str(READERS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=shown)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """The last line of JSON that a reader's script prints."""
+    try:
+        return asked(python_of(reader), script, *arguments)[-1]
+    except ReaderFailed as error:
+        pytest.fail(error.said)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide enough for the kernels of vLLM: heads of 32, rows of 128."""
-    import transformers
-
     folder = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    save_model(wide_llama(128), folder)
     return folder
 
 
@@ -78,16 +60,14 @@ def written(llama: Path, recipe: str, target: str, out: Path) -> tuple[Path, Ten
     return made.path, logits
 
 
-def read(reader: str, script: str, folder: Path, dtype: str) -> dict[str, Tensor]:
-    (folder.parent / "ids.json").write_text(json.dumps(ROWS.tolist()))
-    said = run(reader, script, folder.parent / "ids.json", folder.parent, f"{dtype}={folder}")
+def error(reader: str, script: str, folder: Path, dtype: str, ours: Tensor) -> float:
+    """How far a reader's logits are from lowbit's own."""
+    try:
+        ((said, found),) = read(python_of(reader), script, ROWS, folder.parent, f"{dtype}={folder}")
+    except ReaderFailed as failed:
+        pytest.fail(failed.said)
     assert "error" not in said, said
-    found: dict[str, Tensor] = load_file(folder.parent / "0.safetensors")
-    return found
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return error_of(found, ours)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +85,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def test_compressed_tensors(llama: Path, tmp_path: Path, recipe: str, dtype: str, within: float) -> None:
     python_of("transformers")
     folder, ours = written(llama, recipe, "vllm", tmp_path)
-    assert apart(read("transformers", "transformers_reader.py", folder, dtype)["logits"], ours) < within
+    assert error("transformers", "transformers_reader.py", folder, dtype, ours) < within
 
 
 @pytest.mark.parametrize(
@@ -116,7 +96,7 @@ def test_compressed_tensors(llama: Path, tmp_path: Path, recipe: str, dtype: str
 def test_gptqmodel(llama: Path, tmp_path: Path, target: str, recipe: str) -> None:
     python_of("gptqmodel")
     folder, ours = written(llama, recipe, target, tmp_path)
-    assert apart(read("gptqmodel", "transformers_reader.py", folder, "float16")["logits"], ours) < 1e-2
+    assert error("gptqmodel", "transformers_reader.py", folder, "float16", ours) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -127,30 +107,19 @@ def test_gptqmodel(llama: Path, tmp_path: Path, target: str, recipe: str) -> Non
 def test_vllm(llama: Path, tmp_path: Path, target: str, recipe: str) -> None:
     python_of("vllm")
     folder, ours = written(llama, recipe, target, tmp_path)
-    found, last = read("vllm", "vllm_reader.py", folder, "auto")["logprobs"], ours[:, -1]
-    # In bfloat16; log-probabilities are logits up to a number for each row.
-    assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
+    assert error("vllm", "vllm_reader.py", folder, "auto", ours) < 4e-2  # it computes in bfloat16
 
 
 @pytest.mark.parametrize(("target", "recipe"), [("vllm", "int4:g32"), ("gptq", "int4:g32"), ("awq", "uint4:g32:asym")])
 def test_vllm_reads_layers_that_modules_keep_turned(tmp_path: Path, target: str, recipe: str) -> None:
-    import transformers
-
     python_of("vllm")
     config = transformers.GPT2Config(
         vocab_size=VOCAB, n_positions=256, n_embd=128, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         architectures=["GPT2LMHeadModel"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
-    model.save_pretrained(tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    save_model(config, tmp_path / "gpt2")
     folder, ours = written(tmp_path / "gpt2", recipe, target, tmp_path)
-    found, last = read("vllm", "vllm_reader.py", folder, "auto")["logprobs"], ours[:, -1]
-    assert apart(found - found.mean(1, True), last - last.mean(1, True)) < 4e-2
+    assert error("vllm", "vllm_reader.py", folder, "auto", ours) < 4e-2
 
 
 @pytest.mark.parametrize("recipe", ["int4:g64", "int8:channel,a=int8:token"])
