@@ -1,10 +1,11 @@
 """A Llama of 3.7 million parameters whose widths k-quants divide, trained for some minutes on a text of one's own.
 
-    python benchmarks/trained_llama.py OUT TEXT [TEXT ...] [--steps 600]
+    python benchmarks/trained_llama.py OUT TEXT [TEXT ...] [--steps 300]
 
 Super-blocks of k-quants hold 256 weights of a row: hidden 256, intermediate 768. Trained, because what quantization costs a
-model of random weights says nothing. The same texts, steps, threads and PyTorch give the same bytes. TEXT must not hold what
-the model is evaluated on. llama.cpp's converter knows no tokenizer that was made just now: it is told `--pre gpt-2`.
+model of random weights says nothing. The same texts, steps, processor, threads and PyTorch give the same bytes; products are
+bfloat16. TEXT must not hold what the model is evaluated on. llama.cpp's converter knows no tokenizer that was made just now:
+it is told `--pre gpt-2`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, LENGTH, BATCH = 2048, 1024, 2
 BEGIN, END = "<s>", "</s>"
-RATE, WARM_UP, DECAY = 2e-3, 30, 0.1
+RATE, WARM_UP, DECAY = 3e-3, 20, 0.1
 
 
 def made_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -61,14 +62,15 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, generator: 
     for step in range(steps):
         starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=generator)
         batch = torch.stack([tokens[start : start + LENGTH] for start in starts.tolist()])
-        loss = model(batch, labels=batch).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == steps - 1:
             print(f"step {step}: {loss.item():.3f} nats a token", file=sys.stderr, flush=True)
     model.eval()
 
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
     texts = [path.read_text(encoding="utf-8") for path in args.texts]
     tokenizer = made_tokenizer(texts)
