@@ -89,9 +89,14 @@ def quality(path: Path, config: Any, reference: Reference) -> dict[str, Any]:
     found = measure_quality(GgufSource(path, config=config).load_float(), reference.windows, base=reference)
     assert found.kl_mean and found.top1
     return {
-        "kl": round(found.kl_mean.value, 5), "kl_stderr": round(found.kl_mean.stderr or 0.0, 5),
+        "kl": float(f"{found.kl_mean.value:.4g}"), "kl_stderr": float(f"{found.kl_mean.stderr or 0.0:.3g}"),
         "perplexity": round(found.perplexity.value, 4), "top1": round(found.top1.value, 5),
     }  # fmt: skip
+
+
+def shown(kl: float) -> str:
+    """Four places, or two digits where these would be zeros."""
+    return f"{kl:.4f}" if kl >= 1e-3 or not kl else f"{kl:.1e}" if kl < 1e-4 else f"{kl:.5f}"
 
 
 def markdown(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -105,7 +110,7 @@ def markdown(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
             types = ", ".join(f"{n} {t}" for t, n in row["types"].items() if " " not in t)
             lines.append(
                 f"| `{row['name']}` | {row['who']} | {row['bytes'] / 2**20:.2f} | {row['linear_bits']:.3f} | "
-                f"{row['perplexity']:.3f} | {row['kl']:.4f} | {row['kl_stderr']:.4f} | {ratio} | {types} |"
+                f"{row['perplexity']:.3f} | {shown(row['kl'])} | {shown(row['kl_stderr'])} | {ratio} | {types} |"
             )
     return "\n".join(lines)
 
