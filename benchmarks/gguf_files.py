@@ -1,7 +1,7 @@
 """GGUF files of lowbit beside llama-quantize's with an importance matrix: the same text, the same size or less.
 
     python benchmarks/gguf_files.py MODEL CALIBRATION EVAL --peer PYTHON --work FOLDER --out benchmarks/results/gguf.json
-        [--pairs "iq4_nl:IQ4_NL" "w4 --target-bits 5.53:Q4_K_M" ...] [--samples 32] [--windows 24]
+        [--pairs "iq4_nl:IQ4_NL" "w4 --target-bits 5.53:Q4_K_M" ...] [--samples 32] [--windows 24] [--pre gpt-2]
 
 A pair is a recipe with options and a type of llama-quantize. lowbit's file is made by the command that a user would
 type, in a process of its own; llama.cpp's by peers/llama_peer.py in the Python given (see peers/README.md), which keeps
@@ -50,13 +50,15 @@ def ours(model: str, recipe: str, calibration: str, samples: int, out: Path) -> 
     }  # fmt: skip
 
 
-def theirs(python: str, model: str, kind: str, calibration: str, samples: int, work: Path, out: Path) -> dict[str, Any]:
+def theirs(
+    python: str, model: str, kind: str, calibration: str, samples: int, work: Path, out: Path, pre: str | None
+) -> dict[str, Any]:
     """Quantize by llama-quantize with llama-imatrix."""
     adapter = Path(__file__).parent / "peers" / "llama_peer.py"
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as room:
         command = [
             python, str(adapter), model, calibration, room, "--config", f"{kind}-im", "--windows", str(samples),
-            "--work", str(work), "--gguf", str(out),
+            "--work", str(work), "--gguf", str(out), *(["--pre", pre] if pre else []),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -87,9 +89,14 @@ def quality(path: Path, config: Any, reference: Reference) -> dict[str, Any]:
     found = measure_quality(GgufSource(path, config=config).load_float(), reference.windows, base=reference)
     assert found.kl_mean and found.top1
     return {
-        "kl": round(found.kl_mean.value, 5), "kl_stderr": round(found.kl_mean.stderr or 0.0, 5),
+        "kl": float(f"{found.kl_mean.value:.4g}"), "kl_stderr": float(f"{found.kl_mean.stderr or 0.0:.3g}"),
         "perplexity": round(found.perplexity.value, 4), "top1": round(found.top1.value, 5),
     }  # fmt: skip
+
+
+def shown(kl: float) -> str:
+    """Four places, or two digits where these would be zeros."""
+    return f"{kl:.4f}" if kl >= 1e-3 or not kl else f"{kl:.1e}" if kl < 1e-4 else f"{kl:.5f}"
 
 
 def markdown(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
@@ -103,7 +110,7 @@ def markdown(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
             types = ", ".join(f"{n} {t}" for t, n in row["types"].items() if " " not in t)
             lines.append(
                 f"| `{row['name']}` | {row['who']} | {row['bytes'] / 2**20:.2f} | {row['linear_bits']:.3f} | "
-                f"{row['perplexity']:.3f} | {row['kl']:.4f} | {row['kl_stderr']:.4f} | {ratio} | {types} |"
+                f"{row['perplexity']:.3f} | {shown(row['kl'])} | {shown(row['kl_stderr'])} | {ratio} | {types} |"
             )
     return "\n".join(lines)
 
@@ -116,6 +123,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", default=list(PAIRS), help="recipe and options, a colon, llama.cpp's type")
     parser.add_argument("--peer", required=True, help="Python of peers/llama_peer.py")
     parser.add_argument("--work", type=Path, required=True, help="keeps the float GGUF and the importance matrix")
+    parser.add_argument("--pre", help="llama.cpp's name of the pre-tokenizer, where its converter does not know it")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--again", action="store_true")
@@ -139,7 +147,7 @@ def main() -> None:
                 else:
                     row = theirs(
                         arguments.peer, arguments.model, kind, arguments.calibration, arguments.samples, arguments.work,
-                        file,
+                        file, arguments.pre,
                     )  # fmt: skip
                 if reference is None:
                     windows = make_windows(load_text(arguments.evaluation), source.tokenizer(), limit=arguments.windows)

@@ -1,9 +1,10 @@
 """llama.cpp beside lowbit: its own tools quantize, and gguf-py reads what they wrote.
 
-    python benchmarks/peers/llama_peer.py MODEL CALIBRATION OUT [--config Q4_K_M-im] [--work FOLDER]
+    python benchmarks/peers/llama_peer.py MODEL CALIBRATION OUT [--config Q4_K_M-im] [--work FOLDER] [--pre gpt-2]
 
 A config is a type of llama-quantize; with `-im` after it, llama-imatrix sees the calibration windows first.
 --work keeps the float GGUF and the importance matrix for the next config; their seconds are counted each time.
+--pre names the pre-tokenizer of a model whose tokenizer llama.cpp's converter does not know.
 The programs are looked for beside this Python, then on the PATH.
 """
 
@@ -24,6 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import common
+
+# The converter knows tokenizers by a hash of what they make of a text; a new one it refuses, to be named in its code.
+_CONVERT_AS = """
+import pathlib, runpy, sys
+pre, script = sys.argv[1:3]
+sys.path.insert(0, str(pathlib.Path(script).parent))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
+sys.argv = sys.argv[2:]
+runpy.run_path(script, run_name="__main__")
+"""
 
 
 def tool(name: str) -> Path:
@@ -103,7 +115,8 @@ def quantize(arguments: Any, work: Path) -> common.Result:
     source = digest.hexdigest()
     steps: common.Steps = {}
     details: dict[str, Any] = {}
-    convert = [sys.executable, tool("convert_hf_to_gguf.py"), model, "--outtype", "f32", "--outfile"]
+    program = [sys.executable, *(["-c", _CONVERT_AS, arguments.pre] if arguments.pre else [])]
+    convert = [*program, tool("convert_hf_to_gguf.py"), model, "--outtype", "f32", "--outfile"]
     whole, steps["convert"] = kept(work, "float32.gguf", source, lambda path: common.run([*convert, path], work))
     quantizer, calibration = [tool("llama-quantize")], None
     if rest == "im":
@@ -149,6 +162,9 @@ def main() -> None:
         type=Path,
         default=kept_in and Path(kept_in),
         help="folder that keeps the float GGUF and the importance matrix (default: the variable LLAMA_PEER_WORK)",
+    )
+    made.add_argument(
+        "--pre", help="llama.cpp's name of the pre-tokenizer, such as gpt-2, where its converter knows none"
     )
     made.add_argument("--gguf", type=Path, help="keep the quantized file under this name (default: it is removed)")
     arguments = made.parse_args()

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from lowbit.formats import QTensor, encode
+from lowbit.formats import Format, QTensor, encode, stores
 from lowbit.formats.nearest import inverse
+from lowbit.solvers.nested import Layout, can_round, round_nested
 from lowbit.solvers.rounding import per_element
 
 _CHUNK = 1 << 24  # elements of the rows' normal matrices that are in memory at a time
 
 
 def refits(q: QTensor) -> bool:
-    """Whether the scales of `q` can be refitted: plain stores, one row a block, more than a power of two to choose."""
+    """Whether the scales of `q` can be refitted: one row a block, more than a power of two to choose, and stores that are
+    plain, or all nested in integers."""
     fmt = q.format
+    if fmt.codebook is not None or fmt.block.rows != 1:
+        return False
+    if isinstance(fmt.scale, Format):
+        return all(can_round(how, fmt.block.counts(q.shape)[-1]) for how in _nested(fmt))
     plain_offset = fmt.offset is None or isinstance(fmt.offset.store, str)
-    return fmt.codebook is None and fmt.scale in ("fp32", "fp16", "bf16") and plain_offset and fmt.block.rows == 1
+    return fmt.scale in stores.FLOAT_STORES and plain_offset
+
+
+def _nested(fmt: Format) -> list[Format]:
+    """How the unknowns of a row are stored, scales first, where they are nested."""
+    return [fmt.scale, *([fmt.offset.store] if fmt.offset else [])]  # type: ignore[list-item]
 
 
 def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
@@ -27,8 +40,9 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
         A s = b,   A_gh = d_g' H d_h,   b_g = d_g' H w
 
     For a float minimum the constant 1 of each group is a second basis vector. Returns the codes as they are under the
-    stored (rounded) scales. Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's closed-form codebook, for one
-    scale a group instead of one level a code.
+    stored (rounded) scales; nested scales and minima are rounded with regard to each other (`nested.py`).
+    Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's closed-form codebook, for one scale a group instead of one
+    level a code.
     """
     fmt, (rows, cols) = q.format, q.shape
     size = cols if fmt.block.cols == -1 else fmt.block.cols
@@ -40,12 +54,14 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
         level = level - per_element(offset, q.shape, fmt.block)
     bases = [level, torch.ones_like(level)] if minimum else [level]
     present = torch.cat([before, offset[0]], 1) if minimum else before  # type: ignore[index]
+    if isinstance(fmt.scale, Format):
+        return _refit_nested(q, bases, (target - q.dequantize()) @ hessian, hessian, size, present)
     pulled = target @ hessian
     found = torch.empty(rows, groups * len(bases))
     step = max(1, _CHUNK // (groups * len(bases)) ** 2)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        found[part] = _solve([b[part] for b in bases], pulled[part], hessian, size, present[part])
+        found[part], _ = _solve([b[part] for b in bases], pulled[part], hessian, size, present[part])
     scale = found[:, :groups]
     # A group whose levels are all 0 says nothing of its scale; a scale that turned 0 would lose the group for good.
     scale = torch.where((scale == 0) | ~scale.isfinite(), before, scale)
@@ -60,8 +76,31 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
     return encode(values, fmt, scale[None], None if new_offset is None else new_offset[None])
 
 
-def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor) -> Tensor:
-    """float32 [n, G * len(bases)]: the normal equations of every row, with a trace of the present answer in them."""
+def _refit_nested(
+    q: QTensor, bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor
+) -> QTensor:
+    """The same for scales in few bits, which gain little: so it is the change that is solved for, with the error of the
+    present answer pulled, or the sums of float32 would hide it."""
+    kinds = _nested(q.format)
+    layout = Layout.of(kinds, (1, -1)[: len(bases)], present.shape[1] // len(bases))
+    parts = [s.scales() for s in (q.scale, q.offset) if isinstance(s, QTensor)]
+    steps = torch.cat([s.view(len(present), -1) for s in parts if s is not None], 1)
+    found = torch.empty_like(present)
+    step = max(1, _CHUNK // 4 // present.shape[1] ** 2)
+    for begin in range(0, len(present), step):
+        part = slice(begin, begin + step)
+        now = present[part]
+        change, normal = _solve([b[part] for b in bases], pulled[part], hessian, size, torch.zeros_like(now))
+        whole = normal.tril() + normal.tril(-1).transpose(1, 2)
+        found[part], steps[part] = round_nested(now + change, whole, layout, now, steps[part])
+    each = zip(kinds, layout.per_kind(found), layout.per_kind(steps))
+    kept = [encode(values.reshape(-1), how, step.reshape(-1)) for how, values, step in each]
+    return replace(q, scale=kept[0], offset=kept[1] if len(kept) == 2 else None)
+
+
+def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [n, C], float64 [n, C, C], C = G * len(bases): the answer, and the lower triangles of the normal equations of every
+    row, with a trace of the present answer in them."""
     cols = hessian.shape[0]
     spans = [(g, min(g + size, cols)) for g in range(0, cols, size)]
     rows, count = len(pulled), len(spans) * len(bases)
@@ -79,7 +118,7 @@ def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, pres
     normal = normal.double() + torch.diag_embed(ridge.expand(-1, count)).double()
     right = right.double() + (ridge * present).double()
     factor, _ = torch.linalg.cholesky_ex(normal)
-    return torch.cholesky_solve(right[..., None], factor)[..., 0].float()
+    return torch.cholesky_solve(right[..., None], factor)[..., 0].float(), normal
 
 
 def _by_group(x: Tensor, size: int, groups: int) -> Tensor:
