@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError, RecipeError
-from lowbit.interchange.exporters.target import Problem, Progress, Target, target_named, targets
+from lowbit.interchange.exporters.target import Contents, Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
+from lowbit.pipeline.calibration import LENGTH, SAMPLES, load_calibration
 from lowbit.pipeline.folder_writer import replace_folder, sync
+from lowbit.pipeline.loading import load
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
@@ -49,12 +51,17 @@ class Exported:
 
 
 def export(
-    model: Any, target: str, out: str | Path | None = None, *, overwrite: bool = False, progress: Progress | None = None
-) -> Exported:
+    model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
+    samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
     `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the target's ending
     when left out. What was written is read back and compared with ours before it gets its name.
+
+    `kv`: what the target's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
+    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
     ExportError when the target cannot hold the model, with the reason for each tensor and the nearest that it can hold.
     """
     kind = target_named(target)
@@ -62,6 +69,13 @@ def export(
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
     check_free(out, kind, overwrite)
+    cost = []
+    text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
+    if kv is not None:
+        kind, note = _with_kv(kind, folder, kv, text, progress)
+        cost = [note]
+    elif ignored := [name for name, value in text.items() if value]:
+        raise RecipeError(f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export")
     try:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
@@ -83,7 +97,24 @@ def export(
         raise _cannot(out, error) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return Exported(out, kind.name, size, weights, logits, tuple(kind.notes(folder.contents)))
+    return Exported(out, kind.name, size, weights, logits, (*kind.notes(folder.contents), *cost))
+
+
+def _with_kv(
+    kind: Target, folder: LowbitFolder, kv: str, text: dict[str, Any], progress: Progress | None
+) -> tuple[Target, str]:
+    """The target with scales of a KV cache, and what that costs, in words."""
+    from lowbit.pipeline.kv_survey import kv_cost, kv_ranges
+
+    check_kv(kind, kv, folder.contents)
+    found = load_calibration(
+        text["calibration"], None, folder.dense(), samples=text["samples"] or SAMPLES, length=text["length"] or LENGTH,
+        chat=text["chat"],
+    )  # fmt: skip
+    model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
+    ranges = kv_ranges(model, found, kv, progress)
+    cost = kv_cost(model, found.ids[0], ranges)
+    return kind.with_kv(ranges), f"{kv} keys and values change the last hidden states by {cost:.1e} of their size"
 
 
 def default_out(folder: Path, kind: Target) -> Path:
@@ -106,6 +137,17 @@ def refuse(kind: Target, problems: Iterable[Problem]) -> None:
         parts.append(f"{reason}{where}{f'; the nearest is {near}' if near else ''}")
     more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
     raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
+
+
+def check_kv(kind: Target, kv: str, model: Contents) -> None:
+    """ExportError when the target has no KV cache of that kind, or none of this model."""
+    if kv not in kind.kv:
+        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in targets().items() if t.kv)
+        raise ExportError(f"{kind.name} cannot hold scales of a KV cache in {kv!r} ({able}); leave --kv out")
+    problems = kind.check_kv(kv, model)
+    if problems:
+        first = problems[0]
+        raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
 def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, float | None]:

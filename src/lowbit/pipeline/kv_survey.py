@@ -1,0 +1,87 @@
+"""How far keys and values go: a quantized model runs over text, and its cache is watched. For exports with `kv=`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lowbit.errors import ExportError
+from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
+from lowbit.interchange.running import device_of, evaluating
+from lowbit.pipeline.calibration import Calibration
+
+
+class _Watched(DynamicCache):
+    """A cache that shows what comes in to `seen(keys, values, layer)`, and keeps what that gives back.
+
+    Keys come rotated, [batch, heads of keys, tokens, head_dim]; a layer with a window shows what it will drop too.
+    """
+
+    def __init__(self, config: Any, seen: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> None:
+        super().__init__(config=config)
+        self._seen = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self._seen(key_states, value_states, layer_idx)
+        found: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
+        return found
+
+
+def kv_ranges(
+    model: Any, text: Calibration, kind: str, progress: Callable[[str, int, int], None] | None = None
+) -> KVRanges:
+    """The largest |key| and |value| that each layer of `model` keeps while it reads `text`, a window at a time.
+
+    The cache of one window is in memory, and no logits. `progress(name, windows done, windows in all)`.
+    ExportError when a layer keeps nothing, or something that is not finite.
+    """
+    config = model.config
+    peaks: dict[int, list[float]] = {}
+
+    def seen(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        known = peaks.setdefault(layer, [0.0, 0.0])
+        for i, x in enumerate((keys, values)):
+            peak = float(x.abs().amax())
+            if not math.isfinite(peak):
+                raise ExportError(f"layer {layer} has keys or values that are not finite on {text.name}; quantize it anew")
+            known[i] = max(known[i], peak)
+        return keys, values
+
+    for i, window in enumerate(text.ids):
+        _run(model.base_model, window, _Watched(config, seen))
+        if progress is not None:
+            progress("keys and values", i + 1, len(text.ids))
+    layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+    if sorted(peaks) != list(range(layers)):
+        raise ExportError(f"{len(peaks)} of {layers} layers keep keys and values of their own; export without kv")
+    words = f"{len(text.ids)} windows ({text.tokens:,} tokens) of {text.name}"
+    return KVRanges(kind, words, tuple((peaks[i][0], peaks[i][1]) for i in range(layers)))
+
+
+def kv_cost(model: Any, window: Tensor, ranges: KVRanges) -> float:
+    """|a - b| / |b| of the last hidden states over a window [tokens], a: with keys and values as they will be kept."""
+
+    def rounded(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        pairs = zip((keys, values), ranges.scales(layer), strict=True)
+        k, v = (stored(x, ranges.kind, scale).to(x.dtype) for x, scale in pairs)
+        return k, v
+
+    plain = _run(model.base_model, window, _Watched(model.config, lambda keys, values, layer: (keys, values)))
+    changed = _run(model.base_model, window, _Watched(model.config, rounded))
+    return float((changed.double() - plain.double()).norm() / plain.double().norm())
+
+
+def _run(module: nn.Module, window: Tensor, cache: DynamicCache) -> Tensor:
+    """The last hidden states of a decoder over a window [tokens]."""
+    with evaluating(module), torch.inference_mode():
+        ids = window[None].to(device_of(module))
+        found: Tensor = module(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return found
+
