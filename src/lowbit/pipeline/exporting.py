@@ -114,7 +114,7 @@ def _with_kv(
     model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
     ranges = kv_ranges(model, found, kv, progress)
     cost = kv_cost(model, found.ids[0], ranges)
-    return kind.with_kv(ranges), f"{kv} keys and values change the last hidden states by {cost:.1e} of their size"
+    return kind.with_kv(ranges), f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
 
 
 def default_out(folder: Path, kind: Target) -> Path:

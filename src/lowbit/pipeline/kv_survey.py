@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,9 @@ from lowbit.errors import ExportError
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
 from lowbit.interchange.running import device_of, evaluating
 from lowbit.pipeline.calibration import Calibration
+from lowbit.pipeline.decoding import cache_name
+
+_COMPARED = 64  # tokens whose logits say what rounding keys and values costs
 
 
 class _Watched(DynamicCache):
@@ -66,22 +70,23 @@ def kv_ranges(
 
 
 def kv_cost(model: Any, window: Tensor, ranges: KVRanges) -> float:
-    """|a - b| / |b| of the last hidden states over a window [tokens], a: with keys and values as they will be kept."""
+    """|a - b| / |b| of the logits of a window's last tokens, b: of `model`, a: with keys and values as they will be kept."""
 
     def rounded(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         pairs = zip((keys, values), ranges.scales(layer), strict=True)
         k, v = (stored(x, ranges.kind, scale).to(x.dtype) for x, scale in pairs)
         return k, v
 
-    plain = _run(model.base_model, window, _Watched(model.config, lambda keys, values, layer: (keys, values)))
-    changed = _run(model.base_model, window, _Watched(model.config, rounded))
-    return float((changed.double() - plain.double()).norm() / plain.double().norm())
+    plain = _run(model, window, _Watched(model.config, lambda keys, values, layer: (keys, values)))
+    changed = _run(model, window, _Watched(model.config, rounded))
+    a, b = (out.logits[:, -_COMPARED:].double() for out in (changed, plain))
+    return float((a - b).norm() / b.norm())
 
 
-def _run(module: nn.Module, window: Tensor, cache: DynamicCache) -> Tensor:
-    """The last hidden states of a decoder over a window [tokens]."""
+def _run(module: nn.Module, window: Tensor, cache: DynamicCache) -> Any:
+    """What a decoder gives for a window [tokens]; few logits where it can leave the others out."""
+    name = cache_name(module)
+    few = {"logits_to_keep": _COMPARED} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
     with evaluating(module), torch.inference_mode():
         ids = window[None].to(device_of(module))
-        found: Tensor = module(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-    return found
-
+        return module(input_ids=ids, use_cache=True, **{str(name): cache}, **few)
