@@ -75,7 +75,9 @@ def export(
         kind, note = _with_kv(kind, folder, kv, text, progress)
         cost = [note]
     elif ignored := [name for name, value in text.items() if value]:
-        raise RecipeError(f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export")
+        raise RecipeError(
+            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
+        )
     try:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
@@ -114,7 +116,9 @@ def _with_kv(
     model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
     ranges = kv_ranges(model, found, kv, progress)
     cost = kv_cost(model, found.ids[0], ranges)
-    return kind.with_kv(ranges), f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
+    return kind.with_kv(
+        ranges
+    ), f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
 
 
 def default_out(folder: Path, kind: Target) -> Path:

@@ -54,7 +54,9 @@ def kv_ranges(
         for i, x in enumerate((keys, values)):
             peak = float(x.abs().amax())
             if not math.isfinite(peak):
-                raise ExportError(f"layer {layer} has keys or values that are not finite on {text.name}; quantize it anew")
+                raise ExportError(
+                    f"layer {layer} has keys or values that are not finite on {text.name}; quantize it anew"
+                )
             known[i] = max(known[i], peak)
         return keys, values
 
