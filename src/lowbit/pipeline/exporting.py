@@ -19,9 +19,7 @@ from lowbit.errors import ExportError, OutputError, RecipeError
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
-from lowbit.pipeline.calibration import LENGTH, SAMPLES, load_calibration
 from lowbit.pipeline.folder_writer import replace_folder, sync
-from lowbit.pipeline.loading import load
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
@@ -72,7 +70,10 @@ def export(
     cost = []
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
     if kv is not None:
-        kind, note = _with_kv(kind, folder, kv, text, progress)
+        from lowbit.pipeline.kv_survey import with_kv
+
+        check_kv(kind, kv, folder.contents)
+        kind, note = with_kv(kind, folder, kv, text, progress)
         cost = [note]
     elif ignored := [name for name, value in text.items() if value]:
         raise RecipeError(
@@ -100,25 +101,6 @@ def export(
     finally:
         shutil.rmtree(room, ignore_errors=True)
     return Exported(out, kind.name, size, weights, logits, (*kind.notes(folder.contents), *cost))
-
-
-def _with_kv(
-    kind: Target, folder: LowbitFolder, kv: str, text: dict[str, Any], progress: Progress | None
-) -> tuple[Target, str]:
-    """The target with scales of a KV cache, and what that costs, in words."""
-    from lowbit.pipeline.kv_survey import kv_cost, kv_ranges
-
-    check_kv(kind, kv, folder.contents)
-    found = load_calibration(
-        text["calibration"], None, folder.dense(), samples=text["samples"] or SAMPLES, length=text["length"] or LENGTH,
-        chat=text["chat"],
-    )  # fmt: skip
-    model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
-    ranges = kv_ranges(model, found, kv, progress)
-    cost = kv_cost(model, found.ids[0], ranges)
-    return kind.with_kv(
-        ranges
-    ), f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
 
 
 def default_out(folder: Path, kind: Target) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,13 @@ from transformers import DynamicCache
 
 from lowbit.errors import ExportError
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
+from lowbit.interchange.exporters.target import Progress, Target
+from lowbit.interchange.folder import weight_files
+from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.running import device_of, evaluating
-from lowbit.pipeline.calibration import Calibration
+from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.pipeline.decoding import cache_name
+from lowbit.pipeline.loading import load
 
 _COMPARED = 64  # tokens whose logits say what rounding keys and values costs
 
@@ -38,12 +42,31 @@ class _Watched(DynamicCache):
         return found
 
 
-def kv_ranges(
-    model: Any, text: Calibration, kind: str, progress: Callable[[str, int, int], None] | None = None
-) -> KVRanges:
+def with_kv(
+    kind: Target, folder: LowbitFolder, kv: str, text: Mapping[str, Any], progress: Progress | None = None
+) -> tuple[Target, str]:
+    """The target with scales of a KV cache, and what that costs, in words.
+
+    `text`: calibration, samples, length and chat as in `quantize`; None for as much as usual. TextError for one that
+    cannot be read, ExportError as in `kv_ranges`.
+    """
+    found = load_calibration(
+        text["calibration"], None, folder.dense(), samples=text["samples"] or SAMPLES, length=text["length"] or LENGTH,
+        chat=text["chat"],
+    )  # fmt: skip
+    model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
+    size = sum(file.stat().st_size for file in weight_files(folder.folder))
+    told = (lambda window: progress(f"keys and values: {window}", 0, size)) if progress else (lambda window: None)
+    ranges = kv_ranges(model, found, kv, told)
+    cost = kv_cost(model, found.ids[0], ranges)
+    note = f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
+    return kind.with_kv(ranges), note
+
+
+def kv_ranges(model: Any, text: Calibration, kind: str, told: Callable[[str], None] = lambda window: None) -> KVRanges:
     """The largest |key| and |value| that each layer of `model` keeps while it reads `text`, a window at a time.
 
-    The cache of one window is in memory, and no logits. `progress(name, windows done, windows in all)`.
+    The cache of one window is in memory, and no logits. `told(which window)`.
     ExportError when a layer keeps nothing, or something that is not finite.
     """
     config = model.config
@@ -61,9 +84,8 @@ def kv_ranges(
         return keys, values
 
     for i, window in enumerate(text.ids):
+        told(f"window {i + 1} of {len(text.ids)}")
         _run(model.base_model, window, _Watched(config, seen))
-        if progress is not None:
-            progress("keys and values", i + 1, len(text.ids))
     layers = int(config.get_text_config(decoder=True).num_hidden_layers)
     if sorted(peaks) != list(range(layers)):
         raise ExportError(f"{len(peaks)} of {layers} layers keep keys and values of their own; export without kv")

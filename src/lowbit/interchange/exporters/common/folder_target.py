@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
-from lowbit.formats import Inputs, QTensor, parse_format
+from lowbit.formats import QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
+from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
-from lowbit.interchange.folder import weight_files
-from lowbit.interchange.safetensors_file import bytes_of, read_header, read_tensor
+from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.interchange.safetensors_writer import Stored as Spec
 from lowbit.interchange.source import Source, open_source
@@ -150,14 +150,14 @@ class FolderTarget(Target):
         """What was written, its inputs and what lies beside compared already. ExportError where those come back changed."""
         source = open_source(out)
         expected = self.beside(published(model.contents).contents)
-        found = _read(out, set(expected))
+        found = tensors_of(out, set(expected))
         for name, tensor in expected.items():
             if name not in found or not torch.equal(found[name], tensor):
                 raise ExportError(f"{out.name}: {name!r} does not come back as it was; nothing was kept of the export")
         for stored in filter(is_packed, model.contents.tensors.values()):
             read = source.stored_as(stored.name)
-            theirs = None if read is None or read.inputs is None else _levels(read.inputs, read.input_parts())
-            ours = None if stored.inputs is None else _levels(stored.inputs, model.read_inputs(stored.name))
+            theirs = None if read is None or read.inputs is None else levels_of(read.inputs, read.input_parts())
+            ours = None if stored.inputs is None else levels_of(stored.inputs, model.read_inputs(stored.name))
             if theirs != ours:
                 raise ExportError(
                     f"{out.name}: the inputs of {stored.name!r} come back as {theirs}, not as {ours}; nothing was kept "
@@ -216,23 +216,6 @@ class FolderTarget(Target):
             return {stored.name: _rounded(tensor.dequantize(), table_dtype(stored), stored.name)}
         packed = self.pack(stored, tensor, model)
         return {f"{module_of(stored.name)}.{part}": value for part, value in packed.items()}
-
-
-def _read(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """Tensors of a folder as they are stored."""
-    entries = ((file, name, e) for file in weight_files(folder) for name, e in read_header(file).entries.items())
-    return {name: read_tensor(file, entry) for file, name, entry in entries if name in names}
-
-
-def _levels(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """What tells inputs apart from others, however they are written: levels, block, and the lowest value of static ones."""
-    fmt = inputs.format
-    if fmt is None:
-        return (inputs.divisor,)
-    lowest = fmt.grid.lo - parts.get("input_offset", torch.zeros(1)).reshape(-1)
-    scale = parts["input_scale"].reshape(-1).tolist() if inputs.static else ()
-    static = (scale, lowest.tolist()) if inputs.static else ()
-    return fmt.grid.bits, fmt.grid.hi - fmt.grid.lo, fmt.offset is None, fmt.block, inputs.static, *static
 
 
 def _with_their(parts: list[Stored], odd: Mapping[str, Problem]) -> list[Problem]:
