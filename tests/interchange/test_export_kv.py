@@ -23,6 +23,7 @@ from lowbit.interchange.source import open_source
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.kv_survey import kv_cost, kv_ranges
 from lowbit.pipeline.loading import load
+from lowbit.pipeline.straight import prepare, quantized_as
 from tiny import _ROPE, VOCAB, save_tiny, tiny_tokenizer
 
 LARGEST = 448.0  # of e4m3
@@ -240,8 +241,6 @@ def test_models_without_a_plain_cache_are_refused(tmp_path: Path, name: str) -> 
     torch.manual_seed(0)
     getattr(transformers, architecture)(config).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    from lowbit.pipeline.straight import prepare
-
     with pytest.raises(ExportError, match=f"{reason}.*the nearest is this export without --kv"):
         prepare(tmp_path / "m", "int4:g32", "vllm", kv="fp8")
 
@@ -275,6 +274,21 @@ def test_straight_from_a_float_model(small: Path, text: Path, tmp_path: Path, re
     told = said("quantize", model, recipe, *words)
     assert "text.txt" in told and section(tmp_path / "v")["kv_cache_scheme"] == SCHEME
     assert len(scales(tmp_path / "v")) == 4 and [p.name for p in tmp_path.iterdir()] == ["v"]
+
+
+def test_an_iterator_serves_method_and_scales(small: Path, tmp_path: Path) -> None:
+    ready = prepare(small.parent / "llama", "gptq@int4:g32", "vllm", calibrated=True, kv="fp8")
+    with quantized_as(small.parent / "llama", ready, tmp_path / "v", calibration=iter(WINDOWS)) as (_, made):
+        assert any("3 windows (72 tokens) of token ids" in note for note in made.notes)
+
+
+def test_a_text_that_is_too_short_is_known_before_the_work(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    words = ("--as", "vllm", "--kv", "fp8", "--calibration", tmp_path / "short.txt", "-o", tmp_path / "v")
+    assert "fewer than one calibration window" in said(
+        "quantize", small.parent / "llama", "absmax@int4:g32", *words, code=2
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
 def test_quantize_refuses_before_the_work(small: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.target import Contents, Stored, Target, target_named
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized, quantize
+from lowbit.pipeline.calibration import SELF, load_calibration
 from lowbit.pipeline.exporting import Exported, check_free, check_kv, export, refuse
 from lowbit.pipeline.folder_writer import MANIFEST
 from lowbit.pipeline.layer_globs import globs_of, with_layers
@@ -78,15 +79,31 @@ def quantized_as(
     folder = work_folder(out) if keep is None else Path(keep)
     if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
         raise OutputError(f"{folder} is in the way and not of lowbit; move it, or give another name than {out}")
-    text = {name: options[name] for name in _TEXT if name in options} if ready.kv is not None else {}
-    if text and not ready.recipe.uses_calibration:
-        options = {name: value for name, value in options.items() if name not in _TEXT}
+    text: dict[str, Any] = {}
+    if ready.kv is not None:
+        if isinstance(options.get("calibration"), Iterator):
+            options["calibration"] = list(options["calibration"])  # it is read twice
+        text = {name: options[name] for name in _TEXT if name in options}
+        if not ready.recipe.uses_calibration:
+            options = {name: value for name, value in options.items() if name not in _TEXT}
+            if text.get("calibration") is not None and not _is_self(text["calibration"]):
+                # A text that cannot be used is better known now than after the work.
+                load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
     made = quantize(model, ready.recipe, folder, overwrite=overwrite or keep is None, tokenizer=tokenizer, **options)
     try:
         yield made, export(folder, ready.target.name, out, overwrite=overwrite, kv=ready.kv, **text)
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_self(calibration: Any) -> bool:
+    return isinstance(calibration, str) and calibration == SELF
+
+
+def _source(text: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `quantize` as those of `load_calibration`."""
+    return {"source" if name == "calibration" else name: value for name, value in text.items()}
 
 
 def work_folder(out: Path) -> Path:
