@@ -25,6 +25,14 @@ def kernels() -> list[str]:
     return sorted({type(o).__name__ for o in gc.get_objects() if type(o).__name__.endswith("LinearKernel")})
 
 
+def cache(model: LLM) -> dict[str, object]:
+    """What keys and values are kept in, and the scales of the attention layers in their order."""
+    found = [o for o in gc.get_objects() if type(o).__name__ == "Attention" and hasattr(o, "_k_scale_float")]
+    found.sort(key=lambda layer: int(layer.layer_name.split(".layers.")[-1].split(".")[0]))
+    kind = model.llm_engine.vllm_config.cache_config.cache_dtype
+    return {"kind": kind, "scales": [[layer._k_scale_float, layer._v_scale_float] for layer in found]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ids")
@@ -49,7 +57,7 @@ def main() -> None:
             logprobs[i, token] = entry.logprob
     tokens = [list(done.outputs[0].token_ids) for done in model.generate(prompts, asked, use_tqdm=False)]
     save_file({"logprobs": logprobs, "tokens": torch.tensor(tokens)}, given.out / "0.safetensors")
-    found = {"versions": {"vllm": version, "torch": torch.__version__}, "linear": kernels()}
+    found = {"versions": {"vllm": version, "torch": torch.__version__}, "linear": kernels(), "cache": cache(model)}
     print(json.dumps(found | {"dtype": str(config.dtype).removeprefix("torch.")}), flush=True)
     os._exit(0)  # the engine's own teardown is not what is looked at here
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import As, Json
+from lowbit.cli.options import KV, As, Calibration, Chat, Json, Samples
 
 if TYPE_CHECKING:
     from lowbit.pipeline.exporting import Exported
@@ -27,15 +27,27 @@ def export(
             "--out", "-o", help="What to write; FOLDER with the target's ending when left out.", show_default=False
         ),
     ] = None,
+    kv: KV = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    chat: Chat = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantized folder in the format of another program, read it back and compare."""
+    from lowbit.errors import RecipeError
     from lowbit.pipeline.exporting import export as write
 
+    if kv is None and (calibration is not None or samples is not None or chat):
+        raise RecipeError(
+            "--calibration, --samples and --chat would be ignored: the weights are done, and only --kv looks at text in an export"
+        )
     console.quiet()
     with console.bytes_bar("exporting") as progress:
-        made = write(folder, target, out, overwrite=overwrite, progress=progress)
+        made = write(
+            folder, target, out, kv=kv, calibration=calibration, samples=samples, chat=chat, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         console.print_json(made.to_json())
     else:

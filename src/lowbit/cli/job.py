@@ -57,18 +57,18 @@ class Job:
     text: CalibrationText
 
     @staticmethod
-    def of(model: str, recipe: str, target_format: str | None, text: CalibrationText) -> Job:
+    def of(model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None) -> Job:
         """RecipeError for a recipe that there is not, and for text that it would ignore."""
         from lowbit.errors import RecipeError
         from lowbit.pipeline.recipe import Recipe
         from lowbit.pipeline.straight import prepare
 
         looks = text.calibration is not None
-        ready = prepare(model, recipe, target_format, calibrated=looks) if target_format else None
+        ready = prepare(model, recipe, target_format, calibrated=looks, kv=kv) if target_format else None
         wanted = Recipe.of(recipe) if ready is None else ready.recipe
         if looks:
             wanted = wanted.calibrated()
-        elif wanted.needs_calibration is None and (text.samples is not None or text.chat):
+        elif wanted.needs_calibration is None and kv is None and (text.samples is not None or text.chat):
             raise RecipeError(
                 f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; add --calibration self"
             )
@@ -84,10 +84,10 @@ class Job:
         """The same with a format for each layer, for this target; what was found is printed."""
         from lowbit.pipeline.straight import candidates, prepare
 
-        kind = None if self.ready is None else self.ready.target.name
+        kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
         recipe = targets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
-        return replace(self, recipe=recipe, ready=prepare(self.model, recipe, kind) if kind else None)
+        return replace(self, recipe=recipe, ready=prepare(self.model, recipe, kind, kv=kv) if kind else None)
 
     @contextmanager
     def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:

@@ -60,6 +60,14 @@ Samples = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="Calibrate on chat: each paragraph or row becomes a user's message.")
 ]
+KV = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="With --as vllm: scales for a KV cache in this type (fp8), from calibration text.",
+        show_default=False,
+    ),
+]
 TargetSize = Annotated[
     str | None,
     typer.Option("--target-size", help="Mixed precision: bytes of the weight files, such as 80MB.", show_default=False),

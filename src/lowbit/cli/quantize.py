@@ -12,6 +12,7 @@ from lowbit.cli import console, targets
 from lowbit.cli.export import told
 from lowbit.cli.job import CalibrationText, Job, Made
 from lowbit.cli.options import (
+    KV,
     Calibration,
     Chat,
     Context,
@@ -51,6 +52,7 @@ def quantize(
         Path | None,
         typer.Option("--keep", help="With --as: also keep lowbit's folder, under this name.", show_default=False),
     ] = None,
+    kv: KV = None,
     calibration: Calibration = None,
     samples: Samples = None,
     chat: Chat = False,
@@ -72,9 +74,11 @@ def quantize(
     target = targets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
+    if kv is not None and target_format is None:
+        raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     console.quiet()
     calibration = "self" if target and calibration is None else calibration
-    job = Job.of(model, recipe, target_format, CalibrationText(calibration, samples, chat))
+    job = Job.of(model, recipe, target_format, CalibrationText(calibration, samples, chat), kv)
     out = out or job.default_out()
     if card and text is not None:
         from lowbit.interchange.text import load_text

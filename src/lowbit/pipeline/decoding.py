@@ -23,6 +23,12 @@ _CACHES = ("cache", "past_key_values", "cache_params")  # its name in transforme
 _GROUPED = "lowbit-grouped"
 
 
+def cache_name(model: nn.Module) -> str | None:
+    """What the forward of `model` calls its cache; None where it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHES if name in parameters), None)
+
+
 class Decoder:
     """A model that is fed one token a row and answers with the logits of the next one.
 
@@ -33,7 +39,7 @@ class Decoder:
     def __init__(self, model: nn.Module, room: int, encoder_ids: Tensor | None = None) -> None:
         parameters = inspect.signature(model.forward).parameters
         self.model, self.room = model, room
-        self.cache_name = next((name for name in _CACHES if name in parameters), None)
+        self.cache_name = cache_name(model)
         self.options: dict[str, Any] = {"use_cache": self.cache_name is not None} if "use_cache" in parameters else {}
         self.input_name = next(iter(parameters))
         self.cache: Any = None

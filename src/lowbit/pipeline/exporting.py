@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError, RecipeError
-from lowbit.interchange.exporters.target import Problem, Progress, Target, target_named, targets
+from lowbit.interchange.exporters.target import Contents, Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 from lowbit.pipeline.folder_writer import replace_folder, sync
@@ -49,12 +49,17 @@ class Exported:
 
 
 def export(
-    model: Any, target: str, out: str | Path | None = None, *, overwrite: bool = False, progress: Progress | None = None
-) -> Exported:
+    model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
+    samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
     `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the target's ending
     when left out. What was written is read back and compared with ours before it gets its name.
+
+    `kv`: what the target's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
+    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
     ExportError when the target cannot hold the model, with the reason for each tensor and the nearest that it can hold.
     """
     kind = target_named(target)
@@ -62,6 +67,18 @@ def export(
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
     check_free(out, kind, overwrite)
+    cost = []
+    text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
+    if kv is not None:
+        from lowbit.pipeline.kv_survey import with_kv
+
+        check_kv(kind, kv, folder.contents)
+        kind, note = with_kv(kind, folder, kv, text, progress)
+        cost = [note]
+    elif ignored := [name for name, value in text.items() if value]:
+        raise RecipeError(
+            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
+        )
     try:
         out.resolve().parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
@@ -83,7 +100,7 @@ def export(
         raise _cannot(out, error) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return Exported(out, kind.name, size, weights, logits, tuple(kind.notes(folder.contents)))
+    return Exported(out, kind.name, size, weights, logits, (*kind.notes(folder.contents), *cost))
 
 
 def default_out(folder: Path, kind: Target) -> Path:
@@ -106,6 +123,17 @@ def refuse(kind: Target, problems: Iterable[Problem]) -> None:
         parts.append(f"{reason}{where}{f'; the nearest is {near}' if near else ''}")
     more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
     raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
+
+
+def check_kv(kind: Target, kv: str, model: Contents) -> None:
+    """ExportError when the target has no KV cache of that kind, or none of this model."""
+    if kv not in kind.kv:
+        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in targets().items() if t.kv)
+        raise ExportError(f"{kind.name} cannot hold scales of a KV cache in {kv!r} ({able}); leave --kv out")
+    problems = kind.check_kv(kv, model)
+    if problems:
+        first = problems[0]
+        raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
 def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, float | None]:

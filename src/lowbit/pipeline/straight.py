@@ -19,7 +19,8 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.target import Contents, Stored, Target, target_named
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized, quantize
-from lowbit.pipeline.exporting import Exported, check_free, export, refuse
+from lowbit.pipeline.calibration import SELF, load_calibration
+from lowbit.pipeline.exporting import Exported, check_free, check_kv, export, refuse
 from lowbit.pipeline.folder_writer import MANIFEST
 from lowbit.pipeline.layer_globs import globs_of, with_layers
 from lowbit.pipeline.plan import Plan, make_plan
@@ -28,30 +29,38 @@ from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
 from lowbit.pipeline.rewriting import rewritten
 
 DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
+_TEXT = ("calibration", "samples", "length", "chat")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that a target can hold of one model, its plan, and what stands in place of what -> in how many tensors."""
+    """A recipe that a target can hold of one model, its plan, and what stands in place of what -> in how many tensors.
+
+    kv: what keys and values are to be kept in, None where that is not said
+    """
 
     target: Target
     recipe: Recipe
     plan: Plan
     changes: dict[str, int]
+    kv: str | None = None
 
 
 def prepare(
-    model: Any, recipe: str | Recipe, target: str, *, calibrated: bool = False, tokenizer: Any = None
-) -> Prepared:
+    model: Any, recipe: str | Recipe, target: str, *, calibrated: bool = False, tokenizer: Any = None,
+    kv: str | None = None,
+) -> Prepared:  # fmt: skip
     """What `recipe` means for a target and a float model, checked; no weight is read.
 
-    `calibrated`: whether calibration text is at hand. ExportError when the target cannot hold it, with the nearest.
+    `calibrated`: whether calibration text is at hand. `kv` as in `export`. ExportError when the target cannot hold it, with the nearest.
     """
     kind, source = target_named(target), open_source(model, tokenizer=tokenizer)
     wanted = recipe_for(kind, recipe, source, calibrated)
     seen = rewritten(source, wanted)
     plan, changes = fitted(kind, make_plan(seen, wanted), seen)
-    return Prepared(kind, plan.recipe, plan, changes)
+    if kv is not None:
+        check_kv(kind, kv, contents_of(plan, seen))
+    return Prepared(kind, plan.recipe, plan, changes, kv)
 
 
 @contextmanager
@@ -62,19 +71,39 @@ def quantized_as(
     """Quantize a float model into the format of another program, by what `prepare` made of the recipe.
 
     The folder of lowbit that stands between is OUT.lowbit, where a killed run goes on; it can be measured inside the
-    `with`, and is removed at its end. `keep` names one to keep instead. Other options are those of `quantize`.
+    `with`, and is removed at its end. `keep` names one to keep instead. Other options are those of `quantize`. Calibration
+    text serves a KV cache that was asked for too, and alone where the recipe does not look at it.
     """
     out = Path(out)
     check_free(out, ready.target, overwrite)
     folder = work_folder(out) if keep is None else Path(keep)
     if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
         raise OutputError(f"{folder} is in the way and not of lowbit; move it, or give another name than {out}")
+    text: dict[str, Any] = {}
+    if ready.kv is not None:
+        if isinstance(options.get("calibration"), Iterator):
+            options["calibration"] = list(options["calibration"])  # it is read twice
+        text = {name: options[name] for name in _TEXT if name in options}
+        if not ready.recipe.uses_calibration:
+            options = {name: value for name, value in options.items() if name not in _TEXT}
+            if text.get("calibration") is not None and not _is_self(text["calibration"]):
+                # A text that cannot be used is better known now than after the work.
+                load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
     made = quantize(model, ready.recipe, folder, overwrite=overwrite or keep is None, tokenizer=tokenizer, **options)
     try:
-        yield made, export(folder, ready.target.name, out, overwrite=overwrite)
+        yield made, export(folder, ready.target.name, out, overwrite=overwrite, kv=ready.kv, **text)
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_self(calibration: Any) -> bool:
+    return isinstance(calibration, str) and calibration == SELF
+
+
+def _source(text: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `quantize` as those of `load_calibration`."""
+    return {"source" if name == "calibration" else name: value for name, value in text.items()}
 
 
 def work_folder(out: Path) -> Path:

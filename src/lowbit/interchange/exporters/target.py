@@ -19,6 +19,7 @@ import torch
 
 from lowbit.errors import ExportError, nearest
 from lowbit.formats import Format, Inputs
+from lowbit.interchange.exporters.common.kv_ranges import KVRanges
 from lowbit.interchange.inventory import Kind
 from lowbit.interchange.source import Source, open_source
 
@@ -106,6 +107,7 @@ class Target(ABC):
                 text, and with it
     fuses       last words of the names of layers beside one another that get one format
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
+    kv          what keys and values of the running model may be kept in with scales that the target holds, as `fp8`
     """
 
     name: ClassVar[str]
@@ -115,6 +117,7 @@ class Target(ABC):
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
     fuses: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tolerance: ClassVar[float] = 0.0
+    kv: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def check(self, model: Contents) -> list[Problem]:
@@ -142,6 +145,14 @@ class Target(ABC):
     def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
         """Why this target cannot hold the tokenizer; empty when it can, or does not look at it."""
         return []
+
+    def check_kv(self, kind: str, model: Contents) -> list[Problem]:
+        """Why this target cannot hold scales for a KV cache of `kind`, one of `kv`; empty when it can."""
+        return []
+
+    def with_kv(self, ranges: KVRanges) -> Target:
+        """This target with a KV cache: a new one, whose `write` writes the scales. Only where `kv` has `ranges.kind`."""
+        raise NotImplementedError(f"{self.name} says it has {', '.join(self.kv)} and no with_kv")
 
     def mix(self, name: str, model: Contents) -> Mix | None:
         """The formats that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.

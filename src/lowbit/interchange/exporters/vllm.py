@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -17,7 +18,9 @@ from lowbit.interchange.exporters.common.folder_target import (
 )
 from lowbit.interchange.exporters.common.fused import experts_of, whole_of
 from lowbit.interchange.exporters.common.integers import nearest_block, nearest_integers
-from lowbit.interchange.exporters.common.pieces import PublishedFolder
+from lowbit.interchange.exporters.common.kv_ranges import KVRanges
+from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
+from lowbit.interchange.exporters.compressed_tensors import kv_cache
 from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
 from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
 from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
@@ -40,6 +43,19 @@ class Vllm(FolderTarget):
         "w4a8": ("search@int4:g32,a=int8:token", "qronos@int4:g32,a=int8:token"),
     }
     mixed = ("int4:g128", "int4:g64", "int4:g32", "int8:channel")
+    kv = kv_cache.KINDS
+    _ranges: KVRanges | None = None
+
+    def check_kv(self, kind: str, model: Contents) -> list[Problem]:
+        return kv_cache.problems(published(model).contents)
+
+    def with_kv(self, ranges: KVRanges) -> Vllm:
+        fresh = copy.copy(self)
+        fresh._ranges = ranges
+        return fresh
+
+    def beside(self, model: Contents) -> dict[str, Tensor]:
+        return {} if self._ranges is None else kv_cache.tensors(model, self._ranges)
 
     def problem(self, stored: Stored) -> Problem | None:
         assert stored.format is not None
@@ -95,6 +111,8 @@ class Vllm(FolderTarget):
                 f"{len(shared)} layers such as {shared[0]} have their scales rounded once more, to the one global scale "
                 "of the layers that vLLM runs as one; mxfp4 has no such scale"
             )
+        if self._ranges is not None:
+            notes.append(f"keys and values in {self._ranges.kind}, scales from {self._ranges.text}")
         experts = {t.format for t in model.tensors.values() if t.kind == "experts"}
         if len(experts) > 1 or any(f is None or f.offset is not None for f in experts):
             notes.append(
@@ -111,7 +129,7 @@ class Vllm(FolderTarget):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if self._ranges is None else kv_cache.scheme(),
             "ignore": list(map(_target, float_modules(model))),
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         }

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
-from lowbit.formats import Inputs, QTensor, parse_format
+from lowbit.formats import QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
+from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
@@ -53,6 +55,10 @@ class FolderTarget(Target):
     @abstractmethod
     def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         """What `spec` announces, of the weight `q`; `model` is asked for what belongs to its inputs."""
+
+    def beside(self, model: Contents) -> dict[str, Tensor]:
+        """Small tensors that are of no weight, under the names that are written."""
+        return {}
 
     @abstractmethod
     def section(self, model: Contents) -> dict[str, Any]:
@@ -141,12 +147,17 @@ class FolderTarget(Target):
         return notes
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
-        """What was written, its inputs compared already. ExportError where those come back changed."""
+        """What was written, its inputs and what lies beside compared already. ExportError where those come back changed."""
         source = open_source(out)
+        expected = self.beside(published(model.contents).contents)
+        found = tensors_of(out, set(expected))
+        for name, tensor in expected.items():
+            if name not in found or not torch.equal(found[name], tensor):
+                raise ExportError(f"{out.name}: {name!r} does not come back as it was; nothing was kept of the export")
         for stored in filter(is_packed, model.contents.tensors.values()):
-            found = source.stored_as(stored.name)
-            theirs = None if found is None or found.inputs is None else _levels(found.inputs, found.input_parts())
-            ours = None if stored.inputs is None else _levels(stored.inputs, model.read_inputs(stored.name))
+            read = source.stored_as(stored.name)
+            theirs = None if read is None or read.inputs is None else levels_of(read.inputs, read.input_parts())
+            ours = None if stored.inputs is None else levels_of(stored.inputs, model.read_inputs(stored.name))
             if theirs != ours:
                 raise ExportError(
                     f"{out.name}: the inputs of {stored.name!r} come back as {theirs}, not as {ours}; nothing was kept "
@@ -158,24 +169,27 @@ class FolderTarget(Target):
         """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
         folder = PublishedFolder(model)
         contents = folder.contents
+        beside = self.beside(contents)
         specs = {t.name: self._written(t) for t in contents.tensors.values()}
+        specs |= {name: {name: (tensor.dtype, tuple(tensor.shape))} for name, tensor in beside.items()}
         shards = shards_of(specs.items(), _MAX_SHARD)
         place = {name: shard for shard in shards for name in shard.spans}
         total, done = sum(end - begin for shard in shards for begin, end in shard.spans.values()), 0
         try:
             out.mkdir(parents=True)
             create(out, shards)
-            for stored in contents.tensors.values():
-                for name, tensor in self._tensors(stored, folder).items():
+            made = ((stored.name, self._tensors(stored, folder)) for stored in contents.tensors.values())
+            for whole, tensors in chain(made, ((name, {name: tensor}) for name, tensor in beside.items())):
+                for name, tensor in tensors.items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())
-                    assert len(raw) == end - begin and tensor.dtype == specs[stored.name][name][0], name
+                    assert len(raw) == end - begin and tensor.dtype == specs[whole][name][0], name
                     with (out / place[name].file).open("r+b") as file:
                         file.seek(begin)
                         file.write(raw)
                     done += len(raw)
                 if progress is not None:
-                    progress(stored.name, done, total)
+                    progress(whole, done, total)
             if len(shards) > 1:
                 (out / INDEX).write_bytes(index_json(shards))
             config: Any = copy.deepcopy(contents.config)
@@ -202,17 +216,6 @@ class FolderTarget(Target):
             return {stored.name: _rounded(tensor.dequantize(), table_dtype(stored), stored.name)}
         packed = self.pack(stored, tensor, model)
         return {f"{module_of(stored.name)}.{part}": value for part, value in packed.items()}
-
-
-def _levels(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """What tells inputs apart from others, however they are written: levels, block, and the lowest value of static ones."""
-    fmt = inputs.format
-    if fmt is None:
-        return (inputs.divisor,)
-    lowest = fmt.grid.lo - parts.get("input_offset", torch.zeros(1)).reshape(-1)
-    scale = parts["input_scale"].reshape(-1).tolist() if inputs.static else ()
-    static = (scale, lowest.tolist()) if inputs.static else ()
-    return fmt.grid.bits, fmt.grid.hi - fmt.grid.lo, fmt.offset is None, fmt.block, inputs.static, *static
 
 
 def _with_their(parts: list[Stored], odd: Mapping[str, Problem]) -> list[Problem]:

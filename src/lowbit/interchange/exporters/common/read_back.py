@@ -1,0 +1,31 @@
+"""What an export is compared by when it is read back: stored tensors as they are, and what inputs mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Inputs
+from lowbit.interchange.folder import weight_files
+from lowbit.interchange.safetensors_file import read_header, read_tensor
+
+
+def tensors_of(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Tensors of a folder as they are stored."""
+    entries = ((file, name, e) for file in weight_files(folder) for name, e in read_header(file).entries.items())
+    return {name: read_tensor(file, entry) for file, name, entry in entries if name in names}
+
+
+def levels_of(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What tells inputs apart from others, however they are written: levels, block, and the lowest value of static ones."""
+    fmt = inputs.format
+    if fmt is None:
+        return (inputs.divisor,)
+    lowest = fmt.grid.lo - parts.get("input_offset", torch.zeros(1)).reshape(-1)
+    scale = parts["input_scale"].reshape(-1).tolist() if inputs.static else ()
+    static = (scale, lowest.tolist()) if inputs.static else ()
+    return fmt.grid.bits, fmt.grid.hi - fmt.grid.lo, fmt.offset is None, fmt.block, inputs.static, *static
