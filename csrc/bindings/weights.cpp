@@ -41,8 +41,15 @@ std::vector<Places> places_of(const std::vector<int>& rows, bool paired) {
     return places;
 }
 
+std::uint8_t all_bits(const std::uint8_t* codes, std::size_t count) {
+    std::uint8_t all = 0;
+    for (std::size_t i = 0; i < count; ++i) all |= codes[i];
+    return all;
+}
+
 Weight pack(int bits, int group, int zero, const std::vector<Source>& sources, const std::optional<Array<std::uint8_t, 1>>& table,
             bool paired, int segment) {
+    const nb::gil_scoped_release released;  // several are packed side by side
     require(!sources.empty(), "no weights to pack");
     require(bits == 4 || bits == 8, "codes have 4 or 8 bits");
     require(!table || (bits == 4 && table->shape(0) == 16), "a table has 16 entries, for codes of 4 bits");
@@ -66,9 +73,7 @@ Weight pack(int bits, int group, int zero, const std::vector<Source>& sources, c
         layout.wide_scale = layout.wide_scale || !fits_half(scale.data(), scale.size()) ||
                             (minimum && !fits_half(minimum->data(), minimum->size()));
         if (bits == 4) {
-            std::uint8_t all = 0;
-            for (std::size_t i = 0; i < codes.size(); ++i) all |= codes.data()[i];
-            require(all < 16, "a code of 4 bits is below 16");
+            require(all_bits(codes.data(), codes.size()) < 16, "a code of 4 bits is below 16");
         }
     }
     const auto places = places_of(rows, paired);
@@ -82,6 +87,7 @@ Weight pack(int bits, int group, int zero, const std::vector<Source>& sources, c
 
 Weight pack_floats(const std::string& type, const std::vector<nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>>& sources,
                    bool paired) {
+    const nb::gil_scoped_release released;
     require(!sources.empty(), "no weights to pack");
     require(type == "f32" || type == "f16" || type == "bf16", "float weights are f32, f16 or bf16");
     Layout layout;

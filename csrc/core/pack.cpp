@@ -25,18 +25,45 @@ void store_scales(const Linear& w, std::uint8_t* at, int rows, const float* scal
     }
 }
 
-// One row of codes into its four bytes of every line.
-void fill_row(const Linear& w, std::uint8_t* at, const std::uint8_t* row) {
-    const bool halves = w.code != Code::u8;
-    const int per_line = halves ? 8 : 4;
-    for (int k = 0; k < w.cols; k += per_line, at += 64) {
-        std::uint8_t codes[8] = {};
-        std::memcpy(codes, row + k, static_cast<std::size_t>(std::min(per_line, w.cols - k)));
-        std::uint32_t low, high;
-        std::memcpy(&low, codes, 4);
-        std::memcpy(&high, codes + 4, 4);
-        if (halves) low |= high << 4;
-        std::memcpy(at, &low, 4);
+// Four codes of a row, the ones after its end zero.
+std::uint32_t four(const std::uint8_t* row, int k, int cols) {
+    std::uint32_t codes = 0;
+    if (k < cols) std::memcpy(&codes, row + k, static_cast<std::size_t>(std::min(4, cols - k)));
+    return codes;
+}
+
+// Rows of codes into their four bytes of every line. A line is written once: what a row leaves of it would be gone from
+// the nearest cache when the next row comes.
+template <bool kHalves>
+void fill_lines(const Linear& w, std::uint8_t* at, const std::uint8_t* codes, int rows) {
+    constexpr int kPerLine = kHalves ? 8 : 4;
+    int k = 0;
+    for (; k + kPerLine <= w.cols; k += kPerLine, at += 64) {
+        for (int r = 0; r < rows; ++r) {
+            const std::uint8_t* from = codes + std::int64_t{r} * w.cols + k;
+            std::uint32_t low, high = 0;
+            std::memcpy(&low, from, 4);
+            if constexpr (kHalves) std::memcpy(&high, from + 4, 4);
+            low |= high << 4;
+            std::memcpy(at + 4 * r, &low, 4);
+        }
+    }
+    for (int r = 0; k < w.cols && r < rows; ++r) {
+        const std::uint8_t* row = codes + std::int64_t{r} * w.cols;
+        const std::uint32_t line = four(row, k, w.cols) | (kHalves ? four(row, k + 4, w.cols) << 4 : 0);
+        std::memcpy(at + 4 * r, &line, 4);
+    }
+}
+
+// Column by column; T: an integer as wide as a value.
+template <class T>
+void transpose(Linear& w, int first, int step, int rows, const void* values) {
+    const T* from = static_cast<const T*>(values);
+    for (int start = 0, t = first; start < rows; start += kTile, t += step) {
+        const int here = std::min(kTile, rows - start);
+        T* p = reinterpret_cast<T*>(w.data.data() + t * w.tile_bytes);
+        for (int k = 0; k < w.cols; ++k, p += kTile)
+            for (int r = 0; r < here; ++r) p[r] = from[std::int64_t{start + r} * w.cols + k];
     }
 }
 
@@ -93,7 +120,8 @@ void fill(Linear& w, int first, int step, int rows, const std::uint8_t* codes, c
     for (int start = 0, t = first; start < rows; start += kTile, t += step) {
         const int here = std::min(kTile, rows - start);
         std::uint8_t* p = w.data.data() + t * w.tile_bytes;
-        for (int r = 0; r < here; ++r) fill_row(w, p + r * 4, codes + std::int64_t{start + r} * w.cols);
+        const std::uint8_t* from = codes + std::int64_t{start} * w.cols;
+        w.code == Code::u8 ? fill_lines<false>(w, p, from, here) : fill_lines<true>(w, p, from, here);
         p += w.code_bytes;
         for (int g = 0; g < groups; ++g, p += w.scale_bytes())
             store_scales(w, p, here, scale + std::int64_t{start} * groups, groups, g);
@@ -104,15 +132,8 @@ void fill(Linear& w, int first, int step, int rows, const std::uint8_t* codes, c
 }
 
 void fill_floats(Linear& w, int first, int step, int rows, const void* values) {
-    const std::int64_t size = w.code == Code::f32 ? 4 : 2;
-    const auto* from = static_cast<const std::uint8_t*>(values);
-    for (int start = 0, t = first; start < rows; start += kTile, t += step) {
-        std::uint8_t* p = w.data.data() + t * w.tile_bytes;
-        for (int r = 0; r < std::min(kTile, rows - start); ++r)
-            for (int k = 0; k < w.cols; ++k)
-                std::memcpy(p + (std::int64_t{k} * kTile + r) * size, from + (std::int64_t{start + r} * w.cols + k) * size,
-                            static_cast<std::size_t>(size));
-    }
+    w.code == Code::f32 ? transpose<std::uint32_t>(w, first, step, rows, values)
+                        : transpose<std::uint16_t>(w, first, step, rows, values);
 }
 
 bool fits_half(const float* values, std::int64_t count) {

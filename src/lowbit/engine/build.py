@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowbit.formats import IntGrid, QTensor
 from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, rest_of, why_not
 
 ACTIVATIONS = ("exact", "int8")
+_WORKERS = 4  # layers that are read and packed side by side; each holds a product unpacked
 
 
 @dataclass
@@ -32,6 +34,13 @@ class Program:
     lookup_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+
+    def add(self, other: Program) -> None:
+        """Counts what another part of the same program counted."""
+        self.nbytes += other.nbytes
+        self.lookup_bytes += other.lookup_bytes
+        self.expanded |= other.expanded
+        self.rounded += other.rounded
 
     def with_rotations(self, rotations: Sequence[Rotation]) -> dict[str, Any]:
         """`model` with these rotations."""
@@ -76,12 +85,12 @@ class Builder:
     """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8"."""
 
     def __init__(self, core: Any, shape: Shape, weights: Weights, activations: str = "exact") -> None:
-        self.core, self.shape, self.weights = core, shape, weights
+        self.core, self.shape, self.weights, self.activations = core, shape, weights, activations
         self.planes = {"exact": 2, "int8": 1}[activations]
         self.program = Program({})
 
-    def build(self) -> Program:
-        """Reads every weight once. EngineError for one that the engine cannot use."""
+    def build(self, threads: int = 1) -> Program:
+        """Reads every weight once, layers in up to `threads` threads. EngineError for one that the engine cannot use."""
         s = self.shape
         embedding = self._source("model.embed_tokens", whole=True)
         tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
@@ -105,9 +114,24 @@ class Builder:
                 "cols": s.width, "width": s.vocabulary,
                 "parts": [head],
             },
-            "layers": [self._layer(i) for i in range(s.layers)],
+            "layers": self._layers(threads),
         }  # fmt: skip
         return self.program
+
+    def _layers(self, threads: int) -> list[dict[str, Any]]:
+        def built(i: int) -> tuple[dict[str, Any], Program]:
+            part = Builder(self.core, self.shape, self.weights, self.activations)
+            return part._layer(i), part.program
+
+        workers = ThreadPoolExecutor(min(threads, _WORKERS) if self.weights.concurrent else 1)
+        layers = []
+        try:
+            for layer, counted in workers.map(built, range(self.shape.layers)):
+                layers.append(layer)
+                self.program.add(counted)
+        finally:
+            workers.shutdown(cancel_futures=True)
+        return layers
 
     def _layer(self, i: int) -> dict[str, Any]:
         s, family = self.shape, self.shape.family

@@ -90,7 +90,7 @@ class Runner:
         self._activations, self._cache = activations, cache
         self._pool = module.Pool(threads or module.features()["cores"])
         with _one_torch_thread():
-            self._program = Builder(module, self.shape, weights, activations).build()
+            self._program = Builder(module, self.shape, weights, activations).build(self._pool.threads)
         module.give_back()  # packing went through every weight unpacked
         self._decoders: dict[bool, Any] = {}
         self._lock = Lock()

@@ -1,0 +1,60 @@
+"""From weights to the program: the same in any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowbit.engine.build import Builder, Program
+from lowbit.engine.opening import opened
+from lowbit.engine.shape import shape_of
+from lowbit.engine.weights import Found, Weights
+from lowbit.errors import EngineError
+from lowbit.kernels.core import core
+
+
+def program(weights: Weights, threads: int) -> Program:
+    return Builder(core(), shape_of(weights.config), weights, "int8").build(threads)
+
+
+def rows(found: Any) -> Iterator[Any]:
+    """Every row of every weight of a program, in its order."""
+    if isinstance(found, dict):
+        for value in found.values():
+            yield from rows(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from rows(value)
+    elif hasattr(found, "unpack_row"):
+        row = np.empty(found.cols, dtype=np.float32)
+        for i in range(found.rows):
+            found.unpack_row(i, row)
+            yield row.copy()
+
+
+@pytest.mark.parametrize("recipe", ["int4:g32", "nf4:g32", "int8:g32"])
+def test_threads_build_what_one_builds(recipe: str, packed_folder: Callable[..., Path]) -> None:
+    weights, _, _ = opened(packed_folder("qwen3", recipe))
+    one, several = program(weights, 1), program(weights, 4)
+    assert (one.nbytes, one.lookup_bytes, one.expanded) == (several.nbytes, several.lookup_bytes, several.expanded)
+    assert one.rounded == several.rounded and bool(one.rounded) == (recipe == "nf4:g32")
+    first, second = list(rows(one.model)), list(rows(several.model))
+    assert len(first) == len(second) > 0
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_is_missing_in_a_layer_is_said_in_order(packed_folder: Callable[..., Path]) -> None:
+    weights, _, _ = opened(packed_folder("qwen3", "int4:g32"))
+
+    class Without(Weights):
+        config = weights.config
+
+        def find(self, name: str) -> Found | None:
+            return None if name.endswith("down_proj.weight") else weights.find(name)
+
+    with pytest.raises(EngineError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight'"):
+        program(Without(), 4)
