@@ -134,7 +134,8 @@ def test_another_thread_is_not_interrupted(folder: Path) -> None:
 
 def test_the_command_ends_at_once_with_130(folder: Path, tmp_path: Path) -> None:
     code = "from lowbit.cli.main import main; main()"
-    words = ["generate", str(folder), "the cat " * 430, "--raw", "--max-new-tokens", "500"]
+    # Half a minute of work, so that a machine that is late with the signal finds it running.
+    words = ["generate", str(folder), *["the cat " * 430] * 30, "--raw", "--max-new-tokens", "500"]
     with open(tmp_path / "out", "wb") as out:
         process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=out, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.cli.export import told
 from lowbit.cli.main import app
 from lowbit.errors import ExportError
 from lowbit.interchange.source import open_source
@@ -153,3 +155,37 @@ def test_what_cannot_be_is_said_before_anything_is_quantized(llama: Path, tmp_pa
     assert "has no nf4" in done.output
     assert "int4:" in done.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+@pytest.mark.parametrize("target", ["vllm", "gguf"])
+def test_what_is_read_is_never_replaced(llama: Path, tmp_path: Path, command: str, target: str) -> None:
+    model = tmp_path / "in" / ("model" if target == "vllm" else "model.gguf")
+    if command == "export":
+        lowbit.quantize(llama, "int4:g32,embed=int8:g32", model)
+    else:
+        shutil.copytree(llama, model)
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    (tmp_path / f"link{model.suffix}").symlink_to(model)
+    words = [
+        command,
+        str(model),
+        *(["int4:g32", "--no-card"] if command == "quantize" else []),
+        "--as",
+        target,
+        "--overwrite",
+    ]
+    outs = [model, tmp_path / f"link{model.suffix}", *([model.parent] if target == "vllm" else [])]
+    for out in outs:
+        done = CliRunner().invoke(app, [*words, "-o", str(out)])
+        assert done.exit_code == 2, done.output
+        assert "holds the model that is read" in done.output
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", f"link{model.suffix}"]
+
+
+def test_what_is_not_equal_is_named(llama: Path, tmp_path: Path) -> None:
+    lowbit.quantize(llama, "int4:g32", tmp_path / "w4")
+    made = lowbit.export(tmp_path / "w4", "vllm", tmp_path / "out")
+    assert made.unequal == ("model.embed_tokens.weight",)
+    assert "every weight equal but model.embed_tokens.weight, within" in told(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +102,7 @@ def quantize(
 
         screen.print(render_card(measured))
     if made.exported is None and _generates(made.quantized):
-        screen.print(f'Try it:  lowbit generate {out} "{_PROMPT}"', style="dim", markup=False)
+        screen.print(f'Try it:  lowbit generate {shlex.quote(str(out))} "{_PROMPT}"', style="dim", markup=False)
 
 
 def _measured(made: Made, text: str | None, windows: int) -> Card | None:

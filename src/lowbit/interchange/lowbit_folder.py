@@ -36,8 +36,11 @@ class LowbitFolder:
             raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
         method = quantization_method(self.folder)
         if method != "lowbit":
-            what = "a float model" if method is None else f"quantized with {method}"
-            raise SourceError(f"{folder} is {what}, not written by lowbit; quantize a float model first")
+            if method is None:
+                raise SourceError(f"{folder} is a float model, not written by lowbit; quantize it first")
+            raise SourceError(
+                f"{folder} is quantized with {method}, not written by lowbit; lowbit import makes a folder of lowbit of it"
+            )
         section = read_json(self.folder / "config.json")["quantization_config"]
         self.config = load_config(self.folder)
         del self.config.quantization_config

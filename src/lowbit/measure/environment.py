@@ -26,7 +26,7 @@ def environment() -> Environment:
     """What this process runs on."""
     return Environment(
         lowbit=_version("lowbit"),
-        torch=_version("torch"),
+        torch=str(torch.__version__),
         transformers=_version("transformers"),
         python=platform.python_version(),
         machine=_machine(),

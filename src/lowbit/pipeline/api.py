@@ -31,7 +31,7 @@ from lowbit.pipeline.driver import (
     solved_tensors,
     write_folder,
 )  # fmt: skip
-from lowbit.pipeline.folder_writer import head_of, replace_folder
+from lowbit.pipeline.folder_writer import check_apart, head_of, replace_folder
 from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
 from lowbit.pipeline.range_survey import judged, recalled, survey, with_survey
@@ -174,12 +174,6 @@ def _surveyed(
             told = (lambda name: progress(f"ranges of inputs: {name}", 0, total)) if progress else (lambda name: None)
             found = survey(plan, source, text, Path(room), settings, key, told)
     return with_survey(plan, source, found)
-
-
-def check_apart(model: Path, out: Path) -> None:
-    """OutputError when writing `out` would replace the model that is read."""
-    if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
-        raise OutputError(f"{out} holds the model that is read; give another folder")
 
 
 def _check_device(device: torch.device | str) -> None:

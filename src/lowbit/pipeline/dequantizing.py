@@ -22,9 +22,8 @@ from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.safetensors_writer import Shard, shards_of
 from lowbit.interchange.source import Source, one_line, open_source
-from lowbit.pipeline.api import check_apart
 from lowbit.pipeline.driver import Progress
-from lowbit.pipeline.folder_writer import FolderWriter
+from lowbit.pipeline.folder_writer import FolderWriter, check_apart
 from lowbit.pipeline.importing import cast, model_type
 from lowbit.pipeline.loading import as_dtype
 from lowbit.pipeline.plan import MAX_SHARD, TensorPlan

@@ -19,7 +19,7 @@ from lowbit.errors import ExportError, OutputError, RecipeError
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
-from lowbit.pipeline.folder_writer import replace_folder, sync
+from lowbit.pipeline.folder_writer import check_apart, replace_folder, sync
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
@@ -31,6 +31,7 @@ class Exported:
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
     tokens; None where the float model would not fit into this machine's memory. `notes`: what else people should know.
+    `unequal`: the weights that are not equal.
     """
 
     path: Path
@@ -39,12 +40,13 @@ class Exported:
     weights: float
     logits: float | None
     notes: tuple[str, ...] = ()
+    unequal: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
             "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
-            "logits": self.logits, "notes": list(self.notes),
+            "unequal": list(self.unequal), "logits": self.logits, "notes": list(self.notes),
         }  # fmt: skip
 
 
@@ -66,6 +68,7 @@ def export(
     folder = LowbitFolder(_folder_of(model))
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
+    check_apart(folder.folder, out)
     check_free(out, kind, overwrite)
     cost = []
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
@@ -87,7 +90,7 @@ def export(
     try:
         fresh = room / out.name
         kind.write(folder, fresh, progress)
-        weights, logits = compared(kind, folder, fresh)
+        apart, logits = compared(kind, folder, fresh)
         for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
             sync(path)
         size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
@@ -100,7 +103,8 @@ def export(
         raise _cannot(out, error) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    return Exported(out, kind.name, size, weights, logits, (*kind.notes(folder.contents), *cost))
+    notes = (*kind.notes(folder.contents), *cost)
+    return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
 
 
 def default_out(folder: Path, kind: Target) -> Path:
@@ -136,11 +140,11 @@ def check_kv(kind: Target, kv: str, model: Contents) -> None:
         raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
-def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, float | None]:
-    """(largest relative difference of a weight, that of the logits) of what was written, read back by other code."""
+def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
+    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
     read = kind.reopen(out, folder)
     ours = folder.dense()
-    worst = 0.0
+    unequal = {}
     lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
     if lacking:
         raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
@@ -151,16 +155,17 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[float, floa
                 raise ExportError(
                     f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
                 )
-            worst = max(worst, apart)
+            if apart > 0:
+                unequal[name] = apart
     if not _fits(ours):
-        return worst, None
+        return unequal, None
     logits = distance(logits_of(read), logits_of(ours))
     if not logits <= kind.logits_allowed(folder.contents):
         raise ExportError(
             f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
             "computes another model from this config; nothing was kept of the export"
         )
-    return worst, logits
+    return unequal, logits
 
 
 def distance(a: Tensor, b: Tensor) -> float:

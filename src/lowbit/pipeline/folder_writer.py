@@ -247,6 +247,12 @@ def _is_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def check_apart(model: Path, out: Path) -> None:
+    """OutputError when writing `out` would replace the model that is read."""
+    if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
+        raise OutputError(f"{out} holds the model that is read; give another name")
+
+
 def replace_folder(fresh: Path, out: Path) -> None:
     """Give the finished folder `fresh` the name `out`. What was there is set aside as OUT.replaced, and removed last.
 

@@ -21,8 +21,9 @@ from lowbit.errors import RecipeError, SourceError
 from lowbit.formats import Format
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, open_source
-from lowbit.pipeline.api import Quantized, check_apart
+from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.driver import Progress, write_folder
+from lowbit.pipeline.folder_writer import check_apart
 from lowbit.pipeline.kvcache import kv_cache
 from lowbit.pipeline.layer_globs import with_layers
 from lowbit.pipeline.plan import MAX_SHARD, Plan, TensorPlan

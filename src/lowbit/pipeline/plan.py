@@ -25,8 +25,8 @@ from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import divided_inputs
 
 MAX_SHARD = 5_000_000_000
-# What Python, PyTorch and transformers take before the first tensor is read, roughly.
-_BASE_BYTES = 420_000_000
+# What Python, PyTorch and transformers take before the first tensor is read, roughly; built for CUDA, PyTorch brings its libraries.
+_BASE_BYTES, _CUDA_BASE_BYTES = 420_000_000, 1_000_000_000
 # Of each parameter while the whole model is tuned: float32, dense in use, its gradient, codes, and what a step of 512
 # tokens keeps for the backward pass. Measured on a model of 135 million parameters.
 _TUNING_BYTES = 18
@@ -156,7 +156,7 @@ class Plan:
             most = max(most, calibrated_working_bytes(self.tensors))
         if self.recipe.tuner_of("model") is not None:
             most = max(most, _TUNING_BYTES * self.parameters)
-        return _BASE_BYTES + most
+        return (_BASE_BYTES if torch.version.cuda is None else _CUDA_BASE_BYTES) + most
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -21,7 +21,7 @@ from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.calibration import SELF, load_calibration
 from lowbit.pipeline.exporting import Exported, check_free, check_kv, export, refuse
-from lowbit.pipeline.folder_writer import MANIFEST
+from lowbit.pipeline.folder_writer import MANIFEST, check_apart
 from lowbit.pipeline.layer_globs import globs_of, with_layers
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.presets import PRESETS
@@ -75,6 +75,8 @@ def quantized_as(
     text serves a KV cache that was asked for too, and alone where the recipe does not look at it.
     """
     out = Path(out)
+    if isinstance(model, (str, Path)):
+        check_apart(Path(model), out)
     check_free(out, ready.target, overwrite)
     folder = work_folder(out) if keep is None else Path(keep)
     if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
