@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +192,15 @@ def test_what_is_not_equal_is_named(llama: Path, tmp_path: Path) -> None:
     made = lowbit.export(tmp_path / "w4", "vllm", tmp_path / "out")
     assert made.unequal == ("model.embed_tokens.weight",)
     assert "every weight equal but model.embed_tokens.weight, within" in told(made)
+
+
+def test_what_a_killed_run_left_goes_with_the_next(llama: Path, tmp_path: Path) -> None:
+    lowbit.quantize(llama, "int4:g32", tmp_path / "w4")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for process in (str(gone.pid), str(os.getpid()), "notes"):
+        (tmp_path / f"out.exporting-{process}-x").mkdir()
+    (tmp_path / f"other.exporting-{gone.pid}-x").mkdir()
+    lowbit.export(tmp_path / "w4", "vllm", tmp_path / "out")
+    kept = {f"out.exporting-{os.getpid()}-x", "out.exporting-notes-x", f"other.exporting-{gone.pid}-x"}
+    assert {path.name for path in tmp_path.iterdir()} == {"w4", "out", *kept}

@@ -83,8 +83,7 @@ def export(
             f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
         )
     try:
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f"{out.name}.exporting-", dir=out.resolve().parent))
+        room = _room(out)
     except OSError as error:
         raise _cannot(out, error) from error
     try:
@@ -105,6 +104,29 @@ def export(
         shutil.rmtree(room, ignore_errors=True)
     notes = (*kind.notes(folder.contents), *cost)
     return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
+
+
+def _room(out: Path) -> Path:
+    """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
+    place, name = out.resolve().parent, f"{out.name}.exporting-"
+    place.mkdir(parents=True, exist_ok=True)
+    for old in place.iterdir():
+        if old.name.startswith(name) and not _alive(old.name.removeprefix(name).partition("-")[0]):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}{os.getpid()}-", dir=place))
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this number runs; yes where that is not known."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
 
 
 def default_out(folder: Path, kind: Target) -> Path:
