@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.errors import OutputError, RecipeError, WeightError
+from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.interchange.source import open_source
 from lowbit.kernels.core import core
 from lowbit.nn.swap import packed_weights
@@ -244,3 +245,30 @@ def test_double_quantized_scales_are_kept_as_the_numbers_they_stand_for(tmp_path
     assert {e.format for e in made.report.layers if e.format} == {"nf4:g32:s=fp32"} and all(
         e.error == 0 for e in made.report.layers
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"sym": "maybe"}, "sym='maybe', which is neither true nor false"),
+        ({"desc_act": []}, r"desc_act=\[\], which is neither"),
+        ({"dynamic": ["x"]}, r"dynamic=\['x'\], which are no settings"),
+        ({"dynamic": {"(": {"bits": 8}}}, "no settings by regular expression"),
+        ({"dynamic": {"model": 3}}, "no settings by regular expression"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(gptq: Path, tmp_path: Path, said: dict[str, Any], problem: str) -> None:
+    shutil.copytree(gptq, tmp_path / "in")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["quantization_config"] |= said
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=problem):
+        lowbit.import_model(tmp_path / "in", tmp_path / "out")
+
+
+def test_bits_are_those_of_the_tensors(gptq: Path, tmp_path: Path) -> None:
+    shutil.copytree(gptq, tmp_path / "in")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    config["quantization_config"]["bits"] = 8
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    assert "gptq, 4 bits, groups of 16" in open_source(str(tmp_path / "in")).storage

@@ -112,6 +112,15 @@ class Checkpoint:
             )
         return value
 
+    def flag(self, key: str, default: bool, section: Mapping[str, Any] | None = None) -> bool:
+        """A yes or no of the section, or of another one. SourceError where it is neither."""
+        value = (self.section if section is None else section).get(key)
+        if value is not None and not isinstance(value, bool):
+            raise SourceError(
+                f"{self.where}: quantization_config says {key}={value!r}, which is neither true nor false; correct config.json"
+            )
+        return default if value is None else value
+
     def refuse(self, tensor: str, problem: str) -> NoReturn:
         """SourceError about a tensor that cannot be as it is."""
         raise SourceError(f"{self.where}: tensor {tensor!r} {problem}; download the model again or correct config.json")

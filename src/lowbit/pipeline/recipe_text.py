@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,6 @@ from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import EMBED, KEEP, Recipe, format_text
 from lowbit.solvers import Call
 from lowbit.solvers.registry import methods
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
 _TABLES = ("layers", "inputs")  # of the TOML form, by glob

@@ -44,12 +44,15 @@ def gptq(checkpoint: Checkpoint) -> StoredModel:
     bits, size = checkpoint.whole("bits"), checkpoint.whole("group_size", -1)
     weights = {f"{m}.weight": _layer(checkpoint, m, _VERSIONS[kind]) for m in checkpoint.modules("qweight")}
     groups = "one group a row" if size == -1 else f"groups of {size}"
-    order = ", columns by activation" if section.get("desc_act") else ""
-    return StoredModel(weights, f"{section['quant_method']}, {bits} bits, {groups}{order}")
+    order = ", columns by activation" if checkpoint.flag("desc_act", False) else ""
+    # Of the tensors: the config may say otherwise, and `dynamic` for some.
+    found = sorted({w.format.grid.bits for w in weights.values() if w.format and isinstance(w.format.grid, IntGrid)})
+    width = " and ".join(map(str, found or [bits]))
+    return StoredModel(weights, f"{section['quant_method']}, {width} bits, {groups}{order}")
 
 
 def _layer(checkpoint: Checkpoint, module: str, version: int) -> StoredWeight:
-    settings = _settings(checkpoint.section, module)
+    settings = _settings(checkpoint, module)
     names = [f"{module}.{leaf}" for leaf in ("qweight", "qzeros", "scales")]
     words, scales = check_type(checkpoint, names[0], torch.int32), checkpoint.spec(names[2])
     check_type(checkpoint, names[1], torch.int32)
@@ -61,7 +64,7 @@ def _layer(checkpoint: Checkpoint, module: str, version: int) -> StoredWeight:
     width = rows * 32 // bits
     if rows * 32 % bits:
         checkpoint.refuse(names[0], f"has {rows} rows of words, which hold no whole number of {bits}-bit codes")
-    symmetric = settings.get("sym", True) is not False
+    symmetric = checkpoint.flag("sym", True, settings)
     block = groups_of(checkpoint, names[2], width, groups, checkpoint.whole("group_size", -1, settings))
     fmt = Format(
         IntGrid(bits, is_signed=symmetric), block, store_of(checkpoint, scales),
@@ -73,25 +76,25 @@ def _layer(checkpoint: Checkpoint, module: str, version: int) -> StoredWeight:
         check_shape(checkpoint, order, (width,))
     size = width if block.cols == -1 else block.cols
     unpacked = partial(_unpacked, checkpoint, names, bits, version)
-    if order in parts and settings.get("desc_act") and not in_order(checkpoint, order, size):
+    if order in parts and checkpoint.flag("desc_act", False, settings) and not in_order(checkpoint, order, size):
         values = partial(_values, checkpoint, unpacked, order)
         return StoredWeight((out, width), parts, values=values, why=BY_ORDER)
     read = partial(_quantized, checkpoint, names, unpacked, fmt, order if order in parts else None, size)
     return StoredWeight((out, width), parts, fmt, read)
 
 
-def _settings(section: Mapping[str, Any], module: str) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
     """The section as it is for one layer, by GPTQModel's `dynamic`: regular expressions, "+:" in front or none."""
-    merged = dict(section)
-    dynamic = section.get("dynamic")
-    for pattern, changes in dynamic.items() if isinstance(dynamic, dict) else ():
-        if not str(pattern).startswith("-:") and isinstance(changes, dict):
-            try:
-                found = re.match(str(pattern).removeprefix("+:"), module)
-            except re.error:
-                continue
-            if found:
+    merged, dynamic = dict(checkpoint.section), checkpoint.section.get("dynamic") or {}
+    try:
+        for pattern, changes in dynamic.items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
                 merged |= changes
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise SourceError(
+            f"{checkpoint.where}: quantization_config says dynamic={dynamic!r:.80}, which are no settings by regular expression "
+            f"({error}); correct config.json"
+        ) from error
     return merged
 
 
