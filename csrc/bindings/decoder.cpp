@@ -217,8 +217,8 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Random>(m, "Random", "Random numbers, the same on every machine.").def(nb::init<std::uint64_t>(), nb::arg("seed"));
     m.def(
         "sample",
-        [](const Output<float, 1>& logits, Random& random, const nb::object& seen, float temperature, int top_k, float top_p,
-           float min_p, float repetition_penalty) {
+        [](const Output<float, 1>& logits, Random& random, const nb::object& seen, double temperature, int top_k, double top_p,
+           double min_p, double repetition_penalty) {
             const Sampling how{temperature, top_k, top_p, min_p, repetition_penalty};
             const std::uint8_t* marks = nullptr;
             if (!seen.is_none()) {
@@ -228,8 +228,8 @@ void bind_decoder(nb::module_& m) {
             }
             return sample(logits.data(), static_cast<int>(logits.shape(0)), how, marks, random);
         },
-        nb::arg("logits").noconvert(), nb::arg("random"), nb::arg("seen").none() = nb::none(), nb::arg("temperature") = 0.0f,
-        nb::arg("top_k") = 0, nb::arg("top_p") = 1.0f, nb::arg("min_p") = 0.0f, nb::arg("repetition_penalty") = 1.0f,
+        nb::arg("logits").noconvert(), nb::arg("random"), nb::arg("seen").none() = nb::none(), nb::arg("temperature") = 0.0,
+        nb::arg("top_k") = 0, nb::arg("top_p") = 1.0, nb::arg("min_p") = 0.0, nb::arg("repetition_penalty") = 1.0,
         "The next token; changes `logits` float32 [vocabulary]. seen: uint8 [vocabulary], for the penalty.");
 }
 

@@ -7,6 +7,10 @@
 #include <sched.h>
 #endif
 
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -51,6 +55,14 @@ void spread(int index) {
 #endif
 }
 
+std::int64_t this_process() {
+#ifdef _WIN32
+    return 1;  // does not fork
+#else
+    return getpid();
+#endif
+}
+
 template <class Done>
 void spin_until(const Done& done) {
     for (int i = 0; !done(); ++i) {
@@ -64,29 +76,63 @@ void spin_until(const Done& done) {
 
 }  // namespace
 
-Pool::Pool(int threads) : threads_(threads < 1 ? 1 : threads), borrowed_() {
+Pool::Pool(int threads) : Pool(threads, OpenMp{}) { start(); }
+
+Pool::Pool(int threads, const OpenMp& borrowed)
+    : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed), crew_(std::make_unique<Crew>()), process_(this_process()) {}
+
+Pool::~Pool() {
+    if (process_.load() != this_process()) {
+        static_cast<void>(crew_.release());
+    } else {
+        stop();
+    }
+}
+
+void Pool::start() {
     try {
-        for (int i = 1; i < threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+        for (int i = 1; i < threads_; ++i) crew_->workers.emplace_back([this, i] { work(i); });
     } catch (...) {
         stop();
         throw std::runtime_error("the system does not give so many threads; ask for fewer");
     }
 }
 
-Pool::Pool(int threads, const OpenMp& borrowed) : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed) {}
-
-Pool::~Pool() { stop(); }
-
 void Pool::stop() {
-    if (workers_.empty()) return;
+    if (crew_->workers.empty()) return;
     {
-        std::lock_guard lock(sleeping_);
+        std::lock_guard lock(crew_->sleeping);
         stop_ = true;
         generation_.fetch_add(1);
     }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-    workers_.clear();
+    crew_->wake.notify_all();
+    for (auto& worker : crew_->workers) worker.join();
+    crew_->workers.clear();
+    stop_ = false;
+    generation_.store(0);
+}
+
+void Pool::renew_after_fork() {
+    const std::int64_t now = this_process();
+    std::int64_t before = process_.load(std::memory_order_acquire);
+    if (before == now) return;
+    // One of the child's threads makes the new ones, others wait for it.
+    if (before == 0 || !process_.compare_exchange_strong(before, 0)) {
+        spin_until([&] { return process_.load(std::memory_order_acquire) != 0; });
+        return renew_after_fork();
+    }
+    static_cast<void>(crew_.release());
+    crew_ = std::make_unique<Crew>();
+    generation_.store(0);
+    asleep_.store(0);
+    running_.store(0);
+    try {
+        if (borrowed_.parallel == nullptr) start();
+    } catch (...) {
+        process_.store(before);
+        throw;
+    }
+    process_.store(now, std::memory_order_release);
 }
 
 void Pool::reset_counters() {
@@ -94,7 +140,8 @@ void Pool::reset_counters() {
 }
 
 void Pool::run_erased(Function function, const void* job) {
-    std::lock_guard one(callers_);
+    renew_after_fork();
+    std::lock_guard one(crew_->callers);
     dropped_.store(false, std::memory_order_relaxed);
     Member self(*this, 0, threads_);
     if (threads_ == 1) {
@@ -110,8 +157,8 @@ void Pool::run_erased(Function function, const void* job) {
     running_.store(threads_ - 1, std::memory_order_relaxed);
     generation_.fetch_add(1);  // sequentially consistent, as is asleep_: one of the two sides sees the other
     if (asleep_.load() > 0) {
-        std::lock_guard lock(sleeping_);
-        wake_.notify_all();
+        std::lock_guard lock(crew_->sleeping);
+        crew_->wake.notify_all();
     }
     function(job, self);
     spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
@@ -136,9 +183,9 @@ void Pool::work(int index) {
         while (generation_.load(std::memory_order_acquire) == seen) {
             pause();
             if (std::chrono::steady_clock::now() - start < kSpin) continue;
-            std::unique_lock lock(sleeping_);
+            std::unique_lock lock(crew_->sleeping);
             asleep_.fetch_add(1);
-            wake_.wait(lock, [&] { return generation_.load() != seen; });
+            crew_->wake.wait(lock, [&] { return generation_.load() != seen; });
             asleep_.fetch_sub(1);
         }
         seen = generation_.load(std::memory_order_acquire);

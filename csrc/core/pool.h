@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -74,7 +75,7 @@ class Pool {
     int threads() const { return threads_; }
 
     // Runs job(member) on every thread, the caller among them, and returns when all are done. One caller at a time;
-    // others wait. The job must not throw.
+    // others wait. The job must not throw. In a child of fork(), which has none of its parent's threads, new ones are made.
     template <class Job>
     void run(const Job& job) {
         run_erased([](const void* j, Member& m) { (*static_cast<const Job*>(j))(m); }, &job);
@@ -82,7 +83,17 @@ class Pool {
 
  private:
     friend class Member;
+    // What cannot be freed in a child of fork(): threads that are not there, and locks that they may hold.
+    struct Crew {
+        std::vector<std::thread> workers;
+        std::mutex callers;
+        std::mutex sleeping;
+        std::condition_variable wake;
+    };
+
+    void start();
     void stop();
+    void renew_after_fork();
     using Function = void (*)(const void*, Member&);
 
     void run_erased(Function function, const void* job);
@@ -96,10 +107,8 @@ class Pool {
 
     const int threads_;
     const OpenMp borrowed_;
-    std::vector<std::thread> workers_;
-    std::mutex callers_;
-    std::mutex sleeping_;
-    std::condition_variable wake_;
+    std::unique_ptr<Crew> crew_;
+    std::atomic<std::int64_t> process_;  // whose threads these are
     Function function_ = nullptr;
     const void* job_ = nullptr;
     bool stop_ = false;

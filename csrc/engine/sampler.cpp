@@ -17,6 +17,8 @@ struct Candidate {
     }
 };
 
+constexpr double kLargest = std::numeric_limits<float>::max();
+
 std::int32_t likeliest(const float* logits, int vocabulary) {
     std::int32_t best = 0;
     for (std::int32_t i = 1; i < vocabulary; ++i)
@@ -32,14 +34,17 @@ std::int32_t sample(float* logits, int vocabulary, const Sampling& how, const st
         if (std::isnan(logits[i])) logits[i] = -std::numeric_limits<float>::infinity();
     if (seen != nullptr && how.repetition_penalty != 1) {
         for (int i = 0; i < vocabulary; ++i) {
-            if (seen[i]) logits[i] = logits[i] > 0 ? logits[i] / how.repetition_penalty : logits[i] * how.repetition_penalty;
+            if (!seen[i]) continue;
+            const double changed = logits[i] > 0 ? logits[i] / how.repetition_penalty : logits[i] * how.repetition_penalty;
+            logits[i] = static_cast<float>(std::clamp<double>(changed, -kLargest, kLargest));
         }
     }
     const std::int32_t best = likeliest(logits, vocabulary);
     if (how.temperature <= 0) return best;
 
     const double highest = logits[best], inverse = 1.0 / how.temperature;
-    const auto weight = [&](float logit) { return std::exp((logit - highest) * inverse); };
+    // The likeliest apart: of two infinite logits there is no difference.
+    const auto weight = [&](float logit) { return logit == logits[best] ? 1.0 : std::exp((logit - highest) * inverse); };
     std::vector<Candidate> candidates;
     candidates.reserve(vocabulary);
     for (std::int32_t i = 0; i < vocabulary; ++i) candidates.push_back({logits[i], i});
@@ -53,14 +58,14 @@ std::int32_t sample(float* logits, int vocabulary, const Sampling& how, const st
         for (const Candidate& c : candidates) total += weight(c.logit);
         // Sorted piece by piece: the nucleus is nearly always small.
         std::size_t sorted = 0, taken = 0;
-        while (taken < candidates.size() && sum < how.top_p * total) {
+        while (taken < candidates.size() && (taken == 0 || sum < how.top_p * total)) {
             if (taken == sorted) {
                 sorted = std::min(candidates.size(), std::max<std::size_t>(64, 4 * sorted));
                 std::partial_sort(candidates.begin() + taken, candidates.begin() + sorted, candidates.end());
             }
             sum += weight(candidates[taken++].logit);
         }
-        candidates.resize(std::max<std::size_t>(taken, 1));
+        candidates.resize(taken);
     }
     std::erase_if(candidates, [&](const Candidate& c) { return weight(c.logit) < how.min_p; });
     std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.token < b.token; });

@@ -7,11 +7,11 @@
 namespace lowbit {
 
 struct Sampling {
-    float temperature = 0;  // 0: the likeliest token
-    int top_k = 0;          // 0: all
-    float top_p = 1;
-    float min_p = 0;
-    float repetition_penalty = 1;  // Keskar et al. 2019: logits of tokens seen before are divided by it, or multiplied
+    double temperature = 0;  // 0: the likeliest token
+    int top_k = 0;           // 0: all
+    double top_p = 1;
+    double min_p = 0;
+    double repetition_penalty = 1;  // Keskar et al. 2019: logits of tokens seen before are divided by it, or multiplied
 };
 
 // Random numbers that are the same on every machine: splitmix64 (Steele, Lea and Flood 2014).

@@ -307,7 +307,7 @@ def sampler(core: Any) -> None:
         seen = (rng.random(size) < 0.5).astype(np.uint8)
         assert 0 <= core.sample(logits, random, seen, t, k, p, m, r) < size
     for extreme in (np.inf, -np.inf, np.nan):
-        for t in (0.0, 1.0):
+        for t in (0.0, 1.0, 1e300):
             assert 0 <= core.sample(np.full(70, extreme, np.float32), random, None, t, 0, 0.9, 0.1, 1.0) < 70
     for k in (0, 500):  # order means nothing with these, which sorting must survive
         holes = np.where(rng.random(3000) < 0.3, np.nan, rng.normal(size=3000)).astype(np.float32)

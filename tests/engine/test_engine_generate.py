@@ -150,6 +150,28 @@ def test_draws_follow_the_definitions(options: tuple[float, int, float, float, f
     assert module.sample(logits.copy(), random, seen, 0.0, k, p, m, r) == best
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        (1.0, 0, 1e-50, 0.0, 1.0), (1e-50, 0, 1.0, 0.0, 1.0), (1e-320, 0, 1.0, 0.0, 1.0), (0.0, 0, 1.0, 0.0, 1e300),
+        (1.0, 0, 1e-50, 0.0, 1e300),
+    ],
+)  # fmt: skip
+def test_numbers_too_small_or_large_for_float32_draw_the_likeliest(
+    options: tuple[float, int, float, float, float],
+) -> None:
+    module: Any = core()
+    logits, seen = np.array([0, 1, 5, 2], dtype=np.float32), np.array([1, 1, 0, 1], dtype=np.uint8)
+    assert {module.sample(logits.copy(), module.Random(i), seen, *options) for i in range(20)} == {2}
+
+
+def test_a_huge_temperature_draws_from_all_but_what_is_no_number() -> None:
+    module: Any = core()
+    logits = np.array([np.nan, 1, 5, -np.inf, 2], dtype=np.float32)
+    drawn = [module.sample(logits.copy(), module.Random(i), None, 1e300) for i in range(300)]
+    assert set(drawn) == {1, 2, 4}
+
+
 def byte_decode(ids: Any) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
