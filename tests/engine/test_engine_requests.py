@@ -50,6 +50,7 @@ def generator(request: pytest.FixtureRequest, engine: Engine, other: Transformer
         ({"stop": ""}, "stop='' ends no answer"),
         ({"stop": ["a", ""]}, "stop='' ends no answer"),
         ({"stop": [5]}, "stop=5 ends no answer"),
+        ({"stop": 5}, "stop=5 ends no answer"),
         ({"temperature": -1.0}, "temperature=-1.0; it is a number 0 or more"),
         ({"temperature": float("nan")}, "temperature=nan; it is a number"),
         ({"temperature": float("inf")}, "temperature=inf; it is a number"),
@@ -184,6 +185,19 @@ def test_configs_of_unreleased_versions_and_folders_that_hold_nothing(packed_fol
         Engine.open(tmp_path / "empty")
     with pytest.raises(LowbitError, match="nowhere"):
         Engine.open(str(tmp_path / "nowhere"))
+
+
+def test_seeds_of_numpy_and_no_stop(engine: Engine) -> None:
+    how: dict[str, Any] = {"max_new_tokens": 4, "temperature": 1.0}
+    plain = engine.generate([[5, 6, 7]] * 2, seed=2**64 - 1, **how)
+    same = engine.generate([[5, 6, 7]] * 2, seed=np.uint64(2**64 - 1), stop=None, **how)
+    assert [each.tokens for each in same] == [each.tokens for each in plain]
+
+
+@pytest.mark.parametrize("size", [(0, 8), (-1, 8), (1, 0), (1.5, 8), (1, "8")])
+def test_memory_that_cannot_be(engine: Engine, size: tuple[Any, Any]) -> None:
+    with pytest.raises(RecipeError, match="(sequences|positions)="):
+        engine.memory(*size)
 
 
 def test_an_interrupted_generation_leaves_the_engine_usable(engine: Engine) -> None:

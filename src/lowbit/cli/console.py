@@ -19,11 +19,11 @@ _FILE_WIDTH = 140  # columns when the output is no terminal, so that names in a 
 
 
 def prepare_streams() -> None:
-    """Standard streams that take any text: one that is closed goes nowhere, and characters that an encoding lacks, such as
-    an emoji in a pipe on Windows, become `?` rather than an error."""
-    for name in ("stdout", "stderr"):
+    """Standard streams that take any text: one that is closed goes nowhere and gives nothing, and characters that an
+    encoding lacks, such as an emoji in a pipe on Windows, become `?` rather than an error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  as long as the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

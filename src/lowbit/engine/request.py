@@ -46,8 +46,10 @@ def token_ids(prompt: Any, tokenizer: TextTokenizer | None, raw: bool, vocabular
 
 
 def stop_strings(stop: Any) -> list[str]:
-    """The strings that end an answer. RecipeError for what would never end one."""
-    strings = [stop] if isinstance(stop, str) else list(stop)
+    """The strings that end an answer; none for None. RecipeError for what would never end one."""
+    if stop is not None and not isinstance(stop, (str, list, tuple, set, frozenset)):
+        raise RecipeError(f"stop={stop!r} ends no answer; give a piece of text, or a list of such")
+    strings = [stop] if isinstance(stop, str) else list(stop or ())
     for string in strings:
         if not isinstance(string, str) or not string:
             raise RecipeError(f"stop={string!r} ends no answer; give a piece of text")

@@ -31,6 +31,9 @@ class Sampling:
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise RecipeError(f"{name}={getattr(self, name)!r}; it is a whole number")
+            object.__setattr__(
+                self, name, int(getattr(self, name))
+            )  # of numpy, seeds overflow where prompts are counted
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             if not isinstance(getattr(self, name), Real) or not isfinite(getattr(self, name)):
                 raise RecipeError(f"{name}={getattr(self, name)!r}; it is a number")

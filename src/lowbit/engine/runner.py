@@ -107,6 +107,8 @@ class Runner:
 
     def memory(self, sequences: int, positions: int) -> Memory:
         """Memory for keys and values of `sequences` of at most `positions` tokens. EngineError where they cannot be had."""
+        whole_number("sequences", sequences, 1)
+        whole_number("positions", positions, 1)
         if positions > self.shape.positions:
             raise EngineError(
                 f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
