@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit.engine.packers import Packers
 from lowbit.engine.shape import Rotation, Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
@@ -17,7 +18,6 @@ from lowbit.formats import IntGrid, QTensor
 from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, rest_of, why_not
 
 ACTIVATIONS = ("exact", "int8")
-_WORKERS = 4  # layers that are read and packed side by side; each holds a product unpacked
 
 
 @dataclass
@@ -34,13 +34,6 @@ class Program:
     lookup_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
-
-    def add(self, other: Program) -> None:
-        """Counts what another part of the same program counted."""
-        self.nbytes += other.nbytes
-        self.lookup_bytes += other.lookup_bytes
-        self.expanded |= other.expanded
-        self.rounded += other.rounded
 
     def with_rotations(self, rotations: Sequence[Rotation]) -> dict[str, Any]:
         """`model` with these rotations."""
@@ -85,12 +78,19 @@ class Builder:
     """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8"."""
 
     def __init__(self, core: Any, shape: Shape, weights: Weights, activations: str = "exact") -> None:
-        self.core, self.shape, self.weights, self.activations = core, shape, weights, activations
+        self.core, self.shape, self.weights = core, shape, weights
         self.planes = {"exact": 2, "int8": 1}[activations]
         self.program = Program({})
 
     def build(self, threads: int = 1) -> Program:
-        """Reads every weight once, layers in up to `threads` threads. EngineError for one that the engine cannot use."""
+        """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
+        with Packers(threads) as self._packers:
+            self._describe()
+            self.program.model = self._packers.done(self.program.model)
+            self.program.nbytes = self._packers.nbytes
+        return self.program
+
+    def _describe(self) -> None:
         s = self.shape
         embedding = self._source("model.embed_tokens", whole=True)
         tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
@@ -99,9 +99,7 @@ class Builder:
             head = self._part(packed, None, embedding.inputs, 0, self.weights.vector("lm_head.bias"))
         else:
             (head,) = self._product(["lm_head"], s.width, [s.vocabulary])["parts"]
-        # _product counts what it packs.
-        self.program.nbytes += packed.nbytes
-        self.program.lookup_bytes = 0 if tied else packed.nbytes
+        self.program.lookup_bytes = 0 if tied else packed.result().nbytes
         self.program.model = {
             "width": s.width, "heads": s.heads, "key_heads": s.key_heads, "head_dim": s.head_dim,
             "vocabulary": s.vocabulary, "epsilon": s.epsilon, "attention_scale": s.attention_scale,
@@ -114,24 +112,8 @@ class Builder:
                 "cols": s.width, "width": s.vocabulary,
                 "parts": [head],
             },
-            "layers": self._layers(threads),
+            "layers": [self._layer(i) for i in range(s.layers)],
         }  # fmt: skip
-        return self.program
-
-    def _layers(self, threads: int) -> list[dict[str, Any]]:
-        def built(i: int) -> tuple[dict[str, Any], Program]:
-            part = Builder(self.core, self.shape, self.weights, self.activations)
-            return part._layer(i), part.program
-
-        workers = ThreadPoolExecutor(min(threads, _WORKERS) if self.weights.concurrent else 1)
-        layers = []
-        try:
-            for layer, counted in workers.map(built, range(self.shape.layers)):
-                layers.append(layer)
-                self.program.add(counted)
-        finally:
-            workers.shutdown(cancel_futures=True)
-        return layers
 
     def _layer(self, i: int) -> dict[str, Any]:
         s, family = self.shape, self.shape.family
@@ -192,14 +174,10 @@ class Builder:
         inputs, rests = sources[0].inputs, [s.rest for s in sources if s.rest is not None]
         weight = self._pack([s.value for s in sources], inputs, paired)
         rest = self._pack(rests, inputs) if rests else None
-        self.program.nbytes += weight.nbytes + (0 if rest is None else rest.nbytes)
         return self._part(weight, rest, inputs, offset, bias)
 
-    def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Any:
-        try:
-            return pack(self.core, sources, paired, inputs.segment if inputs else 0)
-        except ValueError as error:
-            raise EngineError(f"the engine cannot pack a weight: {error}") from None
+    def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Future[Any]:
+        return self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
 
     @staticmethod
     def _part(weight: Any, rest: Any, inputs: _Input, offset: int, bias: Tensor | None) -> dict[str, Any]:

@@ -30,7 +30,6 @@ class Weights(ABC):
     """The tensors of a model by their names in transformers, without `.weight`."""
 
     config: Mapping[str, Any]
-    concurrent = True  # whether several threads may look at once
 
     @abstractmethod
     def find(self, name: str) -> Found | None:
@@ -110,8 +109,6 @@ class ModelWeights(Weights):
 
 class SourceWeights(Weights):
     """Of a model by any name that lowbit opens, such as a GGUF file: read one tensor at a time, packed as it is stored."""
-
-    concurrent = False
 
     def __init__(self, source: Source) -> None:
         if source.config is None:
