@@ -9,21 +9,25 @@ BUILD_ENV := CMAKE_BUILD_PARALLEL_LEVEL=2 LOWBIT_REQUIRE_CORE=$(if $(HEADERS),$(
 # One thread a test process: two processes run side by side.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow coverage clean
 
 demo: .venv/ready
 	$(BIN)/lowbit quantize smollm2 --overwrite -o demo/smollm2-w4
 
 test: .venv/ready lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a nightly run adds: tests that take minutes or gigabytes, other programs, and coverage, which doubles the time of the suite.
 slow: .venv/ready
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow or peer"
+
+coverage: .venv/ready
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup --hypothesis-profile=nightly --cov --cov-report=term
 
 # Built without isolation: the tools' paths stay the same, so that a change of csrc compiles only what changed.
 .venv/ready: pyproject.toml constraints.txt $(CORE)

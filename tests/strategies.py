@@ -27,9 +27,16 @@ NESTED = [
 ]
 
 
+settings.register_profile("nightly")
+
+
 def steady(examples: int) -> settings:
-    """The same examples at every run, and no deadline: machines are noisy."""
-    return settings(max_examples=examples, deadline=None, derandomize=True)
+    """The same examples at every run, and no deadline: machines are noisy.
+
+    A third of them at every change, all of them with `--hypothesis-profile=nightly`, as the nightly run has it.
+    """
+    nightly = settings.get_current_profile_name() == "nightly"
+    return settings(max_examples=examples if nightly else max(10, examples // 3), deadline=None, derandomize=True)
 
 
 def grids() -> st.SearchStrategy:

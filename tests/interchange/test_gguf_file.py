@@ -206,6 +206,7 @@ def test_equal_to_the_loader_of_transformers(make: object, tmp_path: Path) -> No
     same_as_transformers(tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
 def test_smollm2_is_equal_to_the_loader_of_transformers(smollm2_file: Path) -> None:
     same_as_transformers(smollm2_file)
 

@@ -26,6 +26,7 @@ from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.settings import Settings
 from lowbit.pipeline.stages import Stage, stages_of
 from lowbit.solvers.stats import Stats
+from tiers import mostly_nightly
 from tiny import TINY, VOCAB, save_tiny, tiny_model
 
 RECIPE = "gptq@int4:g16"
@@ -289,10 +290,12 @@ def test_a_static_range_is_that_of_the_input_that_the_layer_sees(recipe: str) ->
         assert float(weight.input_scale) * 127 == pytest.approx(float(x.abs().max()), rel=0.02), name
 
 
+RECIPES = [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:tensor", "gptq+lkd(steps=2)@int4:g16"]
+
+
 @pytest.mark.parametrize(
-    "recipe", [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:tensor", "gptq+lkd(steps=2)@int4:g16"]
+    ("recipe", "name"), mostly_nightly(RECIPES, ["llama", "t5", "gpt2"], every=lambda r, n: n == r % 3 or r == 0)
 )
-@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
 def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.pipeline.remembered import Remembered
 

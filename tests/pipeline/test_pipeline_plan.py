@@ -18,6 +18,7 @@ from lowbit.interchange import folder, hub, safetensors_file
 from lowbit.interchange.safetensors_writer import index_json, shards_of
 from lowbit.pipeline.kvcache import kv_cache
 from lowbit.pipeline.presets import PRESETS
+from tiers import mostly_nightly
 from tiny import TINY, tiny_model, tiny_tokenizer
 
 Float = Callable[[str], Path]
@@ -46,21 +47,23 @@ RECIPES = [*PRESETS, "int3:g7", "kmeans@kmeans3:g16", "uint4:g32:min=(int6:g8)",
            "int4:g32,*.down_proj=int8:channel,lm_head=keep", "nvfp4,embed=int5:tensor", "int8:128x128"]  # fmt: skip
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_bytes_are_exact_for_every_recipe_type_and_shard_size(recipe: str, tmp_path: Path) -> None:
-    for dtype, shard in ((torch.float32, 1 << 30), (torch.bfloat16, 20_000), (torch.float16, 1)):
-        model = tiny_model("llama").to(dtype)
-        folder = tmp_path / str(dtype)
-        model.save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
-        plan = lowbit.plan(folder, recipe, max_shard_bytes=shard)
-        out = tmp_path / f"out-{dtype}"
-        lowbit.quantize(folder, recipe, out, max_shard_bytes=shard, samples=2, length=16)
-        assert plan.output_bytes == weight_bytes(out)
-        assert [s.file for s in plan.shards] == sorted(p.name for p in out.glob("*.safetensors"))
-        assert all(s.file_bytes == (out / s.file).stat().st_size for s in plan.shards)
-        kept = {t.name: t for t in plan.tensors if t.format is None}
-        assert all(t.dtype == dtype for t in kept.values())
+TYPES = [(torch.float32, 1 << 30), (torch.bfloat16, 20_000), (torch.float16, 1)]
+
+
+@pytest.mark.parametrize(("recipe", "case"), mostly_nightly(RECIPES, TYPES, every=lambda r, t: (r + t) % 3 == 0))
+def test_bytes_are_exact_for_every_recipe_type_and_shard_size(
+    recipe: str, case: tuple[torch.dtype, int], tmp_path: Path
+) -> None:
+    (dtype, shard), folder, out = case, tmp_path / "float", tmp_path / "out"
+    tiny_model("llama").to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    plan = lowbit.plan(folder, recipe, max_shard_bytes=shard)
+    lowbit.quantize(folder, recipe, out, max_shard_bytes=shard, samples=2, length=16)
+    assert plan.output_bytes == weight_bytes(out)
+    assert [s.file for s in plan.shards] == sorted(p.name for p in out.glob("*.safetensors"))
+    assert all(s.file_bytes == (out / s.file).stat().st_size for s in plan.shards)
+    kept = {t.name: t for t in plan.tensors if t.format is None}
+    assert all(t.dtype == dtype for t in kept.values())
 
 
 def test_no_weight_is_read(tiny_folder: Float, monkeypatch: pytest.MonkeyPatch) -> None:
