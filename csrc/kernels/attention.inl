@@ -374,7 +374,7 @@ LOWBIT_INLINE float to_codes(const float* x, int n, bool by_norm, T* codes) {
     if (by_norm && !kBytes) scale = scale_by_norm(x, n);
     const F inverse = Simd::all(scale > 1e-35f ? 1.0f / scale : 0.0f);
     F nothing = Simd::zero();
-    Loss loss(kBytes ? 2.0f : 64.0f, kBytes ? 1.0f / 64 : 4.0f, 0.18f * static_cast<float>(n));
+    Loss loss(kBytes ? 2.0f : 64.0f, kBytes ? 1.0f / 64 : 4.0f, 0.22f * static_cast<float>(n));
     for (int i = 0; i < n; i += kTile) {
         const F v = Simd::load(x + i);
         nothing = Simd::fma(v, Simd::zero(), nothing);
