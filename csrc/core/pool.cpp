@@ -116,9 +116,10 @@ void Pool::renew_after_fork() {
     const std::int64_t now = this_process();
     std::int64_t before = process_.load(std::memory_order_acquire);
     if (before == now) return;
-    // One of the child's threads makes the new ones, others wait for it.
-    if (before == 0 || !process_.compare_exchange_strong(before, 0)) {
-        spin_until([&] { return process_.load(std::memory_order_acquire) != 0; });
+    // One of the child's threads makes the new ones, which -now says, others wait for it. The negative number of another
+    // process is that of a parent whose thread was at this when it forked.
+    if (before == -now || !process_.compare_exchange_strong(before, -now)) {
+        spin_until([&] { return process_.load(std::memory_order_acquire) != -now; });
         return renew_after_fork();
     }
     static_cast<void>(crew_.release());

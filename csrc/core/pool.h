@@ -108,7 +108,7 @@ class Pool {
     const int threads_;
     const OpenMp borrowed_;
     std::unique_ptr<Crew> crew_;
-    std::atomic<std::int64_t> process_;  // whose threads these are
+    std::atomic<std::int64_t> process_;  // whose threads these are; negative while these are made
     Function function_ = nullptr;
     const void* job_ = nullptr;
     bool stop_ = false;

@@ -27,9 +27,10 @@ struct Tokens {
 // Memory for quantized activations of some rows.
 struct RowsBuffer {
     Rows rows;
-    Buffer<std::int8_t> q[2];
-    Buffer<std::int32_t> start[2];
-    Buffer<float> scale, total;
+    Buffer<std::int8_t> q[2], rest[2];
+    Buffer<std::int32_t> start[2], rest_start[2];
+    Buffer<float> scale, total, rest_scale;
+    Buffer<bool> spread;
 
     void shape(const Linear& weight, int planes, int count);
 };

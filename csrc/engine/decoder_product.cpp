@@ -36,11 +36,21 @@ void RowsBuffer::shape(const Linear& weight, int planes, int count) {
         start[plane].reserve(segments);
         rows.q[plane] = q[plane].data();
         rows.start[plane] = start[plane].data();
+        if (planes == 1) continue;
+        rest[plane].reserve(static_cast<std::size_t>(count) * weight.padded_cols);
+        rest_start[plane].reserve(segments);
+        rows.rest[plane] = rest[plane].data();
+        rows.rest_start[plane] = rest_start[plane].data();
     }
     scale.reserve(segments);
     total.reserve(segments);
     rows.scale = scale.data();
     rows.total = total.data();
+    if (planes == 1) return;
+    rest_scale.reserve(segments);
+    spread.reserve(count);
+    rows.rest_scale = rest_scale.data();
+    rows.spread = spread.data();
 }
 
 // y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #include "core/half.h"
 
@@ -49,17 +48,6 @@ void from_floats(Value type, const float* from, int count, std::uint16_t* to) {
     } else {
         for (int i = 0; i < count; ++i) to[i] = float_to_half(from[i]);
     }
-}
-
-// Comparisons lose a NaN, and integers have none.
-bool all_finite(const float* values, int count) {
-    std::uint32_t found = 0;
-    for (int i = 0; i < count; ++i) {
-        std::uint32_t bits;
-        std::memcpy(&bits, values + i, 4);
-        found |= (bits & 0x7f800000) + 0x00800000;  // the highest bit, where all bits of the exponent are set
-    }
-    return found >> 31 == 0;
 }
 
 }  // namespace
@@ -109,9 +97,7 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
                     if (floats) {
                         to_floats(type, at(type, x, i * w.cols), w.cols, values_.data() + i * w.cols);
                     } else {
-                        const float* row = row_of(member, i);
-                        kernels_.quantize(row, w.cols, rows, static_cast<int>(i), input.fixed, input.whole);
-                        if (!all_finite(row, w.cols)) rows.scale[i * rows.segments] = std::numeric_limits<float>::quiet_NaN();
+                        kernels_.quantize(row_of(member, i), w.cols, rows, static_cast<int>(i), input.fixed, input.whole);
                     }
                 }
             });

@@ -3,6 +3,10 @@
 //
 // Products are of 16-bit integers with a scale for each vector, summed exactly in 32 bits: twice as fast as float32, and
 // finer than float16. That no sum overflows is Cauchy and Schwarz: |sum q k| <= |q| |k|, and each norm is below 2^15.5.
+//
+// A key or value with channels in the ten thousands would lose all its others so. It is kept in floats of as many bits, has
+// no part in products of integers, and is multiplied in float32. What becomes of a position depends on nothing but its own
+// key and value, so that batches and chunks change no bit.
 #include "kernels/linear.h"
 
 namespace lowbit {
@@ -11,6 +15,7 @@ namespace {
 constexpr int kKeys = 64;  // positions a block; a cache holds whole blocks
 constexpr float kNever = -1e30f;
 constexpr float kLargest = 32767, kLongest = 46000;  // of an element, and of a vector's norm before it is rounded
+constexpr float kLargestHalf = 32768, kLargestByte = 480;  // of an element as a float of 16 and of 8 bits
 
 // Thirty-two elements of a cache: pairs of channels of 16 keys, or pairs of positions of 16 channels.
 template <bool kInt8>
@@ -23,12 +28,13 @@ LOWBIT_INLINE B two_shorts(const std::int16_t* p) { return Simd::four_bytes(rein
 
 // What the rows of one call need beside what they are given.
 struct AttentionScratch {
-    float *scores, *scale;  // [6, 64], [rows]
-    std::int16_t *p, *q;    // [6, 64], [rows, head_dim]
+    float *scores, *apart, *scale;  // [6, 64], [6, 64], [rows]
+    std::int16_t *p, *q;            // [6, 64], [rows, head_dim]
 
     AttentionScratch(float* memory, int rows)
         : scores(memory),
-          scale(scores + 6 * kKeys),
+          apart(scores + 6 * kKeys),
+          scale(apart + 6 * kKeys),
           p(reinterpret_cast<std::int16_t*>(scale + (rows + kTile - 1) / kTile * kTile)),
           q(p + 6 * kKeys) {}
 };
@@ -65,12 +71,81 @@ LOWBIT_INLINE void score(const AttentionShape& a, const KeyValues& kv, std::int6
         }
     }
     for (int t = 0; t < kT; ++t) {
-        const F key_scale = Simd::multiply(Simd::load(kv.key_scale + (tile + t) * kTile), Simd::all(a.scale));
+        const F given = Simd::max(Simd::load(kv.key_scale + (tile + t) * kTile), Simd::zero());
+        const F key_scale = Simd::multiply(given, Simd::all(a.scale));
         for (int r = 0; r < kR; ++r) {
             const F factor = Simd::multiply(key_scale, Simd::all(scale[r]));
             Simd::store(scores + r * kKeys + t * kTile, Simd::multiply(Simd::to_float(sum[r][t]), factor));
         }
     }
+}
+
+// Pairs of floats of 16 bits (1 sign, 5 exponent) or 8 (1, 4), which lie as integers would: all first ones, all second ones.
+template <bool kInt8>
+LOWBIT_INLINE void unpair(I pairs, F& first, F& second) {
+    constexpr int kBits = kInt8 ? 0x007f0000 : 0x7fff0000, kDown = 3, kUp = 4;  // to where float32 has its exponent
+    const auto one = [](I upper) {
+        const I rest = Simd::both(upper, Simd::all(kBits)), sign = Simd::both(upper, Simd::all(INT32_MIN));
+        const I bits = kInt8 ? Simd::shift_left(rest, kUp) : Simd::shift_right(rest, kDown);
+        const F value = Simd::multiply(Simd::as_floats(bits), Simd::all(kInt8 ? 0x1p120f : 0x1p112f));
+        return Simd::as_floats(Simd::either(Simd::as_ints(value), sign));
+    };
+    first = one(Simd::shift_left(pairs, 16));
+    second = one(pairs);
+}
+
+// Adds what keys kept as floats give to the scores of kR rows, in a block of 64.
+template <bool kInt8, int kR>
+[[gnu::noinline]] void score_floats(const AttentionShape& a, const KeyValues& kv, std::int64_t position, const float* q, float* scores) {
+    const int pairs = a.head_dim / 2;
+    for (int t = 0; t < kKeys; t += kTile) {
+        const std::int64_t tile = (position + t) / kTile;
+        const F scale = Simd::max(Simd::multiply(Simd::load(kv.key_scale + position + t), Simd::all(-1.0f)), Simd::zero());
+        if (!(Simd::largest(scale) > 0)) continue;
+        F sum[kR];
+        for (int r = 0; r < kR; ++r) sum[r] = Simd::zero();
+        for (int d = 0; d < pairs; ++d) {
+            F even, odd;
+            unpair<kInt8>(Simd::as_ints(load_cached<kInt8>(kv.keys, (tile * pairs + d) * 2 * kTile)), even, odd);
+            for (int r = 0; r < kR; ++r) {
+                sum[r] = Simd::fma(even, Simd::all(q[r * a.head_dim + 2 * d]), sum[r]);
+                sum[r] = Simd::fma(odd, Simd::all(q[r * a.head_dim + 2 * d + 1]), sum[r]);
+            }
+        }
+        for (int r = 0; r < kR; ++r) {
+            float* at = scores + r * kKeys + t;
+            const F factor = Simd::multiply(scale, Simd::all(a.scale));
+            Simd::store(at, Simd::fma(sum[r], factor, Simd::load(at)));
+        }
+    }
+}
+
+// out[r] += more[r] (apart[r] . V) of values kept as floats, in pairs of positions of a block.
+template <bool kInt8, int kR>
+[[gnu::noinline]] void gather_floats(const AttentionShape& a, const void* values, std::int64_t position, int pairs,
+                                     const float* apart, const float* more, float* out) {
+    for (int k = 0; k < pairs; ++k) {
+        bool any = false;
+        for (int r = 0; r < kR; ++r) any = any || apart[r * kKeys + 2 * k] != 0 || apart[r * kKeys + 2 * k + 1] != 0;
+        if (!any) continue;
+        for (int d = 0; d < a.head_dim; d += kTile) {
+            F even, odd;
+            unpair<kInt8>(Simd::as_ints(load_cached<kInt8>(values, (position + 2 * k) * a.head_dim + 2 * d)), even, odd);
+            for (int r = 0; r < kR; ++r) {
+                float* at = out + r * a.head_dim + d;
+                F sum = Simd::fma(even, Simd::all(apart[r * kKeys + 2 * k] * more[r]), Simd::load(at));
+                sum = Simd::fma(odd, Simd::all(apart[r * kKeys + 2 * k + 1] * more[r]), sum);
+                Simd::store(at, sum);
+            }
+        }
+    }
+}
+
+// Whether a block has vectors that are kept as floats.
+LOWBIT_INLINE bool has_floats(const float* scale) {
+    F least = Simd::zero();  // second: a scale that is no number is passed over
+    for (int t = 0; t < kKeys; t += kTile) least = Simd::min(Simd::load(scale + t), least);
+    return Simd::largest(Simd::multiply(least, Simd::all(-1.0f))) > 0;
 }
 
 // out[r][16 t ..] = old[r] out[r] + more[r] (p[r] . V) for kR rows and kT tiles of channels
@@ -104,11 +179,12 @@ struct Softmax {
     alignas(64) float highest[kTile] = {}, total[kTile] = {}, weighted[kTile] = {};
 };
 
-// Scores of kR rows [kR, 64] to probabilities times the scales of values, as floats in place and as integers.
+// Scores of kR rows [kR, 64] to probabilities times the scales of values, as floats in place and as integers. apart: those of
+// values that are kept as floats, which have none of the integers; null where there are none.
 // kMasked: some row sees only a part of the block. Stage by stage, so that rows hide each other's latencies.
 template <int kR, bool kMasked>
 LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, int position, const int* first,
-                           const int* last, float* scores, std::int16_t* p, Softmax& found) {
+                           const int* last, float* scores, float* apart, std::int16_t* p, Softmax& found) {
     const auto seen = [&](F v, int r, int t, F other) {
         if constexpr (!kMasked) return v;
         return Simd::within(v, first[r] - position - t, last[r] - position - t, other);
@@ -133,7 +209,13 @@ LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, in
             float* at = scores + r * kKeys + t;
             const F e = seen(exponential(Simd::add(Simd::load(at), minus)), r, t, Simd::zero());
             sum = Simd::add(sum, e);
-            const F more = seen(Simd::multiply(e, Simd::load(value_scale + t)), r, t, Simd::zero());
+            const F scale = Simd::load(value_scale + t);
+            // The larger one second: a scale that is no number stays none.
+            const F more = seen(Simd::multiply(e, Simd::max(Simd::zero(), scale)), r, t, Simd::zero());
+            if (apart != nullptr) {
+                const F other = Simd::max(Simd::multiply(scale, Simd::all(-1.0f)), Simd::zero());
+                Simd::store(apart + r * kKeys + t, seen(Simd::multiply(e, other), r, t, Simd::zero()));
+            }
             weighted = Simd::add(weighted, more);
             Simd::store(at, more);
         }
@@ -153,13 +235,15 @@ LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, in
 // One block of keys for kR rows: scores, softmax with a running maximum, values.
 template <bool kInt8, int kR>
 void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t position, int r0, const int* first,
-                  const int* last, float* out, float* maximum, float* denominator, const AttentionScratch& scratch) {
+                  const int* last, const float* q, float* out, float* maximum, float* denominator,
+                  const AttentionScratch& scratch) {
     constexpr int kKeyTiles = Simd::kRows < 6 ? 1 : kR >= 3 ? 2 : 4;  // sums enough to hide the latency of each
     constexpr int kChannelTiles = Simd::kRows < 6 ? 1 : kR > 3 ? 2 : 4;
     for (int t = 0; t < kKeys / kTile; t += kKeyTiles) {
         score<kInt8, kR, kKeyTiles>(a, kv, position / kTile + t, scratch.q + std::int64_t{r0} * a.head_dim,
                                     scratch.scale + r0, scratch.scores + t * kTile);
     }
+    if (has_floats(kv.key_scale + position)) score_floats<kInt8, kR>(a, kv, position, q, scratch.scores);
     const int start = static_cast<int>(position);
     bool whole = true;
     int end = 0;
@@ -169,12 +253,13 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
     }
     Softmax found;
     const float* value_scale = kv.value_scale + position;
+    float* apart = has_floats(value_scale) ? scratch.apart : nullptr;
     if (whole) {
-        softmax<kR, false>(a, value_scale, start, first, last, scratch.scores, scratch.p, found);
+        softmax<kR, false>(a, value_scale, start, first, last, scratch.scores, apart, scratch.p, found);
     } else {
-        softmax<kR, true>(a, value_scale, start, first, last, scratch.scores, scratch.p, found);
+        softmax<kR, true>(a, value_scale, start, first, last, scratch.scores, apart, scratch.p, found);
     }
-    alignas(64) float before[kTile] = {}, now[kTile], old[kTile], more[kTile];
+    alignas(64) float before[kTile] = {}, now[kTile], old[kTile], more[kTile], of_floats[kTile];
     for (int r = 0; r < kR; ++r) before[r] = maximum[r];
     const F highest = Simd::load(found.highest), together = Simd::max(highest, Simd::load(before));
     const F minus = Simd::multiply(together, Simd::all(-1.0f));
@@ -184,6 +269,7 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
     for (int r = 0; r < kR; ++r) {
         maximum[r] = now[r];
         denominator[r] = old[r] * denominator[r] + more[r] * found.total[r];
+        of_floats[r] = more[r];
         more[r] *= found.weighted[r] * (1 / kLargest);
     }
     const int pairs = (least(end, kKeys) + 1) / 2;
@@ -195,6 +281,7 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
     for (; d + kChannelTiles * kTile <= a.head_dim; d += kChannelTiles * kTile)
         gather_from.template operator()<kChannelTiles>(d);
     for (; d < a.head_dim; d += kTile) gather_from.template operator()<1>(d);
+    if (apart != nullptr) gather_floats<kInt8, kR>(a, kv.values, position, pairs, apart, of_floats, out);
 }
 
 template <bool kInt8>
@@ -218,8 +305,8 @@ void attend_all(const AttentionShape& a, const KeyValues& kv, const float* q, in
             bool sees = false;
             for (int i = r; i < r + count; ++i) sees = sees || (last[i] > position && first[i] < position + kKeys);
             if (sees) {
-                block(a, kv, position, r, first + r, last + r, out + r * a.head_dim, maximum + r, denominator + r,
-                      scratch);
+                block(a, kv, position, r, first + r, last + r, q + r * a.head_dim, out + r * a.head_dim, maximum + r,
+                      denominator + r, scratch);
             }
             r += count;
         };
@@ -246,23 +333,83 @@ std::int64_t value_at(int head_dim, int position, int d) {
     return (std::int64_t{position} / 2 * head_dim + d) * 2 + position % 2;
 }
 
+// A float of 8 bits: 1 sign, 4 exponent, 3 fraction, up to 480 (what e4m3 has for what is no number is numbers here).
+LOWBIT_INLINE std::int8_t float_byte(float v) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &v, 4);
+    const std::uint32_t sign = bits >> 24 & 0x80, rest = bits & 0x7fffffff;
+    float magnitude;
+    __builtin_memcpy(&magnitude, &rest, 4);
+    // Below 2^-6 steps are equal; above, half of the last place is added and what is beyond it cut off.
+    const std::uint32_t code = magnitude < 0x1p-6f ? static_cast<std::uint32_t>(magnitude * 512 + 0.5f)
+                                                   : ((rest + 0x7ffff + (rest >> 20 & 1)) >> 20) - (120 << 3);
+    return static_cast<std::int8_t>(sign | (code < 127 ? code : 127));
+}
+
+// codes: x as floats of the bits of T, times the scale that is given back
+template <class T>
+LOWBIT_INLINE float to_floats(const float* x, int n, float peak, T* codes) {
+    const float largest = sizeof(T) == 1 ? kLargestByte : kLargestHalf;
+    const F inverse = Simd::all(largest / peak);
+    for (int i = 0; i < n; i += kTile) {
+        const F v = Simd::multiply(Simd::load(x + i), inverse);
+        if constexpr (sizeof(T) == 2) {
+            Simd::store_f16(reinterpret_cast<std::uint16_t*>(codes + i), v);
+        } else {
+            float some[kTile];
+            Simd::store(some, v);
+            for (int j = 0; j < kTile; ++j) codes[i + j] = float_byte(some[j]);
+        }
+    }
+    return peak / largest;
+}
+
+// One key or value as integers, or as floats where these lose too much of it; its scale. Integers have no infinities and no
+// NaN: with one in it the vector is none, and neither is what comes of it.
+template <class T>
+LOWBIT_INLINE float to_codes(const float* x, int n, bool by_norm, T* codes) {
+    constexpr bool kBytes = sizeof(T) == 1;
+    const float peak = largest_magnitude(x, n);
+    float scale = peak / (kBytes ? 127.0f : kLargest);
+    if (by_norm && !kBytes) scale = scale_by_norm(x, n);
+    const F inverse = Simd::all(scale > 1e-35f ? 1.0f / scale : 0.0f);
+    F nothing = Simd::zero();
+    Loss loss(kBytes ? 2.0f : 64.0f, kBytes ? 1.0f / 64 : 4.0f, 0.22f * static_cast<float>(n));
+    for (int i = 0; i < n; i += kTile) {
+        const F v = Simd::load(x + i);
+        nothing = Simd::fma(v, Simd::zero(), nothing);
+        loss.see(v, Simd::abs(Simd::multiply(v, inverse)));
+    }
+    const float finite = Simd::sum(nothing);
+    if (finite != 0) {
+        for (int i = 0; i < n; ++i) codes[i] = 0;
+        return finite;
+    }
+    if (scale > 1e-30f && scale < 1e30f && loss.matters()) return -to_floats(x, n, peak, codes);
+    std::int16_t shorts[kTile];
+    for (int i = 0; i < n; i += kTile) {
+        Simd::store_shorts(shorts, Simd::to_int(Simd::multiply(Simd::load(x + i), inverse)));
+        for (int j = 0; j < kTile; ++j) codes[i + j] = static_cast<T>(shorts[j]);
+    }
+    return scale;
+}
+
 template <class T>
 void append_as(const AttentionShape& a, const KeyValues& kv, const float* key, const float* value, int position) {
-    constexpr bool kBytes = sizeof(T) == 1;
-    std::int16_t codes[kTile * 64];
+    T codes[kTile * 64];
     const int n = a.head_dim;
-    const auto scale_of = [&](const float* x) { return largest_magnitude(x, n) / (kBytes ? 127.0f : kLargest); };
-    kv.key_scale[position] = kBytes ? scale_of(key) : scale_by_norm(key, n);
-    to_shorts(key, n, kv.key_scale[position], codes);
+    const float key_scale = to_codes(key, n, true, codes);
     T* keys = static_cast<T*>(kv.keys) + key_at(n, position, 0);
     for (int d = 0; d < n; d += 2, keys += 2 * kTile) {
-        keys[0] = static_cast<T>(codes[d]);
-        keys[1] = static_cast<T>(codes[d + 1]);
+        keys[0] = codes[d];
+        keys[1] = codes[d + 1];
     }
-    kv.value_scale[position] = scale_of(value);
-    to_shorts(value, n, kv.value_scale[position], codes);
+    const float value_scale = to_codes(value, n, false, codes);
     T* values = static_cast<T*>(kv.values) + value_at(n, position, 0);
-    for (int d = 0; d < n; ++d) values[2 * d] = static_cast<T>(codes[d]);
+    for (int d = 0; d < n; ++d) values[2 * d] = codes[d];
+    const bool finite = key_scale - key_scale == 0;
+    kv.key_scale[position] = finite ? key_scale : 0;
+    kv.value_scale[position] = finite ? value_scale : key_scale;
 }
 
 void append(const AttentionShape& a, const KeyValues& kv, const float* key, const float* value, int position) {

@@ -2,7 +2,8 @@
 #pragma once
 
 #if defined(_MSC_VER) && !defined(__clang__)
-#define LOWBIT_INLINE static __forceinline
+#define LOWBIT_INLINE_MEMBER __forceinline
 #else
-#define LOWBIT_INLINE static inline __attribute__((always_inline))
+#define LOWBIT_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
+#define LOWBIT_INLINE static LOWBIT_INLINE_MEMBER

@@ -50,7 +50,8 @@ struct Linear {
 };
 
 // Rows of activations in 8 bits, x ~= scale * q; or in 15 bits as two planes, x ~= scale * (128 q0 + q1).
-// The scale belongs to a row and a segment of columns.
+// The scale belongs to a row and a segment of columns. Beside a value of ten thousands 15 bits leave nothing of those near
+// one, and weights may make up for the difference: what rounding left of such a segment is kept in two planes more.
 struct Rows {
     int count = 0;
     int planes = 1;
@@ -62,6 +63,10 @@ struct Rows {
     int zero = 1;                 // of the weights that these rows are for, and 1 for those without
     std::int32_t* start[2] = {};  // [count, segments], -zero times the sum of q: where the sums of a product begin
     float* total = nullptr;       // [count, segments], of the values: scale * sum
+    bool* spread = nullptr;       // [count], of two planes: whether some segment of the row has a rest
+    std::int8_t* rest[2] = {};    // [count, padded_cols], where the segment has one
+    float* rest_scale = nullptr;  // [count, segments], 0 without
+    std::int32_t* rest_start[2] = {};  // [count, segments]
     const float* values = nullptr;  // [count, cols], what float weights multiply
     std::int64_t stride = 0;        // of values
 };
@@ -85,6 +90,7 @@ struct AttentionShape {
 
 // The keys and values of one sequence and one key head, int16 or int8 with a scale for each position. What is multiplied in
 // pairs lies in pairs: keys in tiles of 16 positions, [tile][head_dim / 2][16][2], values as [position / 2][head_dim][2].
+// A scale below zero: this vector has channels far above its others, and is kept in floats of as many bits, times -scale.
 struct KeyValues {
     void* keys = nullptr;
     void* values = nullptr;
@@ -92,15 +98,17 @@ struct KeyValues {
     float* value_scale = nullptr;
 };
 
-// Floats of memory that attention over `rows` queries needs: scores and probabilities of six, the queries as integers.
+// Floats of memory that attention over `rows` queries needs: scores, probabilities and those of floats of six, the queries
+// as integers.
 inline std::size_t attention_memory(int rows, int head_dim) {
     const std::size_t padded = (static_cast<std::size_t>(rows) + kTile - 1) / kTile * kTile;
-    return 6 * 64 + padded + 6 * 32 + padded * head_dim / 2;
+    return 2 * 6 * 64 + padded + 6 * 32 + padded * head_dim / 2;
 }
 
 struct Kernels {
     const char* name;
-    // One row of x [k] into row `row` of `out`. `fixed` > 0: the scale, given. `whole`: one scale for the row.
+    // One row of x [k] into row `row` of `out`. `fixed` > 0: the scale, given. `whole`: one scale for the row. A row with a
+    // value that is not finite multiplies to NaN.
     void (*quantize)(const float* x, int k, const Rows& out, int row, float fixed, bool whole);
     // Rows [m0, m1) times tiles [t0, t1): y [count, N], `stride` floats apart. Pairs of tiles where the weight is paired.
     void (*linear)(const Linear&, const Rows&, int m0, int m1, int t0, int t1, const Epilogue&, float* y,

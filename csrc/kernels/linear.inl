@@ -150,6 +150,41 @@ LOWBIT_INLINE void block(const Linear& w, const Rows& x, int m0, int t0, bool fi
     }
 }
 
+// What the rests of row `m` add to the sums of kT tiles from `t0`. On its own, as few rows have any.
+template <Code code, int kT>
+[[gnu::noinline]] void rest_sums(const Linear& w, const Rows& x, int m, int t0, F* more) {
+    using L = Line<code>;
+    const int lines = w.segment / (4 * L::kQuads), segments = x.segments, segments_in_group = w.group / w.segment;
+    B table{};
+    if constexpr (code == Code::table4) table = Simd::load_table(w.table);
+    for (int t = 0; t < kT; ++t) more[t] = Simd::zero();
+    for (int s = 0; s < segments; ++s) {
+        const std::int64_t index = std::int64_t{m} * segments + s;
+        if (x.rest_scale[index] == 0) continue;
+        const F scale_x = Simd::all(x.rest_scale[index]);
+        const std::int8_t* q[2];
+        I start[2];
+        for (int plane = 0; plane < 2; ++plane) {
+            q[plane] = x.rest[plane] + std::int64_t{m} * x.padded_cols + std::int64_t{s} * w.segment;
+            start[plane] = Simd::all(x.rest_start[plane][index] / x.zero * w.zero);
+        }
+        for (int t = 0; t < kT; ++t) {
+            const std::uint8_t* p = w.tile(t0 + t) + std::int64_t{s} * lines * 64;
+            I sum[2] = {start[0], start[1]};
+            for (int line = 0; line < lines; ++line) {
+                B codes[L::kQuads];
+                L::expand(p + line * 64, table, codes);
+                for (int quad = 0; quad < L::kQuads; ++quad)
+                    for (int plane = 0; plane < 2; ++plane)
+                        sum[plane] = L::dot(sum[plane], codes[quad], Simd::four_bytes(q[plane] + 4 * (line * L::kQuads + quad)));
+            }
+            const I whole = Simd::add(Simd::shift_left(sum[0], 7), sum[1]);
+            const F scale = load_scale(w.scales(t0 + t) + std::int64_t{s / segments_in_group} * w.scale_bytes(), w.wide_scale);
+            more[t] = Simd::fma(Simd::to_float(whole), Simd::multiply(scale, scale_x), more[t]);
+        }
+    }
+}
+
 template <Code code>
 LOWBIT_INLINE F float_weights(const std::uint8_t* p) {
     if constexpr (code == Code::f16) return Simd::load_f16(reinterpret_cast<const std::uint16_t*>(p));
@@ -222,6 +257,14 @@ void product(const Linear& w, const Rows& x, int m0, int t0, bool first, const E
         block<code, kPlanes, kM, kT, 32, false>(w, x, m0, t0, first, sums);
     } else {
         block<code, kPlanes, kM, kT, 0, false>(w, x, m0, t0, first, sums);
+    }
+    if constexpr (kPlanes == 2) {
+        for (int m = 0; m < kM; ++m) {
+            if (!x.spread[m0 + m]) continue;
+            F more[kT];
+            rest_sums<code, kT>(w, x, m0 + m, t0, more);
+            for (int t = 0; t < kT; ++t) sums[m][t] = Simd::add(sums[m][t], more[t]);
+        }
     }
     finish<kM, kT>(w, e, m0, t0, sums, y, stride);
 }

@@ -65,6 +65,12 @@ struct Simd {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
     }
 
+    LOWBIT_INLINE I as_ints(B v) { return v; }
+    LOWBIT_INLINE I as_ints(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+    LOWBIT_INLINE F as_floats(I v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+    LOWBIT_INLINE I both(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+    LOWBIT_INLINE I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+
     // Makes the compiler forget what it knows of a value.
     LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+x"(v.a), "+x"(v.b)); }
     LOWBIT_INLINE I all(std::int32_t v) { return pair(_mm256_set1_epi32(v)); }

@@ -58,6 +58,12 @@ struct Simd {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
     }
 
+    LOWBIT_INLINE I as_ints(B v) { return v; }
+    LOWBIT_INLINE I as_ints(F v) { return _mm512_castps_si512(v); }
+    LOWBIT_INLINE F as_floats(I v) { return _mm512_castsi512_ps(v); }
+    LOWBIT_INLINE I both(I a, I b) { return _mm512_and_si512(a, b); }
+    LOWBIT_INLINE I either(I a, I b) { return _mm512_or_si512(a, b); }
+
     // Makes the compiler forget what it knows of a value.
     LOWBIT_INLINE void keep(I& v) { asm volatile("" : "+v"(v)); }
     LOWBIT_INLINE I all(std::int32_t v) { return _mm512_set1_epi32(v); }

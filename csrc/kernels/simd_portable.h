@@ -70,7 +70,11 @@ struct Simd {
         std::int16_t x[32], y[32];
         std::memcpy(x, a.v, 64);
         std::memcpy(y, b.v, 64);
-        for (int i = 0; i < 16; ++i) sum.v[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+        const auto product = [](int a, int b) { return static_cast<std::uint32_t>(a * b); };
+        for (int i = 0; i < 16; ++i) {  // unsigned: sums that nobody reads may overflow
+            const std::uint32_t two = product(x[2 * i], y[2 * i]) + product(x[2 * i + 1], y[2 * i + 1]);
+            sum.v[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sum.v[i]) + two);
+        }
         return sum;
     }
     // 32 bytes as 16-bit integers
@@ -83,6 +87,24 @@ struct Simd {
     }
     LOWBIT_INLINE void store_shorts(std::int16_t* p, const I& v) {
         for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int16_t>(v.v[i]);
+    }
+
+    template <class T>  // F or B
+    LOWBIT_INLINE I as_ints(const T& bits) {
+        I out;
+        std::memcpy(out.v, bits.v, 64);
+        return out;
+    }
+    LOWBIT_INLINE F as_floats(const I& v) {
+        F out;
+        std::memcpy(out.v, v.v, 64);
+        return out;
+    }
+    LOWBIT_INLINE I both(I a, I b) {
+        return each<I>([&](int i) { return a.v[i] & b.v[i]; });
+    }
+    LOWBIT_INLINE I either(I a, I b) {
+        return each<I>([&](int i) { return a.v[i] | b.v[i]; });
     }
 
     // Makes the compiler forget what it knows of a value.

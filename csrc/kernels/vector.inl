@@ -107,12 +107,70 @@ LOWBIT_INLINE float largest_magnitude(const float* x, int n) {
     return Simd::largest(peak);
 }
 
+// How much of a vector is lost where integers have to reach its largest element: an element that is not zero counts the
+// more the fewer steps are left of it. More than a quarter of the elements small is too much, or a few that are nothing.
+class Loss {
+ public:
+    // small: steps from which on an element is none of those; nothing: the same of those that count `weight` times
+    Loss(float small, float nothing, float weight)
+        : by_small_(Simd::all(-1 / small)), by_nothing_(Simd::all(-1 / nothing)), weight_(Simd::all(weight)) {}
+    // Sixteen elements, and their magnitudes in steps.
+    LOWBIT_INLINE_MEMBER void see(F values, F steps) {
+        const F one = Simd::all(1.0f), none = Simd::zero();
+        const F there = Simd::min(Simd::multiply(Simd::abs(values), Simd::all(1e38f)), one);
+        const F small = Simd::max(Simd::fma(steps, by_small_, one), none);
+        const F nothing = Simd::max(Simd::fma(steps, by_nothing_, one), none);
+        const F counts = Simd::fma(nothing, weight_, Simd::add(small, Simd::all(-0.25f)));
+        score_ = Simd::fma(there, counts, score_);
+    }
+    LOWBIT_INLINE_MEMBER bool matters() const { return Simd::sum(score_) > 0; }
+
+ private:
+    F by_small_, by_nothing_, weight_, score_ = Simd::zero();
+};
+
+// Codes of two planes: v = 128 q0 + q1.
+LOWBIT_INLINE void store_planes(I code, std::int8_t* const (&q)[2], std::int64_t at, I (&sums)[2]) {
+    const I high = Simd::shift_right(Simd::add(code, Simd::all(64)), 7);
+    const I low = Simd::subtract(code, Simd::shift_left(high, 7));
+    Simd::store_bytes(q[0] + at, high);
+    Simd::store_bytes(q[1] + at, low);
+    sums[0] = Simd::add(sums[0], high);
+    sums[1] = Simd::add(sums[1], low);
+}
+
+constexpr float kReach = 16256;  // the largest code of two planes
+
+// What rounding left of a segment, in two planes of its own; the sum of it.
+LOWBIT_INLINE float store_rest(const float* x, int count, const Rows& out, std::int64_t at, std::int64_t index, float scale) {
+    const F inverse = Simd::all(1.0f / scale), bound = Simd::all(kReach), minus_bound = Simd::all(-kReach);
+    const float finer = scale / (2 * kReach);  // at most half a step is left
+    I sums[2] = {Simd::all(0), Simd::all(0)};
+    for (int i = 0; i < out.segment; i += kTile) {
+        const F v = Simd::multiply(count > i ? Simd::load_some(x + i, count - i) : Simd::zero(), inverse);
+        const F code = Simd::to_float(Simd::to_int(Simd::max(Simd::min(v, bound), minus_bound)));
+        const F left = Simd::multiply(Simd::fma(code, Simd::all(-1.0f), v), Simd::all(2 * kReach));
+        store_planes(Simd::to_int(Simd::max(Simd::min(left, bound), minus_bound)), out.rest, at + i, sums);
+    }
+    std::int32_t total = 0;
+    for (int plane = 0; plane < 2; ++plane) {
+        const std::int32_t sum = Simd::sum(sums[plane]);
+        out.rest_start[plane][index] = -out.zero * sum;
+        total = total * 128 + sum;
+    }
+    out.rest_scale[index] = finer;
+    return finer * static_cast<float>(total);
+}
+
 // One plane: q = round(x / s) with s = max |x| / 127. Two: v = round(x / s) with s = max |x| / 16256 and
 // v = 128 q0 + q1, q0 in [-127, 127] and q1 in [-64, 63].
 void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool whole) {
-    const float reach = out.planes == 2 ? 16256.0f : 127.0f;
+    const bool two = out.planes == 2;
+    const float reach = two ? kReach : 127.0f;
     float scale = fixed > 0 ? fixed : 0;
     if (whole && !(fixed > 0)) scale = largest_magnitude(x, k) / reach;
+    F nothing = Simd::zero();  // or NaN: comparisons lose it, and integers have none
+    bool spread = false;
     for (int s = 0; s < out.segments; ++s) {
         const int start = s * out.segment, count = least(out.segment, k - start);
         const std::int64_t at = std::int64_t{row} * out.padded_cols + start, index = std::int64_t{row} * out.segments + s;
@@ -120,23 +178,22 @@ void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool
         // A scale so small that its inverse overflows belongs to values that are nothing beside any others.
         const F inverse = Simd::all(scale > 1e-37f ? 1.0f / scale : 0.0f);
         // A scale found elsewhere clips, and what it clips uses all codes.
-        const F bound = Simd::all(reach), minus_bound = Simd::all(fixed > 0 && out.planes == 1 ? -128.0f : -reach);
+        const F bound = Simd::all(reach), minus_bound = Simd::all(fixed > 0 && !two ? -128.0f : -reach);
         I sums[2] = {Simd::all(0), Simd::all(0)};
+        Loss loss(64, 2, 4);
         for (int i = 0; i < out.segment; i += kTile) {
             const F v = count - i >= kTile ? Simd::load(x + start + i)
                         : count - i > 0    ? Simd::load_some(x + start + i, count - i)
                                            : Simd::zero();
-            const I code = Simd::to_int(Simd::max(Simd::min(Simd::multiply(v, inverse), bound), minus_bound));
-            if (out.planes == 1) {
+            nothing = Simd::fma(v, Simd::zero(), nothing);
+            const F steps = Simd::max(Simd::min(Simd::multiply(v, inverse), bound), minus_bound);
+            const I code = Simd::to_int(steps);
+            if (two) {
+                store_planes(code, out.q, at + i, sums);
+                loss.see(v, Simd::abs(steps));
+            } else {
                 Simd::store_bytes(out.q[0] + at + i, code);
                 sums[0] = Simd::add(sums[0], code);
-            } else {
-                const I high = Simd::shift_right(Simd::add(code, Simd::all(64)), 7);
-                const I low = Simd::subtract(code, Simd::shift_left(high, 7));
-                Simd::store_bytes(out.q[0] + at + i, high);
-                Simd::store_bytes(out.q[1] + at + i, low);
-                sums[0] = Simd::add(sums[0], high);
-                sums[1] = Simd::add(sums[1], low);
             }
         }
         out.scale[index] = scale;
@@ -147,7 +204,16 @@ void quantize(const float* x, int k, const Rows& out, int row, float fixed, bool
             total = total * 128 + sum;
         }
         out.total[index] = scale * static_cast<float>(total);
+        if (!two) continue;
+        out.rest_scale[index] = 0;
+        if (scale > 1e-30f && scale < 1e30f && !(fixed > 0) && loss.matters()) {
+            out.total[index] += store_rest(x + start, count, out, at, index, scale);
+            spread = true;
+        }
     }
+    if (two) out.spread[row] = spread;
+    const float finite = Simd::sum(nothing);
+    if (finite != 0) out.scale[std::int64_t{row} * out.segments] = finite;
 }
 
 }  // namespace

@@ -2,13 +2,15 @@
 
     python drive_core.py MODULE PART
 
-A program of its own, because the sanitizers must be there before Python is, and PyTorch need not be.
+A program of its own, because the sanitizers must be there before Python is, and PyTorch need not be. What is drawn belongs
+to a case by its name: it is the same whatever instructions a processor has, and in whichever order cases are run.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+import zlib
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
@@ -18,6 +20,12 @@ SHAPES = ((1, 32), (16, 48), (17, 80), (33, 200), (48, 576))
 ROWS = (1, 2, 5, 13, 97)
 VOCABULARY = {False: 128, True: 203}
 rng = np.random.default_rng(0)
+
+
+def begin(*case: object) -> None:
+    """What is drawn from here on belongs to this case."""
+    global rng
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
 
 
 def load(path: str) -> Any:
@@ -32,6 +40,26 @@ def load(path: str) -> Any:
 def close(found: Any, right: Any, bound: float, *what: object) -> None:
     error = np.linalg.norm(found - right) / max(np.linalg.norm(right), 1e-30)
     assert error <= bound, (error, *what)
+
+
+def steps(x: Any, segment: int, planes: int, whole: bool = False, fixed: float = 0.0) -> Any:
+    """The step by which each of x [rows, cols] is rounded, as kernels/linear.h says."""
+    if fixed:
+        return np.full_like(x, fixed)
+    ends = [(0, x.shape[1])] if whole else [(k, k + segment) for k in range(0, x.shape[1], segment)]
+    peaks = [np.abs(x[:, a:b]).max(1, keepdims=True) for a, b in ends]
+    widths = [min(b, x.shape[1]) - a for a, b in ends]
+    return np.concatenate([np.repeat(p, w, 1) for p, w in zip(peaks, widths, strict=True)], 1) / (127, 16256)[planes - 1]
+
+
+def rounded(found: Any, x: Any, step: Any, values: Any, bias: Any, *what: object) -> None:
+    """found = x values' + bias, x rounded in steps: an error is a sum of uniform ones of variance step^2 / 12, each times a
+    weight, so that six deviations are as good as a bound however much of the sum itself cancels. And float32 sums."""
+    x, step, values = (np.asarray(v, np.float64) for v in (x, step, values))
+    deviation = np.sqrt((step**2 / 12) @ (values**2).T)
+    error = np.abs(found - (x @ values.T + bias))
+    bound = 6 * deviation + 1e-6 * (np.abs(x) @ np.abs(values).T + np.abs(bias))
+    assert (error <= bound).all(), ((error / bound).max(), *what)
 
 
 def refused(call: Any, *arguments: Any, **options: Any) -> None:
@@ -64,6 +92,7 @@ def kernels(core: Any) -> None:
     every = itertools.product(("u4", "table4", "u8"), (0, 16, 32, 96), (False, True), (False, True))
     for n, (kind, group, minimum, wide) in enumerate(every):
         shape = SHAPES[n % len(SHAPES)]
+        begin("weight", kind, group, minimum, wide)
         weight, values = packed(core, kind, *shape, group, minimum, wide)
         row = np.empty(shape[1], np.float32)
         for r in range(shape[0]):
@@ -73,6 +102,7 @@ def kernels(core: Any) -> None:
         refused(weight.unpack_row, 0, np.empty(shape[1] + 1, np.float32))
         for isa, planes in itertools.product(core.isas(), (1, 2)):
             multiplier, rows = core.Multiplier(pool, isa), ROWS[(n + planes) % len(ROWS)]
+            begin("inputs", kind, group, minimum, wide, planes)
             x, bias = (rng.normal(size=s).astype(np.float32) for s in ((rows, shape[1]), (shape[0],)))
             divisor = rng.uniform(0.5, 2, shape[1]).astype(np.float32)
             y = np.empty((rows, shape[0]), np.float32)
@@ -86,7 +116,9 @@ def kernels(core: Any) -> None:
                     continue
                 factor = core.Factor(weight, planes, **options)
                 multiplier.linear(factor, x, y, bias)
-                close(y, inputs @ values.T + bias, 0.1 if planes == 1 else 3e-4, kind, group, isa, planes, options)
+                given = {k: v for k, v in options.items() if k != "divisor"}
+                step = steps(inputs, weight.segment, planes, **given)
+                rounded(y, inputs, step, values, bias, kind, group, isa, planes, options)
             multiplier.linear(core.Factor(weight, planes), x[:0], y[:0])
             refused(multiplier.linear, core.Factor(weight), x[:, 1:].copy(), y)
             refused(multiplier.linear, core.Factor(weight), x, y, bias[1:].copy())
@@ -96,6 +128,7 @@ def kernels(core: Any) -> None:
 
 def floats(core: Any, pool: Any) -> None:
     for kind, shape in itertools.product(("f32", "f16", "bf16"), SHAPES):
+        begin("floats", kind, shape)
         values = rng.normal(size=shape).astype(np.float32)
         if kind == "f16":
             given, values = values.astype(np.float16).view(np.int16), values.astype(np.float16).astype(np.float32)
@@ -106,14 +139,16 @@ def floats(core: Any, pool: Any) -> None:
             given = values
         weight = core.pack_floats(kind, [given])
         for isa, rows in itertools.product(core.isas(), (1, 7)):
+            begin("inputs", kind, shape, rows)
             x, y = rng.normal(size=(rows, shape[1])).astype(np.float32), np.empty((rows, shape[0]), np.float32)
             core.Multiplier(pool, isa).linear(core.Factor(weight), x, y)
-            close(y, x.astype(np.float64) @ values.T, 1e-5, kind, isa)
+            rounded(y, x, np.zeros_like(x), values, 0.0, kind, isa)
         refused(core.pack_floats, kind, [given.astype(np.float64)])
 
 
 def sums(core: Any, pool: Any) -> None:
     """A second weight that is added, and rows of halves at addresses."""
+    begin("sums")
     one, first = packed(core, "table4", 33, 192, 32, False, False)
     two, second = packed(core, "u4", 33, 192, 32, False, False)
     x = rng.normal(size=(9, 192)).astype(np.float32)
@@ -131,9 +166,57 @@ def sums(core: Any, pool: Any) -> None:
     refused(core.Factor, one, planes=3)
 
 
+def spread(core: Any) -> None:
+    """Channels far above their neighbours, as large as 1e6, change nothing of what these give."""
+    pool = core.Pool(2)
+    for (bits, zero, table), group, big in itertools.product(
+        ((8, 128, None), (4, 8, None), (4, 128, np.arange(120, 136, dtype=np.uint8))), (0, 32), (1e3, 1e4, 1e6)
+    ):
+        begin("spread", bits, zero, group)
+        codes = rng.integers(0, 1 << bits, (48, 192), dtype=np.uint8)
+        codes[:, [3, 77, 130]] = 8 if table is not None else zero  # levels of nothing
+        scale = rng.uniform(0.5, 2.0, (48, 192 // group if group else 1)).astype(np.float32)
+        weight = core.pack(bits, group, zero, [(codes, scale, None)], table)
+        levels = (codes if table is None else table[codes]).astype(np.float64) - zero
+        values = levels * scale[:, np.arange(192) // (group or 192)]
+        x = rng.normal(size=(7, 192)).astype(np.float32)
+        x[1::2, [3, 77, 130]] *= big
+        for isa in core.isas():
+            y = np.empty((7, 48), np.float32)
+            core.Multiplier(pool, isa).linear(core.Factor(weight), x, y)
+            for r, found in enumerate(y):
+                close(found, x[r] @ values.T, 2e-3, bits, group, big, isa, r)
+            for bad in (np.inf, -np.inf, np.nan):
+                other = x.copy()
+                other[2, 100] = bad
+                core.Multiplier(pool, isa).linear(core.Factor(weight), other, y)
+                assert np.isnan(y[2]).all() and np.isfinite(np.delete(y, 2, 0)).all(), (bits, group, isa, bad)
+    for where, isa in itertools.product(("keys", "queries", "values"), core.isas()):
+        begin("spread", where)
+        spread_cache(core, where, isa)
+
+
+def spread_cache(core: Any, where: str, isa: str) -> None:
+    """Large in keys and small in queries, or the other way round, or large in values: the function is the same."""
+    found = {}
+    for big in (1.0, 2.0**13, 2.0**20):
+        built = model(core, "f32", 4, 2, 32, False, (where, big))
+        for int8, chunk in itertools.product((False, True), (1, 7, 90)):
+            one = core.Decoder(built, core.Pool(1), isa)
+            cache, logits = core.Cache(one, 2, 90, int8), np.zeros((2, built["vocabulary"]), np.float32)
+            for first in range(0, 90, chunk):
+                run(one, cache, [range(first, min(first + chunk, 90)), range(first, min(first + chunk, 70))], logits)
+            right = found.setdefault((int8, big), logits)
+            assert (logits == right).all(), (where, isa, big, int8, chunk)
+        close(found[False, big], found[False, 1.0], 1e-2, where, isa, big)
+        if big < 2**20:
+            close(found[True, big], found[False, 1.0], 0.1, where, isa, big, "int8")
+
+
 def joined(core: Any) -> None:
     """Weights one after another, pairs, and what cannot be packed."""
     for kind in ("u4", "u8"):
+        begin("joined", kind)
         bits = 4 if kind == "u4" else 8
         codes = [rng.integers(0, 16, (rows, 64), dtype=np.uint8) for rows in (32, 16, 5)]
         scales = [np.ones((len(c), 2), np.float32) for c in codes]
@@ -154,8 +237,10 @@ def joined(core: Any) -> None:
         refused(core.pack, bits, 0, 0, [(np.full((rows, 32), code, np.uint8), np.ones((rows, 1), np.float32), None)])
 
 
-def product(core: Any, kind: str, cols: int, widths: list[int], paired: bool = False) -> dict[str, Any]:
-    """Weights that read one input: a pair, or parts one after another."""
+def product(
+    core: Any, kind: str, cols: int, widths: list[int], paired: bool = False, factors: Any = None
+) -> dict[str, Any]:
+    """Weights that read one input: a pair, or parts one after another. factors: of the float weights, for each part."""
 
     def weight(sources: list[Any]) -> Any:
         if kind.startswith("f"):
@@ -168,6 +253,9 @@ def product(core: Any, kind: str, cols: int, widths: list[int], paired: bool = F
         return core.pack(4, 16, 8, given, table, paired)
 
     sources = [rng.normal(size=(n, cols)).astype(np.float32) * (cols**-0.5 if kind[0] == "f" else 1) for n in widths]
+    factors = [np.ones((1, 1))] * len(widths) if factors is None else factors  # [rows, 1] or [1, columns]
+    if kind.startswith("f"):
+        sources = [(s * f).astype(np.float32) for s, f in zip(sources, factors, strict=True)]
     shared = {"rest": None, "planes": 2, "whole": False, "fixed": 0.0, "divisor": None}
     if paired:
         return {
@@ -181,18 +269,34 @@ def product(core: Any, kind: str, cols: int, widths: list[int], paired: bool = F
             **shared,
             "weight": weight([s]),
             "rest": weight([s * 0.1]) if kind == "table4" else None,
-            "bias": rng.normal(size=len(s)).astype(np.float32),
+            "bias": (rng.normal(size=len(s)) * (f[:, 0] if f.shape[1] == 1 else 1)).astype(np.float32),
             "offset": int(o),
         }
-        for s, o in zip(sources, offsets, strict=False)
+        for s, o, f in zip(sources, offsets, factors, strict=False)
     ]
     return {"cols": cols, "width": sum(widths), "parts": parts}
 
 
-def model(core: Any, kind: str, heads: int, key_heads: int, head_dim: int, odd: bool) -> dict[str, Any]:
-    """A decoder of two layers with everything that a family may have, or as little as possible."""
+def scaled(where: str, big: float, heads: int, key_heads: int, head_dim: int) -> tuple[Any, Any]:
+    """Factors of the rows of q, k and v, and of the columns of what reads them, that leave the function as it is."""
+    q, k, v, o = (np.ones((n * head_dim, 1)) for n in (heads, key_heads, key_heads, heads))
+    pair = [3, 3 + head_dim // 2]  # turned together
+    if where == "values":
+        v.reshape(-1, head_dim)[:, 5], o.reshape(-1, head_dim)[:, 5] = big, 1 / big
+    else:
+        large, small = (k, q) if where == "keys" else (q, k)
+        large.reshape(-1, head_dim)[:, pair], small.reshape(-1, head_dim)[:, pair] = big, 1 / big
+    return [q, k, v], [o.T]
+
+
+def model(
+    core: Any, kind: str, heads: int, key_heads: int, head_dim: int, odd: bool, large: tuple[str, float] = ("keys", 1.0)
+) -> dict[str, Any]:
+    """A decoder of two layers with everything that a family may have, or as little as possible. large: see `scaled`."""
+    begin("model", kind, heads, key_heads, head_dim, odd)
     width, hidden = (80, 104) if odd else (64, 96)
     vocabulary = VOCABULARY[odd]
+    inside, after = scaled(*large, heads, key_heads, head_dim) if large[1] != 1 else (None, None)
 
     def norm(n: int) -> Any:
         return rng.uniform(0.5, 1.5, n).astype(np.float32)
@@ -202,8 +306,8 @@ def model(core: Any, kind: str, heads: int, key_heads: int, head_dim: int, odd: 
             "attention_norm": norm(width), "mlp_norm": norm(width),
             "attention_post_norm": norm(width) if odd else None, "mlp_post_norm": norm(width) if odd else None,
             "query_norm": norm(head_dim) if odd else None, "key_norm": norm(head_dim) if odd else None,
-            "qkv": product(core, kind, width, [heads * head_dim, key_heads * head_dim, key_heads * head_dim]),
-            "output": product(core, kind, heads * head_dim, [width]),
+            "qkv": product(core, kind, width, [heads * head_dim, key_heads * head_dim, key_heads * head_dim], factors=inside),
+            "output": product(core, kind, heads * head_dim, [width], factors=after),
             "gate_up": product(core, kind, width, [hidden] * 2, paired=not odd),
             "down": product(core, kind, hidden, [width]),
             "rope": -1 if odd and i else 0, "window": 20 if odd and i else 0,
@@ -299,6 +403,7 @@ def interrupted(core: Any) -> None:
 
 
 def sampler(core: Any) -> None:
+    begin("sampler")
     random = core.Random(2**64 - 1)
     for size, t, k, p, m, r in itertools.product(
         (1, 2, 65, 3000), (0.0, 1e-30, 1.0, 50.0), (0, 1, 64, 9999), (0.01, 1.0), (0.0, 1.0), (1.0, 1.7)
@@ -322,7 +427,7 @@ def limits(core: Any) -> None:
         core.limits(core.Pool(2), isa, 1 << 20, 1)
 
 
-PARTS = {part.__name__: part for part in (kernels, joined, decoder, interrupted, sampler, limits)}
+PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits)}
 
 if __name__ == "__main__":
     PARTS[sys.argv[2]](load(sys.argv[1]))

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from engine_models import tokens
@@ -64,3 +65,27 @@ def test_a_child_can_let_go_of_an_engine(float_folder: Callable[[str], Path]) ->
         return True
 
     assert in_child(release) is True
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_child_of_a_process_whose_other_thread_generates_has_an_engine_that_works(
+    float_folder: Callable[[str], Path], threads: int
+) -> None:
+    """Whatever that thread held and was about to change when the process forked, the child begins anew."""
+    engine, prompt, over = Engine.open(float_folder("llama"), threads=threads), tokens(40), Event()
+    right = engine.generate(prompt, max_new_tokens=6).tokens
+
+    def generate() -> None:
+        while not over.is_set():
+            engine.generate([prompt] * 3, max_new_tokens=20)
+
+    other = Thread(target=generate)
+    other.start()
+    try:
+        for _ in range(12):
+            time.sleep(0.003)  # other moments of what that thread does
+            assert in_child(lambda: engine.generate(prompt, max_new_tokens=6).tokens == right) is True
+    finally:
+        over.set()
+        other.join()
+    assert engine.generate(prompt, max_new_tokens=6).tokens == right

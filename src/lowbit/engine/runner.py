@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +28,8 @@ Piece = tuple[int, Sequence[int], int]
 
 @dataclass(eq=False)
 class Memory:
-    """Keys and values of some sequences, the decoder for sequences of their length, and room for their logits."""
+    """Keys and values of some sequences, and room for their logits."""
 
-    decoder: Any
     cache: Any
     positions: int
     _logits: Any = None
@@ -71,8 +71,23 @@ class Description:
         return f"engine ({self.isa}, {self.threads} thread{'s' * (self.threads != 1)})"
 
 
+class _Process:
+    """What a forward changes: the threads, the decoders that they run, and whose turn it is.
+
+    A process has its own. A child of fork() has none of its parent's threads, and the rest as it was in the middle of what
+    another thread did: a lock that nobody will open, memory half moved. Weights never change, so they are shared.
+    """
+
+    def __init__(self, core: Any, threads: int) -> None:
+        self.pool, self.lock = core.Pool(threads), Lock()
+        self.decoders: dict[bool, Any] = {}
+
+
 class Runner:
-    """Runs the decoder of one model. Several threads may use it; their forwards take turns."""
+    """Runs the decoder of one model. Several threads may use it; their forwards take turns.
+
+    In a child of a process that forked it goes on with threads of its own.
+    """
 
     def __init__(self, weights: Weights, activations: str, cache: str, threads: int | None, isa: str) -> None:
         known("activations", activations, ACTIVATIONS)
@@ -88,19 +103,18 @@ class Runner:
         self.shape = shape_of(weights.config)
         self._config, self._isa = weights.config, isa or module.isas()[0]
         self._activations, self._cache = activations, cache
-        self._pool = module.Pool(threads or module.features()["cores"])
+        self._threads = threads or int(module.features()["cores"])
+        self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
-            self._program = Builder(module, self.shape, weights, activations).build(self._pool.threads)
+            self._program = Builder(module, self.shape, weights, activations).build(self._threads)
         module.give_back()  # packing went through every weight unpacked
-        self._decoders: dict[bool, Any] = {}
-        self._lock = Lock()
 
     def describe(self) -> Description:
         """How it runs and what it takes."""
         program = self._program
         per_token = self.core.Cache(self._decoder(1), 1, 1, self._cache == "int8").bytes_per_position
         return Description(
-            str(self._config["model_type"]), self._isa, self._pool.threads, self._activations, self._cache,
+            str(self._config["model_type"]), self._isa, self._threads, self._activations, self._cache,
             program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
@@ -115,7 +129,7 @@ class Runner:
             )
         decoder = self._decoder(positions)
         try:
-            return Memory(decoder, self.core.Cache(decoder, sequences, positions, self._cache == "int8"), positions)
+            return Memory(self.core.Cache(decoder, sequences, positions, self._cache == "int8"), positions)
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
@@ -137,16 +151,23 @@ class Runner:
         ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in pieces])
         place = np.concatenate([np.full(len(part), at, dtype=np.int32) for at, part, _ in pieces])
         position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
-        with self._lock:
-            memory.decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+        decoder = self._decoder(memory.positions)
+        with self._process().lock:
+            decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+
+    def _process(self) -> _Process:
+        """This process's own; the others' are kept, as they cannot be taken apart here."""
+        found = self._processes.get(os.getpid())
+        return found or self._processes.setdefault(os.getpid(), _Process(self.core, self._threads))
 
     def _decoder(self, positions: int) -> Any:
         """The decoder for sequences up to `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
         long = bool(self.shape.short_positions) and positions > self.shape.short_positions
-        if long not in self._decoders:
+        process = self._process()
+        if long not in process.decoders:
             rotations = shape_of(self._config, positions).rotations
-            self._decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), self._pool, self._isa)
-        return self._decoders[long]
+            process.decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), process.pool, self._isa)
+        return process.decoders[long]
 
 
 @contextmanager

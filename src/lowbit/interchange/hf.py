@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
 from lowbit.formats import parse_format, parse_inputs
+from lowbit.interchange.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, place
 
@@ -61,6 +62,7 @@ class LowbitQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        settle_torch_pool()
         dtype = model.dtype
         for name in self.quantization_config.tensors:
             weight = self.quantization_config.packed(name, dtype)

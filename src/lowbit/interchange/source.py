@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError, nearest
+from lowbit.interchange.torch_pool import settle_torch_pool
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -111,6 +112,7 @@ class Source(ABC):
             raise SourceError(f"{self.label} has no transformers config to build a model from; pass the module itself")
         from lowbit.interchange.inventory import model_class
 
+        settle_torch_pool()
         weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}
         model: nn.Module = model_class(self.config).from_pretrained(
             None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
