@@ -55,11 +55,11 @@ class ChatTemplate:
                 length += len(piece)
                 if length > most:
                     break
+            text = "".join(pieces)
         except Exception as error:  # whatever a program of a stranger comes to
             raise _refused(_reason(error)) from None
         if length > most:
             raise _refused(f"it writes more than {most} characters")
-        text = "".join(pieces)
         try:
             text.encode()
         except UnicodeEncodeError:

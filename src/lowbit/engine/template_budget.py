@@ -21,7 +21,7 @@ WIDEST = 10_000  # of one field that a format pads
 _LOOK = 1_000_000  # units between two looks at the clock
 _ESCAPED = 12  # characters that one of a text takes at most, where the text stands in a list
 _LISTS = (list, tuple, KeysView, ValuesView, ItemsView)
-_LIST_ITERATOR: type = type(iter([0]))
+_LIST_ITERATOR: type[Iterator[Any]] = type(iter([0]))
 
 
 class TooMuch(Exception):
