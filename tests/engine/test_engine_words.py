@@ -13,7 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowbit.engine.chat_template import render
+from lowbit.engine.chat_template import ChatTemplate
 from lowbit.engine.tokenizer import AnyTokenizer, FolderTokenizer, tokenizer_of
 from lowbit.errors import SourceError
 from tiny import tiny_tokenizer
@@ -77,7 +77,7 @@ def test_templates_run_in_a_sandbox() -> None:
         "{{ messages.append(1) }}", "{{ raise_exception('only users') }}", "{% for %}",
     ):  # fmt: skip
         with pytest.raises(SourceError, match="chat template"):
-            render(template, CHAT, True, {})
+            ChatTemplate(template, {}).render(CHAT, answer=True)
 
 
 def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:

@@ -73,12 +73,26 @@ def test_huge_finite_weights_are_no_infinities(tmp_path: Path) -> None:
     assert torch.allclose(packed[:, 0], state["lm_head.weight"][:, 0], rtol=1e-5)
 
 
-def test_a_full_disk_leaves_nothing(tiny_folder: Float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def goes_on(caught: pytest.ExceptionInfo[OutputError], model: Path, room: Path, clean: Path) -> None:
+    """Nothing is left of a run, or the error says what is, and that the same command goes on from it; which is true."""
+    left = {path.name for path in room.iterdir()}
+    assert left <= {"out.partial"} and bool(left) == ("the same command" in str(caught.value))
+    lowbit.quantize(model, RECIPE, room / "out")
+    lowbit.quantize(model, RECIPE, clean / "out")
+    assert {p.name: p.read_bytes() for p in (room / "out").iterdir()} == {
+        p.name: p.read_bytes() for p in (clean / "out").iterdir()
+    }
+    assert [path.name for path in room.iterdir()] == ["out"]
+
+
+def test_a_full_disk_keeps_what_was_done_and_says_so(
+    tiny_folder: Float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
         with pytest.raises(OutputError, match=r"needs [\d,]+ bytes and the disk has 1,000 free"):
-            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out")
+            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "a" / "b" / "out")
     assert not list(tmp_path.iterdir())
 
     written, real = [], Path.open
@@ -92,13 +106,13 @@ def test_a_full_disk_leaves_nothing(tiny_folder: Float, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        with pytest.raises(OutputError, match="disk is full"):
-            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        with pytest.raises(OutputError, match="disk is full.*what was done is kept") as caught:
+            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "room" / "out")
+    goes_on(caught, tiny_folder("llama"), tmp_path / "room", tmp_path / "clean")
 
 
 @pytest.mark.parametrize("stage", ["create", "assets", "config", "sync", "rename"])
-def test_a_disk_that_fills_late_leaves_nothing(
+def test_a_disk_that_fills_late(
     stage: str, tiny_folder: Float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -108,10 +122,12 @@ def test_a_disk_that_fills_late_leaves_nothing(
         "create": (folder_writer, "create"), "assets": (shutil, "copyfile"), "sync": (folder_writer, "sync"),
         "config": ("transformers.PretrainedConfig.save_pretrained",), "rename": (folder_writer.os, "rename"),
     }  # fmt: skip
-    monkeypatch.setattr(*targets[stage], full)
-    with pytest.raises(OutputError):
-        lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "room").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(*targets[stage], full)
+        with pytest.raises(OutputError, match="disk is full") as caught:
+            lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "room" / "out")
+    goes_on(caught, tiny_folder("llama"), tmp_path / "room", tmp_path / "clean")
 
 
 def test_an_error_on_the_way_to_a_temporary_folder_leaves_nothing(

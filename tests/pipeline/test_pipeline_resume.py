@@ -205,8 +205,24 @@ def test_killed_while_replacing_a_folder_loses_neither(
 def test_the_same_command_twice(tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]) -> None:
     lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
     assert files(tmp_path / "out") == whole
-    with pytest.raises(OutputError, match="not empty.*--overwrite"):
-        lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    first = lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "other", max_shard_bytes=9000)
+    solved: list[str] = []
+    again = lowbit.quantize(
+        tiny_folder("llama-tied"),
+        RECIPE,
+        tmp_path / "out",
+        max_shard_bytes=9000,
+        progress=lambda n, *_: solved.append(n),
+    )
+    assert files(tmp_path / "out") == whole and again.report == first.report and not solved  # already done
+    shutil.rmtree(tmp_path / "other")
+    for model, recipe, size in (
+        ("llama", RECIPE, 9000),
+        ("llama-tied", "absmax@int4:g16", 9000),
+        ("llama-tied", RECIPE, 8000),
+    ):
+        with pytest.raises(OutputError, match="not empty.*--overwrite"):
+            lowbit.quantize(tiny_folder(model), recipe, tmp_path / "out", max_shard_bytes=size)
     assert files(tmp_path / "out") == whole
     (tmp_path / "out" / "other.txt").write_text("x")
     lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000, overwrite=True)

@@ -23,22 +23,27 @@ class Guarded(TyperGroup):
         try:
             return super().invoke(ctx)
         except LowbitError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            sys.stderr.write("\ninterrupted\n")
+            fail(str(error), error)
+        except KeyboardInterrupt as error:
+            sys.stderr.write(f"\ninterrupted{_notes(error)}\n")
             raise typer.Exit(INTERRUPTED) from None
-        except MemoryError:
-            fail("not enough memory; `lowbit plan MODEL RECIPE` says how much quantizing takes")
+        except MemoryError as error:
+            fail("not enough memory; `lowbit plan MODEL RECIPE` says how much quantizing takes", error)
         except OSError as error:
             if (message := explained(error)) is None:
                 raise
-            fail(message)
+            fail(message, error)
 
 
-def fail(message: str) -> None:
-    """Print the first line of `message` (the rest only points into it) and exit with code 2."""
-    sys.stderr.write(f"error: {message.splitlines()[0] if message else 'unknown'}\n")
+def fail(message: str, error: BaseException | None = None) -> None:
+    """Print the first line of `message` (the rest only points into it) and what `error` notes of what was left; exit with code 2."""
+    sys.stderr.write(f"error: {message.splitlines()[0] if message else 'unknown'}{_notes(error)}\n")
     raise typer.Exit(MISTAKE)
+
+
+def _notes(error: BaseException | None) -> str:
+    """What a second run goes on from, as whoever left it noted it on the error."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
 
 
 def explained(error: OSError) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,11 +89,13 @@ def quantize(
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
     screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(job.recipe.title)}")
+    kept = None
     if target:
-        job = job.allocated(target, sensitivity or out.with_name(out.name + ".sensitivity.json"), screen)
+        kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
+        job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
-    with job.made(out, keep, overwrite) as made:
+    with _noted(kept), job.made(out, keep, overwrite) as made:
         screen.print(_written(made, out))
         measured = _measured(made, text, windows) if card else None
     if as_json:
@@ -103,6 +107,17 @@ def quantize(
         screen.print(render_card(measured))
     if made.exported is None and _generates(made.quantized):
         screen.print(f'Try it:  lowbit generate {shlex.quote(str(out))} "{_PROMPT}"', style="dim", markup=False)
+
+
+@contextmanager
+def _noted(sensitivity: Path | None) -> Iterator[None]:
+    """An error notes that the measured sensitivity is kept, where there is one."""
+    try:
+        yield
+    except BaseException as error:
+        if sensitivity is not None and sensitivity.is_file():
+            error.add_note(f"{sensitivity} keeps the sensitivity, which the same command reads again")
+        raise
 
 
 def _measured(made: Made, text: str | None, windows: int) -> Card | None:
@@ -122,6 +137,9 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
                 prompt=_PROMPT,
                 progress=progress,
             )
+    except KeyboardInterrupt as error:
+        error.add_note("the result is written and whole; only its card is missing")
+        raise
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
         console.stderr().print(f"not measured: {kind}{_escaped(str(error))}")

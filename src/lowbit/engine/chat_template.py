@@ -1,59 +1,140 @@
-"""Chat templates (Jinja, as Hugging Face folders carry them), rendered as transformers renders them, without it."""
+"""Chat templates (Jinja, as Hugging Face folders carry them), rendered as transformers renders them, within limits."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from lowbit.errors import SourceError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what a model thought before it said something
+_LONGEST = 1 << 20  # bytes of a file
+_LEAST, _GROWTH = 1 << 20, 4  # characters of the text: so many, and so many for each of the messages
 
 
-def render(template: str, messages: Sequence[Message], answer: bool, special: Mapping[str, Any]) -> str:
-    """The text of a conversation. answer: end with what opens the model's turn; special: bos_token and the like.
+class ChatTemplate:
+    """A template and the special tokens that it may write. source: Jinja, as it stood in the model's files.
 
-    Templates come from strangers, so they run in a sandbox. SourceError when the template fails or refuses.
+    Templates come from strangers: what one does is counted, and it is stopped long before it takes seconds or gigabytes.
     """
-    from jinja2.exceptions import TemplateError
 
+    def __init__(self, source: str, special: Mapping[str, Any]) -> None:
+        self.source, self.special = source, dict(special)
+
+    @staticmethod
+    def of(tokenizer: Any) -> ChatTemplate | None:
+        """That of a tokenizer of transformers, None where it has none. SourceError for what is no template."""
+        source = default_template(getattr(tokenizer, "chat_template", None))
+        return None if source is None else ChatTemplate(source, getattr(tokenizer, "special_tokens_map", {}))
+
+    def render(self, messages: Sequence[Message], answer: bool = False, tools: Any = None) -> str:
+        """The text of a conversation. answer: end with what opens the model's turn.
+
+        SourceError in a sentence when the template fails, refuses, or asks for more work than any chat needs.
+        """
+        from jinja2 import Template
+
+        from lowbit.engine.template_budget import Budget
+
+        given = [_message(m) for m in messages]
+        most = _LEAST + _GROWTH * len(json.dumps(given, default=str))
+        pieces, length = [], 0
+        try:
+            sandbox = _sandbox(Budget())
+            made = Template.from_code(sandbox, _compiled(self.source), sandbox.make_globals(None))
+            options = {"tools": tools, "documents": None, "add_generation_prompt": answer}
+            for piece in made.generate(**{**self.special, "messages": given, **options}):
+                pieces.append(piece)
+                length += len(piece)
+                if length > most:
+                    break
+            text = "".join(pieces)
+        except Exception as error:  # whatever a program of a stranger comes to
+            raise _refused(_reason(error)) from None
+        if length > most:
+            raise _refused(f"it writes more than {most} characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _refused("what it writes is no Unicode text") from None
+        return text
+
+
+def default_template(given: Any) -> str | None:
+    """The template that is meant where there may be several by name, None for none. SourceError for anything else."""
+    if isinstance(given, list):
+        if not all(isinstance(entry, Mapping) and {"name", "template"} <= set(entry) for entry in given):
+            raise SourceError(
+                "the chat template of this model is a list of what have no name and template; mend or remove it"
+            )
+        given = {str(entry["name"]): entry["template"] for entry in given}
+    if isinstance(given, Mapping):
+        given = given.get("default")
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str):
+        raise SourceError(f"the chat template of this model is a {type(given).__name__}, not a text; mend or remove it")
+    return given
+
+
+def read_template(file: Path) -> str:
+    """The text of chat_template.jinja. SourceError when it is none."""
     try:
-        compiled = _environment().from_string(template)
-        return compiled.render(messages=[dict(m) for m in messages], add_generation_prompt=answer, **special)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise SourceError(
-            f"the chat template of this model does not take this conversation: {error}; give the prompt raw"
-        ) from error
+        if file.stat().st_size > _LONGEST:
+            raise SourceError(f"{file}: a chat template of {file.stat().st_size} bytes is none; mend or remove it")
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise SourceError(f"{file}: the chat template cannot be read: {reason}; mend or remove it") from None
 
 
-def _environment() -> Any:
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _message(given: Message) -> dict[str, Any]:
+    """A message without what is None, and what a model thought by each name that templates know."""
+    found = {key: value for key, value in given.items() if value is not None}
+    thought = next((found[name] for name in _REASONING if name in found), None)
+    return found if thought is None else {"thinking": thought, **found, "reasoning_content": thought}
 
-    found = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_tag(), loopcontrols]
-    )
-    found.filters["tojson"] = _tojson
-    found.globals["raise_exception"] = _raise_exception
-    found.globals["strftime_now"] = _strftime_now
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> CodeType:
+    from lowbit.engine.template_budget import Budget
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about what Jinja made of odd templates
+        return _sandbox(Budget()).compile(source)  # type: ignore[no-any-return]
+
+
+def _sandbox(budget: Any) -> Any:
+    from lowbit.engine.template_sandbox import Sandbox
+
+    found = Sandbox(budget)
+    found.allow_filter("tojson", _tojson)
+    found.allow("raise_exception", _raise_exception)
+    found.allow("strftime_now", _strftime_now)
     return found
 
 
-def _generation_tag() -> Any:
-    """`{% generation %}`, with which templates mark what the assistant said; here it only passes through."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
+def _reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, RecursionError):
+        return "it nests too deeply"
+    if isinstance(error, MemoryError):
+        return "it takes too much memory"
+    said = " ".join(str(error).encode(errors="replace").decode().split()) or type(error).__name__
+    return said if len(said) <= 200 else f"{said[:200]}..."
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012  Jinja declares it so
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    return Generation
+def _refused(reason: str) -> SourceError:
+    return SourceError(
+        f"the chat template of this model does not take this conversation: {reason}; give the prompt raw"
+    )
 
 
 def _tojson(
@@ -62,7 +143,7 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: str) -> None:
+def _raise_exception(message: Any) -> None:
     from jinja2.exceptions import TemplateError
 
     raise TemplateError(message)
@@ -71,4 +152,6 @@ def _raise_exception(message: str) -> None:
 def _strftime_now(form: str) -> str:
     from datetime import datetime
 
+    if len(form) > 1000:
+        raise ValueError("its form of a date has too many characters")
     return datetime.now().strftime(form)

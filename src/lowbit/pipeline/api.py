@@ -6,6 +6,7 @@ import copy
 import shutil
 import tempfile
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.source import Source, open_headers, open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import swap
@@ -61,21 +63,24 @@ class Quantized:
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model folder `out`. OutputError when it is not empty and `overwrite` is not set."""
         if self._solved:
-            write_folder(self.plan, self.source, out, solved=iter(self._solved), overwrite=overwrite)
+            with claimed(out):
+                write_folder(self.plan, self.source, out, solved=iter(self._solved), overwrite=overwrite, again=False)
             return Path(out)
         folder, out = _required(self.folder), Path(out)
         if out.resolve() == folder.resolve():
             return out
         if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
             raise OutputError(f"{out} is not empty; give another folder, or overwrite=True to replace it")
+        check_apart(folder, out)
+        fresh = out.resolve().with_name(f".{out.resolve().name}.lowbit-saving")
         try:
-            out.resolve().parent.mkdir(parents=True, exist_ok=True)
-            fresh = Path(tempfile.mkdtemp(prefix=f"{out.name}.saving-", dir=out.resolve().parent))
-            try:
-                shutil.copytree(folder, fresh, dirs_exist_ok=True)
-                replace_folder(fresh, out.resolve())
-            finally:
-                shutil.rmtree(fresh, ignore_errors=True)
+            with claimed(out):
+                try:
+                    shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+                    shutil.copytree(folder, fresh)
+                    replace_folder(fresh, out.resolve())
+                finally:
+                    shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
             raise OutputError(
                 f"cannot write {out}: {error.strerror or error}; check the path and its rights"
@@ -123,6 +128,19 @@ def quantize(
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         check_apart(Path(model), Path(out))
+    with claimed(out) if out is not None else nullcontext():
+        return _quantized(
+            model, wanted, out, tokenizer, progress, max_shard_bytes, overwrite, device, calibration, samples, length, chat,
+            on_layer,
+        )  # fmt: skip
+
+
+def _quantized(
+    model: str | Path | nn.Module, wanted: Recipe, out: str | Path | None, tokenizer: Any, progress: Progress | None,
+    max_shard_bytes: int, overwrite: bool, device: torch.device | str, calibration: Any, samples: int, length: int,
+    chat: bool, on_layer: OnLayer | None,
+) -> Quantized:  # fmt: skip
+    """`quantize` by a recipe that is ready, onto an output that nobody else writes."""
     source = rewritten(open_source(model, tokenizer=tokenizer), wanted)
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit.errors import LowbitError, SourceError
+from lowbit.errors import SourceError
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.safetensors_writer import Shard, shards_of
 from lowbit.interchange.source import Source, one_line, open_source
@@ -62,24 +63,21 @@ def dequantize_model(
     wanted = as_dtype(dtype) or model_type(source)
     names = _Names(source, wanted)
     shards = shards_of(names.stored(), max_shard_bytes)
-    writer = FolderWriter(out, shards, _fingerprint(source, wanted, shards), overwrite)
-    try:
-        for name, made, error, norm in names.values(frozenset(writer.journal), progress):
-            writer.write(name, made, error=error, norm=norm)
-        writer.verify()
-        source.save_assets(writer.partial)
-        config = copy.deepcopy(source.config)
-        config.dtype = wanted
-        config.architectures = config.architectures or [source.inventory.model_class]
-        config.save_pretrained(writer.partial)
-        facts = list(writer.journal.values())
-        writer.finish(_manifest(source, wanted, writer))
-    except LowbitError:
-        if not writer.complete:
-            writer.discard()
-        raise
-    except OSError as error:
-        raise writer.cannot(error) from error
+    with (
+        claimed(out),
+        FolderWriter(out, shards, _fingerprint(source, wanted, shards), _origin(source, wanted), overwrite) as writer,
+    ):
+        if not writer.finished:
+            for name, made, error, norm in names.values(frozenset(writer.journal), progress):
+                writer.write(name, made, error=error, norm=norm)
+            writer.verify()
+            source.save_assets(writer.partial)
+            config = copy.deepcopy(source.config)
+            config.dtype = wanted
+            config.architectures = config.architectures or [source.inventory.model_class]
+            config.save_pretrained(writer.partial)
+            writer.finish()
+    facts = list(writer.journal.values())
     errors, norms = (sum(f[key] ** 2 for f in facts) ** 0.5 for key in ("error", "norm"))
     return Dequantized(
         Path(out), wanted, len(facts), sum(s.file_bytes for s in shards), errors / norms if norms else 0.0
@@ -155,10 +153,9 @@ def _fingerprint(source: Source, dtype: torch.dtype, shards: tuple[Shard, ...]) 
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _manifest(source: Source, dtype: torch.dtype, writer: FolderWriter) -> dict[str, Any]:
-    """Where the values came from. No time, no path."""
+def _origin(source: Source, dtype: torch.dtype) -> dict[str, Any]:
+    """Where the values come from, as the manifest says it. No time, no path."""
     return {
         "lowbit": lowbit.__version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
         "source": source.identity(),
-        "tensors": {name: {"sha256": entry["sha256"]} for name, entry in sorted(writer.journal.items())},
     }  # fmt: skip

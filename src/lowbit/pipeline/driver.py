@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.errors import LowbitError
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
@@ -163,19 +162,21 @@ def fingerprint(
 def write_folder(
     plan: Plan, source: Source, out: str | Path, *, progress: Progress | None = None, overwrite: bool = False,
     solved: Iterator[tuple[Solved, str]] | None = None, device: torch.device | str = "cpu",
-    calibration: Calibration | None = None, on_layer: OnLayer | None = None,
+    calibration: Calibration | None = None, on_layer: OnLayer | None = None, again: bool = True,
 ) -> Report:  # fmt: skip
     """Quantize `source` into the folder `out`, or finish what a killed run left; verified before it gets its name.
 
-    `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise.
-    With `calibration` block by block, in the order of the model.
+    `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise. `again`: whether
+    a second call has the same. With `calibration` block by block, in the order of the model.
     """
     settings = None if calibration is None else Settings.of_this_machine()
     run: CalibratedRun | None = None
-    writer = FolderWriter(
-        out, plan.shards, fingerprint(plan, source, device, calibration, settings), overwrite, remembered(plan.survey)
-    )
-    try:
+    with FolderWriter(
+        out, plan.shards, fingerprint(plan, source, device, calibration, settings), _origin(plan, source, calibration),
+        overwrite, remembered(plan.survey), again,
+    ) as writer:  # fmt: skip
+        if writer.finished:
+            return make_report(plan, writer.journal, calibration)
         done = frozenset(writer.journal)
         if solved is not None:
             results = solved
@@ -196,16 +197,8 @@ def write_folder(
         writer.verify()
         source.save_assets(writer.partial)
         write_config(plan, source, writer.partial)
-        facts = dict(writer.journal)
-        writer.finish(_manifest(plan, source, writer, calibration))
-    except LowbitError:
-        if not writer.complete:
-            writer.discard()
-        raise
-    except OSError as error:
-        writer.discard()
-        raise writer.cannot(error) from error
-    return make_report(plan, facts, calibration)
+        writer.finish()
+    return make_report(plan, writer.journal, calibration)
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
@@ -234,10 +227,8 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     config.save_pretrained(folder)
 
 
-def _manifest(
-    plan: Plan, source: Source, writer: FolderWriter, calibration: Calibration | None = None
-) -> dict[str, Any]:
-    """Where every byte came from: hashes of source and result, recipe, versions. No time, no path."""
+def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) -> dict[str, Any]:
+    """Where every byte comes from, as the manifest says it: hash of the source, recipe, versions. No time, no path."""
     import safetensors
     import transformers
 
@@ -253,10 +244,6 @@ def _manifest(
             "bits_per_weight": plan.bits_per_weight,
             "linear_bits_per_weight": plan.linear_bits_per_weight,
             "quantization": quantization_config(plan),
-            "tensors": {
-                name: {key: value for key, value in entry.items() if key != "tensor"}
-                for name, entry in sorted(writer.journal.items())
-            },
         }
         | ({} if calibration is None else {"calibration": calibration.to_json()})
         | ({} if plan.survey is None else {"ranges": plan.survey.to_json()})

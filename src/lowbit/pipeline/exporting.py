@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import gc
+import logging
 import math
 import os
 import shutil
@@ -15,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import ExportError, OutputError, RecipeError
+from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Target, target_named, targets
 from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
-from lowbit.pipeline.folder_writer import check_apart, replace_folder, sync
+from lowbit.pipeline.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder, sync
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
+_BESIDE = 64 << 20  # bytes of vocabularies and the like in a file of weights
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -69,47 +74,75 @@ def export(
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
     check_apart(folder.folder, out)
-    check_free(out, kind, overwrite)
-    cost = []
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
+    if kv is None and (ignored := [name for name, value in text.items() if value]):
+        raise RecipeError(
+            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
+        )
+    with claimed(out):
+        return written(kind, folder, out, kv, text, overwrite, progress)
+
+
+def written(
+    kind: Target, folder: LowbitFolder, out: Path, kv: str | None, text: dict[str, Any], overwrite: bool,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
+    """`export` of what was checked, onto an output that nobody else writes."""
+    check_free(out, kind, overwrite, folder.contents)
+    cost = []
     if kv is not None:
         from lowbit.pipeline.kv_survey import with_kv
 
         check_kv(kind, kv, folder.contents)
         kind, note = with_kv(kind, folder, kv, text, progress)
         cost = [note]
-    elif ignored := [name for name, value in text.items() if value]:
-        raise RecipeError(
-            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
-        )
+    place = out.resolve()
     try:
-        room = _room(out)
+        room = _room(place)
     except OSError as error:
         raise _cannot(out, error) from error
     try:
-        fresh = room / out.name
+        fresh = room / place.name
         kind.write(folder, fresh, progress)
         apart, logits = compared(kind, folder, fresh)
         for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
             sync(path)
         size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
-        if fresh.is_file():
-            os.replace(fresh, out)
-            sync(out.resolve().parent)
-        else:
-            replace_folder(fresh, out.resolve())
-    except OSError as error:
-        raise _cannot(out, error) from error
+        _put(fresh, place, out, overwrite)
+    except Exception as error:
+        system = os_error_of(error)
+        if system is None or isinstance(error, LowbitError):
+            raise
+        raise _cannot(out, system) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
     notes = (*kind.notes(folder.contents), *cost)
     return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
 
 
+def _put(fresh: Path, place: Path, out: Path, overwrite: bool) -> None:
+    """Give what was written its name. What a run that was killed at its very end put there already is left as it is."""
+    if _taken(place) and not overwrite:
+        if not _same(fresh, place):
+            raise _exists(out)
+        _log.info(f"{out} is already done: it has the very bytes that this export writes")
+        remove_replaced(place)
+    elif fresh.is_file():
+        os.replace(fresh, place)
+        sync(place.parent)
+    else:
+        replace_folder(fresh, place)
+
+
+def _same(fresh: Path, place: Path) -> bool:
+    """Whether every file of `fresh` is at `place` too, with the same bytes."""
+    pairs = [(fresh, place)] if fresh.is_file() else [(p, place / p.relative_to(fresh)) for p in fresh.rglob("*")]
+    return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
+
+
 def _room(out: Path) -> Path:
     """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
-    place, name = out.resolve().parent, f"{out.name}.exporting-"
-    place.mkdir(parents=True, exist_ok=True)
+    place, name = out.parent, f"{out.name}.exporting-"
     for old in place.iterdir():
         if old.name.startswith(name) and not _alive(old.name.removeprefix(name).partition("-")[0]):
             shutil.rmtree(old, ignore_errors=True)
@@ -238,20 +271,42 @@ def _folder_of(model: Any) -> Path:
     return Path(folder)
 
 
-def check_free(out: Path, kind: Target, overwrite: bool) -> None:
-    """OutputError when `out` cannot be given to what is to be written."""
+def check_free(out: Path, kind: Target, overwrite: bool, contents: Contents) -> None:
+    """OutputError when `out` cannot be given to what is to be written.
+
+    What is there may be what this very export wrote, when it was killed as it ended: then its weights are about as large.
+    """
     if kind.suffix and out.suffix != kind.suffix:
         raise OutputError(f"{kind.name} writes one file, whose name ends in {kind.suffix}; {out} does not")
     if kind.suffix and out.is_dir():
         raise OutputError(f"{out} is a folder; give the name of a file")
     if not kind.suffix and out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; give a folder")
-    taken = out.exists() and (out.is_file() or any(out.iterdir()))
-    if taken and not overwrite:
-        raise OutputError(f"{out} exists; give another name, or --overwrite (overwrite=True) to replace it")
+    if _taken(out) and not overwrite:
+        files = [out] if out.is_file() else list(out.glob("*.safetensors"))
+        size, wanted = sum(file.stat().st_size for file in files), _bytes_of(contents)
+        if not files or abs(size - wanted) > wanted // 2 + _BESIDE:
+            raise _exists(out)
+
+
+def _taken(out: Path) -> bool:
+    return out.exists() and (out.is_file() or any(out.iterdir()))
+
+
+def _bytes_of(contents: Contents) -> int:
+    """Bytes of weights, about."""
+    return sum(
+        int(math.prod(t.shape) * (8 * t.dtype.itemsize if t.format is None else t.format.bits_per_weight(t.shape)) / 8)
+        for t in contents.tensors.values()
+    )
+
+
+def _exists(out: Path) -> OutputError:
+    return TakenError(f"{out} exists; give another name, or --overwrite (overwrite=True) to replace it")
 
 
 def _cannot(out: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write {out}: {error.strerror or error}; check the path, its rights and the room on the disk"
+        f"cannot write {out}: {error.strerror or error}; check the path, its rights and the room on the disk; "
+        "nothing was kept of the export"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import RecipeError, SourceError, TextError
+from lowbit.errors import RecipeError, SourceError, TextError, WeightError
 
 
 def squared_gradients(
@@ -36,6 +36,11 @@ def squared_gradients(
             if not isinstance(logits, Tensor) or logits.ndim != 3:
                 raise SourceError(f"{type(model).__name__} gives no logits for every token; load it with its head")
             logp = logits[0].float().log_softmax(-1)
+            if not bool(logp.isfinite().all()):
+                raise WeightError(
+                    f"{type(model).__name__} gives logits that are not finite, so its sensitivity cannot be measured: a weight is "
+                    "NaN or infinite; `lowbit quantize` without a target names it"
+                )
             # Drawn on the CPU, so that a seed means the same labels on every device.
             labels = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
             for p in wanted.values():

@@ -1,53 +1,72 @@
 """Write a model folder so that nothing is ever half there.
 
-Everything goes to `OUT.partial` beside OUT; a journal names the tensors that are safely on disk. A killed run
-that is started again with the same model, recipe and version goes on after the last of them, and what it
-writes is byte for byte the same. The last step renames the folder.
+Everything goes to `OUT.partial` beside OUT; a journal names the tensors that are safely on disk. A run that was
+killed, at whatever instant, and is started again with the same model, recipe and version goes on after the last of
+them, and what it writes is byte for byte the same. The last step renames the folder.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
-from lowbit.errors import OutputError, SourceError
+from lowbit.errors import LowbitError, OutputError
 from lowbit.interchange.safetensors_file import bytes_of, read_header, read_tensor
 from lowbit.interchange.safetensors_writer import INDEX, Shard, create, index_json
+from lowbit.pipeline.finished import MANIFEST, check_written, manifest_text, recorded
+from lowbit.pipeline.places import (
+    FULL,
+    TakenError,
+    check_apart,
+    os_error_of,
+    partial_of,
+    remove_replaced,
+    replace_folder,
+    sync,
+)  # fmt: skip
+
+__all__ = ["JOURNAL", "MANIFEST", "FolderWriter", "check_apart", "head_of", "partial_of", "replace_folder", "sync"]
 
 JOURNAL = "journal.jsonl"
-MANIFEST = "lowbit.json"
 _NEW_JOURNAL = JOURNAL + ".new"
 _FLUSH = 64 << 20  # bytes written between two entries of the journal reaching the disk
+_log = logging.getLogger("lowbit")
 
 
 class FolderWriter:
-    """The folder OUT while it is being made: `write` each tensor, `verify`, `finish`; or `discard`.
+    """The folder OUT while it is being made, in a `with`: `write` each tensor, `verify`, `finish`.
 
-    `complete`: everything is written and checked, and only the folder's name is missing.
+    An error that a second run would meet again removes what was written; any other leaves what such a run goes on from,
+    and says so in a note. `complete`: everything is written and checked, and only the folder's name is missing.
+    `finished`: a run before this one wrote all of it, `journal` is what it had, and nothing is to be done.
     """
 
     def __init__(
-        self, out: str | Path, shards: tuple[Shard, ...], fingerprint: str, overwrite: bool = False,
-        notes: Mapping[str, Any] | None = None,
+        self, out: str | Path, shards: tuple[Shard, ...], fingerprint: str, origin: Mapping[str, Any],
+        overwrite: bool = False, notes: Mapping[str, Any] | None = None, again: bool = True,
     ) -> None:  # fmt: skip
         """OutputError when OUT has something in it, cannot be written, or holds an unfinished other run.
 
-        `notes` stand in the journal's first line, for `head_of` to find when the run is taken up again.
+        `origin`: what the manifest says of where the weights came from, by which a finished folder is known. `notes` stand
+        in the journal's first line, for `head_of` to find when the run is taken up again. again: whether a second run
+        writes the same, so that it may go on from what a first one left.
         """
         if not str(out):
             raise OutputError("the name of the folder to write is empty; give one")
         self.out = Path(out).resolve()
-        self.complete = False
-        self.partial, self.notes = partial_of(self.out), dict(notes or {})
-        self.shards, self.overwrite = shards, overwrite
+        self.complete = self.finished = self._begun = self._told = False
+        self.partial, self.notes, self.origin = partial_of(self.out), dict(notes or {}), dict(origin)
+        self.shards, self.overwrite, self._again = shards, overwrite, again
         self.place = {name: shard for shard in shards for name in shard.spans}
         self.journal: dict[str, dict[str, Any]] = {}
         self._pending: list[dict[str, Any]] = []
@@ -58,11 +77,15 @@ class FolderWriter:
             raise OutputError(
                 f"{self.out} is a mount point, which cannot be put in place by rename; give a folder inside it"
             )
-        if self.out.exists() and not overwrite and any(self.out.iterdir()):
-            raise OutputError(
-                f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it"
-            )
         try:
+            if self.out.exists() and not overwrite and any(self.out.iterdir()):
+                self._take(self.out)
+                if not self.finished:
+                    raise TakenError(
+                        f"{self.out} is not empty; give another folder, or --overwrite (overwrite=True) to replace it"
+                    )
+                remove_replaced(self.out)
+                return
             self._begin(fingerprint)
         except OSError as error:
             raise self.cannot(error) from error
@@ -71,27 +94,35 @@ class FolderWriter:
         path = self.partial / JOURNAL
         if path.is_file():
             head, *entries = _readable(path) or [{}]
-            if head.get("fingerprint") == fingerprint:
+            if head.get("fingerprint") == fingerprint and self._again:
                 intact = {s.file for s in self.shards if _is_size(self.partial / s.file, s.file_bytes)}
                 for entry in entries:
                     if all(self.place[part].file in intact for part in entry["sha256"]):
                         self.journal[entry["tensor"]] = entry
+                self._begun = True
                 create(self.partial, self.shards)
                 self._write_journal(head)
                 return
-            if head and not self.overwrite:
-                raise OutputError(
+            if head and not self.overwrite and head.get("fingerprint") != fingerprint:
+                raise TakenError(
                     f"{self.partial} holds an unfinished run of another model, recipe or version; finish that one, "
                     "remove the folder, or pass --overwrite (overwrite=True)"
                 )
-        elif self.partial.exists() and not _ours(self.partial):
-            raise OutputError(
-                f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder"
-            )
+        elif self.partial.exists():
+            if not _ours(self.partial):
+                raise OutputError(
+                    f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder"
+                )
+            self._take(self.partial)
+            if self.finished:
+                self.complete = True
+                replace_folder(self.partial, self.out)
+                return
         if self.partial.exists():
             shutil.rmtree(self.partial)
         needed = sum(shard.file_bytes for shard in self.shards)
         self.partial.mkdir(parents=True)
+        self._begun = True
         free = shutil.disk_usage(self.partial).free
         if free < needed:
             self.discard()
@@ -100,6 +131,41 @@ class FolderWriter:
             )
         self._write_journal({"fingerprint": fingerprint, **self.notes})  # first of all: it says that the folder is ours
         create(self.partial, self.shards)
+
+    def _take(self, folder: Path) -> None:
+        """Be `finished` if `folder` is what this run would write."""
+        found = recorded(folder, self.shards, self.origin) if self._again else None
+        if found is not None:
+            self.journal, self.finished = found, True
+            _log.info(f"{self.out} is already done: the same model, recipe and version; every weight was read back")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave only what a second run goes on from, and say so."""
+        if error is None or self.finished or self._told:
+            return
+        system = os_error_of(error.__cause__ if isinstance(error, OutputError) else error)
+        if system is not None:
+            raise self.cannot(system) from error
+        if self.complete:
+            error.add_note(f"{self.partial} is whole, and the same command puts it in its place")
+        elif isinstance(error, LowbitError) or not self._worth_keeping():
+            self.discard()
+        else:
+            error.add_note(f"{self.partial} keeps what was done, and the same command goes on from it")
+
+    def _worth_keeping(self) -> bool:
+        """Whether a second run would find work that is done; what was written and not yet said is said now."""
+        with contextlib.suppress(OSError):
+            self.flush()
+        files = {shard.file for shard in self.shards} | {JOURNAL, _NEW_JOURNAL}
+        return bool(self.journal) or (
+            self.partial.is_dir() and any(p.name not in files for p in self.partial.iterdir())
+        )
 
     def _write_journal(self, head: dict[str, Any]) -> None:
         """The journal as a whole, put in its place by rename: a kill leaves the old one or the new one."""
@@ -168,32 +234,22 @@ class FolderWriter:
         self._pending, self._pending_bytes = [], 0
 
     def verify(self) -> None:
-        """Read every stored tensor back, one at a time and not by mapping, and compare. SourceError on a difference."""
+        """Read every stored tensor back and compare. SourceError on a difference."""
         self.flush()
-        expected = {part: digest for entry in self.journal.values() for part, digest in entry["sha256"].items()}
-        for shard in self.shards:
-            path = self.partial / shard.file
-            for part, entry in read_header(path).entries.items():
-                if hashlib.sha256(bytes_of(read_tensor(path, entry))).hexdigest() != expected.pop(part, None):
-                    raise SourceError(
-                        f"{path}: {part} reads back other than it was written; the disk or memory is failing"
-                    )
-        if expected:
-            raise SourceError(f"{self.partial}: {next(iter(expected))} was written and cannot be read back")
+        check_written(self.partial, self.shards, self.journal)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
+    def finish(self) -> None:
         """Write index and manifest, then give the folder its name."""
         try:
             self.flush()
             if len(self.shards) > 1:
                 (self.partial / INDEX).write_bytes(index_json(self.shards))
-            text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-            (self.partial / MANIFEST).write_text(text, "utf-8")
-            (self.partial / JOURNAL).unlink()
+            (self.partial / MANIFEST).write_text(manifest_text(self.origin, self.journal), "utf-8")
             for path in self.partial.iterdir():
                 sync(path)
-            sync(self.partial)
+            (self.partial / JOURNAL).unlink()  # from here on the manifest says what the folder is
             self.complete = True
+            sync(self.partial)
             replace_folder(self.partial, self.out)
         except OSError as error:
             raise self.cannot(error) from error
@@ -203,18 +259,20 @@ class FolderWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def cannot(self, error: OSError) -> OutputError:
-        """What to say of an error of the disk; a full one is freed of what was written."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        """What to say of an error of the system; what was done before it is kept, and where nothing was, nothing is."""
+        self._told = True
+        full, reason = error.errno in FULL, error.strerror or str(error)
+        what = f"the disk is full at {self.partial} ({reason})" if full else f"cannot write {self.partial}: {reason}"
+        remedy = "make room" if full else "check the path and its rights"
+        if self.complete:
+            return OutputError(f"{what}; it is whole: {remedy}, and the same command puts it in its place")
+        if self._begun and self._worth_keeping():
+            return OutputError(f"{what}; what was done is kept there: {remedy}, and the same command goes on from it")
+        if self._begun:
             self.discard()
-            return OutputError(
-                f"the disk is full at {self.partial}; what was written has been removed: make room and repeat"
-            )
-        return OutputError(f"cannot write {self.partial}: {error.strerror or error}; check the path and its rights")
-
-
-def partial_of(out: Path) -> Path:
-    """Where the folder `out` is made."""
-    return out.with_name(out.name + ".partial")
+        return OutputError(
+            f"{what}; nothing was kept: {remedy} and repeat" if self._begun or full else f"{what}; {remedy}"
+        )
 
 
 def head_of(out: str | Path) -> dict[str, Any]:
@@ -245,39 +303,3 @@ def _ours(partial: Path) -> bool:
 
 def _is_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def check_apart(model: Path, out: Path) -> None:
-    """OutputError when writing `out` would replace the model that is read."""
-    if model.exists() and out.resolve() in (model.resolve(), *model.resolve().parents):
-        raise OutputError(f"{out} holds the model that is read; give another name")
-
-
-def replace_folder(fresh: Path, out: Path) -> None:
-    """Give the finished folder `fresh` the name `out`. What was there is set aside as OUT.replaced, and removed last.
-
-    OutputError when something else has that name; what a killed run set aside is removed.
-    """
-    aside = out.with_name(out.name + ".replaced")
-    if aside.exists() and (aside / MANIFEST).is_file():
-        shutil.rmtree(aside)
-    replaced = out.exists()
-    if replaced:
-        if aside.exists():
-            raise OutputError(f"{aside} is in the way of replacing {out}; move it. The new model is in {fresh}")
-        os.rename(out, aside)
-    os.rename(fresh, out)
-    sync(out.parent)
-    if replaced:
-        shutil.rmtree(aside)
-
-
-def sync(path: Path) -> None:
-    """What is written of a file, or a name in a folder, reaches the disk; Windows can do neither from outside."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

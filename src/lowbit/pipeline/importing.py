@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import RecipeError, SourceError
 from lowbit.formats import Format
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized
@@ -50,7 +51,8 @@ def import_model(
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
     plan = import_plan(source, rest, max_shard_bytes)
-    report = write_folder(plan, source, out, overwrite=overwrite, solved=_results(plan, source, progress))
+    with claimed(out):
+        report = write_folder(plan, source, out, overwrite=overwrite, solved=_results(plan, source, progress))
     made = Quantized(plan, report, source)
     made.folder = Path(out)
     return made

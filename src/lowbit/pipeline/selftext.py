@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import TextError
+from lowbit.engine.chat_template import ChatTemplate
+from lowbit.errors import SourceError, TextError
 from lowbit.interchange.running import device_of, evaluating
 from lowbit.pipeline.kvcache import kv_cache
 
@@ -64,13 +65,13 @@ def opening_of(tokenizer: Any, config: Any = None, *, chat: bool = False) -> Ope
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
     """The text of a conversation by the tokenizer's chat template. TextError when it has none or refuses."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise TextError("chat was asked for, but the tokenizer has no chat template: leave chat out")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except Exception as error:  # a template is a program of the model's author
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TextError(f"the tokenizer's chat template refuses the messages: {reason}") from error
+        template = ChatTemplate.of(tokenizer)
+        if template is None:
+            raise TextError("chat was asked for, but the tokenizer has no chat template: leave chat out")
+        return template.render(messages, answer=add_generation_prompt)
+    except SourceError as error:
+        raise TextError(f"{error}: leave chat out") from error
 
 
 def write_windows(

@@ -19,6 +19,7 @@ errors shrink the weights together and the second order ends, it is 17 % too low
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -103,6 +104,9 @@ class Sensitivity:
             fresh.replace(path)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}; check the path and its rights") from None
+        finally:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
         return path
 
     @staticmethod

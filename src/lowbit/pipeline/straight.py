@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import ExportError, OutputError
+from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.exporters.target import Contents, Stored, Target, target_named
+from lowbit.interchange.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.calibration import SELF, load_calibration
-from lowbit.pipeline.exporting import Exported, check_free, check_kv, export, refuse
+from lowbit.pipeline.exporting import Exported, check_free, check_kv, refuse, written
 from lowbit.pipeline.folder_writer import MANIFEST, check_apart
 from lowbit.pipeline.layer_globs import globs_of, with_layers
+from lowbit.pipeline.places import TakenError
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
@@ -77,26 +80,55 @@ def quantized_as(
     out = Path(out)
     if isinstance(model, (str, Path)):
         check_apart(Path(model), out)
-    check_free(out, ready.target, overwrite)
     folder = work_folder(out) if keep is None else Path(keep)
+    if folder.resolve() == out.resolve():
+        raise OutputError(f"--keep and --out (keep and out) both name {out}; give two names")
     if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
         raise OutputError(f"{folder} is in the way and not of lowbit; move it, or give another name than {out}")
     text: dict[str, Any] = {}
+    if isinstance(options.get("calibration"), Iterator):
+        options["calibration"] = list(options["calibration"])  # it may be read twice
     if ready.kv is not None:
-        if isinstance(options.get("calibration"), Iterator):
-            options["calibration"] = list(options["calibration"])  # it is read twice
         text = {name: options[name] for name in _TEXT if name in options}
         if not ready.recipe.uses_calibration:
             options = {name: value for name, value in options.items() if name not in _TEXT}
             if text.get("calibration") is not None and not _is_self(text["calibration"]):
                 # A text that cannot be used is better known now than after the work.
                 load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
-    made = quantize(model, ready.recipe, folder, overwrite=overwrite or keep is None, tokenizer=tokenizer, **options)
+    with claimed(out):
+        check_free(out, ready.target, overwrite, contents_of(ready.plan, open_source(model, tokenizer=tokenizer)))
+        options |= {"tokenizer": tokenizer}
+        try:
+            made = quantize(model, ready.recipe, folder, overwrite=overwrite and keep is not None, **options)
+        except TakenError:
+            if keep is not None:
+                raise
+            made = quantize(model, ready.recipe, folder, overwrite=True, **options)  # of another run that was killed
+        try:
+            yield made, _exported(ready, folder, out, text, overwrite)
+        except BaseException as error:
+            if any(note.startswith(str(folder)) for note in getattr(error, "__notes__", ())):
+                keep = folder
+            raise
+        finally:
+            if keep is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], overwrite: bool) -> Exported:
+    """The folder of lowbit that stands between, exported. An error that mending the place mends notes that it is kept."""
     try:
-        yield made, export(folder, ready.target.name, out, overwrite=overwrite, kv=ready.kv, **text)
-    finally:
-        if keep is None:
-            shutil.rmtree(folder, ignore_errors=True)
+        packed = LowbitFolder(folder)
+        refuse(
+            ready.target,
+            ready.target.check(packed.contents) or ready.target.check_tokenizer(packed.tokenizer(), packed.contents),
+        )
+        given = {"calibration": None, "samples": None, "length": None, "chat": False} | text
+        return written(ready.target, packed, out, ready.kv, given, overwrite)
+    except BaseException as error:
+        if not isinstance(error, LowbitError) or type(error) is OutputError:
+            error.add_note(f"{folder} is done, and the same command goes on from it")
+        raise
 
 
 def _is_self(calibration: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
+from lowbit.interchange.claim import claimed
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.allocation import Allocation
 from lowbit.pipeline.budget import allocation
@@ -55,6 +57,14 @@ def _sensitivity(
 ) -> Sensitivity:  # fmt: skip
     if isinstance(given, Sensitivity):
         return given
+    with nullcontext() if given is None else claimed(given):
+        return _measured_or_read(source, given, calibration, samples, length, chat, candidates, progress)
+
+
+def _measured_or_read(
+    source: Source, given: str | Path | None, calibration: Any, samples: int, length: int, chat: bool,
+    candidates: tuple[str, ...], progress: Progress | None,
+) -> Sensitivity:  # fmt: skip
     known = Sensitivity.load(given) if given is not None and Path(given).exists() else None
     if known is not None and (calibration is None or calibration == SELF):
         return _same(known, given, candidates, None)
