@@ -21,6 +21,7 @@ class Family:
     qkv, gate_up    the weights that read one input, or the one that holds them stacked
     norms           our name -> the tensor; those that are absent are not there
     plus_one        norms multiply by 1 + weight
+    partial         `partial_rotary_factor` says how much of a head turns; other families turn all of it whatever it says
     values          config -> values of `Shape` that are not those of Llama
     refuses         config -> why a model of this type is not what the engine computes, or None
     """
@@ -39,6 +40,7 @@ class Family:
         }
     )
     plus_one: bool = False
+    partial: bool = False
     values: Callable[[Config], dict[str, Any]] = lambda config: {}
     refuses: Callable[[Config], str | None] = lambda config: None
 
@@ -83,6 +85,7 @@ GEMMA2 = replace(
 PHI3 = replace(
     LLAMA,
     types=("phi3",),
+    partial=True,
     qkv=("model.layers.{i}.self_attn.qkv_proj",),
     gate_up=("model.layers.{i}.mlp.gate_up_proj",),
 )

@@ -30,7 +30,7 @@ class Rotation:
 class Shape:
     """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none.
 
-    short_positions: sequences longer than this have other rotations, 0 where all have the same.
+    short_positions: texts longer than this have other rotations, from their first token on; 0 where all have the same.
     """
 
     family: Family
@@ -54,6 +54,10 @@ class Shape:
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
+
+    def is_long(self, length: int) -> bool:
+        """Whether a text of so many tokens has the rotations of long ones."""
+        return bool(self.short_positions) and length > self.short_positions
 
     def products(self, tokens: int, logits: int) -> int:
         """Multiply-adds with weights when so many tokens are read and so many of them give logits."""
@@ -150,8 +154,8 @@ def _rotations(
 
 def _rotation(config: Config, rope: Mapping[str, Any], head_dim: int, positions: int) -> Rotation:
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    width = int(head_dim * partial)
+    share = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    width = int(head_dim * share) if FAMILIES[str(config["model_type"])].partial else head_dim
     frequency = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind not in _SCALINGS:
