@@ -138,7 +138,7 @@ class Runner:
     ) -> None:
         """The same after any token of the pieces, counted through, into `rows` float32 [len(wanted), vocabulary]."""
         lengths = [first + len(ids) for _, ids, first in pieces] if lengths is None else lengths
-        owners = np.repeat(np.arange(len(pieces)), [len(ids) for _, ids, _ in pieces])
+        owners: Any = np.repeat(np.arange(len(pieces)), [len(ids) for _, ids, _ in pieces])
         for long in (False, True):
             chosen = [i for i, length in enumerate(lengths) if self.shape.is_long(length) == long]
             if len(chosen) == len(pieces):
