@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.engine.config_facts import FACTS
 from lowbit.engine.families import FAMILIES, Config, Family
 from lowbit.errors import EngineError
 
@@ -75,7 +76,7 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
-    reason = family.refuses(config)
+    reason = FACTS[str(kind)].refusal(config, "it") or _shared(config, family)
     if reason is not None:
         raise EngineError(f"the engine cannot run this {kind} model: {reason}")
     layers, width, heads = (int(config[k]) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
@@ -107,6 +108,15 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
         window=tuple(_window(config, kind) for kind in kinds),
         **{"attention_scale": head_dim**-0.5, **family.values(config)},
     )
+
+
+def _shared(config: Config, family: Family) -> str | None:
+    """Why a share of each head, that is to turn, cannot be had: only some families' models obey it, others break on it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if family.partial or share == 1.0 or str(rope.get("rope_type") or rope.get("type") or "default") == "default":
+        return None
+    return f"partial_rotary_factor={share} with scaled positions, for which transformers' model has no code"
 
 
 def _short_positions(config: Config) -> int:

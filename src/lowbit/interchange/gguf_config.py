@@ -155,7 +155,9 @@ def _rope(reading: _Reading) -> None:
     if not hasattr(config, "rope_parameters"):
         odd = [key for key in facts if key.startswith("rope.scaling.")] + list(reading.factors)
         if odd:
-            raise reading.refuse(odd[0], facts.get(odd[0]), f"is of rotary positions, which {config.model_type} has not")
+            raise reading.refuse(
+                odd[0], facts.get(odd[0]), f"is of rotary positions, which {config.model_type} has not"
+            )
         return
     if config.model_type == "gpt_oss" and "rope.scaling.type" not in facts:
         return
