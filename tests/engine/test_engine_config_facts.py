@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import transformers
-from config_changes import changes
 from engine_models import apart, build_model, reference, tokens
 
+from config_changes import changes
 from lowbit import Engine
 from lowbit.engine.config_facts import FACTS
 from lowbit.engine.families import FAMILIES

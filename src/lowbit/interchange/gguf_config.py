@@ -164,7 +164,7 @@ def _rope(reading: _Reading) -> None:
     context = int(config.max_position_embeddings)
     rope = gguf_rope.rope_parameters(facts, reading.factors, context, reading.where)
     count = facts.get("rope.dimension_count")
-    if count is not None and count != reading.head_size and "head_dim" not in reading.changes | facts:
+    if count is not None and count != reading.head_size and "head_dim" not in {*reading.changes, *facts}:
         if config.model_type not in _PARTIAL or not 0 < count <= reading.head_size:
             raise reading.refuse("rope.dimension_count", count, f"is not the {reading.head_size} channels of a head")
         rope["partial_rotary_factor"] = count / reading.head_size
