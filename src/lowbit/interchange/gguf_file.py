@@ -23,6 +23,7 @@ from lowbit.interchange.gguf_parts import read_gguf
 from lowbit.interchange.gguf_rope import FACTOR_TENSORS
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
@@ -132,7 +133,7 @@ class GgufSource(Source):
 
         tokenizer = self.tokenizer()
         try:
-            tokenizer.save_pretrained(out)
+            write_tokenizer(tokenizer, out)
             ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             GenerationConfig(**ids).save_pretrained(out)
         except OSError as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.older_readers import write_config
 from lowbit.interchange.safetensors_writer import Shard, shards_of
 from lowbit.interchange.source import Source, one_line, open_source
 from lowbit.pipeline.driver import Progress
@@ -71,7 +72,7 @@ def dequantize_model(
         config = copy.deepcopy(source.config)
         config.dtype = wanted
         config.architectures = config.architectures or [source.inventory.model_class]
-        config.save_pretrained(writer.partial)
+        write_config(config, writer.partial)
         facts = list(writer.journal.values())
         writer.finish(_manifest(source, wanted, writer))
     except LowbitError:

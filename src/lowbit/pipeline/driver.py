@@ -15,6 +15,7 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.interchange import older_readers
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
@@ -231,7 +232,7 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     config.quantization_config = quantization_config(plan)
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
-    config.save_pretrained(folder)
+    older_readers.write_config(config, folder)
 
 
 def _manifest(
