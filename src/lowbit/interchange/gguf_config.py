@@ -130,7 +130,13 @@ def _attention_scale(reading: _Reading, value: Any) -> None:
         raise reading.refuse("attention.scale", value)
 
 
+def _key_heads(reading: _Reading, value: Any) -> None:
+    if not hasattr(reading.config, "num_key_value_heads") and value != reading.facts.get("attention.head_count"):
+        raise reading.refuse("attention.head_count_kv", value, "differs from the number of heads")
+
+
 _KEYS: Mapping[str, Callable[[_Reading, Any], None]] = {
+    "attention.head_count_kv": _key_heads,
     "attention.key_length": _head_size,
     "attention.value_length": _value_size,
     "attention.scale": _attention_scale,
@@ -241,7 +247,13 @@ def _gemma(large: int) -> Callable[[_Reading], None]:
     return take
 
 
-_FINISH: Mapping[str, Callable[[_Reading], None]] = {"gemma2": _gemma(46), "gemma3_text": _gemma(62)}
+def _gpt2(reading: _Reading) -> None:
+    facts = reading.facts
+    reading.changes["n_positions"] = facts.get("context_length", reading.config.n_positions)
+    reading.changes["n_inner"] = facts.get("feed_forward_length")
+
+
+_FINISH: Mapping[str, Callable[[_Reading], None]] = {"gemma2": _gemma(46), "gemma3_text": _gemma(62), "gpt2": _gpt2}
 
 
 def _changed(reading: _Reading) -> PretrainedConfig:
