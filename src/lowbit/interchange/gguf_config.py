@@ -76,10 +76,13 @@ def completed(
     if is_gguf_arch_supported(header.architecture):
         return config, frozenset()  # transformers' newer tables are whole
     reading = _Reading(where, config, facts, frozenset(header.tensors), {name: values(name) for name in names})
-    for key, value in facts.items():
-        _read_key(reading, header.architecture, key, value)
-    for finish in (_rope, _window, _biases, _FINISH.get(config.model_type, lambda reading: None)):
-        finish(reading)
+    try:
+        for key, value in facts.items():
+            _read_key(reading, header.architecture, key, value)
+        for finish in (_rope, _window, _biases, _tokens, _FINISH.get(config.model_type, lambda reading: None)):
+            finish(reading)
+    except (TypeError, ValueError, ArithmeticError) as error:  # a word for a number, and their like
+        raise SourceError(f"{where}: its metadata make no model ({one_line(error)}); download it again") from error
     return _changed(reading), frozenset(names)
 
 
@@ -135,10 +138,24 @@ def _key_heads(reading: _Reading, value: Any) -> None:
         raise reading.refuse("attention.head_count_kv", value, "differs from the number of heads")
 
 
+def _same_as(key: str, other: str) -> Callable[[_Reading, Any], None]:
+    """Of layers with a window: these models have one size for all."""
+
+    def take(reading: _Reading, value: Any) -> None:
+        if value != reading.facts.get(other, reading.head_size):
+            raise reading.refuse(key, value, "is not that of the other layers")
+
+    return take
+
+
 _KEYS: Mapping[str, Callable[[_Reading, Any], None]] = {
     "attention.head_count_kv": _key_heads,
     "attention.key_length": _head_size,
     "attention.value_length": _value_size,
+    **{
+        key: _same_as(key, key.removesuffix("_swa"))
+        for key in ("rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa")
+    },
     "attention.scale": _attention_scale,
     "attn_logit_softcapping": _one_of("attn_logit_softcapping"),
     "final_logit_softcapping": _one_of("final_logit_softcapping"),
@@ -151,7 +168,6 @@ _KEYS: Mapping[str, Callable[[_Reading, Any], None]] = {
 # Keys that the steps below look at.
 _LATER = frozenset({
     "rope.dimension_count", "rope.freq_base_swa", "attention.sliding_window", "attention.sliding_window_pattern",
-    "rope.dimension_count_swa", "attention.key_length_swa", "attention.value_length_swa",
 })  # fmt: skip
 
 
@@ -230,9 +246,18 @@ def _biases(reading: _Reading) -> None:
     for name, leaves in (
         ("attention_bias", ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv")),
         ("mlp_bias", ("ffn_gate", "ffn_up", "ffn_down")),
+        ("qkv_bias", ("attn_q", "attn_k", "attn_v")),
     ):
         if hasattr(reading.config, name):
             reading.changes[name] = any(f"blk.0.{leaf}.bias" in reading.tensors for leaf in leaves)
+
+
+def _tokens(reading: _Reading) -> None:
+    """A special token of the class's own that the vocabulary has not is none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = reading.get(name)
+        if isinstance(token, int) and token >= reading.config.vocab_size:
+            reading.changes[name] = None
 
 
 def _gemma(large: int) -> Callable[[_Reading], None]:

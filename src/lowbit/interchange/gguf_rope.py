@@ -36,6 +36,9 @@ def rope_parameters(facts: Mapping[str, Any], factors: Mapping[str, Tensor], con
     factor = float(said.get("factor") or facts.get("rope.scale_linear") or 1.0)
     kind = str(said.get("type") or "linear")
     rope: Rope = {"rope_theta": float(facts.get("rope.freq_base", 10000.0))}
+    for name, number in (("rope.freq_base", rope["rope_theta"]), ("rope.scaling.factor", factor)):
+        if not (math.isfinite(number) and number > 0):
+            raise _unknown(where, name, number)
     for key, value in _NEUTRAL.items():
         if float(said.get(key, value)) not in (value, -1.0):  # -1: not set
             raise _unknown(where, f"rope.scaling.{key}", said[key])
