@@ -211,7 +211,7 @@ def describe(family: Family, writer: GGUFWriter, whole: PretrainedConfig) -> Non
     family.describe(writer, config)
 
 
-_WINDOWED = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+_WINDOWED = ("mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")  # phi3's is read and not obeyed
 
 
 def _context(config: Any) -> int:
