@@ -60,10 +60,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build_model(name: str, seed: int = 0) -> Any:
-    """The model `name`, its weights random, its norms near one, its biases not zero."""
+def build_model(name: str, seed: int = 0, **changed: Any) -> Any:
+    """The model `name`, its weights random, its norms near one, its biases not zero. changed: fields of its config."""
     kind, values = MODELS[name]
-    values = {**_BASE, **values}
+    values = {**_BASE, **values, **changed}
     if kind in ("Phi3", "Qwen2", "Granite", "SmolLM3"):  # heads are hidden / heads wide there
         values["hidden_size"] = values["num_attention_heads"] * values.pop("head_dim") // (2 if kind == "Phi3" else 1)
     architecture = {"Gemma3Text": "Gemma3"}.get(kind, kind) + "ForCausalLM"

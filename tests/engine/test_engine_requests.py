@@ -166,7 +166,11 @@ def test_a_stop_string_in_what_was_held_back_is_the_reason() -> None:
     core = SimpleNamespace(sample=lambda *rest: next(picks))
     sequence = Running(0, [65], TokenText(decode, ["a\ufffd"]), 2)
     batch = Batch(
-        core, lambda memory, pieces, wanted: [None] * len(wanted), SimpleNamespace(sequences=1), Sampling(), frozenset()
+        core,
+        lambda memory, pieces, wanted, lengths: [None] * len(wanted),
+        SimpleNamespace(sequences=1),
+        Sampling(),
+        frozenset(),
     )
     pieces = [piece for _, piece in batch.run([sequence])]
     assert sequence.result().text == "".join(pieces) == "" and sequence.reason == "stop"

@@ -86,7 +86,7 @@ def llama(path: Path, kind: Type, extra: bool = False) -> dict[str, torch.Tensor
         tensors.add(f"blk.0.ffn_{name}.weight", *shape, kind=kind)
         want[f"model.layers.0.mlp.{name}_proj.weight"] = tensors.seen[f"blk.0.ffn_{name}.weight"]
     if extra:
-        tensors.add("rope_freqs.weight", 8)
+        tensors.add("rope_freqs.weight", values=np.linspace(1, 5, 8, dtype=np.float32))
     want["model.layers.0.self_attn.v_proj.weight"] = tensors.seen["blk.0.attn_v.weight"]
     want["model.layers.0.self_attn.o_proj.weight"] = tensors.seen["blk.0.attn_output.weight"]
     want["model.embed_tokens.weight"] = tensors.seen["token_embd.weight"]
@@ -120,7 +120,8 @@ def test_llama_is_renamed_unpermuted_and_unpacked(kind: Type, tmp_path: Path) ->
             )
     assert source.storage == f"gguf, {kind.name}"
     assert source.inventory.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    assert source.dropped == ("rope_freqs.weight",) and source.extra == ()
+    assert source.dropped == () and source.extra == ()
+    assert source.config.rope_parameters["long_factor"] == pytest.approx(np.linspace(1, 5, 8))
     assert source.config.architectures == ["LlamaForCausalLM"]
 
 

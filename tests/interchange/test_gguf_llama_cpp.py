@@ -54,6 +54,31 @@ def test_every_family_is_computed_alike_in_float32(room: Path, name: str) -> Non
     assert apart(room / f"{name}-q", made.path) < NEAR.get(name, 1e-4)
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+FACTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "yarn": ("Llama", {"rope_parameters": _YARN}),
+    "yarn-magnitude": ("Llama", {"rope_parameters": {**_YARN, "attention_factor": 0.6}}),
+    "yarn-mscale": ("Qwen2", {"rope_parameters": {**_YARN, "mscale": 0.5, "mscale_all_dim": 0.9}}),
+    "odd-llama3": ("Llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 3.3, "low_freq_factor": 0.7, "high_freq_factor": 9.0,
+        "original_max_position_embeddings": 50}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_facts_of_the_config_mean_the_same_to_llama_cpp(room: Path, name: str) -> None:
+    """Scaled positions and biases, with everything but one faint matrix in float32."""
+    kind, values = FACTS[name]
+    config = getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"], **(_ROPE | values))
+    faint = faint_of("llama")
+    save_model(config, room / name, spread=0.3, faint=faint)
+    lowbit.quantize(room / name, f"q8_0,embed=keep,*=keep,{faint}=q8_0", room / f"{name}-q")
+    made = lowbit.export(room / f"{name}-q", "gguf")
+    assert apart(room / f"{name}-q", made.path) < 1e-4
+
+
 def wide(room: Path) -> Path:
     if not (room / "wide").exists():
         sizes: dict[str, Any] = _ROPE | {"hidden_size": 256, "intermediate_size": 512}

@@ -17,7 +17,7 @@ CHUNK = 512  # tokens of prompts in one forward
 
 @dataclass(eq=False)
 class Running:
-    """One sequence. ids: all its tokens; done: how many of them have keys and values."""
+    """One sequence. ids: all its tokens; done: how many of them have keys and values, which are those of a long text or not."""
 
     index: int
     ids: list[int]
@@ -27,6 +27,7 @@ class Running:
     seen: Any = None  # uint8 [vocabulary], for the repetition penalty
     slot: int = -1
     done: int = 0
+    long: bool = False
     prompt: int = 0
     reason: str = ""
     first: float = 0.0
@@ -40,25 +41,38 @@ class Running:
     def generated(self) -> int:
         return len(self.ids) - self.prompt
 
+    def become(self, long: bool) -> None:
+        """A text that grew into a long one has other rotations from its first token on: all of it is read again."""
+        self.done = self.done if long == self.long else 0
+        self.long = long
+
     def result(self) -> Generated:
         """What came of it so far."""
         first, last = (t - self.started if t else 0.0 for t in (self.first, self.last))
         return Generated(self.text.text, self.ids[self.prompt :], self.prompt, self.reason, first, last)
 
 
-Forward = Callable[[Any, Sequence[tuple[int, Sequence[int], int]], Sequence[int]], Any]
+Forward = Callable[[Any, Sequence[tuple[int, Sequence[int], int]], Sequence[int], Sequence[int]], Any]
 
 
 class Batch:
     """Runs sequences until each has ended. At most as many at a time as the memory has places; others wait.
 
-    forward(memory, [(place, ids, position), ...], wanted) -> float32 [len(wanted), vocabulary]: the logits after the last
-    token of those pieces that are wanted.
+    forward(memory, [(place, ids, position), ...], wanted, lengths) -> float32 [len(wanted), vocabulary]: the logits after
+    the last token of those pieces that are wanted; lengths are those of the texts. is_long: see `Shape`.
     """
 
-    def __init__(self, core: Any, forward: Forward, memory: Any, sampling: Sampling, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        core: Any,
+        forward: Forward,
+        memory: Any,
+        sampling: Sampling,
+        eos: frozenset[int],
+        is_long: Callable[[int], bool] = lambda length: False,
+    ) -> None:
         self._core, self._forward, self._memory = core, forward, memory
-        self._sampling, self._eos = sampling, eos
+        self._sampling, self._eos, self._is_long = sampling, eos, is_long
 
     def run(self, sequences: Sequence[Running]) -> Iterator[tuple[Running, str]]:
         """(sequence, new text) as it comes; a sequence has ended when it has a reason."""
@@ -77,6 +91,8 @@ class Batch:
     def _step(self, active: Sequence[Running]) -> list[tuple[Running, Any]]:
         """One forward; the sequences whose tokens it finished, and their logits."""
         left, pieces = CHUNK, list[tuple[Running, int]]()
+        for sequence in active:
+            sequence.become(self._is_long(len(sequence.ids)))
         # Decoding first: each takes one token, and nobody waits for another's prompt longer than a chunk.
         for sequence in sorted(active, key=lambda s: (len(s.ids) - s.done > 1, s.index)):
             count = min(len(sequence.ids) - sequence.done, max(left, 0))
@@ -87,7 +103,7 @@ class Batch:
                 left -= count
         given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in pieces]
         wanted = [i for i, (s, n) in enumerate(pieces) if s.done + n == len(s.ids)]
-        logits = self._forward(self._memory, given, wanted)
+        logits = self._forward(self._memory, given, wanted, [len(s.ids) for s, _ in pieces])
         for sequence, count in pieces:
             sequence.done += count
         return [(pieces[i][0], logits[row]) for row, i in enumerate(wanted)]

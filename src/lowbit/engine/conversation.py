@@ -71,19 +71,21 @@ class KeptConversation(Conversation):
         self._engine, self._sampling = engine, sampling
         self._memory: Memory | None = None
         self._known: list[int] = []  # the tokens that have keys and values
+        self._long = False  # which are those of a long text
         self.read = 0
 
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
         limit = _room_for(limit, ids, self._engine.shape.positions)
         memory = self._room(len(ids) + limit)
         running = self._engine.running(0, ids, limit, stop, self._sampling)
-        running.done = _shared(self._known, ids[:-1])  # the last is read in any case, for its logits
+        running.done, running.long = _shared(self._known, ids[:-1]), self._long  # the last is read for its logits
+        running.become(self._engine.shape.is_long(len(ids)))
         self.read = len(ids) - running.done
         try:
             for piece in self._engine.continued(running, memory, self._sampling):
                 show(piece)
         finally:
-            self._known = running.ids[: running.done]
+            self._known, self._long = running.ids[: running.done], running.long
         return running.result()
 
     def _room(self, positions: int) -> Memory:

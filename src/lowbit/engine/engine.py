@@ -14,7 +14,7 @@ from lowbit.engine.batch import CHUNK, Batch, Running, marks
 from lowbit.engine.conversation import KeptConversation
 from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
 from lowbit.engine.results import Generated, OnText, Prompt, Sampling
-from lowbit.engine.runner import Description, Memory, Piece, Runner
+from lowbit.engine.runner import Description, Lengths, Memory, Piece, Runner
 from lowbit.engine.shape import Shape
 from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import TextTokenizer
@@ -150,20 +150,23 @@ class Engine:
         rows: Any = np.empty((len(given), self.shape.vocabulary), dtype=np.float32)
         for first in range(0, len(given), chunk):
             part = given[first : first + chunk]
-            self._runner.forward_tokens(memory, [(0, part, first)], range(len(part)), rows[first : first + len(part)])
+            here = rows[first : first + len(part)]
+            self._runner.forward_tokens(memory, [(0, part, first)], range(len(part)), here, [len(given)])
         return torch.from_numpy(rows)
 
     def memory(self, sequences: int, positions: int) -> Memory:
         """Memory for keys and values of `sequences` of at most `positions` tokens. EngineError where they cannot be had."""
         return self._runner.memory(sequences, positions)
 
-    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int]) -> Any:
+    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], lengths: Lengths = None) -> Any:
         """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
 
         pieces: (place in the memory, token ids, position of the first), one for each sequence; positions go on from what
-        the memory holds of that place. The result stands until the next forward with this memory; copy what is to last.
+        the memory holds of that place. lengths: how long the text of each piece is, its end where None: with LongRoPE a text
+        that grows beyond the original positions is to be read again from its first token. The result stands until the next
+        forward with this memory; copy what is to last.
         """
-        return self._runner.forward(memory, pieces, wanted)
+        return self._runner.forward(memory, pieces, wanted, lengths)
 
     def conversation(self, system: str | None = None, **sampling: Any) -> KeptConversation:
         """A conversation with this model. system: what it is told first; the rest are the fields of `Sampling`."""
@@ -172,7 +175,7 @@ class Engine:
     def continued(self, running: Running, memory: Memory, sampling: Sampling) -> Iterator[str]:
         """Go on with one sequence whose keys and values are in place 0 of `memory` up to `running.done`."""
         running.slot = 0
-        for _, piece in Batch(self._runner.core, self.forward, memory, sampling, self._eos).run([running]):
+        for _, piece in self._on(memory, sampling).run([running]):
             if piece:
                 yield piece
 
@@ -194,4 +197,7 @@ class Engine:
 
     def _batch(self, running: Sequence[Running], sampling: Sampling, batch: int) -> Batch:
         memory = self.memory(min(batch, len(running)), max(len(r.ids) + r.limit for r in running))
-        return Batch(self._runner.core, self.forward, memory, sampling, self._eos)
+        return self._on(memory, sampling)
+
+    def _on(self, memory: Memory, sampling: Sampling) -> Batch:
+        return Batch(self._runner.core, self.forward, memory, sampling, self._eos, self.shape.is_long)

@@ -1,7 +1,7 @@
 """What the engine must know of a family: names of tensors, and numbers that follow from the config.
 
 The config is the JSON object that transformers writes, so that nothing of transformers needs to be imported. To add a
-family: one `Family` here and its tiny config in the tests, which hold the logits against transformers.
+family: one `Family` here, what it does with each field of its config in `config_facts.py`, and its tiny config in the tests, which hold the logits against transformers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Family:
     qkv, gate_up    the weights that read one input, or the one that holds them stacked
     norms           our name -> the tensor; those that are absent are not there
     plus_one        norms multiply by 1 + weight
+    partial         `partial_rotary_factor` says how much of a head turns; other families turn all of it whatever it says
     values          config -> values of `Shape` that are not those of Llama
-    refuses         config -> why a model of this type is not what the engine computes, or None
     """
 
     types: tuple[str, ...]
@@ -39,21 +39,24 @@ class Family:
         }
     )
     plus_one: bool = False
+    partial: bool = False
     values: Callable[[Config], dict[str, Any]] = lambda config: {}
-    refuses: Callable[[Config], str | None] = lambda config: None
 
 
 def _gemma(config: Config) -> dict[str, Any]:
     return {"embedding_scale": math.sqrt(config["hidden_size"])}
 
 
-def _gemma2(config: Config) -> dict[str, Any]:
+def _gemma3(config: Config) -> dict[str, Any]:
     return {
         **_gemma(config),
         "attention_scale": config["query_pre_attn_scalar"] ** -0.5,
-        "attention_soft_cap": config.get("attn_logit_softcapping") or 0.0,
         "logit_soft_cap": config.get("final_logit_softcapping") or 0.0,
     }
+
+
+def _gemma2(config: Config) -> dict[str, Any]:
+    return {**_gemma3(config), "attention_soft_cap": config.get("attn_logit_softcapping") or 0.0}
 
 
 def _granite(config: Config) -> dict[str, Any]:
@@ -70,7 +73,7 @@ GRANITE = replace(LLAMA, types=("granite",), values=_granite)
 GEMMA = replace(LLAMA, types=("gemma",), plus_one=True, values=_gemma)
 GEMMA2 = replace(
     GEMMA,
-    types=("gemma2", "gemma3_text"),
+    types=("gemma2",),
     norms={
         **LLAMA.norms,
         "mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
@@ -78,15 +81,16 @@ GEMMA2 = replace(
         "mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
     },
     values=_gemma2,
-    refuses=lambda config: "its attention looks both ways" if config.get("use_bidirectional_attention") else None,
 )
+GEMMA3 = replace(GEMMA2, types=("gemma3_text",), values=_gemma3)
 PHI3 = replace(
     LLAMA,
     types=("phi3",),
+    partial=True,
     qkv=("model.layers.{i}.self_attn.qkv_proj",),
     gate_up=("model.layers.{i}.mlp.gate_up_proj",),
 )
 
 FAMILIES: Mapping[str, Family] = {
-    kind: family for family in (LLAMA, GRANITE, GEMMA, GEMMA2, PHI3) for kind in family.types
+    kind: family for family in (LLAMA, GRANITE, GEMMA, GEMMA2, GEMMA3, PHI3) for kind in family.types
 }

@@ -25,6 +25,9 @@ MOST_THREADS = 1024
 Piece = tuple[int, Sequence[int], int]
 """Tokens of one sequence: its place in the memory, their ids, the position of the first."""
 
+Lengths = Sequence[int] | None
+"""Of each piece how long the text is that it belongs to; None where each ends with its piece."""
+
 
 @dataclass(eq=False)
 class Memory:
@@ -127,32 +130,48 @@ class Runner:
             raise EngineError(
                 f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
             )
-        decoder = self._decoder(positions)
         try:
-            return Memory(self.core.Cache(decoder, sequences, positions, self._cache == "int8"), positions)
+            return Memory(self.core.Cache(self._decoder(1), sequences, positions, self._cache == "int8"), positions)
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
                 "cache='int8'"
             ) from None
 
-    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int]) -> Any:
+    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], lengths: Lengths = None) -> Any:
         """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
 
         They stand until the next forward with this memory.
         """
         ends = np.cumsum([len(ids) for _, ids, _ in pieces]) - 1
         rows = memory.logits(len(wanted), self.shape.vocabulary)
-        self.forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows)
+        self.forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows, lengths)
         return rows
 
-    def forward_tokens(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], rows: Any) -> None:
+    def forward_tokens(
+        self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], rows: Any, lengths: Lengths = None
+    ) -> None:
         """The same after any token of the pieces, counted through, into `rows` float32 [len(wanted), vocabulary]."""
+        lengths = [first + len(ids) for _, ids, first in pieces] if lengths is None else lengths
+        owners: Any = np.repeat(np.arange(len(pieces)), [len(ids) for _, ids, _ in pieces])
+        for long in (False, True):
+            chosen = [i for i, length in enumerate(lengths) if self.shape.is_long(length) == long]
+            if len(chosen) == len(pieces):
+                self._run(long, memory, pieces, wanted, rows)
+            elif chosen:
+                tokens = np.flatnonzero(np.isin(owners, chosen))
+                here = [i for i, token in enumerate(wanted) if owners[token] in chosen]
+                part: Any = np.empty((len(here), rows.shape[1]), dtype=np.float32)
+                ours = np.searchsorted(tokens, [wanted[i] for i in here])
+                self._run(long, memory, [pieces[i] for i in chosen], ours, part)
+                rows[here] = part
+
+    def _run(self, long: bool, memory: Memory, pieces: Sequence[Piece], wanted: Any, rows: Any) -> None:
         ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in pieces])
         place = np.concatenate([np.full(len(part), at, dtype=np.int32) for at, part, _ in pieces])
         position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
-        decoder = self._decoder(memory.positions)
         with self._process().lock:
+            decoder = self._decoder(self.shape.short_positions + 1 if long else 1)
             decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
 
     def _process(self) -> _Process:
@@ -161,9 +180,8 @@ class Runner:
         return found or self._processes.setdefault(os.getpid(), _Process(self.core, self._threads))
 
     def _decoder(self, positions: int) -> Any:
-        """The decoder for sequences up to `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
-        long = bool(self.shape.short_positions) and positions > self.shape.short_positions
-        process = self._process()
+        """The decoder for texts of `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
+        long, process = self.shape.is_long(positions), self._process()
         if long not in process.decoders:
             rotations = shape_of(self._config, positions).rotations
             process.decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), process.pool, self._isa)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.engine.config_facts import FACTS
 from lowbit.engine.families import FAMILIES, Config, Family
 from lowbit.errors import EngineError
 
@@ -30,7 +31,7 @@ class Rotation:
 class Shape:
     """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none.
 
-    short_positions: sequences longer than this have other rotations, 0 where all have the same.
+    short_positions: texts longer than this have other rotations, from their first token on; 0 where all have the same.
     """
 
     family: Family
@@ -55,6 +56,10 @@ class Shape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
 
+    def is_long(self, length: int) -> bool:
+        """Whether a text of so many tokens has the rotations of long ones."""
+        return bool(self.short_positions) and length > self.short_positions
+
     def products(self, tokens: int, logits: int) -> int:
         """Multiply-adds with weights when so many tokens are read and so many of them give logits."""
         heads = (2 * self.heads + 2 * self.key_heads) * self.head_dim * self.width
@@ -71,7 +76,7 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
     family = FAMILIES.get(str(kind))
     if family is None:
         raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
-    reason = family.refuses(config)
+    reason = FACTS[str(kind)].refusal(config, "it") or _shared(config, family)
     if reason is not None:
         raise EngineError(f"the engine cannot run this {kind} model: {reason}")
     layers, width, heads = (int(config[k]) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
@@ -103,6 +108,15 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
         window=tuple(_window(config, kind) for kind in kinds),
         **{"attention_scale": head_dim**-0.5, **family.values(config)},
     )
+
+
+def _shared(config: Config, family: Family) -> str | None:
+    """Why a share of each head, that is to turn, cannot be had: only some families' models obey it, others break on it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    if family.partial or share == 1.0 or str(rope.get("rope_type") or rope.get("type") or "default") == "default":
+        return None
+    return f"partial_rotary_factor={share} with scaled positions, for which transformers' model has no code"
 
 
 def _short_positions(config: Config) -> int:
@@ -150,8 +164,8 @@ def _rotations(
 
 def _rotation(config: Config, rope: Mapping[str, Any], head_dim: int, positions: int) -> Rotation:
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    width = int(head_dim * partial)
+    share = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    width = int(head_dim * share) if FAMILIES[str(config["model_type"])].partial else head_dim
     frequency = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind not in _SCALINGS:

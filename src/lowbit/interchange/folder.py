@@ -16,6 +16,7 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.quantized import SECTIONS, as_float, oriented
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
@@ -172,7 +173,7 @@ class FolderSource(Source):
         try:
             copy_assets(self.folder, out)
             if self._tokenizer is not None:
-                self._tokenizer.save_pretrained(out)
+                write_tokenizer(self._tokenizer, out)
         except OSError as error:
             raise OutputError(f"cannot copy the tokenizer of {self.label} to {out}: {error}") from error
 

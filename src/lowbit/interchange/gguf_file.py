@@ -17,10 +17,13 @@ from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
+from lowbit.interchange.gguf_config import completed
 from lowbit.interchange.gguf_header import GgufHeader
 from lowbit.interchange.gguf_parts import read_gguf
+from lowbit.interchange.gguf_rope import FACTOR_TENSORS
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
@@ -58,7 +61,11 @@ class GgufSource(Source):
         self._tokenizer = tokenizer
         _check_blocks(header, self.path)
         self._stored = header.tensors
-        self.config = config or load_config(self.path.parent, gguf_file=self.path.name)
+        used: frozenset[str] = frozenset(FACTOR_TENSORS)
+        if config is None:
+            read = load_config(self.path.parent, gguf_file=self.path.name)
+            config, used = completed(read, header, self._values, self.label)
+        self.config = config
         self.config.architectures = [model_class(self.config).__name__]
         model = meta_model(self.config)
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}
@@ -73,7 +80,14 @@ class GgufSource(Source):
         }
         kinds = sorted({type_name(t.ggml_type) for t in self._stored.values() if len(t.shape) > 1})
         self.storage = f"gguf, {' and '.join(kinds)}"
-        self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
+        lost = [name for name in (*self._rules.unused, *self._conversion.extra) if name not in used]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise SourceError(
+                f"{self.label}: its tensor {lost[0]!r}{more} has no place in transformers' {type(model).__name__}, and without "
+                "it this would be another model; use the model's original safetensors folder"
+            )
+        self.dropped = self._conversion.dropped
         untie(self.config, self.inventory, self._conversion.untied)
 
     def read(self, name: str) -> torch.Tensor:
@@ -119,7 +133,7 @@ class GgufSource(Source):
 
         tokenizer = self.tokenizer()
         try:
-            tokenizer.save_pretrained(out)
+            write_tokenizer(tokenizer, out)
             ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             GenerationConfig(**ids).save_pretrained(out)
         except OSError as error:

@@ -20,6 +20,7 @@ from lowbit.errors import SourceError
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS, _DEPTH, _KEY, _ALIGNMENT = 4, 4, 1 << 16, 1 << 20
+_KEPT = 4096  # numbers of an array that are kept: as many as there may be layers
 _SHOWN = 300  # characters of a problem: damaged names can be long
 
 
@@ -37,7 +38,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Architecture, tensors in the order of the file, and scalar metadata and strings (arrays are passed over).
+    """Architecture, tensors in the order of the file, and metadata (arrays of words and long ones are None).
 
     Of the parts of a split model the first alone has an architecture; that of the others is empty.
     """
@@ -128,7 +129,7 @@ class _Reader:
         return prod(shape) // block * size
 
     def _value(self, kind: int, key: str, depth: int = 0) -> Any:
-        """A scalar or a string; None for an array, which is passed over."""
+        """A scalar, a string, or a short array of numbers; None for another array, which is passed over."""
         if kind in _SCALARS:
             return self._number(_SCALARS[kind], f"the value of {key!r}")
         if kind == _STRING:
@@ -136,6 +137,8 @@ class _Reader:
         if kind != _ARRAY or depth == _DEPTH:
             self._refuse(f"the value of {key!r} has the type {kind}, which is not known (or arrays in arrays)")
         inner, count = self._number("<I", f"the type of {key!r}"), self._number("<Q", f"the length of {key!r}")
+        if inner in _SCALARS and count <= _KEPT:
+            return tuple(self._number(_SCALARS[inner], f"the values of {key!r}") for _ in range(count))
         if inner in _SCALARS:
             self._skip(count * struct.calcsize(_SCALARS[inner]), f"the {count} values of {key!r}")
             return None

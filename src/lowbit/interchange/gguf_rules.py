@@ -71,7 +71,7 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
     for alias, name in model.config.attribute_map.items():
         settings.setdefault(alias, settings.get(name))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=settings)
-    targets = _targets(model, processor, shapes)
+    targets = _targets(architecture, model, processor, shapes)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sources: dict[str, list[str]] = {}  # model name -> names in the file, several for fused experts
     unused = []
@@ -116,15 +116,17 @@ class _Level:
         return self._children
 
 
-def _targets(model: PreTrainedModel, processor: Any, names: Iterable[str]) -> dict[str, str]:
-    """Name in the file -> name in the model, by transformers' map.
+def _targets(architecture: str, model: PreTrainedModel, processor: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name in the file -> name in the model, by transformers' map for the file's architecture (a Mistral is a `llama` there).
 
     transformers builds its table anew for every module below the model, seconds of work. Names are
     those of the model or of its base model, so these two are asked first, and all only if that fails.
     """
+    from gguf import MODEL_ARCH_NAMES
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    targets = get_gguf_hf_weights_map(_Level(model, model.config, [model.base_model_prefix]), processor)
+    kind = architecture if architecture in MODEL_ARCH_NAMES.values() else None
+    targets = get_gguf_hf_weights_map(_Level(model, model.config, [model.base_model_prefix]), processor, kind)
     if any(name not in targets and name.removesuffix(".weight") not in targets for name in names):
-        targets = get_gguf_hf_weights_map(model, processor)
+        targets = get_gguf_hf_weights_map(model, processor, kind)
     return targets

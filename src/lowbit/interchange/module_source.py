@@ -12,6 +12,7 @@ from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.inventory import inventory_of
+from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, TensorSpec
 
@@ -59,7 +60,7 @@ class ModuleSource(Source):
     def save_assets(self, out: Path) -> None:
         """Tokenizer and generation config, where there are any."""
         if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(out)
+            write_tokenizer(self._tokenizer, out)
         generation = getattr(self._module, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(out)

@@ -21,6 +21,7 @@ import lowbit
 from lowbit.errors import SourceError
 from lowbit.interchange.claim import claimed
 from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.older_readers import write_config
 from lowbit.interchange.safetensors_writer import Shard, shards_of
 from lowbit.interchange.source import Source, one_line, open_source
 from lowbit.pipeline.driver import Progress
@@ -75,7 +76,7 @@ def dequantize_model(
             config = copy.deepcopy(source.config)
             config.dtype = wanted
             config.architectures = config.architectures or [source.inventory.model_class]
-            config.save_pretrained(writer.partial)
+            write_config(config, writer.partial)
             writer.finish()
     facts = list(writer.journal.values())
     errors, norms = (sum(f[key] ** 2 for f in facts) ** 0.5 for key in ("error", "norm"))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import lowbit
+from lowbit.interchange import older_readers
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
@@ -224,7 +225,7 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     config.quantization_config = quantization_config(plan)
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
-    config.save_pretrained(folder)
+    older_readers.write_config(config, folder)
 
 
 def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) -> dict[str, Any]:

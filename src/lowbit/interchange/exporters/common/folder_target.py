@@ -20,6 +20,7 @@ from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_w
 from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
 from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
+from lowbit.interchange.older_readers import write_config
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.interchange.safetensors_writer import Stored as Spec
@@ -194,7 +195,7 @@ class FolderTarget(Target):
                 (out / INDEX).write_bytes(index_json(shards))
             config: Any = copy.deepcopy(contents.config)
             config.quantization_config = self.section(contents)
-            config.save_pretrained(out)
+            write_config(config, out)
             model.save_assets(out)
         except OSError as error:
             raise OutputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.exporters.common.pieces import published
-from lowbit.interchange.exporters.gguf import families, vocabulary
+from lowbit.interchange.exporters.gguf import families, rope, vocabulary
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
@@ -57,7 +56,7 @@ class Gguf(Target):
             stored = model.tensors[name]
             if name in whole:
                 problems += _problems(stored) or [whole[name]]  # of a width that the type is not for, that is said
-            elif there is None:
+            elif there is None or not family.reads(there):
                 problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
             else:
                 problems += _problems(stored)
@@ -106,7 +105,7 @@ class Gguf(Target):
             writer.add_string("lowbit.recipe", contents.recipe)
             text: Any = config.get_text_config()
             vocabulary.vocabulary(model.tokenizer(), int(text.vocab_size)).add_to(writer)
-            factors = families.rope_factors(text)
+            factors = rope.rope_factors(text)
             for p in tensors:
                 _announce(writer, p)
             if factors is not None:
@@ -137,16 +136,7 @@ class Gguf(Target):
         assert family is not None
         if family.reader == "own":
             return Reread(out, model, place(family, model.contents))
-        config: Any = model.contents.config
-        biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
-        if family.reader == "weights" or biased:
-            return GgufSource(out, config=copy.deepcopy(config))
-        source = GgufSource(out)
-        rope = families.rope_of(config)
-        if rope.get("rope_type", "default") != "default":  # transformers reads no scaled positions of a GGUF file
-            whole: Any = source.config
-            whole.rope_parameters = rope
-        return source
+        return GgufSource(out)
 
 
 def _problems(stored: Stored) -> list[Problem]:
