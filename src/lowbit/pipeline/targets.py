@@ -62,7 +62,7 @@ def _sensitivity(
     if known is not None:
         return _same(known, given, candidates, text)
     autocast = Settings.of_this_machine().autocast
-    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress)
+    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress, frame=text.frame)
     if given is not None:
         found.save(given)
     return found
