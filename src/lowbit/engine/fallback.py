@@ -16,7 +16,7 @@ from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.running import max_positions
+from lowbit.interchange.running import fast_dtype, max_positions
 
 
 class Transformers:
@@ -44,10 +44,10 @@ class Transformers:
         if path.is_dir() and quantization_method(path) == "lowbit":
             from lowbit.interchange.folder import load_config
 
-            build: Any = model_class(load_config(path)).from_pretrained
-            return Transformers(
-                build(path, local_files_only=True).eval(), AnyTokenizer(load_tokenizer(path, model)), reason, model
-            )
+            config = load_config(path)
+            build: Any = model_class(config).from_pretrained
+            built = build(path, local_files_only=True, dtype=answering_type(config)).eval()
+            return Transformers(built, AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)
         return Transformers(source.load_float(), AnyTokenizer(source.tokenizer()), reason, model)
 
@@ -118,6 +118,12 @@ class Transformers:
     def _pad(self) -> Any:
         found = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
         return min(self.ends, default=None) if found is None else found
+
+
+def answering_type(config: Any) -> torch.dtype:
+    """The type in which a folder that lowbit wrote answers: its own, or float32 where this processor only emulates that."""
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) and own in (torch.float32, fast_dtype()) else torch.float32
 
 
 def _options(how: Sampling) -> dict[str, Any]:
