@@ -221,7 +221,8 @@ def test_smollm2_brings_tokenizer_and_chat_template(smollm2_file: Path, tmp_path
     text = "The secret of life is\n\n 42!"
     assert saved(text).input_ids == source.tokenizer()(text).input_ids and saved.decode(saved(text).input_ids) == text
     assert "<|im_start|>user\nHi<|im_end|>" in saved.apply_chat_template(chat, tokenize=False)
-    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == saved.eos_token_id == 2
+    # llama.cpp stops at <|endoftext|> too, which the file does not name.
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [saved.eos_token_id, 0] == [2, 0]
 
 
 def test_smollm2_is_never_in_memory_as_a_whole(smollm2_file: Path) -> None:

@@ -10,8 +10,10 @@ import torch
 from measure_models import tiny_bert, tiny_llama
 
 from lowbit.errors import TextError
+from lowbit.interchange.frame import Frame
 from lowbit.interchange.running import max_positions
 from lowbit.interchange.text import Text, load_text
+from lowbit.measure.quality import measure_quality
 from lowbit.measure.windows import make_windows
 
 
@@ -64,7 +66,9 @@ def test_folder_is_no_text(tmp_path):
         load_text(tmp_path)
 
 
-@pytest.mark.parametrize(("source", "message"), [([], "empty"), ([1], "not a string"), (["\ud800"], "surrogate")])
+@pytest.mark.parametrize(
+    ("source", "message"), [([], "empty"), ([1], "record 0 .* is a number"), (["\ud800"], "surrogate")]
+)
 def test_unusable_lists(source, message):
     with pytest.raises(TextError, match=message):
         load_text(source)
@@ -123,16 +127,50 @@ def test_windows_tile_the_text_and_drop_the_end(tokenizer, words):
     assert make_windows(load_text([words]), tokenizer, length=70, limit=3).ids.tolist() == windows.ids[:3].tolist()
 
 
-def test_no_special_tokens_are_added(tokenizer, words):
+@pytest.fixture
+def special(tokenizer):
+    """Begins each text with token 0 and ends it with token 1."""
     from tokenizers.processors import TemplateProcessing
 
-    special = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
-    special.backend_tokenizer.post_processor = TemplateProcessing(single="[UNK] $A", special_tokens=[("[UNK]", 0)])
-    try:
-        assert special(words)["input_ids"][0] == 0
-        assert make_windows(load_text([words]), special, length=50).ids[0, 0] != 0
-    finally:
-        tokenizer.backend_tokenizer.post_processor = None
+    found = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer, unk_token="[UNK]")
+    ends = [("[UNK]", 0), ("w1", 1)]
+    found.backend_tokenizer.post_processor = TemplateProcessing(single="[UNK] $A w1", special_tokens=ends)
+    yield found
+    tokenizer.backend_tokenizer.post_processor = None
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(special, words):
+    expected = [int(word[1:]) for word in words.split()]
+    windows = make_windows(load_text([words]), special, length=50)
+    assert windows.ids[:, 0].tolist() == [0] * windows.count and windows.frame == Frame((0,))
+    assert windows.ids[:, 1:].flatten().tolist() == expected[: 49 * windows.count] and windows.text_tokens == 600
+    # A model that reads a text as a whole, as BERT does, gets its end as well.
+    whole = make_windows(load_text([words]), special, length=50, model=tiny_bert())
+    assert whole.ids[:, 0].tolist() == [0] * whole.count and whole.ids[:, -1].tolist() == [1] * whole.count
+    assert whole.ids[:, 1:-1].flatten().tolist() == expected[: 48 * whole.count]
+    with pytest.raises(TextError, match="no room for text"):
+        make_windows(load_text([words]), special, length=2, model=tiny_bert())
+
+
+def test_what_stands_before_a_text_is_not_put_twice(special, tokenizer):
+    text = "[UNK] w5 w6 w7 [UNK] w8 w9 w2 w3 w4"  # as a chat template writes it
+    windows = make_windows(load_text([text]), special, length=4)
+    assert windows.ids.tolist() == [[0, 5, 6, 7], [0, 8, 9, 2]]
+
+
+def test_nothing_of_the_frame_is_scored(special, words):
+    """By hand: the loss of each token of the text, from the logits of the row before it, or at its own place."""
+    for model, late in ((tiny_llama(), 1), (tiny_bert(), 0)):
+        windows = make_windows(load_text([words]), special, length=20, limit=2, model=model)
+        assert windows.frame.after == (() if late else (1,))
+        losses = []
+        for ids in windows.ids:
+            with torch.no_grad():
+                logp = model(ids[None]).logits[0].double().log_softmax(-1)
+            losses += [-logp[t - late, ids[t]] for t in range(1, 20 if late else 19)]
+        found = measure_quality(model, windows)
+        assert found.tokens == len(losses)
+        assert found.perplexity.value == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-6)
 
 
 def test_length_is_reduced_to_the_models_positions(tokenizer, words):

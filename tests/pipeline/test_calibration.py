@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader, TensorDataset
 
 from lowbit.errors import TextError
+from lowbit.interchange.frame import Frame
 from lowbit.interchange.source import open_source
 from lowbit.pipeline import decoding, selftext
 from lowbit.pipeline.calibration import Calibration, load_calibration
+from lowbit.pipeline.fisher import cut
 from tiny import VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = " ".join(f"the cat and {i} hats in the inn;" for i in range(300))
@@ -54,6 +58,54 @@ def test_file_gives_windows_spread_evenly(tmp_path, tokenizer, llama):
     assert [window.tolist() for window in found.ids] == [ids[s : s + 50] for s in starts]
     assert starts[-1] > len(ids) / 2 and all(window.dtype is torch.int64 for window in found.ids)
     assert found.to_json() == {"name": "words.txt", "windows": 4, "tokens": 200, "sha256": found.sha256}
+
+
+@pytest.fixture
+def beginning():
+    """A tokenizer that puts <s> before a text and </s> after it."""
+    found = tiny_tokenizer()
+    found.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return found
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text(beginning, llama):
+    ids = encoded(beginning, WORDS)
+    found = load_calibration([WORDS], beginning, llama, samples=4, length=50)
+    count = len(ids) // 49
+    starts = [49 * (i * count // 4) for i in range(4)]
+    assert [window.tolist() for window in found.ids] == [[1, *ids[s : s + 49]] for s in starts]
+    assert found.frame == Frame((1,))
+    for model in (tiny_model("bert"), tiny_model("t5")):  # they read a text as a whole, its end included
+        whole = load_calibration([WORDS], beginning, model, samples=2, length=50)
+        assert whole.ids[0].tolist() == [1, *ids[:48], 2] and whole.frame == Frame((1,), (2,))
+
+
+def test_a_template_that_writes_the_begin_token_writes_it_once(beginning, llama):
+    beginning.chat_template = CHATML
+    talk = [{"role": "user", "content": "the cat and the hats in the inn"}] * 6
+    found = load_calibration([talk] * 4, beginning, llama, samples=9, length=20)
+    assert all(window[0] == 1 and window[1] != 1 for window in found.ids)
+
+
+def test_pieces_for_sensitivity_begin_so_too(beginning, llama):
+    found = load_calibration([WORDS], beginning, llama, samples=2, length=50)
+    pieces, _ = cut(found.ids, 100, 10, found.frame)
+    text = [i for window in found.ids for i in window[1:].tolist()]
+    assert pieces[0].tolist() == [1, *text[:9]] and all(len(p) == 10 and p[0] == 1 and p[1] != 1 for p in pieces)
+    own = load_calibration(None, beginning, llama, samples=2, length=50)
+    assert own.frame == Frame((1,)) and all(window[0] == 1 and window[1] != 1 for window in own.ids)
+
+
+def test_records_are_read(tmp_path, chatty, llama):
+    talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "in the inn"}]
+    expected = encoded(chatty, "<s>user:the cat</s><s>assistant:in the inn</s>")
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": talk}) + "\n")
+    for source in (file, [{"messages": talk}], {"messages": talk}):
+        assert load_calibration(source, chatty, llama, length=len(expected)).ids[0].tolist() == expected
+    file.write_text("".join(json.dumps({"text": word}) + "\n" for word in ["the", "and"] * 3))
+    found = load_calibration(file, chatty, llama, samples=1, length=8)
+    assert found.ids[0].tolist() == encoded(chatty, "\n\n".join(["the", "and"] * 3))[:8]
 
 
 def test_short_text_gives_all_its_windows(tokenizer, llama):

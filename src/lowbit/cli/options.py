@@ -32,7 +32,8 @@ StraightAs = Annotated[
 Text = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure on: a file or a Hugging Face dataset id; Python's own manual when left out.",
+        help="Text to measure on: a file (of text, or of records as .jsonl, .json, .csv, .tsv, .parquet) or a Hugging Face "
+        "dataset id; Python's own manual when left out.",
         show_default=False,
     ),
 ]
@@ -48,7 +49,7 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text for methods that look at data: a file, a Hugging Face dataset id, or `self` for text that the model "
+        help="Text for methods that look at data: a file of text or records, a Hugging Face dataset id, or `self` for text that the model "
         "writes itself, which methods that cannot do without take when left out.",
         show_default=False,
     ),

@@ -15,7 +15,8 @@ from lowbit.engine.results import Generated, OnText, Sampling
 from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.errors import EngineError, SourceError
-from lowbit.interchange.running import max_positions
+from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.running import fast_dtype, max_positions
 
 
 class Transformers:
@@ -27,6 +28,8 @@ class Transformers:
                 f"{label}: a {type(model).__name__} does not generate text; name a causal or seq2seq model"
             )
         self.model, self.tokenizer, self.reason, self.label = model, tokenizer, reason, label
+        generation = getattr(model, "generation_config", None)
+        self.ends = end_tokens(generation.to_dict() if generation is not None else {}, model.config, tokenizer)
 
     @staticmethod
     def open(model: str, reason: str) -> Transformers:
@@ -41,10 +44,10 @@ class Transformers:
         if path.is_dir() and quantization_method(path) == "lowbit":
             from lowbit.interchange.folder import load_config
 
-            build: Any = model_class(load_config(path)).from_pretrained
-            return Transformers(
-                build(path, local_files_only=True).eval(), AnyTokenizer(load_tokenizer(path, model)), reason, model
-            )
+            config = load_config(path)
+            build: Any = model_class(config).from_pretrained
+            built = build(path, local_files_only=True, dtype=answering_type(config)).eval()
+            return Transformers(built, AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)
         return Transformers(source.load_float(), AnyTokenizer(source.tokenizer()), reason, model)
 
@@ -103,23 +106,24 @@ class Transformers:
         with torch.inference_mode():
             type(self.model).generate(  # type: ignore[attr-defined]
                 self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,
-                stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(), **_options(how),
+                stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(),
+                eos_token_id=sorted(self.ends) or None, **_options(how),
             )  # fmt: skip
         tokens = watch.tokens
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = {eos} if isinstance(eos, int) else set(eos or ())
-        reason = "stop" if watch.text.stopped else "eos" if tokens and tokens[-1] in ends else "length"
+        reason = "stop" if watch.text.stopped else "eos" if tokens and tokens[-1] in self.ends else "length"
         return Generated(
             watch.text.text, tokens, len(ids), reason, watch.first - watch.started, watch.last - watch.started
         )
 
     def _pad(self) -> Any:
-        known = getattr(self.model, "generation_config", None)
-        for name in ("pad_token_id", "eos_token_id"):
-            found = getattr(known, name, None)
-            if found is not None:
-                return found[0] if isinstance(found, list) else found
-        return None
+        found = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
+        return min(self.ends, default=None) if found is None else found
+
+
+def answering_type(config: Any) -> torch.dtype:
+    """The type in which a folder that lowbit wrote answers: its own, or float32 where this processor only emulates that."""
+    own = getattr(config, "dtype", None)
+    return own if isinstance(own, torch.dtype) and own in (torch.float32, fast_dtype()) else torch.float32
 
 
 def _options(how: Sampling) -> dict[str, Any]:

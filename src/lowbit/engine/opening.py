@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.families import FAMILIES
-from lowbit.engine.files import quantization_method, read_json
+from lowbit.engine.files import generation_of, quantization_method, read_json
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
+from lowbit.interchange.end_tokens import end_tokens
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
 
@@ -35,8 +36,7 @@ def _of_folder(folder: Path, tokenizer: Any) -> Opened:
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
-    generation = folder / "generation_config.json"
-    return FolderWeights(folder, config), words, _eos(read_json(generation) if generation.is_file() else {}, config)
+    return FolderWeights(folder, config), words, end_tokens(generation_of(folder), config, words)
 
 
 def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
@@ -52,7 +52,7 @@ def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
     elif (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
         words = tokenizer_of(folder)
     generation = getattr(model, "generation_config", None)
-    return weights, words, _eos(generation.to_dict() if generation is not None else {}, weights.config)
+    return weights, words, end_tokens(generation.to_dict() if generation is not None else {}, weights.config, words)
 
 
 def _of_source(name: str, tokenizer: Any) -> Opened:
@@ -66,7 +66,7 @@ def _of_source(name: str, tokenizer: Any) -> Opened:
         words = AnyTokenizer(source.tokenizer())
     except SourceError:
         words = None
-    return weights, words, _eos({}, weights.config)
+    return weights, words, source.end_tokens()
 
 
 def refuse(config: Mapping[str, Any]) -> None:
@@ -94,9 +94,3 @@ def _normalized(folder: Path) -> dict[str, Any]:
     # Through JSON, so that what is not plain data is found here.
     found: dict[str, Any] = json.loads(json.dumps(load_config(folder).to_dict(), default=str))
     return found
-
-
-def _eos(generation: Mapping[str, Any], config: Mapping[str, Any]) -> frozenset[int]:
-    given = generation.get("eos_token_id")
-    given = config.get("eos_token_id") if given is None else given
-    return frozenset([given] if isinstance(given, int) else given or [])

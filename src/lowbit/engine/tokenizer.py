@@ -20,6 +20,7 @@ class TextTokenizer(ABC):
     """What the engine needs of a tokenizer."""
 
     has_template: bool
+    eos_token_id: int | None = None
 
     @abstractmethod
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -67,6 +68,8 @@ class FolderTokenizer(TextTokenizer):
         config = _json(folder / "tokenizer_config.json")
         given = {**_json(folder / "special_tokens_map.json"), **config}
         self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
+        end = self._special.get("eos_token")
+        self.eos_token_id = None if end is None else self._tokenizer.token_to_id(end)
         self._folder, self._given = folder, config.get("chat_template")
         self.has_template = (folder / _TEMPLATE).exists() or bool(self._given)
 
@@ -90,6 +93,7 @@ class AnyTokenizer(TextTokenizer):
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.eos_token_id = getattr(tokenizer, "eos_token_id", None)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
 
     def encode(self, text: str, special: bool = True) -> list[int]:

@@ -81,6 +81,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def generation_of(folder: Path) -> dict[str, Any]:
+    """The generation_config.json of a folder, empty where there is none. SourceError where it is no JSON object."""
+    file = folder / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def load_config(folder: Path, **options: Any) -> PretrainedConfig:
     """The transformers config of a folder, never running code from it. SourceError when transformers refuses."""
     from transformers import AutoConfig
@@ -176,6 +182,10 @@ class FolderSource(Source):
                 write_tokenizer(self._tokenizer, out)
         except OSError as error:
             raise OutputError(f"cannot copy the tokenizer of {self.label} to {out}: {error}") from error
+
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json, where there is one."""
+        return generation_of(self.folder)
 
     def tokenizer(self) -> Any:
         """The tokenizer given at opening, else the folder's."""

@@ -15,6 +15,7 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.conversion import plan_conversion
+from lowbit.interchange.end_tokens import ends_of_gguf
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
 from lowbit.interchange.gguf_config import completed
@@ -60,7 +61,7 @@ class GgufSource(Source):
         self.label = label or str(path)
         self._tokenizer = tokenizer
         _check_blocks(header, self.path)
-        self._stored = header.tensors
+        self._stored, self._metadata = header.tensors, header.metadata
         used: frozenset[str] = frozenset(FACTOR_TENSORS)
         if config is None:
             read = load_config(self.path.parent, gguf_file=self.path.name)
@@ -134,10 +135,21 @@ class GgufSource(Source):
         tokenizer = self.tokenizer()
         try:
             write_tokenizer(tokenizer, out)
-            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            GenerationConfig(**ids).save_pretrained(out)
+            ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "pad_token_id")}
+            GenerationConfig(**ids, **self.generation()).save_pretrained(out)
         except OSError as error:
             raise OutputError(f"cannot write the tokenizer of {self.label} to {out}: {error}") from error
+
+    def generation(self) -> dict[str, Any]:
+        """The tokens that end a text, as llama.cpp takes them from the file: one id, or a list that begins with eos."""
+        try:
+            words = self.tokenizer()
+        except SourceError:
+            return {}
+        first, size = words.eos_token_id, self.config.get_text_config().vocab_size  # type: ignore[union-attr]
+        ends = ends_of_gguf(self._metadata, words.get_vocab()) | ({first} if isinstance(first, int) else set())
+        found = sorted((i for i in ends if i < size), key=lambda i: (i != first, i))
+        return {"eos_token_id": found[0] if len(found) == 1 else found} if found else {"eos_token_id": None}
 
     def tokenizer(self) -> Any:
         """The tokenizer given at opening, else the one in the file, which is read once."""

@@ -13,6 +13,7 @@ from lowbit.formats import QTensor, parse_format, parse_inputs
 from lowbit.interchange.exporters.target import Contents, Stored
 from lowbit.interchange.folder import (
     copy_assets,
+    generation_of,
     load_config,
     load_tokenizer,
     quantization_method,
@@ -150,6 +151,9 @@ class _Dense(Source):
 
     def save_assets(self, out: Path) -> None:
         self._folder.save_assets(out)
+
+    def generation(self) -> dict[str, Any]:
+        return generation_of(self._folder.folder)
 
     def tokenizer(self) -> Any:
         return self._folder.tokenizer()

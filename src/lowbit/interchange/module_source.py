@@ -65,6 +65,11 @@ class ModuleSource(Source):
         if generation is not None:
             generation.save_pretrained(out)
 
+    def generation(self) -> dict[str, Any]:
+        """The module's generation config."""
+        found = getattr(self._module, "generation_config", None)
+        return {} if found is None else dict(found.to_dict())
+
     def tokenizer(self) -> Any:
         """The tokenizer given at opening."""
         if self._tokenizer is None:

@@ -60,6 +60,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it in hardware, about 4 times faster than float32; else float32."""
+    able = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in able) else torch.float32
+
+
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """TextError when a token id has no row in the model's embedding: the tokenizer is another model's."""
     config: Any = getattr(model, "config", None)

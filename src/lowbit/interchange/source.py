@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError, nearest
+from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.torch_pool import settle_torch_pool
 
 if TYPE_CHECKING:
@@ -106,6 +107,18 @@ class Source(ABC):
     def tokenizer(self) -> Any:
         """The model's tokenizer. SourceError when it has none."""
 
+    def generation(self) -> dict[str, Any]:
+        """What the model says of generating text, as in generation_config.json; empty where it says nothing."""
+        return {}
+
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text; none where neither the model nor its tokenizer names one."""
+        try:
+            words = self.tokenizer()
+        except SourceError:
+            words = None
+        return end_tokens(self.generation(), self.config, words)
+
     def load_float(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
         """The float model in evaluation mode, every tensor read once and cast to `dtype`."""
         if self.config is None:
@@ -117,6 +130,10 @@ class Source(ABC):
         model: nn.Module = model_class(self.config).from_pretrained(
             None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
         )
+        named = self.generation().get("eos_token_id")
+        if named is not None and getattr(model, "generation_config", None) is not None:
+            # Built from the config alone, it knows of no other end than the one there.
+            model.generation_config.eos_token_id = named  # type: ignore[union-attr]
         return model.to(device).eval()
 
     def spec(self, name: str) -> TensorSpec:

@@ -7,67 +7,117 @@ SHA-256 of its bytes onto the card.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowbit.errors import TextError
+from lowbit.interchange.record_files import decoded, reader_of
+from lowbit.interchange.records import FIELDS, KNOWN, Document, Message, kind_of, read_records
 
 _SEPARATOR = "\n\n"
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-_FILE_SUFFIXES = {".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".csv", ".html", ".py", ".parquet"}
+_FILE_SUFFIXES = {
+    ".txt", ".text", ".md", ".rst", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".html", ".py", ".parquet",
+}  # fmt: skip
+Render = Callable[[list[Message]], str]
+"""The text of a conversation by a chat template."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents with a name. `sha256` is that of the joined documents in UTF-8."""
+    """Documents with a name. `sha256` is that of the joined documents in UTF-8.
+
+    conversations: in place of documents, what `rendered` makes documents of; the hash is then that of their JSON.
+    """
 
     name: str
     documents: tuple[str, ...]
     sha256: str
+    conversations: tuple[tuple[Message, ...], ...] = ()
 
     @property
     def joined(self) -> str:
         """All documents as one string, a blank line between two of them."""
         return _SEPARATOR.join(self.documents)
 
+    def rendered(self, render: Render) -> Text:
+        """Conversations as one document by a chat template, one after the other: templates end a conversation themselves."""
+        if not self.conversations:
+            return self
+        return _make(self.name, ("".join(render([dict(m) for m in said]) for said in self.conversations),))
 
-def load_text(source: str | Path | Sequence[str] | None = None, split: str | None = None) -> Text:
-    """Text from a file, a list of strings, a Hugging Face dataset id, or the offline default.
+    def as_chat(self, paragraphs: bool) -> Text:
+        """Each document, or each of its paragraphs, as what a user says. Conversations stay what they are."""
+        if self.conversations:
+            return self
+        parts = [p for d in self.documents for p in (re.split(r"\n\s*\n", d) if paragraphs else [d])]
+        said = tuple(({"role": "user", "content": part.strip()},) for part in parts if part.strip())
+        return _of_conversations(f"{self.name}, as chat", said)
+
+
+def load_text(source: Any = None, split: str | None = None, *, chat: bool = False) -> Text:
+    """Text from a file, a list of strings, conversations or records, a Hugging Face dataset id, or the offline default.
 
     `source` None is the reference text in Python's own `pydoc_data.topics`; it differs between
     Python versions, which the name records. A string is a file when there is one of that name,
     else a dataset id such as `wikitext:wikitext-2-raw-v1` (name, then configuration), whose
-    `split` defaults to "test". Raises TextError when there is no usable text.
+    `split` defaults to "test". Files of JSON lines, JSON, CSV, TSV and Parquet hold records, as data sets do: see
+    `records.py`; any other file is plain text. `chat`: everything as conversations, plain text paragraph by paragraph.
+    Raises TextError when there is no usable text.
     """
     if isinstance(source, str) and ("\n" in source or "\0" in source or len(source) > 1000):
         raise TextError("a text is given as a file name or in a list: pass [text] for the text itself")
     if isinstance(source, str) and is_dataset(source):
-        return _dataset_text(source, split or "test")
+        return _dataset_text(source, split or "test", chat)
     if split is not None:
         raise TextError(f"split {split!r} was given, but {source!r} is not a dataset: leave the split out")
     if source is None:
-        return _python_reference()
+        found = _python_reference()
+        return found.as_chat(paragraphs=False) if chat else found
     if isinstance(source, (str, os.PathLike)):
-        return _file_text(Path(source))
-    documents = tuple(source)
-    if not all(isinstance(document, str) for document in documents):
-        raise TextError("the list of texts holds something that is not a string: pass strings only")
-    return _make(f"list of {len(documents)} texts", documents)
+        return _file_text(Path(source), chat)
+    items = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else [source]
+    kind = kind_of(items[0]) if items else "string"
+    what = {"string": "text", "conversation": "conversation"}.get(str(kind), "record")
+    places = ((f"{what} {i} of the list", item) for i, item in enumerate(items))
+    return _of_documents(f"list of {len(items)} {what}s", read_records(places), chat)
+
+
+def _of_documents(name: str, documents: Sequence[Document], chat: bool) -> Text:
+    """Documents as text where they all are, and as conversations where they are nothing else or `chat` asks for it."""
+    if documents and (chat or any(d.text is None for d in documents)) and all(d.messages for d in documents):
+        return _of_conversations(name, [d.messages for d in documents])
+    text = _make(name, tuple(d.text or "" for d in documents))
+    return text.as_chat(paragraphs=False) if chat else text
+
+
+def _of_conversations(name: str, conversations: Sequence[tuple[Message, ...]]) -> Text:
+    plain = json.dumps(conversations, ensure_ascii=False, sort_keys=True)
+    return Text(name, (), _hash(name, plain), tuple(conversations))
 
 
 def _make(name: str, documents: tuple[str, ...]) -> Text:
     joined = _SEPARATOR.join(documents)
     if not joined.strip():
         raise TextError(f"{name} is empty: pass text with at least one window of tokens")
+    if "\0" in joined:
+        raise TextError(
+            f"{name} has a NUL at character {joined.index(chr(0))}, which no text has: save it as UTF-8 text"
+        )
+    return Text(name, documents, _hash(name, joined))
+
+
+def _hash(name: str, text: str) -> str:
     try:
-        content = joined.encode("utf-8")
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
     except UnicodeEncodeError as error:
         raise TextError(f"{name} has a lone surrogate at character {error.start}: not valid text") from None
-    return Text(name, documents, hashlib.sha256(content).hexdigest())
 
 
 def _python_reference() -> Text:
@@ -79,18 +129,12 @@ def _python_reference() -> Text:
     return _make(f"pydoc_data.topics of Python {platform.python_version()}", documents)
 
 
-def _file_text(path: Path) -> Text:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise TextError(f"{path}: no such file; name an existing UTF-8 text file") from None
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}): name a readable text file") from None
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8 text") from None
-    return _make(path.name, (text,))
+def _file_text(path: Path, chat: bool) -> Text:
+    records = reader_of(path)
+    if records is not None:
+        return _of_documents(path.name, records(path), chat)
+    text = _make(path.name, (decoded(path),))
+    return text.as_chat(paragraphs=True) if chat else text
 
 
 def is_dataset(source: object) -> bool:
@@ -103,7 +147,7 @@ def is_dataset(source: object) -> bool:
     )
 
 
-def _dataset_text(source: str, split: str) -> Text:
+def _dataset_text(source: str, split: str, chat: bool) -> Text:
     try:
         from datasets import load_dataset
     except ImportError:
@@ -116,7 +160,17 @@ def _dataset_text(source: str, split: str) -> Text:
     except Exception as error:  # the library raises many unrelated kinds, all mended by another source
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TextError(f"dataset {source!r}, split {split!r}, cannot be loaded: {reason}") from error
-    if "text" not in rows.column_names:
-        columns = ", ".join(rows.column_names)
-        raise TextError(f"dataset {source!r} has no column 'text' (it has {columns}): pass a list of strings")
-    return _make(f"{source} [{split}]", tuple(rows["text"]))
+    columns = list(rows.column_names)
+    if kind_of(dict.fromkeys(columns)) is None:
+        raise TextError(
+            f"dataset {source!r} has the columns {', '.join(columns)} and none of a text ({KNOWN}): pass a list of strings"
+        )
+    # Column by column: a row may have images and sounds that are better left unread.
+    wanted = [c for c in columns if c in FIELDS]
+    values = zip(*(rows[c] for c in wanted), strict=True)
+    records = ((f"row {i}", dict(zip(wanted, row, strict=True))) for i, row in enumerate(values))
+    try:
+        documents = read_records(records)
+    except TextError as error:
+        raise TextError(f"dataset {source!r}, {error}") from None
+    return _of_documents(f"{source} [{split}]", documents, chat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -21,11 +22,13 @@ from lowbit.interchange.module_source import ModuleSource
 from lowbit.interchange.source import Source, open_source
 from lowbit.interchange.text import load_text
 from lowbit.measure import compare as table
-from lowbit.measure.as_generated import as_generated, faster_type
+from lowbit.measure.as_generated import as_generated
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
-from lowbit.measure.contestants import Contestant
+from lowbit.measure.contestants import Contestant, in_transformers
 from lowbit.measure.environment import environment
+from lowbit.measure.float_model import in_faster_types
+from lowbit.measure.generation import torch_threads
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
@@ -66,8 +69,8 @@ def evaluate(
     `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
     (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
     tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, beside
-    the float model in transformers, in the faster of float32 and bfloat16 where it was loaded here; a failure to measure
-    it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
+    the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
+    measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
     loaded here, and a module's own type, which is not changed. TextError when the text is shorter than a window.
     """
     run = as_dtype(dtype)
@@ -100,13 +103,15 @@ def _speed(
 ) -> tuple[Speed, int | None]:  # fmt: skip
     """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
 
-    cast: the base may be given its faster type. What fails is said, and what was measured before stands.
+    cast: the base may be cast, and is then measured in its faster types. What fails is said, and what was measured before stands.
     """
     try:
         program = as_generated(model, subject, tokenizer)
+        other: nn.Module | Contestant | None = base
         if base is not None and cast:
-            base.to(faster_type(base))
-        found = measure_speed(program, base=base, settings=settings)
+            with torch_threads(program.threads):
+                other = in_faster_types(base.to, settings)
+        found = measure_speed(program, base=other, settings=settings)
     except _FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None
     try:
@@ -170,10 +175,27 @@ def compare(
         folder = built._lowbit_result.folder if built.can_generate() else None
         return as_generated(built if folder is None else folder, built, tok)
 
+    @functools.cache
+    def typed(dtype: torch.dtype) -> nn.Module:  # the base stays what the quality of the next row is held against
+        return base if dtype == run else source.load_float(dtype)
+
+    rival = functools.cache(lambda threads: _rival(base, typed, settings or STANDARD, threads))
     rows = table.compare(
-        names, build, base, base_parts, cut, speed=settings, program=program, progress=progress, on_row=on_row
-    )
+        names, build, base, base_parts, cut, speed=settings, program=program, rival=rival, progress=progress,
+        on_row=on_row,
+    )  # fmt: skip
     return list(rows)
+
+
+def _rival(
+    base: nn.Module, typed: Callable[[torch.dtype], nn.Module], settings: SpeedSettings, threads: int | None
+) -> Contestant:
+    """The float model in its faster types, found with so many threads; as it is where the other type cannot be had."""
+    with torch_threads(threads):
+        try:
+            return in_faster_types(typed, settings)
+        except MemoryError:
+            return in_transformers(base)
 
 
 def plan_parts(plan: Plan) -> CardParts:

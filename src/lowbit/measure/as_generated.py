@@ -10,11 +10,10 @@ from torch import nn
 
 from lowbit.engine.attached import TextOrTensors
 from lowbit.engine.engine import Engine
+from lowbit.engine.fallback import answering_type
 from lowbit.errors import EngineError
 from lowbit.interchange.folder import load_config, quantization_method
 from lowbit.measure.contestants import Contestant, in_transformers, of_engine
-from lowbit.measure.speed import measure_speed
-from lowbit.measure.turns import SpeedSettings
 
 
 def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: Any = None) -> Contestant:
@@ -39,20 +38,9 @@ def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: An
     return of_engine(engine, str(engine.describe()), again)
 
 
-def faster_type(model: nn.Module) -> torch.dtype:
-    """The one of float32 and bfloat16 in which transformers decodes faster here; the model is left in one of them."""
-    trial = SpeedSettings(prompt=16, new=8, prefill=16, batch=0, repeats=1)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found = measure_speed(model.to(dtype), settings=trial).model
-        rates[dtype] = found.decode if found is not None else 0.0
-    return max(rates, key=lambda dtype: rates[dtype])
-
-
 def _loaded_as(name: str | Path) -> torch.dtype:
     """The type in which transformers loads a folder that lowbit wrote; float models are loaded in float32."""
     path = Path(name)
     if not (path.is_dir() and quantization_method(path) == "lowbit"):
         return torch.float32
-    found = getattr(load_config(path), "dtype", None)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    return answering_type(load_config(path))

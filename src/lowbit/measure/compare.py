@@ -41,6 +41,7 @@ def compare(
     *,
     speed: SpeedSettings | None = None,
     program: Callable[[nn.Module], Contestant] = in_transformers,
+    rival: Callable[[int | None], Contestant] | None = None,
     keep_bytes: int = 2 * 2**30,
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
@@ -49,8 +50,8 @@ def compare(
 
     `build` gives the quantized model and what is known about it. A recipe that raises a LowbitError
     becomes a row with the error and the others go on; any other exception is a bug and is raised.
-    Speed is measured when `speed` is given, each model run by what `program` makes of it, and the base by
-    transformers, taking turns with each; the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
+    Speed is measured when `speed` is given, each model run by what `program` makes of it, and the base by what `rival` gives
+    for as many threads (transformers, in the base's own type, when None), taking turns with each; the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
     kept between recipes. `progress` counts windows, those of the base included.
     """
     reference = Reference(base, windows, keep_bytes)
@@ -71,7 +72,7 @@ def compare(
             quality = measure_quality(model, windows, base=reference, progress=step(index + 1))
             rates = None
             if speed is not None:
-                rates = _speed(model, base, speed, program)
+                rates = _speed(model, speed, program, rival or (lambda _: in_transformers(base)))
             row = CompareRow(recipe, Card(parts, text, quality, rates, environment=machine))
             del model
         except LowbitError as error:
@@ -86,13 +87,15 @@ def compare(
 
 
 def _speed(
-    model: nn.Module, base: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Contestant]
-) -> Speed:
+    model: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Contestant],
+    rival: Callable[[int | None], Contestant],
+) -> Speed:  # fmt: skip
     try:
         runs = program(model)
+        other = rival(runs.threads)
     except LowbitError as error:  # such as a model that generates no text: its quality stands
         return Speed(skipped=str(error))
-    return measure_speed(runs, base=base, settings=settings)
+    return measure_speed(runs, base=other, settings=settings)
 
 
 def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:

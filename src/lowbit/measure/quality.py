@@ -78,7 +78,7 @@ class Reference:
         if index in self._kept:
             return self._kept[index]
         with evaluating(self.model):
-            logits = self.scorer.logits(self.windows.ids[index])
+            logits = self.scorer.logits(self.windows.ids[index], self.windows.frame)
         if logits.nbytes * (len(self._kept) + 1) <= self.keep_bytes:
             self._kept[index] = logits
         return logits
@@ -108,8 +108,8 @@ def measure_quality(
         against = reference.logits(index) if reference is not None else None
         with evaluating(model):
             is_base = reference is not None and reference.model is model
-            logits = scorer.logits(ids) if against is None or not is_base else against
-            parts.append(compare_logits(logits, scorer.targets(ids), against))
+            logits = scorer.logits(ids, windows.frame) if against is None or not is_base else against
+            parts.append(compare_logits(logits, scorer.targets(ids, windows.frame), against))
         if reference is not None and not np.isfinite(parts[-1]["base_nll"]).all():
             raise SourceError("the base model gives logits that are not finite: it cannot be compared with")
         if progress is not None:

@@ -8,6 +8,8 @@ Three kinds of model have logits to score:
   copying and is far below a causal one;
 - masked: row t is scored against token t with nothing masked. This pseudo-perplexity says how sure
   the model is of the token that it sees; it compares two copies of a model, not two models.
+
+What the tokenizer put around the text of a window (`Frame`) is read by the model and scored by none of them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SourceError
+from ..interchange.frame import Frame
 from ..interchange.running import device_of
+
+_NONE = Frame()
 
 MEANING = {
     "causal": "each token predicted from those before it",
@@ -53,11 +58,16 @@ class Scorer:
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         return Scorer(model, kind, device_of(model), options)
 
-    def targets(self, ids: Tensor) -> Tensor:
-        """ids [L] -> the tokens [S] that the rows of `logits` are scored against."""
-        return ids[1:] if self.kind == "causal" else ids
+    def scored(self, length: int, frame: Frame) -> slice:
+        """Which tokens of a window of `length` are scored: those of the text, in a causal model but its very first."""
+        first = len(frame.before)
+        return slice(max(first, 1) if self.kind == "causal" else first, length - len(frame.after))
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def targets(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
+        """ids [L] -> the tokens [S] that the rows of `logits` are scored against."""
+        return ids[self.scored(len(ids), frame)]
+
+    def logits(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
         """ids [L] -> logits [S, vocabulary] in the model's dtype, on the device of its head."""
         batch = ids.to(self.device)[None]
         extra = {"labels": batch} if self.kind == "seq2seq" else {}
@@ -70,4 +80,5 @@ class Scorer:
                 "nothing to measure: load it with its language-model head (AutoModelForCausalLM, "
                 "AutoModelForSeq2SeqLM or AutoModelForMaskedLM)"
             )
-        return logits[0, :-1] if self.kind == "causal" else logits[0]
+        rows, late = self.scored(len(ids), frame), self.kind == "causal"
+        return logits[0, rows.start - late : rows.stop - late]

@@ -7,13 +7,14 @@ median of the turns, and the ratio is what to trust. Three figures:
 - prefill: tokens of the prompt per second until the first new token;
 - batch: new tokens per second over several sequences at once, prompt included.
 
-Generation is greedy and of a forced length, whatever the model's own generation settings say.
+Generation is greedy and of a forced length, whatever the model's own generation settings say. The base is best given as
+`float_model.in_faster_types` makes it: each figure in the type in which this machine is faster.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -24,7 +25,7 @@ from lowbit.measure.quality import Progress
 from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 
 STANDARD = SpeedSettings()
-SHORT = SpeedSettings(new=16, batch=0)
+SHORT = SpeedSettings(new=16, batch=0, seconds=15)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Speed:
 def measure_speed(
     model: nn.Module | Contestant,
     *,
-    base: nn.Module | None = None,
+    base: nn.Module | Contestant | None = None,
     settings: SpeedSettings = STANDARD,
     progress: Progress | None = None,
 ) -> Speed:
@@ -71,15 +72,17 @@ def measure_speed(
     """
     try:
         mine = model if isinstance(model, Contestant) else in_transformers(model)
-        others = [] if base is None else [in_transformers(base)]
+        others = [] if base is None else [base if isinstance(base, Contestant) else in_transformers(base)]
     except SourceError as error:
         return Speed(skipped=str(error))
     every = [*others, mine]
     settings = fit_settings(settings, [each.positions for each in every])
     with torch_threads(mine.threads):
-        found = take_turns([each.probes(settings) for each in every], settings.repeats, progress)
+        probes = [each.probes(settings) for each in every]
+        found = take_turns(probes, settings.repeats, progress, seconds=settings.seconds)
+    taken = len(found[-1]["decode"])
     rates = [Rates(**{name: statistics.median(values) for name, values in one.items()}) for one in found]
     return Speed(
-        settings, rates[-1], None if base is None else rates[0], program=mine.name,
+        replace(settings, repeats=taken), rates[-1], None if base is None else rates[0], program=mine.name,
         base_program=None if base is None else others[0].name, not_engine=mine.note or None,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .quality import Progress
 
@@ -18,7 +18,10 @@ Times = Callable[[int, int, int], list[float]]
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Lengths in tokens. `batch` 0 leaves the batch figure out; `batch_length` includes the prompt."""
+    """Lengths in tokens. `batch` 0 leaves the batch figure out; `batch_length` includes the prompt.
+
+    seconds: after so many no further round begins, once there was one that counts; None for as long as it takes.
+    """
 
     prompt: int = 64
     new: int = 128
@@ -26,6 +29,7 @@ class SpeedSettings:
     batch: int = 20
     batch_length: int = 100
     repeats: int = 3
+    seconds: float | None = None
 
 
 def fit_settings(settings: SpeedSettings, limits: Sequence[int | None]) -> SpeedSettings:
@@ -35,13 +39,12 @@ def fit_settings(settings: SpeedSettings, limits: Sequence[int | None]) -> Speed
     if longest is None:
         return settings
     new = min(settings.new, max(2, longest - settings.prompt), longest // 2)
-    return SpeedSettings(
+    return replace(
+        settings,
         prompt=min(settings.prompt, longest - new),
         new=new,
         prefill=min(settings.prefill, longest - 1),
-        batch=settings.batch,
         batch_length=min(settings.batch_length, longest),
-        repeats=settings.repeats,
     )
 
 
@@ -71,16 +74,23 @@ def take_turns(
     progress: Progress | None = None,
     between: Callable[[], object] | None = None,
     rest: float = 0.0,
+    seconds: float | None = None,
 ) -> list[dict[str, list[float]]]:
     """What each probe of each program found in `rounds` rounds; all have one after another what is called the same.
 
     between: called before every round, the first included. rest: seconds before each probe: threads of OpenMP go on spinning
     after their last loop, for 0.2 s by default in some runtimes (KMP_BLOCKTIME), on processors that are another's now.
+    seconds: as in `SpeedSettings`.
     """
     names = list(dict.fromkeys(name for program in programs for name in program))
     found: list[dict[str, list[float]]] = [{name: [] for name in program} for program in programs]
     total, done = (rounds + 1) * sum(len(program) for program in programs), 0
+    start = time.monotonic()
     for turn in range(rounds + 1):
+        if seconds is not None and turn > 1 and time.monotonic() - start > seconds:
+            if progress is not None:
+                progress(total, total)
+            break
         if between is not None:
             between()
         for name in names:

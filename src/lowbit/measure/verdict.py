@@ -1,4 +1,4 @@
-"""One plain word for what quantizing cost.
+"""One plain word for what quantizing cost, and a sentence where it cost time.
 
 By the mean KL divergence from the float model in nats per token, or by the perplexity ratio when
 there is no KL. For scale: 8-bit weights of a small model cost 0.001 to 0.003 nats, a good 4-bit
@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 from .quality import Quality
+from .speed import Speed
 
 
 class Threshold(NamedTuple):
@@ -39,3 +40,15 @@ def verdict(quality: Quality) -> Threshold | None:
     else:
         return None
     return kept[0] if kept else THRESHOLDS[-1]  # NaN keeps none
+
+
+def slower(speed: Speed) -> str | None:
+    """Where the model is slower than the float model, and what is faster; None where it is not."""
+    names = [name for name in ("decode", "prefill", "batch") if (speed.ratio(name) or 1.0) < 1.0]
+    if not names:
+        return None
+    if speed.program is not None and speed.program.startswith("engine"):
+        way = "--activations int8, or a recipe with inputs in 8 bits such as w8a8, reads them faster"
+    else:
+        way = "what is saved is memory; the engine, which is faster, does not run this model"
+    return f"the float model is faster at {' and '.join(names)} here; {way}"

@@ -1,31 +1,38 @@
 """The windows of tokens that every quality figure is measured on.
 
-The whole text is tokenised once, without special tokens, and cut into windows that do not
-overlap; the ragged end is dropped. The first token of a window is never scored in a causal model.
+The whole text is tokenised once, without special tokens, and cut into windows that do not overlap, each in what the model's
+own tokenizer puts around a text (`Frame.of`); the ragged end is dropped. What the tokenizer put there is never scored, and
+neither is the first token of a window in a causal model.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TextError
+from ..interchange.frame import Frame, framed_windows, text_ids
 from ..interchange.running import max_positions
 from ..interchange.text import Text
+from ..pipeline.selftext import render_chat
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """ids [count, length] int64, the text that they are from, and remarks for the reader."""
+    """ids [count, length] int64, the text that they are from, and remarks for the reader.
+
+    `frame`: which tokens of each window the tokenizer put around it; a window of text that has them already is no exception.
+    """
 
     ids: Tensor
     text_name: str
     text_sha256: str
     text_tokens: int
     notes: tuple[str, ...] = ()
+    frame: Frame = field(default_factory=Frame)
 
     @property
     def count(self) -> int:
@@ -44,9 +51,10 @@ def make_windows(
     limit: int | None = None,
     model: nn.Module | None = None,
 ) -> Windows:
-    """Cut `text` into windows of `length` tokens; the first `limit` of them when given.
+    """Cut `text` into windows of `length` tokens; the first `limit` of them when given. Conversations are rendered first.
 
-    `model` gives the longest sequence; a greater `length` is reduced to it, and a note says so.
+    `model` gives the longest sequence (a greater `length` is reduced to it, and a note says so) and whether a window has an
+    end. Without it, windows are those of a decoder.
     Raises TextError when the text does not fill one window.
     """
     if length < 2:
@@ -58,20 +66,10 @@ def make_windows(
     if longest is not None and longest < length:
         notes.append(f"windows of {longest} tokens, the most that the model takes, instead of {length}")
         length = longest
-    ids = torch.tensor(_tokens(text, tokenizer), dtype=torch.int64)
-    count = len(ids) // length
-    if count == 0:
-        raise TextError(
-            f"{text.name} has {len(ids)} tokens, fewer than one window of {length}: "
-            f"pass a longer text, or windows of at most {max(len(ids), 2)} tokens"
-        )
-    if limit is not None and count < limit:
-        notes.append(f"{count} windows, all that the text has, instead of {limit}")
-    count = min(count, limit or count)
-    rows = ids[: count * length].view(count, length)
-    return Windows(rows, text.name, text.sha256, len(ids), tuple(notes))
-
-
-def _tokens(text: Text, tokenizer: Any) -> list[int]:
-    # verbose=False: the tokenizer would warn that the whole text is longer than the model's context.
-    return tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"]
+    text = text.rendered(lambda said: render_chat(tokenizer, said))
+    ids, frame = text_ids(text.joined, tokenizer), Frame.of(tokenizer, model)
+    found = framed_windows(text.name, ids, frame, length, "window")
+    if limit is not None and len(found) < limit:
+        notes.append(f"{len(found)} windows, all that the text has, instead of {limit}")
+    rows = torch.stack(found[:limit])
+    return Windows(rows, text.name, text.sha256, len(ids), tuple(notes), frame)

@@ -1,15 +1,13 @@
 """Calibration data: the token ids that statistics are gathered on.
 
-They come from a text (cut into windows as `measure/windows.py` cuts the text that is measured on),
-from conversations, from token ids that the caller has, or from the model itself.
+They come from a text (cut into windows by `interchange/frame.py`, as is the text that is measured on), from conversations, from token ids that the caller has, or from the model itself.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Union
@@ -18,16 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SourceError, TextError
-from lowbit.interchange.running import check_vocabulary, max_positions
+from lowbit.interchange.frame import Frame, framed_windows, text_ids
+from lowbit.interchange.records import kind_of
+from lowbit.interchange.running import check_vocabulary, fast_dtype, max_positions
 from lowbit.interchange.source import Source
-from lowbit.interchange.text import Text, is_dataset, load_text
+from lowbit.interchange.text import is_dataset, load_text
 from lowbit.pipeline.selftext import opening_of, render_chat, write_windows
 
 SELF = "self"
 SAMPLES, LENGTH = 32, 1024
-# A file, a dataset id, "self" or None; texts or conversations; tensors, lists of ids or batches of a DataLoader.
+# A file, a dataset id, "self" or None; texts, conversations or records; tensors, lists of ids or batches of a DataLoader.
 CalibrationSource = Union[str, Path, Iterable[Any], None]
-_ASIDE = "pass a file, a list of strings, a dataset id, token ids, a DataLoader, or 'self'"
+_ASIDE = "pass a file, a list of strings, conversations or records, a dataset id, token ids, a DataLoader, or 'self'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,21 +35,23 @@ class Calibration:
     """Windows of token ids, each int64 [length]; lengths differ only where the caller gave ids.
 
     `name` says where they are from. `sha256` is that of all ids as little-endian int64, each window after its length.
+    `frame`: what the tokenizer puts around a text, for who cuts the windows into shorter ones; nothing where ids were given.
     """
 
     name: str
     ids: tuple[Tensor, ...]
     sha256: str
+    frame: Frame = field(default_factory=Frame)
 
     @staticmethod
-    def of(name: str, ids: Iterable[Tensor]) -> Calibration:
+    def of(name: str, ids: Iterable[Tensor], frame: Frame | None = None) -> Calibration:
         """Name and hash `ids`."""
         windows = tuple(window.to("cpu", torch.int64).contiguous() for window in ids)
         digest = hashlib.sha256()
         for window in windows:
             for part in (torch.tensor([len(window)]), window):
                 digest.update(part.numpy().astype("<i8").tobytes())
-        return Calibration(name, windows, digest.hexdigest())
+        return Calibration(name, windows, digest.hexdigest(), frame or Frame())
 
     @property
     def tokens(self) -> int:
@@ -73,14 +75,14 @@ def load_calibration(
 ) -> Calibration:
     """`samples` windows of `length` tokens to calibrate `model` on, fewer where the text has no more.
 
-    source     a text file, a list of strings or a Hugging Face dataset id (its "train" split): the whole text
-               is tokenised once without special tokens and cut into windows that do not overlap, of which
-               `samples` are taken evenly. Token ids, as tensors, lists, or batches of a DataLoader with
+    source     a file of text or of records, a list of strings, conversations or records, or a Hugging Face dataset id (its
+               "train" split): the whole text is tokenised once without special tokens and cut into windows that do not
+               overlap, each in what the tokenizer puts around a text (`Frame.of`); `samples` are taken evenly. Token ids, as tensors, lists, or batches of a DataLoader with
                `input_ids` and `attention_mask`: the first `samples` rows in their order and their lengths,
                without padding. "self" or None: the model writes the text; only then are its weights loaded.
     tokenizer  None takes that of a Source; token ids need none.
-    chat       each document is a user's message and gets the tokenizer's chat template; of a file, each
-               paragraph. Lists of {"role", "content"} are rendered with or without it.
+    chat       each document is a user's message and gets the tokenizer's chat template; of a file of text, each
+               paragraph. Conversations are rendered with or without it.
     seed       of the text that the model writes.
 
     Windows are no longer than the positions of the model. The same arguments give the same ids. TextError
@@ -103,8 +105,11 @@ def load_calibration(
             raise TextError("the calibration data holds no token: every row is empty or padding")
     else:
         tokenizer = _tokenizer(tokenizer, model)
-        text = _conversations(data, tokenizer) if kind == "messages" else _text(data, tokenizer, chat)
-        found = Calibration.of(text.name, _windows(text, tokenizer, samples, length))
+        text = load_text(data, split="train" if is_dataset(data) else None, chat=chat)
+        text = text.rendered(lambda said: render_chat(tokenizer, said))
+        frame = _frame(tokenizer, model)
+        windows = framed_windows(text.name, text_ids(text.joined, tokenizer), frame, length, "calibration window")
+        found = Calibration.of(text.name, _spread(windows, samples), frame)
     for window in found.ids:
         check_vocabulary(model, window)  # type: ignore[arg-type]  # only `config` is looked at
     return found
@@ -140,21 +145,31 @@ def _own_text(
     label = model.label if isinstance(model, Source) else type(model).__name__
     module = model.load_float(fast_dtype()) if isinstance(model, Source) else model
     ids = write_windows(module, opening, count=samples, length=length, vocabulary=len(tokenizer), seed=seed)
-    return Calibration.of(f"{'chat' if chat else 'text'} that {label} wrote itself, seed {seed}", ids)
+    name = f"{'chat' if chat else 'text'} that {label} wrote itself, seed {seed}"
+    return Calibration.of(name, ids, Frame() if chat else Frame(opening.frame))
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it in hardware, about 4 times faster than float32; else float32."""
-    able = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return torch.bfloat16 if any(getattr(torch.cpu, name, bool)() for name in able) else torch.float32
+def _frame(tokenizer: Any, model: nn.Module | Source) -> Frame:
+    """What the tokenizer puts around a text for `model`."""
+    if not isinstance(model, Source):
+        return Frame.of(tokenizer, model)
+    from lowbit.interchange.inventory import model_class
+
+    return Frame.of(tokenizer, None if model.config is None else model_class(model.config), model.config)
+
+
+def _spread(windows: Sequence[Tensor], samples: int) -> list[Tensor]:
+    """`samples` of the windows spread evenly over the text, all when it has no more."""
+    taken = min(samples, len(windows))
+    return [windows[i * len(windows) // taken] for i in range(taken)]
 
 
 def _kind_of(source: Any) -> tuple[str, Any]:
-    """("text" | "messages" | "ids", source) by the first item, which is put back in front of an iterator."""
+    """("text" | "ids", source) by the first item, which is put back in front of an iterator."""
     if isinstance(source, (str, Path)):
         return "text", source
     if isinstance(source, (Tensor, Mapping)):
-        return "ids", [source]
+        return "text" if kind_of(source) else "ids", [source]
     if not isinstance(source, Iterable):
         raise TextError(f"a {type(source).__name__} is no calibration data: {_ASIDE}")
     items = iter(source)
@@ -162,47 +177,7 @@ def _kind_of(source: Any) -> tuple[str, Any]:
     if first is None:
         raise TextError(f"the calibration data is empty: {_ASIDE}")
     source = source if isinstance(source, Sequence) else chain([first], items)
-    if isinstance(first, str):
-        return "text", list(source)
-    if isinstance(first, Sequence) and first and isinstance(first[0], Mapping) and "role" in first[0]:
-        return "messages", list(source)
-    return "ids", source
-
-
-def _text(source: Any, tokenizer: Any, chat: bool) -> Text:
-    text = load_text(source, split="train" if is_dataset(source) else None)
-    if not chat:
-        return text
-    documents = re.split(r"\n\s*\n", text.documents[0]) if isinstance(source, (str, Path)) else text.documents
-    messages = [[{"role": "user", "content": document.strip()}] for document in documents if document.strip()]
-    return _rendered(f"{text.name}, as chat", messages, tokenizer)
-
-
-def _conversations(source: Sequence[Any], tokenizer: Any) -> Text:
-    for i, messages in enumerate(source):
-        if not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages):
-            raise TextError(f"conversation {i} of the calibration data is not a list of {{'role', 'content'}}")
-    return _rendered(f"list of {len(source)} conversations", source, tokenizer)
-
-
-def _rendered(name: str, conversations: Sequence[Any], tokenizer: Any) -> Text:
-    """The conversations by the template, one after the other: templates end a conversation themselves."""
-    joined = "".join(render_chat(tokenizer, list(messages)) for messages in conversations)
-    return replace(load_text([joined]), name=name)
-
-
-def _windows(text: Text, tokenizer: Any, samples: int, length: int) -> list[Tensor]:
-    """`samples` windows [length] spread evenly over the text, all when it has no more. TextError when it has none."""
-    # verbose=False: the tokenizer would warn that the whole text is longer than the model's context.
-    ids = torch.tensor(tokenizer(text.joined, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
-    count = len(ids) // length
-    if count == 0:
-        raise TextError(
-            f"{text.name} has {len(ids)} tokens, fewer than one calibration window of {length}: "
-            f"pass a longer text, or a length of at most {max(len(ids), 2)}"
-        )
-    taken = min(samples, count)
-    return [ids[start : start + length] for start in (i * count // taken * length for i in range(taken))]
+    return ("text", list(source)) if kind_of(first) else ("ids", source)
 
 
 def _rows(source: Iterable[Any], samples: int, longest: int | None) -> Iterator[Tensor]:

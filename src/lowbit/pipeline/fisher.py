@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import RecipeError, SourceError, TextError, WeightError
+from lowbit.interchange.frame import Frame
 
 
 def squared_gradients(
@@ -58,11 +59,14 @@ def squared_gradients(
     return squares
 
 
-def cut(ids: Sequence[Tensor], sequences: int, length: int) -> tuple[list[Tensor], str]:
-    """At most `sequences` pieces [length], spread evenly over the text, and the SHA-256 of the text's ids."""
+def cut(ids: Sequence[Tensor], sequences: int, length: int, frame: Frame) -> tuple[list[Tensor], str]:
+    """At most `sequences` pieces [length], spread evenly over the text, and the SHA-256 of the text's ids.
+
+    frame: what the tokenizer put around each of `ids`, and what each piece gets.
+    """
     if length < 2 or sequences < 2:
         raise RecipeError(f"{sequences} sequences of {length} tokens measure nothing; use 2 of 2 or more")
-    pieces = [row for x in ids for row in x[: len(x) // length * length].view(-1, length)]
+    pieces = [row for x in ids for row in frame.windows(frame.inside(x), length)]
     if len(pieces) < 2:
         total = sum(len(x) for x in ids)
         raise TextError(

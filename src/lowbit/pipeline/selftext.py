@@ -1,6 +1,6 @@
 """Text that a model writes itself: calibration data that needs no file and no network.
 
-A document begins with the beginning-of-sequence token and one drawn evenly from the vocabulary, which makes documents
+A document begins with what the tokenizer puts before a text, else with the beginning-of-sequence token, and one drawn evenly from the vocabulary, which makes documents
 differ; the others are sampled at temperature 1 from the softmax, so that they come as the model believes text to
 be distributed (Liu et al. 2023, LLM-QAT, arXiv:2305.17888, section 2.1, whose first few are the likeliest). For chat models with `chat`, the model is
 given the opening of a user's message and then writes both sides (Xu et al. 2024, Magpie, arXiv:2406.08464).
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from lowbit.engine.chat_template import ChatTemplate
 from lowbit.errors import SourceError, TextError
+from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.frame import Frame
 from lowbit.interchange.running import device_of, evaluating
 from lowbit.pipeline.kvcache import kv_cache
 
@@ -36,25 +38,28 @@ class Opening:
     reply    tokens between a user's message and the answer, put after the first end of a chat
     ends     tokens that end a message or document; the next is opened after them
     banned   tokens that are never drawn
+    frame    what the tokenizer puts before every text
     """
 
     start: tuple[int, ...] = (_ANY,)
     reply: tuple[int, ...] = ()
     ends: frozenset[int] = frozenset()
     banned: tuple[int, ...] = ()
+    frame: tuple[int, ...] = ()
 
 
 def opening_of(tokenizer: Any, config: Any = None, *, chat: bool = False) -> Opening:
     """How `tokenizer` opens a document, or with `chat` a user's message. TextError without a chat template."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    first = next((i for i in (bos, getattr(config, "bos_token_id", None), eos) if isinstance(i, int)), None)
-    more = getattr(config, "eos_token_id", None)
-    ends = frozenset(i for i in (eos, *(more if isinstance(more, list) else [more])) if i is not None)
+    frame = Frame.of(tokenizer).before
+    known = (i for i in (bos, getattr(config, "bos_token_id", None), eos) if isinstance(i, int))
+    opens = frame or tuple(known)[:1]
+    ends = end_tokens(config=config, tokenizer=tokenizer) | ({eos} if isinstance(eos, int) else set())
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    banned = tuple(sorted(special - ends - {first}))
+    banned = tuple(sorted(special - ends - set(opens)))
     if not chat:
-        return Opening((_ANY,) if first is None else (first, _ANY), (), ends, banned)
+        return Opening((*opens, _ANY), (), ends, banned, frame)
     text = render_chat(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=True)
     before, mark, after = text.partition(_MARK)
     if not mark:

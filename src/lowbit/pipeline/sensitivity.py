@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lowbit.errors import OutputError, RecipeError, SourceError, nearest
 from lowbit.formats import Format, QTensor, encode, parse_format
+from lowbit.interchange.frame import Frame
 from lowbit.interchange.source import Source
 from lowbit.pipeline.driver import Progress
 from lowbit.pipeline.fisher import cut, squared_gradients
@@ -131,18 +132,19 @@ class Sensitivity:
 def measure_sensitivity(
     source: Source, ids: Sequence[Tensor], candidates: Sequence[str | Format] = CANDIDATES, *, sequences: int = 64,
     length: int = 128, seed: int = 0, autocast: bool = False, device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Progress | None = None, frame: Frame | None = None,
 ) -> Sensitivity:  # fmt: skip
     """The sensitivity of every tensor that may be quantized, by the Fisher information.
 
-    `ids`: calibration text, int64 [any length] each, cut into `sequences` of `length` tokens spread over it.
+    `ids`: calibration text, int64 [any length] each, cut into `sequences` of `length` tokens spread over it. `frame`: what
+    the tokenizer put around each of them (`Calibration.frame`), so that each sequence begins with it too.
     Needs the whole float model with gradients and their squares: 12 bytes a parameter; `estimate_sensitivity` needs
     one tensor at a time. `autocast`: computes in bfloat16, weights and gradients stay float32.
     Candidates are rounded to nearest by `search`, weighted by E[g^2 x^2] of each input x and output gradient g.
     `progress(what, steps done, steps in all)`. TextError when the text does not fill two sequences.
     """
     formats = _formats(candidates)
-    pieces, digest = cut(ids, sequences, length)
+    pieces, digest = cut(ids, sequences, length, frame or Frame())
     settings = {"sequences": len(pieces), "length": length, "seed": seed, "calibration": digest}
     specs = _quantizable(source)
     steps = len(pieces) + len(specs)

@@ -72,7 +72,7 @@ def _measured_or_read(
     if known is not None:
         return _same(known, given, candidates, text)
     autocast = Settings.of_this_machine().autocast
-    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress)
+    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress, frame=text.frame)
     if given is not None:
         found.save(given)
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..measure.card import Card
 from ..measure.quality import Estimate
 from ..measure.scoring import MEANING
-from ..measure.verdict import verdict
+from ..measure.verdict import slower, verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -126,6 +126,9 @@ def _speed_lines(card: Card) -> list[tuple[str, str]]:
     if speed.program is not None:
         beside = "" if speed.base_program is None else f"; the float model by {speed.base_program}"
         lines.append(("  run by", speed.program + beside))
+    late = slower(speed)
+    if late is not None:
+        lines.append(("  slower", late))
     if speed.not_engine is not None:
         lines.append(("  not the engine", speed.not_engine))
     return lines

@@ -119,6 +119,9 @@ class TransformedSource(Source):
     def save_assets(self, out: Path) -> None:
         self.inner.save_assets(out)
 
+    def generation(self) -> dict[str, Any]:
+        return self.inner.generation()
+
     def tokenizer(self) -> Any:
         return self.inner.tokenizer()
 

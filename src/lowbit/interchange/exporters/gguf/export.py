@@ -104,7 +104,8 @@ class Gguf(Target):
             writer.add_file_type(_file_type(tensors))
             writer.add_string("lowbit.recipe", contents.recipe)
             text: Any = config.get_text_config()
-            vocabulary.vocabulary(model.tokenizer(), int(text.vocab_size)).add_to(writer)
+            words = vocabulary.vocabulary(model.tokenizer(), int(text.vocab_size), model.dense().end_tokens())
+            words.add_to(writer)
             factors = rope.rope_factors(text)
             for p in tensors:
                 _announce(writer, p)

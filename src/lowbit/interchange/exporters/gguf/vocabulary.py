@@ -7,9 +7,12 @@ llama.cpp), which needs the name of its pre-tokenizer, and on characters with a 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lowbit.errors import SourceError
+from lowbit.interchange.end_tokens import LLAMA_CPP_ENDS
 from lowbit.interchange.exporters.gguf.pretokenizers import pretokenizer_name
 
 if TYPE_CHECKING:
@@ -75,8 +78,8 @@ def refusal(tokenizer: Any, size: int) -> str | None:
     return why if name is None else None
 
 
-def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """The vocabulary of a tokenizer that `refusal` has passed, filled up to `size` tokens."""
+def vocabulary(tokenizer: Any, size: int, ends: Collection[int] = ()) -> Vocabulary:
+    """The vocabulary of a tokenizer that `refusal` has passed, filled up to `size` tokens. ends: what ends a text."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     characters = bool(spec["model"].get("byte_fallback"))
     tokens, kinds = _tokens(tokenizer, spec, size, characters)
@@ -96,9 +99,28 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         space_first=_space_first(spec),
         adds_bos=len(probe) > 1 and probe[0] == tokenizer.bos_token_id,
         adds_eos=len(probe) > 1 and probe[-1] == tokenizer.eos_token_id,
-        ids=ids,
+        ids={**ids, **_ends(tokenizer, ends)},
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _ends(tokenizer: Any, ends: Collection[int]) -> dict[str, int]:
+    """Ends of text, turn and message: GGUF has a place for one of each, and llama.cpp knows others by their text.
+
+    SourceError for ends that would be lost. The tokenizer's own end of text stays that.
+    """
+    eos = tokenizer.eos_token_id
+    if eos not in ends:
+        eos = min(ends, default=None)
+    names = tokenizer.convert_ids_to_tokens(sorted(ends))
+    rest = [i for i, name in zip(sorted(ends), names, strict=True) if i != eos and name not in LLAMA_CPP_ENDS]
+    if len(rest) > 2:
+        raise SourceError(
+            f"{len(ends)} tokens end a text and GGUF has room for three: llama.cpp would write on past token {rest[2]}; "
+            "leave some out of eos_token_id in generation_config.json"
+        )
+    places = ("add_eos_token_id", "add_eot_token_id", "add_eom_token_id")
+    return dict(zip(places, [eos, *rest], strict=False)) if eos is not None else {}
 
 
 def _tokens(tokenizer: Any, spec: dict[str, Any], size: int, characters: bool) -> tuple[list[str], list[int]]:
