@@ -15,8 +15,9 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.interchange.loadable import check_loadable
 from lowbit.interchange.safetensors_file import bytes_of
-from lowbit.interchange.source import Source
+from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
@@ -170,6 +171,7 @@ def write_folder(
     `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise.
     With `calibration` block by block, in the order of the model.
     """
+    _check_loadable(plan, source)
     settings = None if calibration is None else Settings.of_this_machine()
     run: CalibratedRun | None = None
     writer = FolderWriter(
@@ -232,6 +234,13 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
     config.save_pretrained(folder)
+
+
+def _check_loadable(plan: Plan, source: Source) -> None:
+    """SourceError when the planned folder would not load as the model that it is made of."""
+    if source.config is not None:
+        stored = {n: TensorSpec(n, shape, dtype) for t in plan.tensors for n, (dtype, shape) in t.stored().items()}
+        check_loadable(source.config, quantization_config(plan), stored, frozenset(source.extra), source.label)
 
 
 def _manifest(
