@@ -30,16 +30,18 @@ class Hub:
     def snapshot_download(
         self,
         repo_id: str,
-        allow_patterns: list[str],
+        allow_patterns: list[str] | None,
         ignore_patterns: list[str],
         local_files_only: bool = False,
     ) -> str:
         assert repo_id == "org/name"
-        for file in self.repo.iterdir():
-            wanted = any(fnmatch.fnmatch(file.name, p) for p in allow_patterns)
-            if wanted and not any(fnmatch.fnmatch(file.name, p) for p in ignore_patterns):
-                self.fetched.append(file.name)
-                shutil.copy(file, self.cache / file.name)
+        for file in filter(Path.is_file, self.repo.rglob("*")):
+            name = file.relative_to(self.repo).as_posix()
+            wanted = allow_patterns is None or any(fnmatch.fnmatch(name, p) for p in allow_patterns)
+            if wanted and not any(fnmatch.fnmatch(name, p) for p in ignore_patterns):
+                self.fetched.append(name)
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.cache / name)
         return str(self.cache)
 
     def get_safetensors_metadata(self, repo_id: str) -> Any:
@@ -69,7 +71,6 @@ def test_an_id_is_downloaded_without_pickles_or_code(remote: Hub) -> None:
         "pytorch_model.bin",
         "modeling_x.py",
         "tokenizer_x.py",
-        "README.md",
         "model.fp16.safetensors",
     ):
         (remote.repo / name).write_text("")
@@ -77,7 +78,7 @@ def test_an_id_is_downloaded_without_pickles_or_code(remote: Hub) -> None:
     assert source.label == "org/name"
     assert all(torch.equal(source.read(n), model.state_dict()[n]) for n in source.tensors)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(remote.fetched)
-    assert not {name for name in remote.fetched if name.endswith((".bin", ".py", ".md", "fp16.safetensors"))}
+    assert not {name for name in remote.fetched if name.endswith((".bin", ".py", "fp16.safetensors"))}
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "t5"])

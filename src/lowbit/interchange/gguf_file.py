@@ -21,6 +21,7 @@ from lowbit.interchange.gguf_header import GgufHeader
 from lowbit.interchange.gguf_parts import read_gguf
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.left_out import left_out
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.safetensors_file import bytes_of, sampled
 from lowbit.interchange.source import Source, one_line
@@ -74,6 +75,9 @@ class GgufSource(Source):
         kinds = sorted({type_name(t.ggml_type) for t in self._stored.values() if len(t.shape) > 1})
         self.storage = f"gguf, {' and '.join(kinds)}"
         self.dropped = self._rules.unused + self._conversion.extra + self._conversion.dropped
+        kind = self.inventory.model_class
+        sizes = {tensor.name: tensor.nbytes for tensor in self._stored.values()}
+        self.left_out = left_out(self.dropped, lambda n: sizes.get(n, 0), self.tensors, kind, self.config)
         untie(self.config, self.inventory, self._conversion.untied)
 
     def read(self, name: str) -> torch.Tensor:

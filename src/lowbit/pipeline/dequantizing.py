@@ -21,6 +21,7 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.left_out import to_json
 from lowbit.interchange.published import Published, Together
 from lowbit.interchange.safetensors_writer import Shard, shards_of
 from lowbit.interchange.source import Source, TensorSpec, open_source
@@ -28,18 +29,22 @@ from lowbit.pipeline.driver import Progress
 from lowbit.pipeline.folder_writer import FolderWriter, check_apart
 from lowbit.pipeline.importing import cast, model_type
 from lowbit.pipeline.loading import as_dtype
-from lowbit.pipeline.plan import MAX_SHARD, TensorPlan
+from lowbit.pipeline.plan import MAX_SHARD, TensorPlan, notes_on
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """What was written. `error`: |w - w'| / |w| of rounding the values to `dtype`, over all tensors; 0 when nothing was rounded."""
+    """What was written. `error`: |w - w'| / |w| of rounding the values to `dtype`, over all tensors; 0 when nothing was rounded.
+
+    `notes`: what of the source is not in the folder, tensors and files, a sentence each.
+    """
 
     folder: Path
     dtype: torch.dtype
     tensors: int
     bytes: int
     error: float
+    notes: tuple[str, ...] = ()
 
 
 def dequantize_model(
@@ -89,6 +94,7 @@ def dequantize_model(
         sum(len(f["sha256"]) for f in facts),
         sum(s.file_bytes for s in shards),
         errors / norms if norms else 0.0,
+        (*map(str, source.left_out), *source.left_files()),
     )
 
 
@@ -152,6 +158,7 @@ def _manifest(source: Source, dtype: torch.dtype, writer: FolderWriter) -> dict[
     """Where the values came from. No time, no path."""
     return {
         "lowbit": lowbit.__version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
-        "source": source.identity(),
+        "source": source.identity(), "notes": list(notes_on(source)),
+        "left_out": to_json(source.left_out, source.left_files()),
         "tensors": {name: {"sha256": entry["sha256"]} for name, entry in sorted(writer.journal.items())},
     }  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.interchange.left_out import to_json
 from lowbit.interchange.loadable import check_loadable
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, TensorSpec
@@ -262,6 +263,8 @@ def _manifest(
             "bits_per_weight": plan.bits_per_weight,
             "linear_bits_per_weight": plan.linear_bits_per_weight,
             "quantization": quantization_config(plan),
+            "notes": list(plan.notes),
+            "left_out": to_json(source.left_out, source.left_files()),
             "tensors": {
                 name: {key: value for key, value in entry.items() if key != "tensor"}
                 for name, entry in sorted(writer.journal.items())
