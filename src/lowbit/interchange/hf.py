@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
 from lowbit.formats import parse_format, parse_inputs
+from lowbit.interchange.quantized import without_guard
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, place
 
@@ -56,6 +57,10 @@ class LowbitQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
     quantization_config: LowbitConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: take out what stops transformers where it does not know lowbit."""
+        return without_guard(config)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False

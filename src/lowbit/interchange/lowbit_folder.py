@@ -21,6 +21,7 @@ from lowbit.interchange.folder import (
     weight_files,
 )
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model, tied_names
+from lowbit.interchange.quantized import as_float
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor
 from lowbit.interchange.source import Source, TensorSpec, say_remarks
 
@@ -43,8 +44,7 @@ class LowbitFolder:
                 f"{folder} is quantized with {method}, not written by lowbit; lowbit import makes a folder of lowbit of it"
             )
         section = read_json(self.folder / "config.json")["quantization_config"]
-        self.config = load_config(self.folder)
-        del self.config.quantization_config
+        self.config = as_float(load_config(self.folder))
         files = weight_files(self.folder)
         say_remarks(str(folder), remarks_on(self.folder, files))
         self._entries: dict[str, tuple[Path, Entry]] = {

@@ -15,8 +15,10 @@ import torch
 
 import lowbit
 from lowbit.errors import LowbitError
+from lowbit.interchange.folder import read_json
 from lowbit.interchange.left_out import to_json
 from lowbit.interchange.loadable import check_loadable
+from lowbit.interchange.quantized import with_guard
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
@@ -227,7 +229,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 
 def write_config(plan: Plan, source: Source, folder: Path) -> None:
-    """config.json: the source's own, with `quantization_config`. Nothing for a module that has no config."""
+    """config.json: the source's own, with `quantization_config`, and refused where lowbit is not known. Nothing for a module that has no config."""
     if source.config is None:
         return
     config = copy.deepcopy(source.config)
@@ -235,6 +237,8 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
     config.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(with_guard(read_json(path)), indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _check_loadable(plan: Plan, source: Source) -> None:
