@@ -167,3 +167,29 @@ def test_only_names_that_look_like_ids_use_the_network(tmp_path: Path, monkeypat
         Path("org/other"),
     ):
         assert not hub.claims(name)
+
+
+def test_what_goes_with_the_weights_is_fetched_too(remote: Hub) -> None:
+    """Pooling and dense layers of sentence-transformers, chat templates, licences; no other form of the weights."""
+    save_tiny("qwen2", remote.repo)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    files = {
+        "modules.json": json.dumps(modules), "1_Pooling/config.json": "{}", "2_Dense/config.json": "{}",
+        "2_Dense/model.safetensors": "x", "additional_chat_templates/rag.jinja": "x", "source.spm": "x", "LICENSE": "x",
+    }  # fmt: skip
+    others = (
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "tf_model.h5",
+        "2_Dense/pytorch_model.bin",
+        "custom.py",
+        "x/model.safetensors",
+    )
+    for name, text in (files | dict.fromkeys(others, "x")).items():
+        (remote.repo / name).parent.mkdir(exist_ok=True)
+        (remote.repo / name).write_text(text)
+    source = open_source("org/name")
+    assert set(files) <= set(remote.fetched) and not set(others) & set(remote.fetched)
+    (remote.cache.parent / "out").mkdir()
+    source.save_assets(remote.cache.parent / "out")
+    assert all((remote.cache.parent / "out" / name).read_text() == text for name, text in files.items())
