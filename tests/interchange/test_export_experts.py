@@ -218,3 +218,17 @@ def test_straight_from_the_float_model(room: Path, tmp_path: Path, target: str, 
     )
     assert done.exit_code == 0, done.output
     assert out.exists() and not list(tmp_path.glob("*.lowbit"))
+
+
+def test_tensors_that_are_saved_as_one_are_refused_by_name(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import core_model_loading as rules
+
+    true = rules.revert_weight_conversion
+    contents = LowbitFolder(ours(room, "qwen3-moe", "int4:g32")).contents
+    monkeypatch.setattr(rules, "revert_weight_conversion", lambda m, t: {
+        n.replace("q_proj", "qk").replace("k_proj", "qk"): v for n, v in true(m, t).items()
+    })  # fmt: skip
+    pieces = published(contents)
+    lost = {p.tensor for p in pieces.problems}
+    assert lost == {n for n in contents.tensors if n.endswith(("q_proj.weight", "k_proj.weight"))}
+    assert {p.whole for p in pieces.by_name.values()} == set(contents.tensors) - lost

@@ -30,16 +30,18 @@ class Hub:
     def snapshot_download(
         self,
         repo_id: str,
-        allow_patterns: list[str],
+        allow_patterns: list[str] | None,
         ignore_patterns: list[str],
         local_files_only: bool = False,
     ) -> str:
         assert repo_id == "org/name"
-        for file in self.repo.iterdir():
-            wanted = any(fnmatch.fnmatch(file.name, p) for p in allow_patterns)
-            if wanted and not any(fnmatch.fnmatch(file.name, p) for p in ignore_patterns):
-                self.fetched.append(file.name)
-                shutil.copy(file, self.cache / file.name)
+        for file in filter(Path.is_file, self.repo.rglob("*")):
+            name = file.relative_to(self.repo).as_posix()
+            wanted = allow_patterns is None or any(fnmatch.fnmatch(name, p) for p in allow_patterns)
+            if wanted and not any(fnmatch.fnmatch(name, p) for p in ignore_patterns):
+                self.fetched.append(name)
+                (self.cache / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.cache / name)
         return str(self.cache)
 
     def get_safetensors_metadata(self, repo_id: str) -> Any:
@@ -69,7 +71,6 @@ def test_an_id_is_downloaded_without_pickles_or_code(remote: Hub) -> None:
         "pytorch_model.bin",
         "modeling_x.py",
         "tokenizer_x.py",
-        "README.md",
         "model.fp16.safetensors",
     ):
         (remote.repo / name).write_text("")
@@ -77,7 +78,7 @@ def test_an_id_is_downloaded_without_pickles_or_code(remote: Hub) -> None:
     assert source.label == "org/name"
     assert all(torch.equal(source.read(n), model.state_dict()[n]) for n in source.tensors)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(remote.fetched)
-    assert not {name for name in remote.fetched if name.endswith((".bin", ".py", ".md", "fp16.safetensors"))}
+    assert not {name for name in remote.fetched if name.endswith((".bin", ".py", "fp16.safetensors"))}
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "mixtral", "t5"])
@@ -166,3 +167,29 @@ def test_only_names_that_look_like_ids_use_the_network(tmp_path: Path, monkeypat
         Path("org/other"),
     ):
         assert not hub.claims(name)
+
+
+def test_what_goes_with_the_weights_is_fetched_too(remote: Hub) -> None:
+    """Pooling and dense layers of sentence-transformers, chat templates, licences; no other form of the weights."""
+    save_tiny("qwen2", remote.repo)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    files = {
+        "modules.json": json.dumps(modules), "1_Pooling/config.json": "{}", "2_Dense/config.json": "{}",
+        "2_Dense/model.safetensors": "x", "additional_chat_templates/rag.jinja": "x", "source.spm": "x", "LICENSE": "x",
+    }  # fmt: skip
+    others = (
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "tf_model.h5",
+        "2_Dense/pytorch_model.bin",
+        "custom.py",
+        "x/model.safetensors",
+    )
+    for name, text in (files | dict.fromkeys(others, "x")).items():
+        (remote.repo / name).parent.mkdir(exist_ok=True)
+        (remote.repo / name).write_text(text)
+    source = open_source("org/name")
+    assert set(files) <= set(remote.fetched) and not set(others) & set(remote.fetched)
+    (remote.cache.parent / "out").mkdir()
+    source.save_assets(remote.cache.parent / "out")
+    assert all((remote.cache.parent / "out" / name).read_text() == text for name, text in files.items())

@@ -260,3 +260,18 @@ def test_dequantize_gives_an_ordinary_model(packed_folder: Folder, tmp_path: Pat
     dense.save_pretrained(tmp_path / "dense")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert torch.equal(logits(plain.eval()), logits(dense))
+
+
+def test_in_memory_an_alias_may_be_listed_before_its_owner() -> None:
+    """XLM-RoBERTa registers its head, whose weight is the table's, before the encoder that owns the table."""
+    config = transformers.XLMRobertaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.XLMRobertaForMaskedLM(config).eval()
+    made = lowbit.quantize(model, "w8").model
+    assert isinstance(made.lm_head.decoder.weight, PackedWeight)
+    assert made.lm_head.decoder.weight is made.roberta.embeddings.word_embeddings.weight
+    assert made.lm_head.decoder.bias is made.lm_head.bias
+    assert distance(logits(made), logits(model)) < 0.05

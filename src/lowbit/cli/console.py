@@ -63,7 +63,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
     log = logging.getLogger("lowbit")  # such as "downloading SmolLM2 (93 MB, once)"
     if not log.handlers:
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        said: set[str] = set()  # a command may open a model several times
+
+        def first(record: logging.LogRecord) -> bool:
+            text = record.getMessage()
+            return text not in said and not said.add(text)  # type: ignore[func-returns-value]
+
+        handler.addFilter(first)
+        log.addHandler(handler)
         log.setLevel(logging.INFO)
 
 

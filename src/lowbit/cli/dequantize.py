@@ -38,11 +38,12 @@ def dequantize(
     if as_json:
         console.print_json({
             "folder": str(out), "dtype": name, "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
+            "notes": list(made.notes),
         })  # fmt: skip
         return
     loss = "no value was rounded" if made.error == 0.0 else f"rounding cost a relative error of {made.error:.2g}"
     console.stdout().print(
-        f"{out}: {made.tensors} tensors, {bytes_text(made.bytes)} of {name}; {loss}",
+        "\n".join([f"{out}: {made.tensors} tensors, {bytes_text(made.bytes)} of {name}; {loss}", *made.notes]),
         markup=False,
         highlight=False,
         soft_wrap=True,

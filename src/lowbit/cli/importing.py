@@ -65,6 +65,7 @@ def summary(made: Quantized) -> dict[str, Any]:
     return {
         "source": made.source.storage, "exact": dict(exact.most_common()), "others": others, "notes": dict(notes),
         "bytes": made.plan.output_bytes, "bits_per_weight": made.plan.bits_per_weight,
+        "left_out": left_out_of(made),
     }  # fmt: skip
 
 
@@ -82,4 +83,9 @@ def _lines(made: Quantized, facts: dict[str, Any]) -> list[str]:
         lines.append(
             f"{entry['tensors']} tensors as {entry['format']}, relative error up to {entry['error']:.2g}: {reason}"
         )
-    return lines + [f"{n} tensors: {note}" for note, n in facts["notes"].items()]
+    return lines + [f"{n} tensors: {note}" for note, n in facts["notes"].items()] + facts["left_out"]
+
+
+def left_out_of(made: Quantized) -> list[str]:
+    """What of the source is not in the folder: tensors, then files, a sentence for each reason."""
+    return [*map(str, made.source.left_out), *made.source.left_files()]

@@ -13,6 +13,7 @@ import typer
 
 from lowbit.cli import console, targets
 from lowbit.cli.export import told
+from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Made
 from lowbit.cli.options import (
     KV,
@@ -151,6 +152,7 @@ def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
     """For --json."""
     found: dict[str, Any] = {
         "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
+        "left_out": left_out_of(made.quantized),
     }  # fmt: skip
     if made.exported is not None:
         found["exported"] = made.exported.to_json()
@@ -163,15 +165,16 @@ def _written(made: Made, out: Path) -> str:
     from lowbit.pipeline.input_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
+    lacking = "".join(f"\n{_escaped(line)}" for line in left_out_of(made.quantized))
     if made.exported is not None:
-        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s"
+        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{lacking}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
         f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}"
+        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{lacking}"
     )
 
 

@@ -15,6 +15,8 @@ from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.folder import remarks_on, weight_files
+from lowbit.interchange.source import say_remarks
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
 
@@ -32,6 +34,7 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
     config = read_json(folder / "config.json")
     refuse(config)
+    say_remarks(str(folder), remarks_on(folder, weight_files(folder)))
     if _major(config.get("transformers_version")) < 5:
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)

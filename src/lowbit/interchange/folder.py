@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.companions import companions_of, copy_companions
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.left_out import left_out, no_weights, unread_weights
 from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.quantized import SECTIONS, as_float, oriented
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ASSETS = (
-    "tokenizer*", "*tokenizer.json", "vocab.*", "vocab-*.json", "merges.txt", "*.model", "*.tiktoken", "tekken.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-)  # fmt: skip
-_NEVER = ("*.py", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.gguf", "*.pkl")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def claims(model: Any) -> bool:
@@ -141,6 +134,7 @@ class FolderSource(Source):
         section = quantization_section(self.folder)
         self.config = as_float(load_config(self.folder))
         self._headers = {file: read_header(file) for file in weight_files(self.folder)}
+        self.remarks = remarks_on(self.folder, list(self._headers))
         self._entries = _merge(self.folder, {f: h.entries for f, h in self._headers.items()})
         checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
         model = meta_model(self.config)
@@ -156,6 +150,8 @@ class FolderSource(Source):
         unknown = {name: checkpoint[name] for name in self._conversion.extra}
         self.tensors, self.inventory = described(self._conversion, inventory, unknown)
         self.extra, self.dropped = self._conversion.extra, (*self._conversion.dropped, *unused)
+        kind = self.inventory.model_class
+        self.left_out = left_out(self.dropped, self._stored_bytes, self.tensors, kind, self.config, frozenset(unused))
         untie(self.config, self.inventory, self._conversion.untied)
 
     def read(self, name: str) -> torch.Tensor:
@@ -175,13 +171,17 @@ class FolderSource(Source):
         }
 
     def save_assets(self, out: Path) -> None:
-        """Copy tokenizer files, chat template and generation config; a tokenizer given at opening replaces its files."""
+        """Copy what goes with the weights (`companions.py`); a tokenizer given at opening replaces its files."""
         try:
-            copy_assets(self.folder, out)
+            copy_companions(self.folder, out)
             if self._tokenizer is not None:
                 write_tokenizer(self._tokenizer, out)
         except OSError as error:
-            raise OutputError(f"cannot copy the tokenizer of {self.label} to {out}: {error}") from error
+            raise OutputError(f"cannot copy the files of {self.label} to {out}: {error}") from error
+
+    def left_files(self) -> tuple[str, ...]:
+        """What `save_assets` leaves, a line for each reason."""
+        return companions_of(self.folder).sentences()
 
     def generation(self) -> dict[str, Any]:
         """generation_config.json, where there is one."""
@@ -206,6 +206,11 @@ class FolderSource(Source):
         """Bytes of the tensors as they are stored."""
         return sum(entry.nbytes for _, entry in self._entries.values())
 
+    def _stored_bytes(self, key: str) -> int:
+        """Bytes on disk of a tensor of the checkpoint as the float model would have it."""
+        parts = self._weights[key].parts if key in self._weights else (key,)
+        return sum(self._entries[part][1].nbytes for part in parts)
+
     def _part(self, key: str) -> torch.Tensor:
         """A tensor of the checkpoint as the float model would have it."""
         stored = self._weights.get(key)
@@ -227,20 +232,12 @@ class FolderSource(Source):
         return all(torch.equal(read_tensor(file_a, one, rows), read_tensor(file_b, two, rows)) for rows in pieces)
 
 
-def copy_assets(folder: Path, out: Path) -> None:
-    """Copy tokenizer files, chat template and generation config from one folder into another. May raise OSError."""
-    for file in sorted(folder.iterdir()):
-        wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in ASSETS)
-        if file.is_file() and wanted and not any(fnmatch.fnmatch(file.name, p) for p in _NEVER):
-            shutil.copyfile(file, out / file.name)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, as transformers chooses them. SourceError when there are none or one lacks."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise SourceError(_no_weights(folder))
+        raise SourceError(no_weights(folder, SINGLE, INDEX))
     files = [folder / name for name in sorted(set(index_map(read_json(folder / INDEX), str(folder / INDEX)).values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -249,6 +246,15 @@ def weight_files(folder: Path) -> list[Path]:
             f"{', '.join(absent[:5])}; download them"
         )
     return files
+
+
+def remarks_on(folder: Path, read: list[Path]) -> tuple[str, ...]:
+    """What to say of weights in a folder that are not among those `read`; an index that is damaged names none."""
+    try:
+        shards = set(index_map(read_json(folder / INDEX), INDEX).values()) if (folder / INDEX).is_file() else set()
+    except SourceError:
+        shards = set()
+    return unread_weights(folder, read, shards, INDEX)
 
 
 def index_map(index: dict[str, Any], where: str) -> dict[str, str]:
@@ -286,23 +292,3 @@ def _merge(folder: Path, files: Mapping[Path, Mapping[str, Entry]]) -> dict[str,
                     f"{folder}: {INDEX} puts tensor {name!r} into {file_name}, where it is not; download both again"
                 )
     return merged
-
-
-def _no_weights(folder: Path) -> str:
-    """Why a folder has no usable weights, and what to do."""
-    names = sorted(file.name for file in folder.iterdir())
-    if "adapter_config.json" in names:
-        return f"{folder}: holds an adapter, not a model; merge it into its base with peft's merge_and_unload() first"
-    others = [n for n in names if n.endswith(".safetensors")]
-    if others:
-        return f"{folder}: has {', '.join(others[:3])} but neither {SINGLE} nor {INDEX}; rename or save it again"
-    pickles = [n for n in names if any(fnmatch.fnmatch(n, p) for p in _PICKLES)]
-    if pickles:
-        return (
-            f"{folder}: has its weights only as a pickle ({pickles[0]}), which can run code when it is read; convert "
-            "it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    ggufs = [n for n in names if n.endswith(".gguf")]
-    if ggufs:
-        return f"{folder}: has no safetensors; to use its GGUF file give {folder / ggufs[0]}"
-    return f"{folder}: has no weights; looked for {SINGLE} and {INDEX}; download the model again"

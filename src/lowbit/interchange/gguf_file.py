@@ -24,6 +24,7 @@ from lowbit.interchange.gguf_parts import read_gguf
 from lowbit.interchange.gguf_rope import FACTOR_TENSORS
 from lowbit.interchange.gguf_rules import gguf_rules
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.left_out import BUFFERS, SEVERAL_TOKENS, left_out
 from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.safetensors_file import bytes_of, sampled
@@ -82,13 +83,17 @@ class GgufSource(Source):
         kinds = sorted({type_name(t.ggml_type) for t in self._stored.values() if len(t.shape) > 1})
         self.storage = f"gguf, {' and '.join(kinds)}"
         lost = [name for name in (*self._rules.unused, *self._conversion.extra) if name not in used]
-        if lost:
-            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        sizes = {tensor.name: tensor.nbytes for tensor in self._stored.values()}
+        self.dropped = (*lost, *self._conversion.dropped)
+        self.left_out = left_out(
+            self.dropped, lambda n: sizes.get(n, 0), self.tensors, self.inventory.model_class, self.config
+        )
+        part = next((each for each in self.left_out if each.why not in (SEVERAL_TOKENS, BUFFERS)), None)
+        if lost and part is not None:
             raise SourceError(
-                f"{self.label}: its tensor {lost[0]!r}{more} has no place in transformers' {type(model).__name__}, and without "
-                "it this would be another model; use the model's original safetensors folder"
+                f"{self.label}: its {part.names} ({part.tensors} tensors) has no place in transformers' "
+                f"{type(model).__name__}, and without it this would be another model; use the model's original safetensors folder"
             )
-        self.dropped = self._conversion.dropped
         untie(self.config, self.inventory, self._conversion.untied)
 
     def read(self, name: str) -> torch.Tensor:

@@ -15,9 +15,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
 from lowbit.formats import parse_format, parse_inputs
+from lowbit.interchange.quantized import without_guard
 from lowbit.interchange.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
-from lowbit.nn.swap import dequantize_, packed_weights, place
+from lowbit.nn.swap import dequantize_, place
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -58,6 +59,10 @@ class LowbitQuantizer(HfQuantizer):
     requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
     quantization_config: LowbitConfig
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: take out what stops transformers where it does not know lowbit."""
+        return without_guard(config)
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
@@ -75,7 +80,7 @@ class LowbitQuantizer(HfQuantizer):
             model.all_tied_weights_keys.pop(alias, None)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        packed = dict(packed_weights(model))
+        packed = _packed_by_every_name(model)
         for alias, name in self.quantization_config.packed_aliases().items():
             place(model, alias, packed[name])
         _tie_parts(model, packed, self.quantization_config.packed_aliases())
@@ -110,10 +115,16 @@ class _Awaited(nn.Module):
 def attach(model: Any, config: dict[str, Any]) -> None:
     """Make a transformers model whose weights were packed in memory what `from_pretrained` would have given."""
     quantizer = LowbitQuantizer(LowbitConfig(**config), pre_quantized=True)
-    _tie_parts(model, dict(packed_weights(model)), quantizer.quantization_config.packed_aliases())
+    _tie_parts(model, _packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     model.config.quantization_config = quantizer.quantization_config
+
+
+def _packed_by_every_name(model: nn.Module) -> dict[str, PackedWeight]:
+    """A tied weight under each of its names: modules list an alias first where its owner comes first, as in XLM-RoBERTa."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, PackedWeight)}
 
 
 def _tie_parts(model: Any, packed: dict[str, PackedWeight], aliases: dict[str, str]) -> None:

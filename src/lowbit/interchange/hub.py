@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 
 from lowbit.errors import SourceError
+from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import (
-    ASSETS,
     INDEX,
     SINGLE,
     FolderSource,
@@ -23,13 +24,14 @@ from lowbit.interchange.folder import (
     quantization_section,
 )
 from lowbit.interchange.inventory import inventory_of, meta_model
+from lowbit.interchange.left_out import left_out
 from lowbit.interchange.quantized import as_float, oriented
 from lowbit.interchange.safetensors_file import DTYPES
 from lowbit.interchange.source import Source, TensorSpec, one_line
-from lowbit.interchange.stored import Checkpoint, schemes, stored_model
+from lowbit.interchange.stored import Checkpoint, StoredWeight, schemes, stored_model
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ("config.json", *ASSETS)
+_SMALL = ("config.json", MODULES, *READ_BY_TRANSFORMERS)
 _WEIGHTS = (SINGLE, INDEX, "model-*.safetensors")
 _NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
@@ -43,8 +45,11 @@ def claims(model: Any) -> bool:
 
 def open_model(model: Any, tokenizer: Any = None) -> Source:
     """Download the snapshot of the id `model`, or take it from the cache, and open it as a folder."""
-    _refuse_unknown(snapshot(model, _SMALL), model)  # before gigabytes are fetched for nothing
-    return FolderSource(snapshot(model, (*_SMALL, *_WEIGHTS)), label=model, tokenizer=tokenizer)
+    small = snapshot(model, _SMALL)
+    _refuse_unknown(small, model)  # before gigabytes are fetched for nothing
+    snapshot(model, None, ignored=NOT_FETCHED)
+    weights = (*_SMALL, *_WEIGHTS, *module_weights(small))
+    return FolderSource(snapshot(model, weights), label=model, tokenizer=tokenizer)
 
 
 def open_headers(repo: str) -> Source:
@@ -59,16 +64,18 @@ def open_headers(repo: str) -> Source:
         raise
 
 
-def snapshot(repo: str, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
-    """The local folder with the files of `repo` that match `patterns`; never pickles or code."""
+def snapshot(
+    repo: str, patterns: tuple[str, ...] | None, local_files_only: bool = False, ignored: tuple[str, ...] = _NEVER
+) -> Path:
+    """The local folder with the files of `repo` that match `patterns` (None: all) and none of `ignored`; never pickles or code."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
                 repo,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(_NEVER),
+                allow_patterns=None if patterns is None else list(patterns),
+                ignore_patterns=list(ignored),
                 local_files_only=local_files_only,
             )
         )
@@ -94,20 +101,28 @@ class HubHeaders(Source):
         for file, headers in sorted(found.files_metadata.items()):
             for name, info in headers.tensors.items():
                 checkpoint[name] = _spec(name, info, f"{repo}/{file}")
-        self._disk_bytes = sum(spec.nbytes for spec in checkpoint.values())
+        sizes = {name: spec.nbytes for name, spec in checkpoint.items()}
+        self._disk_bytes = sum(sizes.values())
         model = meta_model(self.config)
         section = quantization_section(self.folder)
         unused: tuple[str, ...] = ()
+        weights: Mapping[str, StoredWeight] = {}
         if section is not None:
             stored = stored_model(Checkpoint(section, checkpoint, repo))
             stored = replace(stored, weights=oriented(stored.weights, model))
-            self.storage, unused = stored.about, stored.unused
+            weights, self.storage, unused = stored.weights, stored.about, stored.unused
             checkpoint = stored.specs(checkpoint)
         # without the values, two names of a tied tensor are taken to hold the same ones
         conversion = plan_conversion(model, checkpoint, repo, same=lambda a, b: True)
         unknown = {name: checkpoint[name] for name in conversion.extra}
         self.tensors, self.inventory = described(conversion, inventory_of(model), unknown)
         self.extra, self.dropped = conversion.extra, (*conversion.dropped, *unused)
+
+        def nbytes(name: str) -> int:
+            return sum(sizes[part] for part in (weights[name].parts if name in weights else (name,)))
+
+        kind = self.inventory.model_class
+        self.left_out = left_out(self.dropped, nbytes, self.tensors, kind, self.config, frozenset(unused))
 
     def disk_bytes(self) -> int:
         """Bytes of the tensors as they are stored."""

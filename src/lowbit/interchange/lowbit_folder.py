@@ -10,19 +10,21 @@ import torch
 
 from lowbit.errors import OutputError, SourceError, nearest
 from lowbit.formats import QTensor, parse_format, parse_inputs
+from lowbit.interchange.companions import companions_of, copy_companions
 from lowbit.interchange.exporters.target import Contents, Stored
 from lowbit.interchange.folder import (
-    copy_assets,
     generation_of,
     load_config,
     load_tokenizer,
     quantization_method,
     read_json,
+    remarks_on,
     weight_files,
 )
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model, tied_names
+from lowbit.interchange.quantized import as_float
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source, TensorSpec, say_remarks
 
 
 class LowbitFolder:
@@ -43,12 +45,11 @@ class LowbitFolder:
                 f"{folder} is quantized with {method}, not written by lowbit; lowbit import makes a folder of lowbit of it"
             )
         section = read_json(self.folder / "config.json")["quantization_config"]
-        self.config = load_config(self.folder)
-        del self.config.quantization_config
+        self.config = as_float(load_config(self.folder))
+        files = weight_files(self.folder)
+        say_remarks(str(folder), remarks_on(self.folder, files))
         self._entries: dict[str, tuple[Path, Entry]] = {
-            name: (file, entry)
-            for file in weight_files(self.folder)
-            for name, entry in read_header(file).entries.items()
+            name: (file, entry) for file in files for name, entry in read_header(file).entries.items()
         }
         self._section: Mapping[str, Any] = section["tensors"]
         self._parts: dict[str, list[str]] = {name: [] for name in self._section}
@@ -117,11 +118,15 @@ class LowbitFolder:
         return load_tokenizer(self.folder, str(self.folder))
 
     def save_assets(self, out: Path) -> None:
-        """Copy tokenizer files, chat template and generation config into the folder `out`. OutputError."""
+        """Copy what goes with the weights (`companions.py`) into the folder `out`. OutputError."""
         try:
-            copy_assets(self.folder, out)
+            copy_companions(self.folder, out)
         except OSError as error:
-            raise OutputError(f"cannot copy the tokenizer of {self.folder} to {out}: {error}") from error
+            raise OutputError(f"cannot copy the files of {self.folder} to {out}: {error}") from error
+
+    def left_files(self) -> tuple[str, ...]:
+        """What `save_assets` leaves, a line for each reason."""
+        return companions_of(self.folder).sentences()
 
     def dense(self) -> Source:
         """The model of dequantized weights as a source: what every export is held to."""

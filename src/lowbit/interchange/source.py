@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowbit.interchange.inventory import Inventory
+    from lowbit.interchange.left_out import LeftOut
     from lowbit.interchange.planes import StoredTensor
 
+_log = logging.getLogger(__name__)
 WHAT_A_MODEL_CAN_BE = (
     "a model can be a local folder with config.json and safetensors files, a .gguf file, "
     "a Hugging Face id such as 'org/name', the name 'smollm2', or a torch nn.Module"
@@ -67,6 +70,8 @@ class Source(ABC):
     inventory  what each tensor is; has a Param for every name in `tensors`
     extra      the names in `tensors` that the model does not know, kept as they are
     dropped    checkpoint names that the model leaves unread on purpose, such as old mask buffers
+    left_out   the same in short: how many of a kind, how large, and why
+    remarks    what a user should know of how the source was read, such as which of two sets of weights; without paths
     storage    how the source stores its weights: "float", or what a quantized one says of itself
     """
 
@@ -76,6 +81,8 @@ class Source(ABC):
     inventory: Inventory
     extra: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    remarks: tuple[str, ...] = ()
     storage: str = "float"
 
     @abstractmethod
@@ -101,7 +108,11 @@ class Source(ABC):
 
     @abstractmethod
     def save_assets(self, out: Path) -> None:
-        """Write tokenizer, chat template and generation config into the folder `out`; no weights, no config.json."""
+        """Write what goes with the weights, such as the tokenizer, into the folder `out`; no weights, no config.json."""
+
+    def left_files(self) -> tuple[str, ...]:
+        """What of the source's files `save_assets` does not write, a line for each reason, in names without paths."""
+        return ()
 
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -163,7 +174,9 @@ def open_source(model: str | Path | nn.Module, *, tokenizer: Any = None) -> Sour
     for opener in OPENERS:
         module = importlib.import_module(opener)
         if module.claims(model):
-            return module.open_model(model, tokenizer)
+            source: Source = module.open_model(model, tokenizer)
+            say_remarks(source.label, source.remarks)
+            return source
     raise SourceError(_not_found(model))
 
 
@@ -172,6 +185,12 @@ def open_headers(model: str | Path | nn.Module) -> Source:
     from lowbit.interchange import hub
 
     return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
+
+
+def say_remarks(label: str, remarks: Iterable[str]) -> None:
+    """Warn of what a user should know of a source that was opened; the command line shows each once."""
+    for remark in remarks:
+        _log.warning("%s: %s", label, remark)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

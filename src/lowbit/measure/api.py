@@ -203,7 +203,7 @@ def plan_parts(plan: Plan) -> CardParts:
     quantized = sum(t.count for t in plan.tensors if t.format is not None)
     kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
     ranges = None if plan.survey is None else plan.survey.to_json()
-    notes = _inputs_note(plan.input_counts(), ranges)
+    notes = (*_inputs_note(plan.input_counts(), ranges), *plan.notes)
     if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
         notes += (
             f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
@@ -227,13 +227,14 @@ def folder_parts(folder: Path, model: nn.Module) -> CardParts:
     quantized = sum(math.prod(w.stored_shape) for w in packed.values())
     total = quantized + sum(p.numel() for p in model.parameters())
     recipe = manifest.get("recipe", {})
+    said = manifest["notes"] if isinstance(manifest.get("notes"), list) else []
     title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
     kept = total - quantized
     counts = Counter(str(w.inputs) for w in packed.values() if w.inputs is not None)
     return CardParts(
         str(folder), title, total, Coverage(quantized, total, (f"{kept:,} in float",) if kept else ()),
         bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
-        notes=_inputs_note(dict(counts.most_common()), manifest.get("ranges")),
+        notes=(*_inputs_note(dict(counts.most_common()), manifest.get("ranges")), *map(str, said)),
     )  # fmt: skip
 
 

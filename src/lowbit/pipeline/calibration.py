@@ -142,10 +142,10 @@ def _own_text(
     tokenizer: Any, model: nn.Module | Source, samples: int, length: int, chat: bool, seed: int
 ) -> Calibration:
     opening = opening_of(tokenizer, getattr(model, "config", None), chat=chat)
-    label = model.label if isinstance(model, Source) else type(model).__name__
     module = model.load_float(fast_dtype()) if isinstance(model, Source) else model
     ids = write_windows(module, opening, count=samples, length=length, vocabulary=len(tokenizer), seed=seed)
-    name = f"{'chat' if chat else 'text'} that {label} wrote itself, seed {seed}"
+    # Not the model's label, which is a path of this machine: the name goes into what is published.
+    name = f"{'chat' if chat else 'text'} that the model wrote itself, seed {seed}"
     return Calibration.of(name, ids, Frame() if chat else Frame(opening.frame))
 
 

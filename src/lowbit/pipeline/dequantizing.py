@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,31 @@ import lowbit
 from lowbit.errors import SourceError
 from lowbit.interchange.claim import claimed
 from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.left_out import to_json
 from lowbit.interchange.older_readers import write_config
+from lowbit.interchange.published import Published, Together
 from lowbit.interchange.safetensors_writer import Shard, shards_of
-from lowbit.interchange.source import Source, one_line, open_source
+from lowbit.interchange.source import Source, TensorSpec, open_source
 from lowbit.pipeline.driver import Progress
 from lowbit.pipeline.folder_writer import FolderWriter, check_apart
 from lowbit.pipeline.importing import cast, model_type
 from lowbit.pipeline.loading import as_dtype
-from lowbit.pipeline.plan import MAX_SHARD, TensorPlan
+from lowbit.pipeline.plan import MAX_SHARD, TensorPlan, notes_on
 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """What was written. `error`: |w - w'| / |w| of rounding the values to `dtype`, over all tensors; 0 when nothing was rounded."""
+    """What was written. `error`: |w - w'| / |w| of rounding the values to `dtype`, over all tensors; 0 when nothing was rounded.
+
+    `notes`: what of the source is not in the folder, tensors and files, a sentence each.
+    """
 
     folder: Path
     dtype: torch.dtype
     tensors: int
     bytes: int
     error: float
+    notes: tuple[str, ...] = ()
 
 
 def dequantize_model(
@@ -81,65 +88,57 @@ def dequantize_model(
     facts = list(writer.journal.values())
     errors, norms = (sum(f[key] ** 2 for f in facts) ** 0.5 for key in ("error", "norm"))
     return Dequantized(
-        Path(out), wanted, len(facts), sum(s.file_bytes for s in shards), errors / norms if norms else 0.0
+        Path(out),
+        wanted,
+        sum(len(f["sha256"]) for f in facts),
+        sum(s.file_bytes for s in shards),
+        errors / norms if norms else 0.0,
+        (*map(str, source.left_out), *source.left_files()),
     )
 
 
 class _Names:
-    """Tensors of the model under the names, and in the pieces, that save_pretrained gives them."""
+    """Tensors of the model under the names, and in the pieces, that save_pretrained gives them; those of one group at a time."""
 
     def __init__(self, source: Source, dtype: torch.dtype) -> None:
         self._source, self._dtype = source, dtype
-        self._model = meta_model(source.config)  # type: ignore[arg-type]
-        self._known = [name for name in source.tensors if name not in source.extra]
-        whole = self._reverted({name: self._meta(name) for name in self._known})
-        self._alone = {name: self._reverted({name: self._meta(name)}) for name in self._known}
-        if {k for made in self._alone.values() for k in made} != set(whole):
-            raise SourceError(
-                f"{source.label}: transformers saves tensors of {type(self._model).__name__} that are made of several ones; "
-                "load it with lowbit.load(..., kernel='dense') and save_pretrained instead"
-            )
+        extra = frozenset(source.extra)
+        specs = {n: TensorSpec(n, s.shape, self._type(n)) for n, s in source.tensors.items() if n not in extra}
+        self._published = Published(meta_model(source.config), specs, source.label)  # type: ignore[arg-type]
+        alone = (Together((n,), {n: TensorSpec(n, source.tensors[n].shape, self._type(n))}) for n in source.extra)
+        self._groups = (*self._published.groups, *alone)
 
     def stored(self) -> list[tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
-        """(model name, name in the file -> type and shape), in the order of the model."""
-        found = [(n, {k: (t.dtype, tuple(t.shape)) for k, t in made.items()}) for n, made in self._alone.items()]
-        return found + [(n, {n: (self._type(n), self._source.tensors[n].shape)}) for n in self._source.extra]
+        """(name of the group's first tensor, name in the file -> type and shape), in the order of the model."""
+        return [(g.names[0], {k: (spec.dtype, spec.shape) for k, spec in g.pieces.items()}) for g in self._groups]
 
     def values(
         self, done: frozenset[str], progress: Progress | None
     ) -> Iterator[tuple[str, dict[str, Tensor], float, float]]:
-        """(model name, tensors to write, norm of the rounding error, norm of the values)."""
+        """(name of the group, tensors to write, norm of the rounding error, norm of the values)."""
         sizes = {name: spec.nbytes for name, spec in self._source.tensors.items()}
         at = 0
-        for name in (*self._known, *self._source.extra):
-            if name not in done:
-                value = self._source.read(name)
-                plan = TensorPlan(name, tuple(value.shape), "other", self._type(name), False, None, None)
-                made = cast(plan, value).stored[name]
-                error = 0.0 if made.dtype == value.dtype else _norm(made.double().sub_(value.double()))
-                pieces = {name: made} if name in self._source.extra else self._reverted({name: made})
-                yield name, {k: t.contiguous() for k, t in pieces.items()}, error, _norm(value.double())
-            at += sizes[name]
+        for group in self._groups:
+            if group.names[0] not in done:
+                made = {name: self._rounded(name) for name in group.names}
+                pieces = self._published.tensors(group, {name: tensor for name, (tensor, _, _) in made.items()})
+                error, norm = (math.hypot(*(facts[i] for facts in made.values())) for i in (1, 2))
+                yield group.names[0], pieces, error, norm
+            at += sum(sizes[name] for name in group.names)
             if progress:
-                progress(name, at, sum(sizes.values()))
+                progress(group.names[-1], at, sum(sizes.values()))
+
+    def _rounded(self, name: str) -> tuple[Tensor, float, float]:
+        """A tensor in its type, the norm of what rounding changed, and its own."""
+        value = self._source.read(name)
+        plan = TensorPlan(name, tuple(value.shape), "other", self._type(name), False, None, None)
+        made = cast(plan, value).stored[name]
+        error = 0.0 if made.dtype == value.dtype else _norm(made.double().sub_(value.double()))
+        return made, error, _norm(value.double())
 
     def _type(self, name: str) -> torch.dtype:
         own = self._source.tensors[name].dtype
         return self._dtype if own.is_floating_point else own
-
-    def _meta(self, name: str) -> Tensor:
-        return torch.empty(self._source.tensors[name].shape, dtype=self._type(name), device="meta")
-
-    def _reverted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        try:
-            made: dict[str, Tensor] = revert_weight_conversion(self._model, dict(tensors))
-        except Exception as error:  # the rules are transformers'
-            raise SourceError(
-                f"{self._source.label}: transformers cannot name its tensors for saving ({one_line(error)})"
-            ) from error
-        return made
 
 
 def _norm(values: Tensor) -> float:
@@ -158,5 +157,6 @@ def _origin(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """Where the values come from, as the manifest says it. No time, no path."""
     return {
         "lowbit": lowbit.__version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
-        "source": source.identity(),
+        "source": source.identity(), "notes": list(notes_on(source)),
+        "left_out": to_json(source.left_out, source.left_files()),
     }  # fmt: skip

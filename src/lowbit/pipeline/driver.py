@@ -15,8 +15,12 @@ import torch
 
 import lowbit
 from lowbit.interchange import older_readers
+from lowbit.interchange.folder import read_json
+from lowbit.interchange.left_out import to_json
+from lowbit.interchange.loadable import check_loadable
+from lowbit.interchange.quantized import with_guard
 from lowbit.interchange.safetensors_file import bytes_of
-from lowbit.interchange.source import Source
+from lowbit.interchange.source import Source, TensorSpec
 from lowbit.pipeline.calibrated import STATES, CalibratedRun
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.folder_writer import FolderWriter
@@ -170,6 +174,7 @@ def write_folder(
     `solved`: results that are at hand already (a module quantized in memory); computed one by one otherwise. `again`: whether
     a second call has the same. With `calibration` block by block, in the order of the model.
     """
+    _check_loadable(plan, source)
     settings = None if calibration is None else Settings.of_this_machine()
     run: CalibratedRun | None = None
     with FolderWriter(
@@ -218,7 +223,7 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 
 def write_config(plan: Plan, source: Source, folder: Path) -> None:
-    """config.json: the source's own, with `quantization_config`. Nothing for a module that has no config."""
+    """config.json: the source's own, with `quantization_config`, and refused where lowbit is not known. Nothing for a module that has no config."""
     if source.config is None:
         return
     config = copy.deepcopy(source.config)
@@ -226,6 +231,15 @@ def write_config(plan: Plan, source: Source, folder: Path) -> None:
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
     older_readers.write_config(config, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(with_guard(read_json(path)), indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _check_loadable(plan: Plan, source: Source) -> None:
+    """SourceError when the planned folder would not load as the model that it is made of."""
+    if source.config is not None:
+        stored = {n: TensorSpec(n, shape, dtype) for t in plan.tensors for n, (dtype, shape) in t.stored().items()}
+        check_loadable(source.config, quantization_config(plan), stored, frozenset(source.extra), source.label)
 
 
 def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) -> dict[str, Any]:
@@ -245,6 +259,8 @@ def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) 
             "bits_per_weight": plan.bits_per_weight,
             "linear_bits_per_weight": plan.linear_bits_per_weight,
             "quantization": quantization_config(plan),
+            "notes": list(plan.notes),
+            "left_out": to_json(source.left_out, source.left_files()),
         }
         | ({} if calibration is None else {"calibration": calibration.to_json()})
         | ({} if plan.survey is None else {"ranges": plan.survey.to_json()})

@@ -116,7 +116,7 @@ def written(
         raise _cannot(out, system) from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
-    notes = (*kind.notes(folder.contents), *cost)
+    notes = (*kind.notes(folder.contents), *cost, *(() if kind.suffix else folder.left_files()))
     return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
 
 

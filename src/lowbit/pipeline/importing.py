@@ -27,7 +27,7 @@ from lowbit.pipeline.driver import Progress, write_folder
 from lowbit.pipeline.folder_writer import check_apart
 from lowbit.pipeline.kvcache import kv_cache
 from lowbit.pipeline.layer_globs import with_layers
-from lowbit.pipeline.plan import MAX_SHARD, Plan, TensorPlan
+from lowbit.pipeline.plan import MAX_SHARD, Plan, TensorPlan, notes_on
 from lowbit.pipeline.recipe import KEEP, Recipe
 from lowbit.pipeline.solve import Solved, check_finite, six_digits, solve
 
@@ -76,7 +76,7 @@ def import_plan(source: Source, rest: str | Format = KEEP, max_shard_bytes: int 
     recipe = with_layers(Recipe(base, embed=None), {t.name: t.format for t in tensors if t.name in kinds}, kinds, base)
     return Plan(
         source.label, replace(recipe, name=f"import of {source.storage}"), tensors, dict(source.inventory.tied),
-        kv_cache(source.config), 4096, max_shard_bytes, source.disk_bytes(),
+        kv_cache(source.config), 4096, max_shard_bytes, source.disk_bytes(), notes=notes_on(source),
     )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from lowbit.errors import RecipeError, SourceError, nearest
 from lowbit.formats import QTensor, parse_format, parse_inputs
-from lowbit.interchange.folder import quantization_method, read_json, weight_files
+from lowbit.interchange.folder import quantization_method, read_json, remarks_on, weight_files
 from lowbit.interchange.safetensors_file import read_header, read_tensor
+from lowbit.interchange.source import say_remarks
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
 from lowbit.pipeline.folder_writer import MANIFEST
@@ -53,6 +54,7 @@ def load(
         raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
         options["dtype"] = as_dtype(dtype)
+    say_remarks(str(folder), remarks_on(path, weight_files(path)))
     build: Any = model_class(load_config(path)).from_pretrained
     model, found = build(path, local_files_only=True, output_loading_info=True, **options)
     if found["missing_keys"]:

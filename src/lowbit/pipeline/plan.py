@@ -87,6 +87,7 @@ class Plan:
     """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact.
 
     `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
+    `notes`: what of the source is not read or has no place in the model, a sentence each.
     `survey`: which layers of a static recipe are not static, and why; None where no text was looked at.
     """
 
@@ -99,6 +100,7 @@ class Plan:
     max_shard_bytes: int = MAX_SHARD
     source_bytes: int | None = None
     survey: Survey | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -199,6 +201,7 @@ class Plan:
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
         out["inputs"] = self.input_counts()
+        out["notes"] = list(self.notes)
         if self.survey is not None:
             out["ranges"] = self.survey.to_json()
         out["tensors"] = [
@@ -242,7 +245,13 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
         context,
         max_shard_bytes,
         source.disk_bytes(),
+        notes=notes_on(source),
     )
+
+
+def notes_on(source: Source) -> tuple[str, ...]:
+    """What of a source is not read, and what has no place in the model."""
+    return (*source.remarks, *map(str, source.left_out))
 
 
 def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:

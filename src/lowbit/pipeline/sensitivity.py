@@ -56,6 +56,7 @@ _VERSION = 1
 class Sensitivity:
     """Predicted KL(float || quantized) in nats per token of each tensor in each format, all others left in float.
 
+    label        the class of the model, which is the same wherever it lies
     source       `Source.identity()` of the model it was measured on
     method       "fisher", or "relative error" where the model was not run
     settings     what it was measured with: sequences, length, seed, SHA-256 of the token ids
@@ -81,7 +82,7 @@ class Sensitivity:
         """RecipeError when it was measured on another model than `source`."""
         if _plain(source.identity()) != _plain(self.source):
             raise RecipeError(
-                f"this sensitivity was measured on another model than {source.label} (on {self.label}); measure it again"
+                f"this sensitivity was measured on another model than {source.label} (on a {self.label}); measure it again"
             )
 
     def scaled(self, factors: Mapping[str, float]) -> Sensitivity:
@@ -168,7 +169,9 @@ def measure_sensitivity(
         if progress:
             progress(t.name, len(pieces) + i + 1, steps)
     _fill(kl, errors, unused)
-    return Sensitivity(source.label, source.identity(), "fisher", settings, tuple(map(str, formats)), kl, errors)
+    return Sensitivity(
+        source.inventory.model_class, source.identity(), "fisher", settings, tuple(map(str, formats)), kl, errors
+    )
 
 
 def estimate_sensitivity(
@@ -190,7 +193,9 @@ def estimate_sensitivity(
             progress(t.name, i + 1, len(specs))
     each = _KL_PER_ERROR / max(1, len(specs))
     kl = {name: {f: _short(each * e * e) for f, e in by.items()} for name, by in errors.items()}
-    return Sensitivity(source.label, source.identity(), "relative error", {}, tuple(map(str, formats)), kl, errors)
+    return Sensitivity(
+        source.inventory.model_class, source.identity(), "relative error", {}, tuple(map(str, formats)), kl, errors
+    )
 
 
 @torch.no_grad()

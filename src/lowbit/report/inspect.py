@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SourceError
-from lowbit.interchange.folder import read_json, weight_files
+from lowbit.interchange.folder import read_json, remarks_on, weight_files
 from lowbit.interchange.safetensors_file import read_header
-from lowbit.interchange.source import Source
+from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
 from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
@@ -141,7 +141,9 @@ def inspect_quantized(folder: Path) -> Inspection:
         raise SourceError(f"{folder}: config.json has no quantization_config with tensors; quantize the model again")
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    say_remarks(str(folder), remarks_on(folder, files))
+    for file in files:
         for name, entry in read_header(file).entries.items():
             owner = next((t for t in _prefixes(name) if t in table), name)
             sizes[owner] = sizes.get(owner, 0) + entry.nbytes

@@ -58,6 +58,7 @@ class TransformedSource(Source):
     ) -> None:
         self.inner, self.transform, self._edits = inner, transform, dict(edits)
         self.label, self.extra, self.dropped = inner.label, inner.extra, inner.dropped
+        self.left_out, self.remarks = inner.left_out, inner.remarks
         self.online = {**getattr(inner, "online", {}), **(online or {})}
         self.notes = (*getattr(inner, "notes", ()), *notes)
         tied = dict(inner.inventory.tied)
@@ -121,6 +122,9 @@ class TransformedSource(Source):
 
     def generation(self) -> dict[str, Any]:
         return self.inner.generation()
+
+    def left_files(self) -> tuple[str, ...]:
+        return self.inner.left_files()
 
     def tokenizer(self) -> Any:
         return self.inner.tokenizer()

@@ -8,6 +8,7 @@ of a stack a published tensor has is asked of transformers' own rules, on row nu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -98,6 +99,12 @@ def published(model: Contents) -> Pieces:
             found += _taken_apart(module, stored)
         except _Whole as error:
             problems.append(Problem(stored.name, str(error), "lowbit's own folder"))
+    counts = Counter(p.stored.name for p in found)
+    joined = {p.whole: None for p in found if counts[p.stored.name] > 1}
+    problems += [
+        Problem(name, "transformers saves it as one tensor with others", "lowbit's own folder") for name in joined
+    ]
+    found = [p for p in found if p.whole not in joined]
     names = {p.whole: p.stored.name for p in found if p.rows is None}
     contents = replace(
         model,
