@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "What is the capital of France?"
 _LENGTH = 1024
+_WARNED = 5  # tensors that are named one by one
 
 
 def register(app: typer.Typer) -> None:
@@ -134,6 +136,8 @@ def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
     }  # fmt: skip
+    if made.quantized.report.warnings:
+        found["warnings"] = made.quantized.report.warnings
     if made.exported is not None:
         found["exported"] = made.exported.to_json()
     if card is not None:
@@ -145,16 +149,24 @@ def _written(made: Made, out: Path) -> str:
     from lowbit.pipeline.input_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
+    warned = "".join(f"\n{_escaped(line)}" for line in _warned(made.quantized.report.warnings))
     if made.exported is not None:
-        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s"
+        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{warned}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
         f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}"
+        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{warned}"
     )
+
+
+def _warned(warnings: Mapping[str, str]) -> list[str]:
+    """Lines about single tensors; of many, the first few and how many more."""
+    lines = [f"warning: {name}: {text}" for name, text in warnings.items()]
+    more = len(lines) - _WARNED
+    return lines if more <= 0 else [*lines[:_WARNED], f"warning: and {more} more tensors; lowbit.json names all"]
 
 
 def _generates(made: Any) -> bool:

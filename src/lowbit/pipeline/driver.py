@@ -23,7 +23,7 @@ from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.range_survey import remembered
 from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import OutputError, Solved, solve
+from lowbit.pipeline.solve import OutputError, Solved, solve, with_exponent
 from lowbit.pipeline.tuned import tune_folder
 
 Progress = Callable[[str, int, int], None]
@@ -35,6 +35,7 @@ class LayerReport:
     """What became of one tensor. `error`: |w - w_q| / |w|, 0 for a kept one.
 
     `output`: with calibration text, |x (w - w_q)'| / |x w'| of round-to-nearest and of the result, on how many tokens.
+    `warning`: what a person has to know of it, such as values that are not finite, or too small for the format.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerReport:
     error: float
     output: OutputError | None = None
     note: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class Report:
     tuning: dict[str, Any] | None = None
     ranges: dict[str, Any] | None = None
 
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Name of a tensor -> what a person has to know of it."""
+        return {layer.name: layer.warning for layer in self.layers if layer.warning}
+
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
@@ -84,12 +91,13 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
     layers = tuple(
         LayerReport(
             t.name,
-            None if t.format is None else str(t.format),
+            None if (fmt := with_exponent(t.format, facts[t.name].get("exponent", 0))) is None else str(fmt),
             t.keep,
             8 * t.bytes_after / max(1, t.count),
             float(facts[t.name]["error"]),
             OutputError(**found) if (found := facts[t.name].get("output")) else None,
             "; ".join(filter(None, (str(facts[t.name].get("note", "")), plan.note_of(t.name)))),
+            str(facts[t.name].get("warning", "")),
         )
         for t in plan.tensors
     )
@@ -104,6 +112,10 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
 def solved_facts(solved: Solved) -> dict[str, Any]:
     """What the journal and the manifest keep of a solved tensor, beside its hashes."""
     facts: dict[str, Any] = {"error": solved.error}
+    if solved.exponent:
+        facts["exponent"] = solved.exponent
+    if solved.warning:
+        facts["warning"] = solved.warning
     if solved.output is not None:
         facts["output"] = asdict(solved.output)
     if solved.tuned is not None:
@@ -195,8 +207,8 @@ def write_folder(
             tune_folder(plan, source, calibration, writer, settings, progress)
         writer.verify()
         source.save_assets(writer.partial)
-        write_config(plan, source, writer.partial)
         facts = dict(writer.journal)
+        write_config(plan, source, writer.partial, facts)
         writer.finish(_manifest(plan, source, writer, calibration))
     except LowbitError:
         if not writer.complete:
@@ -208,10 +220,14 @@ def write_folder(
     return make_report(plan, facts, calibration)
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What config.json says of the quantized weights; all that a reader needs beside the files."""
+def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the quantized weights; all that a reader needs beside the files. `facts` by tensor name, as
+    `solved_facts` has them: formats have the exponents that values asked for."""
     tensors = {
-        t.name: {"format": str(t.format), "shape": list(t.stored_shape)}
+        t.name: {
+            "format": str(with_exponent(t.format, facts[t.name].get("exponent", 0))),
+            "shape": list(t.stored_shape),
+        }
         | ({"transposed": True} if t.transposed else {})
         | ({"inputs": str(t.inputs)} if t.inputs is not None else {})
         for t in plan.tensors
@@ -223,12 +239,12 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_config(plan: Plan, source: Source, folder: Path) -> None:
+def write_config(plan: Plan, source: Source, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """config.json: the source's own, with `quantization_config`. Nothing for a module that has no config."""
     if source.config is None:
         return
     config = copy.deepcopy(source.config)
-    config.quantization_config = quantization_config(plan)
+    config.quantization_config = quantization_config(plan, facts)
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
     config.save_pretrained(folder)
@@ -252,7 +268,7 @@ def _manifest(
             "coverage": plan.coverage,
             "bits_per_weight": plan.bits_per_weight,
             "linear_bits_per_weight": plan.linear_bits_per_weight,
-            "quantization": quantization_config(plan),
+            "quantization": quantization_config(plan, writer.journal),
             "tensors": {
                 name: {key: value for key, value in entry.items() if key != "tensor"}
                 for name, entry in sorted(writer.journal.items())

@@ -12,6 +12,7 @@ from lowbit.formats import Format
 from lowbit.interchange.source import Source
 from lowbit.pipeline.recipe import Recipe
 from lowbit.solvers import Call
+from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats
 from lowbit.transforms import FACTS, Arch, apply_scale, arch_of, shared_channels
 
@@ -107,4 +108,4 @@ class Rewriter:
 
     def _rounded(self, fmt: Format) -> Callable[[Tensor, Stats], Tensor]:
         solver, fit = self.recipe.solver_for(fmt), self.recipe.fit_for(fmt)
-        return lambda weight, stats: solver(weight, fmt, fit, stats).dequantize()
+        return lambda weight, stats: solver(weight, in_range(weight, fmt), fit, stats).dequantize()

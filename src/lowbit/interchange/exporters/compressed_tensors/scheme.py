@@ -86,5 +86,8 @@ def arguments(bits: int, kind: str, strategy: str, symmetric: bool = True, **mor
 
 
 def scale_dtype(fmt: Format) -> torch.dtype:
-    """How a scale is stored: its own float type, float32 where it has none or is quantized itself."""
+    """How a scale is stored: its own float type; float32 where it has none, is quantized itself, or leaves the range of it
+    but for the format's exponent."""
+    if fmt.exponent:
+        return torch.float32
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(fmt.scale), torch.float32)
