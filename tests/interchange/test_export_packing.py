@@ -209,8 +209,6 @@ def test_nvfp4_by_what_readers_make_of_the_reciprocal() -> None:
         for read in (local / divisor, local * (1 / divisor)):
             found = levels * read.repeat_interleave(16, 1)
             assert float((found.double() - ours.double()).norm() / ours.double().norm()) <= scheme.changes
-        near = [divisor]
-        for to in (0.0, torch.inf):
-            near.append(torch.nextafter(divisor, torch.tensor(to)))
+        near = [divisor, *(torch.nextafter(divisor, torch.tensor(to)) for to in (0.0, torch.inf))]
         unreachable += not any(torch.equal(1 / each, s) for each in near)
     assert 0 < unreachable < 60 and scheme.changes < 2.5e-7

@@ -27,7 +27,11 @@ def damaged(folder: Path, name: str, at: tuple[int, ...], value: float) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_how_many_and_where(dtype: torch.dtype) -> None:
     x = torch.ones(4, 5)
-    assert nonfinite(x.to(dtype)) == "" and nonfinite(torch.zeros(0)) == "" and nonfinite(torch.ones(3, dtype=torch.int64)) == ""
+    assert (
+        nonfinite(x.to(dtype)) == ""
+        and nonfinite(torch.zeros(0)) == ""
+        and nonfinite(torch.ones(3, dtype=torch.int64)) == ""
+    )
     assert nonfinite(torch.full((4, 4), 6e4, dtype=torch.float16)) == ""  # the sum is large, no number of it is
     x[2, 3] = torch.nan
     x[3, 0] = torch.nan

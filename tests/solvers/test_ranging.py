@@ -75,7 +75,9 @@ def test_reading_with_an_exponent(text: str) -> None:
         assert torch.equal(q.offsets(), plain.offsets() * factor)
 
 
-@pytest.mark.parametrize("text", ["int4:g32:x=1.5", "int4:g32:x=", "int4:g32:x=-1000", "int4:g32:x=٣", "int4:g32:s=(uint6:g8:x=2)"])
+@pytest.mark.parametrize(
+    "text", ["int4:g32:x=1.5", "int4:g32:x=", "int4:g32:x=-1000", "int4:g32:x=٣", "int4:g32:s=(uint6:g8:x=2)"]
+)
 def test_what_is_no_exponent(text: str) -> None:
     with pytest.raises(FormatError):
         parse_format(text)

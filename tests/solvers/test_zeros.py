@@ -15,7 +15,15 @@ from lowbit.solvers.registry import Call, methods
 from lowbit.solvers.stats import Stats, StatsBuilder
 from lowbit.solvers.zeros import zero_runs
 
-TEXTS = ("binary:g32", "ternary:g32", "q4_k", "q6_k", "kmeans4:g64:cb=tensor", "uint4:g32:min=fp16", "int4:g32:zero=int32")
+TEXTS = (
+    "binary:g32",
+    "ternary:g32",
+    "q4_k",
+    "q6_k",
+    "kmeans4:g64:cb=tensor",
+    "uint4:g32:min=fp16",
+    "int4:g32:zero=int32",
+)
 FORMATS = sorted(
     {str(Recipe.parse(t).format) for p in PRESETS.values() for t in (p.text, p.calibrated) if t} | {str(parse_format(t)) for t in TEXTS}
 )  # fmt: skip
@@ -47,8 +55,8 @@ def pairs(fmt: Format) -> list[tuple[Call, Call]]:
         if method.declines(fmt) is not None:
             continue
         fits = [name for name, fit in methods("fit").items() if fmt.scale is None or fit.declines(fmt) is None]
-        for fit in fits if solver == "rtn" else [f for f in fits if f in ("absmax", "minmax", "search")]:
-            found.append((Call(solver), Call(fit)))
+        wanted = fits if solver == "rtn" else [f for f in fits if f in ("absmax", "minmax", "search")]
+        found += [(Call(solver), Call(fit)) for fit in wanted]
     return found
 
 

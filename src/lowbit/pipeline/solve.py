@@ -15,7 +15,7 @@ from lowbit.pipeline.finite import check_finite, check_kept
 from lowbit.pipeline.plan import SLAB, TensorPlan, by_rows
 from lowbit.pipeline.recipe import Recipe
 from lowbit.solvers.hessian import quadratic
-from lowbit.solvers.ranging import Lost, in_range
+from lowbit.solvers.ranging import Lost, in_range, ranged
 from lowbit.solvers.stats import Stats
 
 
@@ -86,7 +86,8 @@ def solve(
         )
     if plan.transposed:
         weight = weight.transpose(-1, -2)
-    fmt = in_range(weight, plan.format)
+    within = ranged(weight, plan.format)
+    fmt = within.format
     solver, fit = recipe.solver_for(fmt, stats is not None), recipe.fit_for(fmt)
     pieces: list[dict[str, Tensor]] = []
     error = norm = 0.0
@@ -102,7 +103,8 @@ def solve(
         size = float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
         off = float(torch.linalg.vector_norm(x.sub(dense))) ** 2
         norm, error = norm + size, error + off
-        lost.add(x, dense, fmt, (off / size) ** 0.5 if size else 0.0)
+        if within.doubtful:
+            lost.add(x, dense, fmt, (off / size) ** 0.5 if size else 0.0)
         pieces.append({name: part.cpu() for name, part in q.parts().items()})
     stored = {f"{plan.name}.{name}": _joined(name, [p[name] for p in pieces], weight.dim()) for name in pieces[0]}
     return Solved(

@@ -8,7 +8,7 @@ nothing, so the codes are those of a weight of usual size.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,15 +20,28 @@ from lowbit.formats.format import FARTHEST, Store
 _ROOM = 2  # binades that a fit, error feedback or a refit may enlarge the largest scale by
 
 
+@dataclass(frozen=True)
+class Ranged:
+    """A format, with an exponent where the weight needs one; `doubtful`: whether its scales may still lose single blocks."""
+
+    format: Format
+    doubtful: bool = False
+
+
 def in_range(weight: Tensor, fmt: Format) -> Format:
-    """`fmt`, with an exponent where scales, minima or learned levels of `weight` would leave the range of their type.
+    """`fmt`, with an exponent where scales, minima or learned levels of `weight` would leave the range of their type."""
+    return ranged(weight, fmt).format
+
+
+def ranged(weight: Tensor, fmt: Format) -> Ranged:
+    """`in_range`, and whether the blocks are to be looked at afterwards.
 
     `weight` of any shape and float type, finite. What is stored of a block is foreseen from its largest magnitude: that over the
     reach of the grid for a scale, itself for a minimum or a level. The largest then lands below the end of the range,
     which leaves about 2^26 in float16 downwards for the smallest. A format that has an exponent keeps it.
     """
-    if fmt.exponent or not weight.numel():
-        return fmt
+    if not weight.numel():
+        return Ranged(fmt)
     block = fmt.block if fmt.codebook is None or fmt.scale is not None else fmt.codebook
     (peaks,) = reduce_blocks(lambda x: x.abs().amax(1), block, weight)
     assert peaks is not None
@@ -39,10 +52,11 @@ def in_range(weight: Tensor, fmt: Format) -> Format:
         kept += _stored(peaks / _reach(fmt), fmt.scale)
     if fmt.offset_kind == "min":
         kept += _stored(peaks, fmt.offset.store)  # type: ignore[union-attr]
-    if all(_holds(values, name) for values, name in kept):
-        return fmt
-    found = max((_to_the_top(values, name) for values, name in kept if float(values.max()) > 0), default=0)
-    return replace(fmt, exponent=max(-FARTHEST, min(FARTHEST, found)))
+    if not fmt.exponent and not all(_holds(values, name) for values, name in kept):
+        found = max((_to_the_top(values, name) for values, name in kept if float(values.max()) > 0), default=0)
+        fmt = replace(fmt, exponent=max(-FARTHEST, min(FARTHEST, found)))
+    nested = any(isinstance(store, Format) for store in (fmt.scale, fmt.offset.store if fmt.offset else None))
+    return Ranged(fmt, nested or any(_drowns(values, name, fmt.exponent) for values, name in kept))
 
 
 class Lost:
@@ -104,6 +118,12 @@ def _holds(values: Tensor, name: str) -> bool:
     largest = float(values.max())
     alive = values[values > largest * (low / high * 2.0**-7)]
     return not alive.numel() or (float(alive.min()) >= low and largest <= high / 2)
+
+
+def _drowns(values: Tensor, name: str, exponent: int) -> bool:
+    """Whether a store loses bits of the smallest of these."""
+    alive = values[values > 0]
+    return bool(alive.numel()) and math.ldexp(float(alive.min()), -exponent) < stores.span(name)[0]
 
 
 def _to_the_top(values: Tensor, name: str) -> int:

@@ -17,7 +17,7 @@ def held(scales: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Scales of the weight `name` rounded to `dtype`. ExportError where one overflows, or is so small that rounding changes it
     by more than 0.2 %."""
     rounded = scales.to(dtype)
-    kind = str(dtype).removeprefix("torch.")
+    kind = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "fp32")
     if not bool(rounded.isfinite().all()):
         raise ExportError(f"{name} has a scale of {float(scales.abs().max()):.3g}, too large for {kind}; use --as vllm")
     off = (rounded.to(torch.float32) - scales).abs() > _OFF * scales.abs()
