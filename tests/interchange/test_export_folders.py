@@ -204,3 +204,11 @@ def test_what_a_killed_run_left_goes_with_the_next(llama: Path, tmp_path: Path) 
     lowbit.export(tmp_path / "w4", "vllm", tmp_path / "out")
     kept = {f"out.exporting-{os.getpid()}-x", "out.exporting-notes-x", f"other.exporting-{gone.pid}-x"}
     assert {path.name for path in tmp_path.iterdir()} == {"w4", "out", *kept}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nvfp4_of_any_weights_is_exported(tmp_path: Path, seed: int) -> None:
+    save_tiny("llama-tied", tmp_path / "m", seed=seed)
+    made = lowbit.export(quantized(tmp_path / "m", "nvfp4", tmp_path / "ours"), "vllm", tmp_path / "theirs")
+    alone = [n for n in made.unequal if "o_proj" in n or "down_proj" in n]
+    assert made.weights <= 2.0**-4 and len(alone) <= 4

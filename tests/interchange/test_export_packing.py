@@ -190,3 +190,25 @@ def test_scales_that_fp16_cannot_hold_are_refused() -> None:
     q = quantize_tensor(1e7 * weight(8, 32), "absmax@int4:channel")
     with pytest.raises(ExportError, match="layers.0.up.*too large for fp16.*--as vllm"):
         packed(Gptq(), q)
+
+
+def test_nvfp4_by_what_readers_make_of_the_reciprocal() -> None:
+    """compressed-tensors stores 1 / s; what is read of it, by division or by the reciprocal, is within the tolerance of ours.
+
+    Some float32 s are no reciprocal of a float32: no neighbour of 1 / s gives them back, so that none can be asked for.
+    """
+    scheme = next(s for s in SCHEMES if s.shares_scale)
+    sizes = torch.rand(60, generator=torch.Generator().manual_seed(2)) * 8 - 4
+    unreachable = 0
+    for i, size in enumerate(sizes.tolist()):
+        q = quantize_tensor(weight(4, 32, i) * 2.0**size, "nvfp4")
+        parts, ours = packed(Vllm(), q), q.dequantize()
+        assert isinstance(q.scale, QTensor) and q.scale.scale is not None
+        s, divisor = q.scale.scales().view(1), parts["weight_global_scale"]  # type: ignore[union-attr]
+        levels, local = nibble_values(parts["weight_packed"]), parts["weight_scale"].float()
+        for read in (local / divisor, local * (1 / divisor)):
+            found = levels * read.repeat_interleave(16, 1)
+            assert float((found.double() - ours.double()).norm() / ours.double().norm()) <= scheme.changes
+        near = [divisor, *(torch.nextafter(divisor, torch.tensor(to)) for to in (0.0, torch.inf))]
+        unreachable += not any(torch.equal(1 / each, s) for each in near)
+    assert 0 < unreachable < 60 and scheme.changes < 2.5e-7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "What is the capital of France?"
 _LENGTH = 1024
+_WARNED = 5  # tensors that are named one by one
 
 
 def register(app: typer.Typer) -> None:
@@ -154,6 +155,8 @@ def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
         "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
         "left_out": left_out_of(made.quantized),
     }  # fmt: skip
+    if made.quantized.report.warnings:
+        found["warnings"] = made.quantized.report.warnings
     if made.exported is not None:
         found["exported"] = made.exported.to_json()
     if card is not None:
@@ -165,17 +168,26 @@ def _written(made: Made, out: Path) -> str:
     from lowbit.pipeline.input_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
-    lacking = "".join(f"\n{_escaped(line)}" for line in left_out_of(made.quantized))
+    said = "".join(
+        f"\n{_escaped(line)}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
+    )
     if made.exported is not None:
-        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{lacking}"
+        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
         f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{lacking}"
+        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
     )
+
+
+def _warned(warnings: Mapping[str, str]) -> list[str]:
+    """Lines about single tensors; of many, the first few and how many more."""
+    lines = [f"warning: {name}: {text}" for name, text in warnings.items()]
+    more = len(lines) - _WARNED
+    return lines if more <= 0 else [*lines[:_WARNED], f"warning: and {more} more tensors; lowbit.json names all"]
 
 
 def _generates(made: Any) -> bool:

@@ -206,7 +206,7 @@ class Builder:
                 return _Source(codes, inputs, rest)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
         self.program.expanded[name] = reason
-        return _Source(Floats(found.value.dequantize(torch.float16)), inputs)
+        return _Source(Floats(_halved(found.value)), inputs)
 
     def _input(self, name: str, found: Found) -> _Input:
         quantizer = found.inputs
@@ -246,6 +246,15 @@ class Builder:
                 and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
             )
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def _halved(q: QTensor) -> Tensor:
+    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal."""
+    dense = q.dequantize()
+    half = dense.to(torch.float16)
+    off = torch.linalg.vector_norm(half.float() - dense, dim=-1)
+    exact = off <= 2.0**-10 * torch.linalg.vector_norm(dense, dim=-1)  # False where it overflows
+    return half if bool(exact.all()) else dense
 
 
 def _alike(found: list[_Source], paired: bool) -> bool:

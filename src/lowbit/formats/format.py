@@ -1,6 +1,6 @@
 """Format: grid + block + how the scale and the offset are stored. Frozen, hashable, printable.
 
-    w ~= scale * (level[code] - offset)
+    w ~= 2^exponent * scale * (level[code] - offset)
 
 A scale (or a float minimum) may itself have a format: NF4 double quantization, NVFP4 and two-level
 6-bit scales are plain nestings. The values of a nested format are the flat vector of scales.
@@ -9,7 +9,7 @@ A scale (or a float minimum) may itself have a format: NF4 double quantization, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Union
 
 import torch
@@ -21,6 +21,7 @@ from lowbit.formats.grids import CodebookGrid, Grid, IntGrid
 from lowbit.formats.packing import packed_shape
 
 Store = Union[str, "Format"]
+FARTHEST = 160  # the largest |exponent|: beyond it every float32 is zero or infinite
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Format:
 
     `scale`: a store name, a nested Format, or None for a learned codebook that holds real values.
     `codebook`: for a learned grid, the block that shares one set of levels; `levels_store` keeps them.
+    `exponent`: what is stored is that of w / 2^exponent. It takes no bytes; a weight whose scales leave the range of
+    their type has one (`solvers/ranging.py`), all others 0.
     """
 
     grid: Grid
@@ -61,6 +64,7 @@ class Format:
     offset: Offset | None = None
     codebook: Block | None = None
     levels_store: str = "fp16"
+    exponent: int = 0
 
     def __post_init__(self) -> None:
         learned = isinstance(self.grid, CodebookGrid)
@@ -75,11 +79,15 @@ class Format:
             raise FormatError(f"{self.grid} needs a scale; only a learned codebook holds real values")
         if isinstance(self.scale, str):
             stores.check_store(self.scale, stores.SCALE_STORES, "a scale")
+        if abs(self.exponent) > FARTHEST:
+            raise FormatError(f"an exponent is a whole number from {-FARTHEST} to {FARTHEST}, not {self.exponent}")
         if self.offset is not None and not isinstance(self.grid, IntGrid):
             raise FormatError(f"an offset belongs to an integer grid, not to {self.grid}")
         for nested in (self.scale, self.offset.store if self.offset else None):
             if isinstance(nested, Format) and nested.codebook is not None:
                 raise FormatError("a scale cannot have a learned codebook; use an int, uint or e4m3 grid")
+            if isinstance(nested, Format) and nested.exponent:
+                raise FormatError("an exponent is the whole weight's; a nested scale has none")
 
     def __str__(self) -> str:
         from lowbit.formats.text import format_text
@@ -98,6 +106,11 @@ class Format:
         """Whether the range of a block always includes zero: what is stored of the offset can express no other."""
         store = self.offset.store if self.offset else None
         return store == "grid" or (isinstance(store, Format) and not store.grid.signed and store.offset is None)
+
+    @property
+    def plain(self) -> Format:
+        """The same format without its exponent: what is stored, and how, is the same."""
+        return replace(self, exponent=0) if self.exponent else self
 
     @property
     def offset_kind(self) -> str | None:

@@ -5,7 +5,8 @@
     w = scale * (level[code] - offset)        no offset, integer zero-point, float zero-point
     w = scale * level[code] + minimum         float minimum
 
-evaluated in float32 in this order, whatever the stored types are.
+evaluated in float32 in this order, whatever the stored types are. The format's exponent is part of what is real: of scales and
+minima, and of learned levels that have no scale.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class QTensor:
 
     def scales(self) -> Tensor | None:
         """float32 [batch, row blocks, column blocks], or None."""
-        return None if self.scale is None else load(self.scale, self.format.scale, self._counts)
+        return None if self.scale is None else self._real(load(self.scale, self.format.scale, self._counts))
 
     def offsets(self) -> Tensor | None:
         """float32 [batch, row blocks, column blocks]: zero-points in level units, or minima; or None."""
@@ -110,7 +111,18 @@ class QTensor:
         if fmt.offset.store == "grid":
             packed = self.offset
             return fmt.grid.decode(unpack(packed, self._counts, fmt.grid.cardinality))  # type: ignore[arg-type]
-        return load(self.offset, fmt.offset.store, self._counts)
+        value = load(self.offset, fmt.offset.store, self._counts)
+        return self._real(value) if fmt.offset.kind == "min" else value
+
+    def codebooks(self) -> Tensor:
+        """float32 [batch, nR, nC, cardinality]: learned levels, real values where there is no scale."""
+        assert self.levels is not None
+        levels = self.levels.to(torch.float32)
+        return self._real(levels) if self.format.scale is None else levels
+
+    def _real(self, stored: Tensor) -> Tensor:
+        """Values that were stored of w / 2^exponent."""
+        return stores.times_power(stored, self.format.exponent) if self.format.exponent else stored
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -120,8 +132,7 @@ class QTensor:
         """The values that the parts stand for, computed in float32."""
         fmt, codes = self.format, self.unpacked()
         if fmt.codebook is not None:
-            levels = self.levels.to(torch.float32)  # type: ignore[union-attr]
-            x = map_blocks(_look_up, fmt.codebook, codes, levels, dtype=torch.float32)
+            x = map_blocks(_look_up, fmt.codebook, codes, self.codebooks(), dtype=torch.float32)
             if fmt.scale is None:
                 return x.to(dtype)
             return map_blocks(lambda v, s: v * s[:, None], fmt.block, x, self.scales(), dtype=dtype)
@@ -159,7 +170,12 @@ class QTensor:
 
         plain_offset = None if fmt.offset is None else Offset("min" if fmt.offset_kind == "min" else "float", "fp32")
         return QTensor(
-            replace(fmt, scale=None if fmt.scale is None else "fp32", offset=plain_offset),
+            replace(
+                fmt,
+                scale=None if fmt.scale is None else "fp32",
+                offset=plain_offset,
+                exponent=fmt.exponent if fmt.scale is None else 0,
+            ),
             (len(rows), *self.shape[1:]),
             self.codes.index_select(0, rows),
             pick(self.scales(), fmt.block.rows),
@@ -191,6 +207,11 @@ def encode(
     levels are rounded to how they are stored first, and codes are chosen for the stored values.
     Ties follow the grid. `x` must be finite.
     """
+    if fmt.exponent:
+        parts = [None if t is None else stores.times_power(t, -fmt.exponent) for t in (scale, levels)]
+        learned = parts[1] if fmt.scale is None else levels
+        x = stores.times_power(x, -fmt.exponent)
+        return replace(encode(x, fmt.plain, parts[0], offset, learned), format=fmt)
     shape, counts = tuple(x.shape), fmt.block.counts(tuple(x.shape))
     kept_scale = None if fmt.scale is None else save(_given(scale, "scale", fmt).reshape(counts), fmt.scale)
     kept_offset: Stored | None = None
@@ -213,7 +234,7 @@ def nearest_codes(x: Tensor, q: QTensor) -> Tensor:
     """uint8 codes, of the shape of `x`, of the levels nearest to `x` under the stored scale and offset of `q`."""
     fmt = q.format
     if fmt.codebook is not None:
-        levels = q.levels.to(torch.float32)  # type: ignore[union-attr]
+        levels = q.codebooks()
         if fmt.scale is not None:
             x = map_blocks(lambda v, s: v * inverse(s)[:, None], fmt.block, x, q.scales(), dtype=torch.float32)
         return map_blocks(nearest_level, fmt.codebook, x, levels, dtype=torch.uint8)

@@ -71,6 +71,21 @@ def from_store(stored: Tensor, name: str) -> Tensor:
     return stored.to(torch.float32)
 
 
+def times_power(values: Tensor, exponent: int) -> Tensor:
+    """values * 2^exponent as float32, exact where that is a normal number; in two steps, as 2^exponent itself may be none."""
+    half = exponent // 2
+    return values.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+
+
+def span(name: str) -> tuple[float, float]:
+    """The smallest scale that a store keeps to 7 bits or to all it has, and the largest. Of stores that hold more: between
+    which float32 sums of cubes of weights (what fits compare) neither vanish nor overflow."""
+    if name not in ("fp16", "e4m3"):
+        return 2.0**-50, 2.0**24
+    info = torch.finfo(_FLOATS[name])
+    return info.smallest_normal * min(1.0, info.eps * 2.0**7), info.max
+
+
 def rounded(values: Tensor, name: str) -> Tensor:
     """The float32 values that would be read back."""
     return from_store(to_store(values, name), name)

@@ -16,6 +16,8 @@
              min=fp16       float minimum instead of a zero-point (fp32, fp16, bf16, or (FORMAT))
              cb=BLOCK       learned grids: scale per block, codebook per BLOCK
              l=STORE        learned grids: how levels are kept (fp16)
+             x=-12          what is stored is that of the weight / 2^-12; a weight too small or too large for its
+                            scales gets one by itself
 
 A scale is kept in fp16 for groups and in fp32 for anything larger, unless `s=` says otherwise.
 """
@@ -48,7 +50,7 @@ NAMED = {
     "q6_k": "int6:g16:s=(int8:g16)",
 }
 
-_OPTIONS = ("sym", "asym", "narrow", "s=", "zero=", "min=", "cb=", "l=")
+_OPTIONS = ("sym", "asym", "narrow", "s=", "zero=", "min=", "cb=", "l=", "x=")
 
 
 # How deep formats may be nested. The deepest in use is one.
@@ -151,7 +153,14 @@ def _build(name: str, block: Block, settings: dict[str, tuple[int, str]]) -> For
                 raise _Failure(settings[key][0], f"{key!r} is for learned codebooks (kmeans), not for {name!r}")
     if "s" in settings:
         scale = _store("s", settings, stores.SCALE_STORES)
-    return Format(grid, block, scale, offset, codebook, levels)
+    return Format(grid, block, scale, offset, codebook, levels, _exponent(settings))
+
+
+def _exponent(settings: dict[str, tuple[int, str]]) -> int:
+    position, value = settings.get("x", (0, "0"))
+    if not _is_number(value.removeprefix("-")) or len(value) > 4:
+        raise _Failure(position, f"'x={value}' is no power of two; it is a whole number such as -12")
+    return int(value)
 
 
 def _store(key: str, settings: dict[str, tuple[int, str]], allowed: tuple[str, ...]) -> Store:
@@ -200,6 +209,8 @@ def format_text(f: Format) -> str:
         words.append(f"s={_store_text(f.scale)}")
     if f.levels_store != "fp16":
         words.append(f"l={f.levels_store}")
+    if f.exponent:
+        words.append(f"x={f.exponent}")
     text = ":".join(words)
     return next((name for name, full in NAMED.items() if _names_itself(name) and full == text), text)
 

@@ -29,9 +29,10 @@ def _too_small(q: QTensor, dtype: torch.dtype) -> str | None:
     scales = q.scales()
     if dtype is not torch.float16 or scales is None:
         return None
-    limit = torch.finfo(dtype).smallest_normal
-    lost = bool(((scales != 0) & (scales.abs() < limit)).any())
-    return f"it takes scales in float16, and some are below {limit:.1e}" if lost else None
+    limit, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    size = scales.abs()
+    lost = bool(((size != 0) & (size < limit) | (size > most)).any())
+    return f"it takes scales in float16, and some are below {limit:.1e} or above {most:.0f}" if lost else None
 
 
 class TorchInt8(Kernel):

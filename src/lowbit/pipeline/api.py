@@ -33,6 +33,7 @@ from lowbit.pipeline.driver import (
     solved_tensors,
     write_folder,
 )  # fmt: skip
+from lowbit.pipeline.finite import check_finite, check_source
 from lowbit.pipeline.folder_writer import check_apart, head_of, replace_folder
 from lowbit.pipeline.loading import load
 from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
@@ -40,8 +41,9 @@ from lowbit.pipeline.range_survey import judged, recalled, survey, with_survey
 from lowbit.pipeline.recipe import Recipe
 from lowbit.pipeline.rewriting import rewritten
 from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import Solved, check_finite
+from lowbit.pipeline.solve import Solved
 from lowbit.pipeline.tuned import tune_solved
+from lowbit.solvers.ranging import in_range
 
 
 class Quantized:
@@ -141,7 +143,8 @@ def _quantized(
     chat: bool, on_layer: OnLayer | None,
 ) -> Quantized:  # fmt: skip
     """`quantize` by a recipe that is ready, onto an output that nobody else writes."""
-    source = rewritten(open_source(model, tokenizer=tokenizer), wanted)
+    given = open_source(model, tokenizer=tokenizer)
+    source = rewritten(given, wanted)
     plan = make_plan(source, wanted, max_shard_bytes=max_shard_bytes)
     if not any(t.format is not None for t in plan.tensors):
         raise RecipeError(f"nothing in {source.label} can be quantized by {wanted}: every tensor is kept")
@@ -149,6 +152,7 @@ def _quantized(
     if calibration is not None:
         if str(device) != "cpu":
             raise RecipeError("calibrated methods run on the CPU in this version; leave device out")
+        check_source(given, wanted)
         tok = None if _has_ids(calibration) else source.tokenizer()
         text = load_calibration(calibration, tok, source, samples=samples, length=length, chat=chat)
         plan = _surveyed(plan, source, text, None if out is None else head_of(out), progress)
@@ -256,7 +260,7 @@ def _in_memory(
     if source.config is not None:
         from lowbit.interchange.hf import attach
 
-        attach(result._model, quantization_config(plan))
+        attach(result._model, quantization_config(plan, facts))
     result._solved = solved
     return result
 
@@ -276,7 +280,9 @@ def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
     if x.dim() > 3:
         raise WeightError(f"a tensor of {x.dim()} dimensions has no rows and columns; reshape it to 3 or fewer")
     check_finite(x, "x")
-    return wanted.solver_for(wanted.format)(x.to(torch.float32), wanted.format, wanted.fit_for(wanted.format), None)
+    fmt = in_range(x, wanted.format)
+    found: QTensor = wanted.solver_for(fmt)(x.to(torch.float32), fmt, wanted.fit_for(fmt), None)
+    return found
 
 
 def _required(folder: Path | None) -> Path:

@@ -25,6 +25,7 @@ from lowbit.pipeline.calibrated_memory import MICRO_BATCH
 from lowbit.pipeline.calibration import Calibration
 from lowbit.pipeline.groups import Collector, Group, Wave, find_waves
 from lowbit.pipeline.heap import trim
+from lowbit.pipeline.judging import BlockJudge
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.reconstruction import BlockTuner
@@ -203,8 +204,32 @@ class CalibratedRun:
     def _rewrite(
         self, i: int, stage: Stage, waves: list[Wave], weights: dict[str, Tensor], stored: StoredInputs
     ) -> dict[str, Tensor]:
-        """Scale the inputs of all groups of the block; returns what the input of each group is divided by."""
+        """Scale the inputs of all groups of the block; returns what the input of each group is divided by.
+
+        A group's scale is chosen by the errors of its own products. Where transforms choose, the block as a whole decides
+        whether any is kept: by what it returns, each weight rounded to nearest, beside the same without scaling.
+        """
         assert self.rewriter is not None
+        judge = BlockJudge.of(self.rewriter, self.folder) if stage is not REST else None
+        before, names = dict(weights), [n for n in weights if self._multiplies(n)]
+
+        def run(batch: int) -> Any:
+            with self._tap(weights, stored, lambda name, expert, x: None):
+                return self._run(i, stage, batch, QUANT)
+
+        def error() -> float:
+            assert judge is not None and self.rewriter is not None
+            for name in names:
+                self._place(name, self.rewriter.nearest(self.tensors[name], weights[name]))
+            found = judge.error(run, len(self.batches))
+            for name in names:
+                self._place(name, weights[name])
+            return found
+
+        plain = 0.0
+        if judge is not None:
+            judge.aim(run, len(self.batches))
+            plain = error()
         everything = [group for wave in waves for group in wave]
         collector = Collector(everything, stop=False)
         for batch in range(len(self.batches)):
@@ -228,6 +253,16 @@ class CalibratedRun:
                 if changed[name] is not weights[name]:
                     self._place(name, changed[name])
             weights.update(changed)
+        if judge is not None and divisors and not error() < plain:
+            for name in weights:
+                if weights[name] is not before[name]:
+                    self._place(name, before[name])
+            weights.update(before)
+            for group in everything:
+                stored.undivide(group)
+            divisors.clear()
+        if judge is not None:
+            judge.close()
         return divisors
 
     def _float_stream(

@@ -27,7 +27,7 @@ from lowbit.pipeline.folder_writer import FolderWriter
 from lowbit.pipeline.plan import Plan
 from lowbit.pipeline.range_survey import remembered
 from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import OutputError, Solved, solve
+from lowbit.pipeline.solve import OutputError, Solved, solve, with_exponent
 from lowbit.pipeline.tuned import tune_folder
 
 Progress = Callable[[str, int, int], None]
@@ -39,6 +39,7 @@ class LayerReport:
     """What became of one tensor. `error`: |w - w_q| / |w|, 0 for a kept one.
 
     `output`: with calibration text, |x (w - w_q)'| / |x w'| of round-to-nearest and of the result, on how many tokens.
+    `warning`: what a person has to know of it, such as values that are not finite, or too small for the format.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerReport:
     error: float
     output: OutputError | None = None
     note: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Report:
     tuning: dict[str, Any] | None = None
     ranges: dict[str, Any] | None = None
 
+    @property
+    def warnings(self) -> dict[str, str]:
+        """Name of a tensor -> what a person has to know of it."""
+        return {layer.name: layer.warning for layer in self.layers if layer.warning}
+
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
@@ -88,12 +95,13 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
     layers = tuple(
         LayerReport(
             t.name,
-            None if t.format is None else str(t.format),
+            None if (fmt := with_exponent(t.format, facts[t.name].get("exponent", 0))) is None else str(fmt),
             t.keep,
             8 * t.bytes_after / max(1, t.count),
             float(facts[t.name]["error"]),
             OutputError(**found) if (found := facts[t.name].get("output")) else None,
             "; ".join(filter(None, (str(facts[t.name].get("note", "")), plan.note_of(t.name)))),
+            str(facts[t.name].get("warning", "")),
         )
         for t in plan.tensors
     )
@@ -108,6 +116,10 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
 def solved_facts(solved: Solved) -> dict[str, Any]:
     """What the journal and the manifest keep of a solved tensor, beside its hashes."""
     facts: dict[str, Any] = {"error": solved.error}
+    if solved.exponent:
+        facts["exponent"] = solved.exponent
+    if solved.warning:
+        facts["warning"] = solved.warning
     if solved.output is not None:
         facts["output"] = asdict(solved.output)
     if solved.tuned is not None:
@@ -202,15 +214,22 @@ def write_folder(
             tune_folder(plan, source, calibration, writer, settings, progress)
         writer.verify()
         source.save_assets(writer.partial)
-        write_config(plan, source, writer.partial)
+        write_config(plan, source, writer.partial, writer.journal)
         writer.finish()
     return make_report(plan, writer.journal, calibration)
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What config.json says of the quantized weights; all that a reader needs beside the files."""
+def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json says of the quantized weights; all that a reader needs beside the files.
+
+    `facts` by tensor name, as `solved_facts` has them: formats have the exponents that values asked for. Before the work
+    there are none, and formats are the planned ones.
+    """
     tensors = {
-        t.name: {"format": str(t.format), "shape": list(t.stored_shape)}
+        t.name: {
+            "format": str(with_exponent(t.format, facts.get(t.name, {}).get("exponent", 0))),
+            "shape": list(t.stored_shape),
+        }
         | ({"transposed": True} if t.transposed else {})
         | ({"inputs": str(t.inputs)} if t.inputs is not None else {})
         for t in plan.tensors
@@ -222,12 +241,12 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_config(plan: Plan, source: Source, folder: Path) -> None:
+def write_config(plan: Plan, source: Source, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """config.json: the source's own, with `quantization_config`, and refused where lowbit is not known. Nothing for a module that has no config."""
     if source.config is None:
         return
     config = copy.deepcopy(source.config)
-    config.quantization_config = quantization_config(plan)
+    config.quantization_config = quantization_config(plan, facts)
     if not config.architectures:
         config.architectures = [source.inventory.model_class]
     older_readers.write_config(config, folder)
@@ -239,7 +258,7 @@ def _check_loadable(plan: Plan, source: Source) -> None:
     """SourceError when the planned folder would not load as the model that it is made of."""
     if source.config is not None:
         stored = {n: TensorSpec(n, shape, dtype) for t in plan.tensors for n, (dtype, shape) in t.stored().items()}
-        check_loadable(source.config, quantization_config(plan), stored, frozenset(source.extra), source.label)
+        check_loadable(source.config, quantization_config(plan, {}), stored, frozenset(source.extra), source.label)
 
 
 def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) -> dict[str, Any]:
@@ -258,7 +277,7 @@ def _origin(plan: Plan, source: Source, calibration: Calibration | None = None) 
             "coverage": plan.coverage,
             "bits_per_weight": plan.bits_per_weight,
             "linear_bits_per_weight": plan.linear_bits_per_weight,
-            "quantization": quantization_config(plan),
+            "quantization": quantization_config(plan, {}),
             "notes": list(plan.notes),
             "left_out": to_json(source.left_out, source.left_files()),
         }

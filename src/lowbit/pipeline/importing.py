@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import RecipeError, SourceError
+from lowbit.errors import RecipeError, SourceError, WeightError
 from lowbit.formats import Format
 from lowbit.interchange.claim import claimed
 from lowbit.interchange.safetensors_file import bytes_of
 from lowbit.interchange.source import Source, open_source
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.driver import Progress, write_folder
+from lowbit.pipeline.finite import check_finite, nonfinite
 from lowbit.pipeline.folder_writer import check_apart
 from lowbit.pipeline.kvcache import kv_cache
 from lowbit.pipeline.layer_globs import with_layers
 from lowbit.pipeline.plan import MAX_SHARD, Plan, TensorPlan, notes_on
 from lowbit.pipeline.recipe import KEEP, Recipe
-from lowbit.pipeline.solve import Solved, check_finite, six_digits, solve
+from lowbit.pipeline.solve import Solved, six_digits, solve
 
 
 def import_model(
@@ -125,7 +126,7 @@ def _taken(plan: Plan, tensor: TensorPlan, source: Source, weight: Tensor) -> So
         f"{tensor.name}.{part}": value for part, value in (q.parts() | _inputs(tensor, stored.input_parts)).items()
     }
     dense = weight.transpose(-1, -2) if tensor.transposed else weight
-    check_finite(dense, tensor.name)
+    check_finite(dense, tensor.name, "written")
     return Solved(tensor, parts, _relative(q.dequantize(), _divided(parts, tensor, dense)), note=stored.note)
 
 
@@ -141,9 +142,14 @@ def _divided(parts: dict[str, Tensor], tensor: TensorPlan, dense: Tensor) -> Ten
 
 def cast(tensor: TensorPlan, weight: Tensor, note: str = "") -> Solved:
     """A float tensor in the type of the plan. WeightError when its values do not fit that type."""
+    check_finite(weight, tensor.name, "written")
     made = weight.to(tensor.dtype)
-    if weight.is_floating_point():
-        check_finite(made, tensor.name)
+    if nonfinite(made):
+        peak = float(weight.abs().max())
+        raise WeightError(
+            f"tensor {tensor.name!r} has values up to {peak:.3g}, too large for {str(tensor.dtype).removeprefix('torch.')}; "
+            "write it in bfloat16 or float32"
+        )
     return Solved(tensor, {tensor.name: made}, _relative(made, weight), note=note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     returned. SourceError when folder and module do not fit.
     """
     path = Path(folder)
-    manifest = read_json(path / MANIFEST)["quantization"]
+    written = read_json(path / MANIFEST)
+    manifest, facts = written["quantization"], written["tensors"]
     files = {file: read_header(file).entries for file in weight_files(path)}
     stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
     packed, owners = {}, {name + ".": entry for name, entry in manifest["tensors"].items()}
@@ -94,7 +96,9 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
         parts = {part: read_tensor(*place) for part, place in inside.items()}
         inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
         extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
-        q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
+        planned = parse_format(entry["format"])
+        fmt = replace(planned, exponent=facts[name].get("exponent", 0) or planned.exponent)
+        q = QTensor.from_parts(fmt, tuple(entry["shape"]), parts)
         packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra)
     kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
     swap(module, packed, manifest["tied"])

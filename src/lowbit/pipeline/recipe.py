@@ -97,6 +97,11 @@ class Recipe:
         """Whether a layer glob means this parameter; `.weight` at the end may be left out."""
         return any(fnmatch.fnmatchcase(n, pattern) for n in (name, name.removesuffix(".weight")))
 
+    def keeps_by_name(self, name: str) -> bool:
+        """Whether the recipe says of this very tensor, not of a glob, that it is kept."""
+        said = [fmt for pattern, fmt in self.layers if pattern in (name, name.removesuffix(".weight"))]
+        return bool(said) and said[-1] is None
+
     def rule_for(self, name: str) -> InputRule:
         """How the inputs of a parameter of a linear layer are stored, and what finds their range."""
         chosen = InputRule(self.inputs, self.range)

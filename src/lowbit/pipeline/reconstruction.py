@@ -44,7 +44,7 @@ class BlockTuner:
 
     def aim(self, output: Any) -> None:
         """What the block is to return for the next micro-batch."""
-        self.targets.append(_hidden(output))
+        self.targets.append(hidden(output))
 
     def tune(self, done: Mapping[str, Solved], floats: Mapping[str, Tensor], run: Run) -> dict[str, Solved]:
         """The weights of the block with other codes and scales, where that lowers its error; the rest as they were.
@@ -61,7 +61,7 @@ class BlockTuner:
             weights,
             {name: _stored_way(floats[name].float(), plans[name]) for name in weights},
             frozenset(name for name, t in plans.items() if t.transposed),
-            lambda tensors, batch: _hidden(run(tensors, batch)),
+            lambda tensors, batch: hidden(run(tensors, batch)),
             self.targets.read,
             self.batches,
             {name: self.fast for name, t in plans.items() if t.kind in ("linear", "conv1d")},
@@ -88,7 +88,7 @@ def _joined(note: str, more: str) -> str:
     return f"{note}; {more}" if note else more
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden(output: Any) -> Tensor:
     """The first floating-point tensor of what a block returns, [tokens, width]."""
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,7 +12,11 @@ from lowbit.errors import RecipeError, TransformError
 from lowbit.formats import Format
 from lowbit.interchange.source import Source
 from lowbit.pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.plan import TensorPlan
 from lowbit.solvers import Call
+from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats
 from lowbit.transforms import FACTS, Arch, apply_scale, arch_of, shared_channels
 
@@ -105,6 +110,22 @@ class Rewriter:
             total = applied if total is None else total * applied
         return (done, total) if total is not None else None
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a transform looks for the best of several scales, rather than taking the one it is told to."""
+        options = [{**call.method.options, **dict(call.options)} for call in group_transforms(self.recipe)]
+        return any(found.get("points") for found in options)
+
+    def nearest(self, plan: TensorPlan, weight: Tensor) -> Tensor:
+        """A weight rounded by the recipe's data-free solver, as the model has it; itself where it is kept."""
+        if plan.format is None:
+            return weight
+        turned = weight.transpose(-1, -2) if plan.transposed else weight
+        fmt = in_range(turned, plan.format)
+        solver, fit = self.recipe.solver_for(fmt), self.recipe.fit_for(fmt)
+        dense: Tensor = solver(turned.float().contiguous(), fmt, fit, None).dequantize()
+        return dense.transpose(-1, -2).contiguous() if plan.transposed else dense
+
     def _rounded(self, fmt: Format) -> Callable[[Tensor, Stats], Tensor]:
         solver, fit = self.recipe.solver_for(fmt), self.recipe.fit_for(fmt)
-        return lambda weight, stats: solver(weight, fmt, fit, stats).dequantize()
+        return lambda weight, stats: solver(weight, in_range(weight, fmt), fit, stats).dequantize()

@@ -32,15 +32,16 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import OutputError, RecipeError, SourceError, nearest
-from lowbit.formats import Format, QTensor, encode, parse_format
+from lowbit.formats import Format, QTensor, encode, parse_format, stores
 from lowbit.interchange.frame import Frame
 from lowbit.interchange.source import Source
 from lowbit.pipeline.driver import Progress
+from lowbit.pipeline.finite import check_finite
 from lowbit.pipeline.fisher import cut, squared_gradients
 from lowbit.pipeline.plan import SLAB, TensorPlan, by_rows
 from lowbit.pipeline.recipe import EMBED, Recipe
-from lowbit.pipeline.solve import check_finite
 from lowbit.solvers import Call, fit_blocks
+from lowbit.solvers.ranging import in_range
 
 # 2.5 to 8.1 bits in steps of about 0.2 where models live.
 CANDIDATES = (
@@ -150,6 +151,8 @@ def measure_sensitivity(
     specs = _quantizable(source)
     steps = len(pieces) + len(specs)
     model = source.load_float(torch.float32, device)
+    for name, parameter in model.named_parameters():
+        check_finite(parameter.detach(), name)
     squares = squared_gradients(model, [t.name for t in specs], pieces, seed, autocast, progress, steps)
     kl: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -228,10 +231,13 @@ def _rounded(weight: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:
 
     `importance`: of the weight's shape or broadcastable to it; not used by learned codebooks.
     """
+    fmt = in_range(weight, fmt)
     if fmt.codebook is not None:
         quantized: QTensor = Recipe(fmt).solver_for(fmt)(weight, fmt, Call("search"), None)
         return quantized.dequantize()
-    return encode(weight, fmt, *fit_blocks(weight, fmt, Call("search"), importance)).dequantize()
+    usual = stores.times_power(weight, -fmt.exponent)
+    made = encode(usual, fmt.plain, *fit_blocks(usual, fmt.plain, Call("search"), importance))
+    return replace(made, format=fmt).dequantize()
 
 
 def _fill(kl: dict[str, dict[str, float]], errors: dict[str, dict[str, float]], unused: Sequence[str]) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
-from lowbit.formats import QTensor
+from lowbit.formats import Format, QTensor
+from lowbit.pipeline.finite import check_finite, check_kept
 from lowbit.pipeline.plan import SLAB, TensorPlan, by_rows
 from lowbit.pipeline.recipe import Recipe
 from lowbit.solvers.hessian import quadratic
+from lowbit.solvers.ranging import Lost, in_range, ranged
 from lowbit.solvers.stats import Stats
 
 
@@ -34,7 +36,9 @@ class OutputError:
 class Solved:
     """What a weight became: its stored tensors by file name, and |w - w_q| / |w| (0 for a kept tensor).
 
-    `tuned`: what a tuner of the whole model said of its work, where it changed this tensor.
+    `warning`: what a person has to know of it, where there is anything; `note`: what one may want to know.
+    `tuned`: what a tuner of the whole model said of its work, where it changed this tensor. `exponent`: of its format,
+    where the planned one has none (`solvers/ranging.py`).
     """
 
     plan: TensorPlan
@@ -43,15 +47,27 @@ class Solved:
     output: OutputError | None = None
     note: str = ""
     tuned: dict[str, Any] | None = None
+    warning: str = ""
+    exponent: int = 0
+
+    @property
+    def format(self) -> Format | None:
+        """The planned format with the exponent that the values asked for."""
+        return with_exponent(self.plan.format, self.exponent)
 
     def qtensor(self) -> QTensor | None:
         """The quantized tensor, or None where the weight was kept."""
-        if self.plan.format is None:
+        fmt = self.format
+        if fmt is None:
             return None
         prefix = self.plan.name + "."
-        wanted = self.plan.format.parts(self.plan.stored_shape)
-        parts = {part: self.stored[prefix + part] for part in wanted}
-        return QTensor.from_parts(self.plan.format, self.plan.stored_shape, parts)
+        parts = {part: self.stored[prefix + part] for part in fmt.parts(self.plan.stored_shape)}
+        return QTensor.from_parts(fmt, self.plan.stored_shape, parts)
+
+
+def with_exponent(fmt: Format | None, exponent: int) -> Format | None:
+    """A planned format as it is stored; one whose recipe names an exponent has it already."""
+    return fmt if fmt is None or not exponent else replace(fmt, exponent=exponent)
 
 
 @torch.no_grad()
@@ -59,18 +75,23 @@ def solve(
     plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device | str = "cpu", stats: Stats | None = None,
     note: str = "",
 ) -> Solved:  # fmt: skip
-    """Quantize one tensor as planned. WeightError naming it when it has a NaN or an infinity.
+    """Quantize one tensor as planned. WeightError naming it when it has a NaN or an infinity, which a kept one may
+    have where the recipe keeps it by its name.
 
     Without `stats` a solver that needs them gives way to round-to-nearest.
     """
-    fmt = plan.format
-    if fmt is None:
-        return Solved(plan, {plan.name: weight}, 0.0)
+    if plan.format is None:
+        return Solved(
+            plan, {plan.name: weight}, 0.0, warning=check_kept(weight, plan.name, recipe, plan.keep == "buffer")
+        )
     if plan.transposed:
         weight = weight.transpose(-1, -2)
+    within = ranged(weight, plan.format)
+    fmt = within.format
     solver, fit = recipe.solver_for(fmt, stats is not None), recipe.fit_for(fmt)
     pieces: list[dict[str, Tensor]] = []
     error = norm = 0.0
+    lost = Lost()
     for slab in _slabs(weight, plan):
         x = slab.to(device=device, dtype=torch.float32).contiguous()
         check_finite(x, plan.name)
@@ -78,11 +99,18 @@ def solve(
             q = solver(x, fmt, fit, stats)
         except FormatError as problem:
             raise WeightError(f"tensor {plan.name!r} does not fit {fmt}: {problem}") from None
-        norm += float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
-        error += float(torch.linalg.vector_norm(x.sub(q.dequantize()))) ** 2
+        dense = q.dequantize()
+        size = float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
+        off = float(torch.linalg.vector_norm(x.sub(dense))) ** 2
+        norm, error = norm + size, error + off
+        if within.doubtful:
+            lost.add(x, dense, fmt, (off / size) ** 0.5 if size else 0.0)
         pieces.append({name: part.cpu() for name, part in q.parts().items()})
     stored = {f"{plan.name}.{name}": _joined(name, [p[name] for p in pieces], weight.dim()) for name in pieces[0]}
-    return Solved(plan, stored, six_digits((error / norm) ** 0.5) if norm else 0.0, note=note)
+    return Solved(
+        plan, stored, six_digits((error / norm) ** 0.5) if norm else 0.0, note=note, warning=lost.warning(fmt),
+        exponent=fmt.exponent,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -98,23 +126,23 @@ def solve_group(
     if isinstance(stats, dict):
         return [_solve_experts(p, w, recipe, stats) for p, w in zip(plans, weights)]
     out: dict[str, Solved] = {}
-    for fmt in dict.fromkeys(p.format for p in plans):
-        same = [(p, w) for p, w in zip(plans, weights) if p.format == fmt]
+    stored = [None if p.format is None else in_range(_turned(w, p), p.format) for p, w in zip(plans, weights)]
+    for fmt in dict.fromkeys(stored):
+        same = [(p, w) for p, w, f in zip(plans, weights, stored) if f == fmt]
         alone = fmt is None or not all(by_rows(fmt, p.stored_shape) for p, _ in same)
         for part in [[one] for one in same] if alone else [same]:
-            for solved in _solve_stacked([p for p, _ in part], [w for _, w in part], recipe, stats):
+            for solved in _solve_stacked([p for p, _ in part], [w for _, w in part], fmt, recipe, stats):
                 out[solved.plan.name] = solved
     return [out[p.name] for p in plans]
 
 
 def _solve_stacked(
-    plans: Sequence[TensorPlan], weights: Sequence[Tensor], recipe: Recipe, stats: Stats
+    plans: Sequence[TensorPlan], weights: Sequence[Tensor], fmt: Format | None, recipe: Recipe, stats: Stats
 ) -> list[Solved]:
-    """Weights of one format, rows under rows."""
-    fmt = plans[0].format
+    """Weights of one format, rows under rows. `fmt`: the planned one, with the exponent that all of them take."""
     if fmt is None:
         return [solve(plan, weight, recipe) for plan, weight in zip(plans, weights)]
-    rows = [(w.T if p.transposed else w).to(torch.float32) for p, w in zip(plans, weights)]
+    rows = [_turned(w, p).to(torch.float32) for p, w in zip(plans, weights)]
     for plan, x in zip(plans, rows):
         check_finite(x, plan.name)
     whole = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
@@ -137,16 +165,19 @@ def _solve_stacked(
         output = OutputError(
             six_digits(final * ratio), six_digits(final), stats.tokens, None if trace is None else trace.damp
         )
-        out.append(Solved(plan, stored, six_digits(float(error.norm()) / size) if size else 0.0, output))
+        off = six_digits(float(error.norm()) / size) if size else 0.0
+        lost = Lost()
+        lost.add(x, dense[part], fmt, off)
+        out.append(Solved(plan, stored, off, output, warning=lost.warning(fmt), exponent=fmt.exponent))
         begin += len(x)
     return out
 
 
 def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict[int, Stats]) -> Solved:
     """A stack of experts [experts, ...]: each with its own statistics, shrunk towards those of all where it saw few tokens."""
-    fmt = plan.format
-    if fmt is None or not by_rows(fmt, plan.stored_shape):
+    if plan.format is None or not by_rows(plan.format, plan.stored_shape):
         return solve(plan, weight, recipe, note="its scales belong together, so that experts were not told apart")
+    fmt = in_range(_turned(weight, plan), plan.format)
     width = plan.stored_shape[-1]
     everything = _together(stats)
     found, few = [], 0
@@ -156,7 +187,7 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
             few += 1
             own = everything if own is None else own.blended(everything, width)
         one = TensorPlan(plan.name, tuple(weight[e].shape), "linear", plan.dtype, plan.transposed, fmt, None)
-        found.extend(_solve_stacked([one], [weight[e]], recipe, own))
+        found.extend(_solve_stacked([one], [weight[e]], fmt, recipe, own))
     stored = {}
     for name in found[0].stored:
         parts = [s.stored[name] for s in found]
@@ -170,7 +201,8 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
     note = (
         f"{few} of {len(weight)} experts saw fewer than {width} tokens and lean on the statistics of all" if few else ""
     )
-    return Solved(plan, stored, six_digits(mean), output, note)
+    warning = next((f"{s.warning} (of expert {e})" for e, s in enumerate(found) if s.warning), "")
+    return Solved(plan, stored, six_digits(mean), output, note, warning=warning, exponent=fmt.exponent)
 
 
 def _together(stats: dict[int, Stats]) -> Stats:
@@ -183,6 +215,11 @@ def _together(stats: dict[int, Stats]) -> Stats:
         torch.stack([s.absmax for s in stats.values()]).amax(0),
         torch.stack([s.mean_abs * share[e] for e, s in stats.items()]).sum(0),
     )
+
+
+def _turned(weight: Tensor, plan: TensorPlan) -> Tensor:
+    """[..., out, in], as it is stored."""
+    return weight.transpose(-1, -2) if plan.transposed else weight
 
 
 def six_digits(value: float) -> float:
@@ -210,12 +247,3 @@ def _joined(name: str, parts: list[Tensor], dims: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, dim=0 if name == "codes" or dims > 2 else 1)
-
-
-def check_finite(x: Tensor, name: str) -> None:
-    if x.numel() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-        nans, infs = int(x.isnan().sum()), int(x.isinf().sum())
-        raise WeightError(
-            f"tensor {name!r} has {nans} NaN and {infs} infinite values and cannot be quantized; "
-            f"the checkpoint is damaged, or keep this tensor with a recipe ending in ,{name}=keep"
-        )

@@ -70,6 +70,11 @@ class StoredInputs:
         """The input of these weights is divided by `scale` [K]."""
         self.divisors |= dict.fromkeys(group.members, scale.to(torch.float32))
 
+    def undivide(self, group: Group) -> None:
+        """The input of these weights is divided by nothing."""
+        for name in group.members:
+            self.divisors.pop(name, None)
+
     def settle(self, group: Group) -> None:
         """Everything was seen: static scales from now on; members of a group share one input, and so one scale."""
         for name in group.members:

@@ -26,7 +26,7 @@ from lowbit.pipeline.folder_writer import FolderWriter, sync
 from lowbit.pipeline.live_model import LiveModel
 from lowbit.pipeline.plan import Plan, TensorPlan
 from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import Solved
+from lowbit.pipeline.solve import Solved, with_exponent
 from lowbit.pipeline.stages import model_inputs
 from lowbit.pipeline.tap import Tap
 from lowbit.tuning.problem import ModelProblem
@@ -47,7 +47,8 @@ def tune_folder(
     if not path.is_file():
         if any("tuned" in entry for entry in writer.journal.values()):
             return  # all of it was in its place when the file was removed
-        changed, facts = tune(plan, source, calibration, writer.read, settings, progress)
+        exponents = {name: int(entry.get("exponent", 0)) for name, entry in writer.journal.items()}
+        changed, facts = tune(plan, source, calibration, writer.read, settings, progress, exponents)
         fresh = path.with_name(_FILE + ".new")
         save_file(changed, fresh, metadata={"facts": json.dumps(facts, sort_keys=True)})
         sync(fresh)
@@ -74,7 +75,8 @@ def tune_solved(
     if plan.recipe.tuner_of("model") is None:
         return solved
     stored = {part: tensor for s, _ in solved for part, tensor in s.stored.items()}
-    changed, facts = tune(plan, source, calibration, stored.__getitem__, settings, progress)
+    exponents = {s.plan.name: s.exponent for s, _ in solved}
+    changed, facts = tune(plan, source, calibration, stored.__getitem__, settings, progress, exponents)
     out = []
     for i, (s, digest) in enumerate(solved):
         mine = {part: changed[part] for part in s.stored if part in changed}
@@ -85,9 +87,11 @@ def tune_solved(
 
 
 def tune(
-    plan: Plan, source: Source, calibration: Calibration, read: Read, settings: Settings, progress: Progress | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(stored tensors that changed by their names in the file, what the tuner says of its work)."""
+    plan: Plan, source: Source, calibration: Calibration, read: Read, settings: Settings, progress: Progress | None,
+    exponents: Mapping[str, int],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    """(stored tensors that changed by their names in the file, what the tuner says of its work). `exponents`: of the
+    formats, by the name of the weight."""
     call = plan.recipe.tuner_of("model")
     assert call is not None
     total = plan.bytes_before
@@ -96,7 +100,7 @@ def tune(
         if progress is not None:
             progress(f"{call.name}, step {done + 1} of {of}", total, total)
 
-    pair = _Pair(plan, source, read, settings)
+    pair = _Pair(plan, source, read, settings, exponents)
     problem = pair.problem(calibration.ids, say)
     tuned = call.method.function(problem, **dict(call.options))
     changed: dict[str, Tensor] = dict(tuned.vectors)
@@ -110,8 +114,10 @@ def tune(
 class _Pair:
     """The float model and, with other tensors, the quantized one: one module for both."""
 
-    def __init__(self, plan: Plan, source: Source, read: Read, settings: Settings) -> None:
-        self.plan, self.read, self.settings = plan, read, settings
+    def __init__(
+        self, plan: Plan, source: Source, read: Read, settings: Settings, exponents: Mapping[str, int]
+    ) -> None:
+        self.plan, self.read, self.settings, self.exponents = plan, read, settings, exponents
         self.live = LiveModel(source, plan.tied)
         self.known = [t for t in plan.tensors if t.name not in source.extra]
         for t in self.known:
@@ -155,7 +161,9 @@ class _Pair:
     def _qtensor(self, t: TensorPlan) -> QTensor:
         assert t.format is not None
         parts = {part: self.read(f"{t.name}.{part}") for part in t.format.parts(t.stored_shape)}
-        return QTensor.from_parts(t.format, t.stored_shape, parts)
+        fmt = with_exponent(t.format, self.exponents.get(t.name, 0))
+        assert fmt is not None
+        return QTensor.from_parts(fmt, t.stored_shape, parts)
 
 
 class _Straight(torch.autograd.Function):

@@ -18,6 +18,7 @@ from lowbit.solvers.refit import refit_scales, refits
 from lowbit.solvers.registry import Call
 from lowbit.solvers.rounding import Rounder, empty, with_values
 from lowbit.solvers.stats import Stats, Trace
+from lowbit.solvers.zeros import zero_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +51,21 @@ Shift = Callable[[Factor, Stats], Tensor]
 def solve_with_feedback(
     problem: Problem, *, polish: int, target: Tensor | None = None, shift: Shift | None = None
 ) -> QTensor:
-    """Fit scales, round with error feedback, polish; keep whatever has the least error under H.
+    """Fit scales, round with error feedback, polish; keep whatever has the least error under H. Runs of zeros stay zero.
 
     `target` [N, K]: what Q is to resemble, when it is not the weight itself (Qronos). `shift`: the matrix P of GPTAQ,
     in the order of the factor's columns.
     """
+    still = zero_runs(problem.weight, problem.fmt)
     weight = problem.weight if target is None else target
+    if target is not None and still is not None:
+        weight = weight.masked_fill(still, 0)
     scale, offset = fit_blocks(weight, problem.fmt, problem.fit, problem.stats.importance)
     q = empty(problem.fmt, tuple(weight.shape), scale, offset)
     factor = problem.factor
     perm, back = factor.perm, torch.argsort(factor.perm)
     p = None if shift is None else shift(factor, problem.stats)
-    values = feed_errors(weight[:, perm], factor.upper, Rounder(q, perm), p)[:, back]
+    values = feed_errors(weight[:, perm], factor.upper, Rounder(q, perm, still), p)[:, back]
     nearest, best = with_values(q, weight), with_values(q, values)
     start = quadratic(nearest.dequantize() - weight, factor.hessian)
     error = quadratic(best.dequantize() - weight, factor.hessian)
@@ -69,7 +73,7 @@ def solve_with_feedback(
     if shift is None and start <= error:
         best, error = nearest, start
     for _ in range(polish):
-        better, e = _polished(best, weight, factor)
+        better, e = _polished(best, weight, factor, still)
         if e >= error:
             break
         best, error = better, e
@@ -77,13 +81,13 @@ def solve_with_feedback(
     return best
 
 
-def _polished(q: QTensor, target: Tensor, factor: Factor) -> tuple[QTensor, float]:
+def _polished(q: QTensor, target: Tensor, factor: Factor, still: Tensor | None) -> tuple[QTensor, float]:
     """One joint refit of the scales, and one sweep of coordinate descent under the new ones; with the error under H."""
     if refits(q):
-        q = refit_scales(q, target, factor.hessian)
+        q = refit_scales(q, target, factor.hessian, still)
     perm, back = factor.perm, torch.argsort(factor.perm)
     hessian = factor.hessian[perm][:, perm].contiguous()
-    values, error = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm))
+    values, error = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm, still))
     return with_values(q, values[:, back]), error
 
 

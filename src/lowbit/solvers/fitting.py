@@ -12,6 +12,7 @@ from lowbit.errors import FormatError
 from lowbit.formats import Format, stores
 from lowbit.formats.blocks import reduce_blocks
 from lowbit.solvers.registry import Call
+from lowbit.solvers.zeros import exact_zeros, many_zeros
 
 _PIECE = 4096
 
@@ -23,7 +24,7 @@ def fit_blocks(
 
     `weight` of any shape, `importance` of the same shape or broadcastable to it.
     A block of one repeated value c gets a scale and an offset that give c back exactly (as far as the
-    stored types can hold c), whatever the fit.
+    stored types can hold c), whatever the fit; in one with many exact zeros these are exact (`zeros.py`).
     """
     if fmt.offset is None and not fmt.grid.signed and bool((weight < 0).any()):
         raise FormatError(f"{fmt} has no negative levels and no offset; add ':asym', or use a signed grid")
@@ -40,6 +41,8 @@ def run_fit(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = 
     def run(x: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor | None]:
         found: Any = fit(x, fmt, v)
         scale, offset = found if isinstance(found, tuple) else (found, None)
+        if offset is not None:
+            scale, offset = exact_zeros(scale, offset, fmt, many_zeros(x))
         return _exact_constants(x, fmt, scale, offset)
 
     scale, offset = reduce_blocks(run, fmt.block, weight, importance)

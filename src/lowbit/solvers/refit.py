@@ -11,6 +11,7 @@ from lowbit.formats import Format, QTensor, encode, stores
 from lowbit.formats.nearest import inverse
 from lowbit.solvers.nested import Layout, can_round, round_nested
 from lowbit.solvers.rounding import per_element
+from lowbit.solvers.zeros import exact_zeros
 
 _CHUNK = 1 << 24  # elements of the rows' normal matrices that are in memory at a time
 
@@ -32,7 +33,7 @@ def _nested(fmt: Format) -> list[Format]:
     return [fmt.scale, *([fmt.offset.store] if fmt.offset else [])]  # type: ignore[list-item]
 
 
-def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
+def refit_scales(q: QTensor, target: Tensor, hessian: Tensor, still: Tensor | None = None) -> QTensor:
     """Scales (and float minima) that minimise tr((Q - W) H (Q - W)') for the codes that `q` [N, K] has.
 
     For each row, with d_g the levels (less the zero-point) of group g and 0 elsewhere, Q = sum_g s_g d_g:
@@ -42,7 +43,7 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
     For a float minimum the constant 1 of each group is a second basis vector. Returns the codes as they are under the
     stored (rounded) scales; nested scales and minima are rounded with regard to each other (`nested.py`).
     Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's closed-form codebook, for one scale a group instead of one
-    level a code.
+    level a code. `still` [N, K]: zeros that stay exact; a group of nothing else keeps its scale and minimum of zero.
     """
     fmt, (rows, cols) = q.format, q.shape
     size = cols if fmt.block.cols == -1 else fmt.block.cols
@@ -54,8 +55,9 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
         level = level - per_element(offset, q.shape, fmt.block)
     bases = [level, torch.ones_like(level)] if minimum else [level]
     present = torch.cat([before, offset[0]], 1) if minimum else before  # type: ignore[index]
+    dead = before == 0 if offset is None or not minimum else (before == 0) & (offset[0] == 0)
     if isinstance(fmt.scale, Format):
-        return _refit_nested(q, bases, (target - q.dequantize()) @ hessian, hessian, size, present)
+        return _refit_nested(q, bases, (target - q.dequantize()) @ hessian, hessian, size, present, dead)
     pulled = target @ hessian
     found = torch.empty(rows, groups * len(bases))
     step = max(1, _CHUNK // (groups * len(bases)) ** 2)
@@ -64,20 +66,23 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor) -> QTensor:
         found[part], _ = _solve([b[part] for b in bases], pulled[part], hessian, size, present[part])
     scale = found[:, :groups]
     # A group whose levels are all 0 says nothing of its scale; a scale that turned 0 would lose the group for good.
-    scale = torch.where((scale == 0) | ~scale.isfinite(), before, scale)
+    scale = torch.where((scale == 0) | ~scale.isfinite() | dead, before, scale)
     if not fmt.scale_signed:
         scale = torch.where(scale < 0, before, scale)
     new_offset = None if offset is None else offset[0]
     if minimum:
         new_offset = -found[:, groups:] * inverse(scale)  # `encode` takes zero-points: m = -s z
+        if still is not None:
+            scale, new_offset = exact_zeros(scale, new_offset, fmt, _by_group(still.float(), size, groups) > 0)
     values = bases[0] * per_element(scale[None], q.shape, fmt.block)
-    if minimum:
-        values = values + per_element(found[None, :, groups:], q.shape, fmt.block)
+    if minimum and new_offset is not None:
+        lowest = found[:, groups:] if still is None else -(scale * new_offset)
+        values = values + per_element(lowest[None], q.shape, fmt.block)
     return encode(values, fmt, scale[None], None if new_offset is None else new_offset[None])
 
 
 def _refit_nested(
-    q: QTensor, bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor
+    q: QTensor, bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor, dead: Tensor
 ) -> QTensor:
     """The same for scales in few bits, which gain little: so it is the change that is solved for, with the error of the
     present answer pulled, or the sums of float32 would hide it."""
@@ -93,6 +98,7 @@ def _refit_nested(
         change, normal = _solve([b[part] for b in bases], pulled[part], hessian, size, torch.zeros_like(now))
         whole = normal.tril() + normal.tril(-1).transpose(1, 2)
         found[part], steps[part] = round_nested(now + change, whole, layout, now, steps[part])
+    found = found.masked_fill(dead.repeat(1, len(bases)), 0)
     each = zip(kinds, layout.per_kind(found), layout.per_kind(steps))
     kept = [encode(values.reshape(-1), how, step.reshape(-1)) for how, values, step in each]
     return replace(q, scale=kept[0], offset=kept[1] if len(kept) == 2 else None)

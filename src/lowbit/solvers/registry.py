@@ -15,11 +15,11 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.formats import Format
+from lowbit.formats import Format, QTensor, stores
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,12 @@ class Call:
         reason = self.method.declines(fmt)
         if reason is not None and not (self.method.kind == "fit" and fmt.scale is None):
             raise RecipeError(f"{self.name!r} {reason}")
+        if self.method.kind == "solver" and fmt.exponent:
+            # Solvers and fits know scales of usual size; powers of two change nothing but the exponent.
+            q: QTensor = self.method.function(
+                stores.times_power(x, -fmt.exponent), fmt.plain, *others, **dict(self.options)
+            )
+            return replace(q, format=fmt)
         return self.method.function(x, fmt, *others, **dict(self.options))
 
     def __str__(self) -> str:

@@ -21,10 +21,11 @@ def per_element(values: Tensor, shape: tuple[int, ...], block: Block) -> Tensor:
 class Rounder:
     """w -> (level - zero) scale with the stored scale and offset of `q` [N, K]; columns may be in any order.
 
-    `value(k, w)` rounds w [N] as column k. Scale and zero are kept [K, N], so that a column is contiguous.
+    `value(k, w)` rounds w [N] as column k. Scale and zero are kept [K, N], so that a column is contiguous. `still` [N, K],
+    in the weight's own order: elements that are rounded as zero, whatever error was fed to them.
     """
 
-    def __init__(self, q: QTensor, perm: Tensor | None = None) -> None:
+    def __init__(self, q: QTensor, perm: Tensor | None = None, still: Tensor | None = None) -> None:
         fmt, shape = q.format, q.shape
         scale = per_element(q.scales(), shape, fmt.block)  # type: ignore[arg-type]
         offset = q.offsets()
@@ -38,9 +39,12 @@ class Rounder:
         self.scale = scale.T[order].contiguous()
         self.inverse = inverse(self.scale)
         self.zero = None if zero is None else zero.T[order].contiguous()
+        self.still = None if still is None else still.T[order].contiguous()
 
     def value(self, k: int, w: Tensor) -> Tensor:
         """The nearest value that column k can store, for each row."""
+        if self.still is not None:
+            w = w.masked_fill(self.still[k], 0)
         if self.zero is None:
             return self.grid.round(w * self.inverse[k]).mul_(self.scale[k])
         zero = self.zero[k]

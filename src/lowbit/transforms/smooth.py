@@ -24,7 +24,8 @@ def smooth(
 
     `weights` float32 [N_i, K] share one input; max|w_k| is over the rows of all. `shared` [K]: channels that must have
     the same scale. With `points` > 0 the exponent is searched in 0, 1/points, ..., 1 by the error of the
-    product that `bits`-bit inputs (one scale for each token) and the quantized weights are expected to have.
+    product that `bits`-bit inputs (one scale for each token) and the quantized weights are expected to have, and nothing is
+    scaled where no exponent lowers it.
     Channels whose input or weights are all zero keep the scale 1. RecipeError for options that exclude each other.
     """
     if points and alpha != 0.5:
@@ -41,7 +42,10 @@ def smooth(
         tried.append(Scaling(scale, a, product_error(weights, stats, scale, quantize, bits), 0.0))
     best = min(tried, key=lambda t: t.error)
     ones = torch.ones_like(largest)
-    return Scaling(best.scale, best.alpha, best.error, product_error(weights, stats, ones, quantize, bits))
+    plain = product_error(weights, stats, ones, quantize, bits)
+    if points and not best.error < plain:
+        return Scaling(ones, 0.0, plain, plain)
+    return Scaling(best.scale, best.alpha, best.error, plain)
 
 
 def _scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -65,7 +65,9 @@ class TunableWeight:
     """A QTensor whose scales, offsets and learned levels (and, once `free_codes` was called, codes) can be moved."""
 
     def __init__(self, q: QTensor) -> None:
-        self.q, fmt = q, q.format
+        self.q, self.exponent = q, q.format.exponent
+        q = replace(q, format=q.format.plain)  # parameters are of what is stored
+        fmt = q.format
         self.codes: Tensor | None = q.unpacked()
         self.latent: Tensor | None = None  # level units; the codes are its rounding
         self.move: Tensor | None = None
@@ -129,10 +131,15 @@ class TunableWeight:
         if self.levels is not None:
             level = look_up(level, self.levels.values(), fmt)
             if self.scale is None:
-                return level.to(dtype)
+                return self._real(level).to(dtype)
         assert self.scale is not None
         offset = self.fixed_offset if self.offset is None else self.offset.values()
-        return expand(level, self.scale.values(), offset, fmt, dtype)
+        if not self.exponent:
+            return expand(level, self.scale.values(), offset, fmt, dtype)
+        return self._real(expand(level, self.scale.values(), offset, fmt, torch.float32)).to(dtype)
+
+    def _real(self, values: Tensor) -> Tensor:
+        return stores.times_power(values, self.exponent) if self.exponent else values
 
     @torch.no_grad()
     def tuned(self) -> QTensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit.errors import ExportError
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.exponents import held
 from lowbit.interchange.exporters.common.folder_target import (
     FolderTarget,
     float_modules,
@@ -141,10 +141,7 @@ class Gptq(FolderTarget):
 
 def half(scales: Tensor, name: str) -> Tensor:
     """Scales as fp16, which readers of these layouts have for them. ExportError when one does not fit."""
-    rounded = scales.to(torch.float16)
-    if not bool(rounded.isfinite().all()):
-        raise ExportError(f"{name} has a scale of {float(scales.abs().max()):.3g}, too large for fp16; use --as vllm")
-    return rounded
+    return held(scales, torch.float16, name)
 
 
 def _kind(stored: Stored) -> tuple[int, int]:

@@ -96,8 +96,11 @@ class Vllm(FolderTarget):
         return [p.name for p in parts if p is not stored and whole_of(module_of(p.name)) == whole]
 
     def allowed(self, stored: Stored) -> float:
-        shares = is_packed(stored) and _known(stored).shares_scale and whole_of(m := module_of(stored.name)) != m
-        return RESCALED if shares else super().allowed(stored)
+        if not is_packed(stored) and (stored.kind != "experts" or stored.format is None):
+            return super().allowed(stored)
+        scheme, module = _known(stored), module_of(stored.name)
+        shares = scheme.shares_scale and is_packed(stored) and whole_of(module) != module
+        return RESCALED if shares else scheme.changes
 
     def logits_allowed(self, model: Contents) -> float:
         shares = any(self.allowed(t) == RESCALED for t in model.tensors.values())

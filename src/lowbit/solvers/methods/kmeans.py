@@ -12,6 +12,7 @@ from lowbit.formats.nearest import inverse
 from lowbit.solvers.fitting import run_fit
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
+from lowbit.solvers.zeros import many_zeros
 
 # A block with more elements is summarised by this many equal bins before its levels are sought.
 _BINS = 1 << 14
@@ -38,7 +39,7 @@ def kmeans(
     importance = None if stats is None else stats.importance.expand(weight.shape).contiguous()
 
     def learn(x: Tensor, v: Tensor | None) -> Tensor:
-        return lloyd(x, v, count, iterations)
+        return with_zero(lloyd(x, v, count, iterations), x)
 
     if fmt.scale is None:
         (levels,) = reduce_blocks(learn, fmt.codebook, weight, importance)
@@ -73,6 +74,12 @@ def kmeans(
         )
         scale = torch.where(found.isfinite(), found, scale)  # none fits a table that ends at 0
     return encode(weight, fmt, scale, levels=levels)
+
+
+def with_zero(levels: Tensor, x: Tensor) -> Tensor:
+    """`levels` [n, count] of the rows of `x`, the one nearest to zero made zero where a row has many exact zeros."""
+    nearest = torch.zeros_like(levels).scatter(1, levels.abs().argmin(1, keepdim=True), 1) > 0
+    return levels.masked_fill(nearest & many_zeros(x)[:, None], 0)
 
 
 def lloyd(x: Tensor, v: Tensor | None, count: int, iterations: int) -> Tensor:

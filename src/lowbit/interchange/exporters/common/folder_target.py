@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, OutputError
-from lowbit.formats import QTensor, parse_format
+from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
@@ -73,7 +73,7 @@ class FolderTarget(Target):
         """Why layers that the reader runs as one cannot be stored so, or None."""
         first = parts[0]
         for other in parts[1:]:
-            if (other.format, other.inputs) != (first.format, first.inputs):
+            if (_plain(other), other.inputs) != (_plain(first), first.inputs):
                 names = ", ".join(dict.fromkeys(module_of(p.name).rpartition(".")[2] for p in parts))
                 return Problem(
                     other.name,
@@ -273,6 +273,11 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         peak = float(values.abs().max())
         raise ExportError(f"{name} has values up to {peak:.3g}, too large for {dtype}; quantize the bfloat16 model")
     return rounded
+
+
+def _plain(stored: Stored) -> Format | None:
+    """The format without its exponent, which is part of the scales that are written."""
+    return None if stored.format is None else stored.format.plain
 
 
 def _more_precise(one: Stored, two: Stored) -> str:

@@ -13,7 +13,7 @@ from lowbit.formats import Format, Inputs, QTensor, parse_format
 from lowbit.formats.packing import pack
 from lowbit.formats.qtensor import encode, nearest_codes
 from lowbit.interchange.exporters.compressed_tensors import activations
-from lowbit.interchange.exporters.compressed_tensors.scheme import Refusal, Scheme, Spec, arguments
+from lowbit.interchange.exporters.compressed_tensors.scheme import RECIPROCAL, Refusal, Scheme, Spec, arguments
 
 _BLOCK = (128, 128)
 _NVFP4, _MXFP4, _MXFP8 = (parse_format(name) for name in ("nvfp4", "mxfp4", "mxfp8"))
@@ -142,6 +142,7 @@ class Nvfp4(_Microscaled):
     format_name = "nvfp4-pack-quantized"
     wanted, group, bits = _NVFP4, 16, 4
     shares_scale = True
+    changes = RECIPROCAL
 
     def rescaled(self, q: QTensor, others: list[QTensor]) -> QTensor:
         """On the largest global scale of all: local scales rounded to e4m3 once more, codes nearest to what they were."""

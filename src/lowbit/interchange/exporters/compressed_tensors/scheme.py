@@ -29,6 +29,10 @@ class Refusal(NamedTuple):
     shape: bool = False
 
 
+# A float32 scale s that is stored as the divisor 1 / s comes back as 1 / (1 / s). Each division rounds by 2^-24, so that is s
+# or its neighbour, 2^-23 away; where the mantissa of s is above the root of 2, divisors lie further apart than scales, and no
+# divisor gives s exactly. Products of weights with it then round by 2^-24 once more on either side.
+RECIPROCAL = 2.0**-22
 # What rounding a scale to e4m3 once more changes of a weight, at most: half a unit in the last place of three bits.
 RESCALED = 2.0**-4
 
@@ -36,12 +40,14 @@ RESCALED = 2.0**-4
 class Scheme(ABC):
     """`format_name` as compressed-tensors calls it; `shares_scale`: layers that are run as one have one scale in common.
 
+    `changes`: how far a weight may be when it is read back, |a - b| / |b|.
     `runs_experts`: vLLM has experts of these weights whose inputs stay float (`compressed_tensors_moe.py`).
     """
 
     format_name: str
     shares_scale = False
     runs_experts = True
+    changes = 0.0
 
     @abstractmethod
     def claims(self, fmt: Format, inputs: Inputs | None) -> bool:
@@ -86,5 +92,8 @@ def arguments(bits: int, kind: str, strategy: str, symmetric: bool = True, **mor
 
 
 def scale_dtype(fmt: Format) -> torch.dtype:
-    """How a scale is stored: its own float type, float32 where it has none or is quantized itself."""
+    """How a scale is stored: its own float type; float32 where it has none, is quantized itself, or leaves the range of it
+    but for the format's exponent."""
+    if fmt.exponent:
+        return torch.float32
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(fmt.scale), torch.float32)

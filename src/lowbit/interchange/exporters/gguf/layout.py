@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.exponents import without_exponent
 from lowbit.interchange.exporters.common.pieces import Pieces, Stack, number_of, published, without_number
 from lowbit.interchange.exporters.gguf.families import Family
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
@@ -111,6 +112,7 @@ def bytes_in_file(placed: Placed, tensor: Tensor | QTensor) -> Any:
     """The tensor as numpy has it for the file: uint8 [rows, bytes] for blocks, else of the type's own width."""
     if isinstance(tensor, QTensor):
         assert placed.block is not None
+        tensor = without_exponent(tensor, placed.stored.name)
         packed = placed.block.pack(tensor if placed.rows is None else Stack(tensor).rows(placed.rows))
         return packed[_rows(placed, len(packed)).numpy()] if placed.heads else packed
     if placed.stored.transposed:

@@ -56,7 +56,7 @@ def _by_format() -> dict[Format, BlockType]:
 
 def type_of(fmt: Format) -> BlockType | None:
     """The ggml type that holds exactly this format, or None."""
-    return _by_format().get(fmt)
+    return _by_format().get(fmt.plain)
 
 
 def nearest_type(fmt: Format) -> BlockType:
