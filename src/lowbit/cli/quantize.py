@@ -101,8 +101,8 @@ def quantize(
         from lowbit.report.panel import render_card
 
         screen.print(render_card(measured))
-    if made.exported is None and _generates(made.quantized):
-        screen.print(f'Try it:  lowbit generate {shlex.quote(str(out))} "{_PROMPT}"', style="dim", markup=False)
+    if made.exported is None:
+        screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False)
 
 
 def _measured(made: Made, text: str | None, windows: int) -> Card | None:
@@ -112,7 +112,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.count_bar("measuring quality", "windows", "measuring speed") as progress:
+        with console.steps("windows") as (told, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
@@ -121,6 +121,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
                 speed=SHORT,
                 prompt=_PROMPT,
                 progress=progress,
+                told=told,
             )
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
@@ -157,11 +158,18 @@ def _written(made: Made, out: Path) -> str:
     )
 
 
-def _generates(made: Any) -> bool:
-    """Whether `lowbit generate` makes sense with the result."""
+def _trial(made: Any, out: Path) -> str:
+    """How the result is tried: text is asked for where it answers, and it is loaded in Python where it does not."""
     from lowbit.interchange.inventory import model_class
 
-    return made.source.config is not None and model_class(made.source.config).can_generate()
+    kind = None if made.source.config is None else model_class(made.source.config)
+    if kind is not None and kind.can_generate() and kind.main_input_name == "input_ids":
+        return f'lowbit generate {shlex.quote(str(out))} "{_PROMPT}"'
+    if (out / "modules.json").is_file():
+        return (
+            f"import lowbit; from sentence_transformers import SentenceTransformer; SentenceTransformer({str(out)!r})"
+        )
+    return f"import lowbit; model = lowbit.load({str(out)!r})"
 
 
 def _totals(plan: Any) -> dict[str, Any]:
