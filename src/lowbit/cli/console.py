@@ -124,6 +124,8 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
     )  # fmt: skip
     with _bar(*columns) as bar:
+        if bar.disable:
+            _line(what)
         task = bar.add_task(what, total=None, name="")
         yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
 
@@ -146,8 +148,35 @@ def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Cal
 
 
 @contextmanager
-def count_bar(what: str, unit: str, then: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left, moved by calls of (done, in all); `then` says what goes on after the last."""
+def steps(unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    with _bar(*columns) as bar:
+        task: Any = None
+
+        def say(what: str) -> None:
+            nonlocal task
+            if bar.disable:
+                _line(what)
+            if task is not None:
+                bar.remove_task(task)
+            task = bar.add_task(what, total=None)
+
+        def move(done: int, total: int) -> None:
+            if task is not None:
+                bar.update(task, completed=done, total=total)
+
+        yield say, move
+
+
+@contextmanager
+def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, moved by calls of (done, in all)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -161,16 +190,20 @@ def count_bar(what: str, unit: str, then: str = "") -> Iterator[Callable[[int, i
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with _bar(*columns) as bar:
+        if bar.disable:
+            _line(what)
         task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
-        def move(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=then if then and done == total else what)
 
-        yield move
+def _line(what: str) -> None:
+    """A step as a plain line on stderr, at once: a log or a pipe shows where a long command is."""
+    sys.stderr.write(what + "\n")
+    sys.stderr.flush()
 
 
 def _bar(*columns: Any) -> Progress:
-    """A bar on stderr that goes away when done; nothing at all where stderr is no terminal."""
+    """A bar on stderr that goes away when done; none where stderr is no terminal, which gets plain lines."""
     from rich.progress import Progress
 
     console = stderr()

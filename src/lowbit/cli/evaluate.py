@@ -30,8 +30,10 @@ def evaluate(
     import lowbit
 
     console.quiet()
-    with console.count_bar("measuring quality", "windows", "measuring speed" if speed else "") as progress:
-        card = lowbit.evaluate(model, against, text, windows=windows, length=length, speed=speed, progress=progress)
+    with console.steps("windows") as (told, progress):
+        card = lowbit.evaluate(
+            model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=told
+        )
     if as_json:
         console.print_json(card.to_json())
     else:

@@ -107,8 +107,8 @@ def quantize(
         from lowbit.report.panel import render_card
 
         screen.print(render_card(measured))
-    if made.exported is None and _generates(made.quantized):
-        screen.print(f'Try it:  lowbit generate {shlex.quote(str(out))} "{_PROMPT}"', style="dim", markup=False)
+    if made.exported is None:
+        screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False)
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.count_bar("measuring quality", "windows", "measuring speed") as progress:
+        with console.steps("windows") as (told, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
@@ -138,6 +138,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
                 speed=SHORT,
                 prompt=_PROMPT,
                 progress=progress,
+                told=told,
             )
     except KeyboardInterrupt as error:
         error.add_note("the result is written and whole; only its card is missing")
@@ -190,11 +191,18 @@ def _warned(warnings: Mapping[str, str]) -> list[str]:
     return lines if more <= 0 else [*lines[:_WARNED], f"warning: and {more} more tensors; lowbit.json names all"]
 
 
-def _generates(made: Any) -> bool:
-    """Whether `lowbit generate` makes sense with the result."""
+def _trial(made: Any, out: Path) -> str:
+    """How the result is tried: text is asked for where it answers, and it is loaded in Python where it does not."""
     from lowbit.interchange.inventory import model_class
 
-    return made.source.config is not None and model_class(made.source.config).can_generate()
+    kind = None if made.source.config is None else model_class(made.source.config)
+    if kind is not None and kind.can_generate() and kind.main_input_name == "input_ids":
+        return f'lowbit generate {shlex.quote(str(out))} "{_PROMPT}"'
+    if (out / "modules.json").is_file():
+        return (
+            f"import lowbit; from sentence_transformers import SentenceTransformer; SentenceTransformer({str(out)!r})"
+        )
+    return f"import lowbit; model = lowbit.load({str(out)!r})"
 
 
 def _totals(plan: Any) -> dict[str, Any]:

@@ -25,10 +25,12 @@ from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
-from lowbit.measure.contestants import Contestant, in_transformers
+from lowbit.measure.contestants import Contestant
 from lowbit.measure.environment import environment
-from lowbit.measure.float_model import in_faster_types
+from lowbit.measure.float_model import in_faster_types, rival_of
 from lowbit.measure.generation import torch_threads
+from lowbit.measure.output_card import card_of_outputs
+from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
@@ -63,6 +65,7 @@ def evaluate(
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Card:
     """Measure a model, beside the float model it was made from when `against` is given.
 
@@ -71,41 +74,58 @@ def evaluate(
     tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, beside
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
-    loaded here, and a module's own type, which is not changed. TextError when the text is shorter than a window.
+    loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.
     """
+    say = told or (lambda what: None)
     run = as_dtype(dtype)
+    say("loading the model")
     subject, parts, tok = _subject(model, tokenizer, run)
     if not _loaded_here(model):
         run = _type_of(subject, run)
+    if against is not None or isinstance(model, Quantized):
+        say("loading the float model")
     base, base_source = _base(model, against, run or torch.float32)
-    if tok is None and base_source is not None:
-        tok = base_source.tokenizer()
-    if tok is None:
-        raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
-    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=subject)
     if base_source is not None and parts.bytes_before is None:
         parts = replace(parts, bytes_before=sum(spec.nbytes for spec in base_source.tensors.values()))
+    if not predicts_tokens(subject):
+        return card_of_outputs(subject, base, parts, lambda: words(tok, base_source), text, windows, length, say)
+    tok = words(tok, base_source)
+    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=subject)
+    say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
     quality = measure_quality(subject, cut, base=base, progress=progress)
-    sample = take_sample(subject, tok, prompt, base=base) if prompt else None
+    sample = None
+    if prompt:
+        say("answering a prompt")
+        sample = take_sample(subject, tok, prompt, base=base)
     settings = STANDARD if speed is True else speed or None
     rates = run_peak = None
     if settings:
         name = model.folder if isinstance(model, Quantized) else model
         what = name if _loaded_here(model) and name is not None else subject
         cast = _loaded_here(model) and not isinstance(against, nn.Module)
-        rates, run_peak = _speed(what, subject, base, cast, tok, settings)
+        rates, run_peak = _speed(what, subject, base, cast, tok, settings, say)
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
+
+
+def words(tokenizer: Callable[[], Any] | None, base: Source | None) -> Any:
+    """The tokenizer of a model, else of its float model. SourceError where neither has one."""
+    if tokenizer is not None:
+        return tokenizer()
+    if base is None:
+        raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
+    return base.tokenizer()
 
 
 def _speed(
     model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
-    settings: SpeedSettings,
+    settings: SpeedSettings, say: Callable[[str], None],
 ) -> tuple[Speed, int | None]:  # fmt: skip
     """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
 
     cast: the base may be cast, and is then measured in its faster types. What fails is said, and what was measured before stands.
     """
     try:
+        say("measuring speed")
         program = as_generated(model, subject, tokenizer)
         other: nn.Module | Contestant | None = base
         if base is not None and cast:
@@ -114,8 +134,11 @@ def _speed(
         found = measure_speed(program, base=other, settings=settings)
     except _FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None
+    if program.first is None or found.model is None:
+        return found, None
     try:
-        return found, None if program.first is None or found.model is None else program.first().peak
+        say("measuring memory in a fresh process")
+        return found, program.first().peak
     except LowbitError as error:
         _log.warning("memory while running is not measured: %s", error)
         return found, None
@@ -179,23 +202,12 @@ def compare(
     def typed(dtype: torch.dtype) -> nn.Module:  # the base stays what the quality of the next row is held against
         return base if dtype == run else source.load_float(dtype)
 
-    rival = functools.cache(lambda threads: _rival(base, typed, settings or STANDARD, threads))
+    rival = functools.cache(lambda threads: rival_of(base, typed, settings or STANDARD, threads))
     rows = table.compare(
         names, build, base, base_parts, cut, speed=settings, program=program, rival=rival, progress=progress,
         on_row=on_row,
     )  # fmt: skip
     return list(rows)
-
-
-def _rival(
-    base: nn.Module, typed: Callable[[torch.dtype], nn.Module], settings: SpeedSettings, threads: int | None
-) -> Contestant:
-    """The float model in its faster types, found with so many threads; as it is where the other type cannot be had."""
-    with torch_threads(threads):
-        try:
-            return in_faster_types(typed, settings)
-        except MemoryError:
-            return in_transformers(base)
 
 
 def plan_parts(plan: Plan) -> CardParts:
@@ -254,27 +266,30 @@ def _type_of(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
     return own
 
 
-def _subject(model: Any, tokenizer: Any, dtype: torch.dtype | None) -> tuple[nn.Module, CardParts, Any]:
-    """(module, what is known of it, tokenizer or None)."""
+def _subject(
+    model: Any, tokenizer: Any, dtype: torch.dtype | None
+) -> tuple[nn.Module, CardParts, Callable[[], Any] | None]:
+    """(module, what is known of it, what gives its tokenizer, or None where it has none of its own)."""
+    given = None if tokenizer is None else lambda: tokenizer
     if isinstance(model, Quantized):
-        tok = tokenizer if tokenizer is not None else model.source.tokenizer()
+        tok = given or model.source.tokenizer
         if model.folder is not None:
             module = load(model.folder, dtype=dtype or torch.float32)
             return module, replace(plan_parts(model.plan), bytes_after=disk_size(model.folder).total), tok
         return model.model, plan_parts(model.plan), tok
     if isinstance(model, nn.Module):
         parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
-        return model, parts, tokenizer
+        return model, parts, given
     path = Path(model)
     if path.is_dir() and quantization_method(path) == "lowbit":
         module = load(path, dtype=dtype or torch.float32)
-        return module, folder_parts(path, module), tokenizer or load_tokenizer(path, str(path))
+        return module, folder_parts(path, module), given or (lambda: load_tokenizer(path, str(path)))
     source = open_source(model, tokenizer=tokenizer)
     module = source.load_float(dtype or torch.float32)
     return (
         module,
         CardParts(source.label, source.storage, count_parameters(module), weight_bytes=source.disk_bytes()),
-        source.tokenizer(),
+        source.tokenizer,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..errors import SourceError
 from .environment import Environment
+from .outputs import Outputs
 from .quality import Quality
 from .sample import Sample
 from .size import bits_per_weight
@@ -84,7 +85,10 @@ class TextMark:
 
 @dataclass(frozen=True)
 class Card:
-    """All parts together. `run_peak` is the peak resident bytes of a fresh process that ran the model."""
+    """All parts together. `run_peak` is the peak resident bytes of a fresh process that ran the model.
+
+    `outputs` in place of `quality` for a model that predicts no tokens; `unmeasured`: why there is neither.
+    """
 
     parts: CardParts
     text: TextMark | None = None
@@ -93,6 +97,8 @@ class Card:
     run_peak: int | None = None
     sample: Sample | None = None
     environment: Environment | None = None
+    outputs: Outputs | None = None
+    unmeasured: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings. Bits per weight and speed ratios come along."""

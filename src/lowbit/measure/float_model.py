@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbit.interchange.running import max_positions
 from lowbit.measure.contestants import WORDS, Contestant, in_transformers, some_ids
-from lowbit.measure.generation import greedy_times
+from lowbit.measure.generation import greedy_times, torch_threads
 from lowbit.measure.turns import Probe, SpeedSettings, Times, fit_settings, rate_probes
 
 Typed = Callable[[torch.dtype], nn.Module]
@@ -40,6 +40,15 @@ def in_faster_types(typed: Typed, settings: SpeedSettings) -> Contestant:
         }
 
     return Contestant(f"transformers, {_names(types)}", probes, positions=plain.positions)
+
+
+def rival_of(base: nn.Module, typed: Typed, settings: SpeedSettings, threads: int | None) -> Contestant:
+    """`in_faster_types` found with so many threads; `base` as it is where there is no memory for the other type."""
+    with torch_threads(threads):
+        try:
+            return in_faster_types(typed, settings)
+        except MemoryError:
+            return in_transformers(base)
 
 
 def faster_types(typed: Typed, settings: SpeedSettings) -> dict[str, torch.dtype]:

@@ -48,7 +48,7 @@ def slower(speed: Speed) -> str | None:
     if not names:
         return None
     if speed.program is not None and speed.program.startswith("engine"):
-        way = "--activations int8, or a recipe with inputs in 8 bits such as w8a8, reads them faster"
+        way = "--activations int8, or a recipe with inputs in 8 bits such as w8a8, is faster"
     else:
         way = "what is saved is memory; the engine, which is faster, does not run this model"
     return f"the float model is faster at {' and '.join(names)} here; {way}"

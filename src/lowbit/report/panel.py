@@ -91,7 +91,7 @@ def _size_lines(card: Card) -> list[tuple[str, str]]:
 def _quality_lines(card: Card) -> list[tuple[str, str]]:
     quality = card.quality
     if quality is None:
-        return []
+        return _output_lines(card)
     lines = []
     if quality.base_perplexity is not None:
         before = estimate_text(Estimate(quality.base_perplexity.value))
@@ -105,6 +105,19 @@ def _quality_lines(card: Card) -> list[tuple[str, str]]:
         lines.append(("same first choice", estimate_text(quality.top1, " % of tokens", scale=100)))
     if quality.kind != "causal":
         lines.append(("  scored as", f"{quality.kind} ({MEANING[quality.kind]})"))
+    return lines
+
+
+def _output_lines(card: Card) -> list[tuple[str, str]]:
+    """Of a model that predicts no tokens."""
+    if card.unmeasured is not None:
+        return [("quality", f"not measured: {card.unmeasured}")]
+    found = card.outputs
+    if found is None:
+        return []
+    lines = [("outputs moved by", f"{estimate_text(found.error, ' %', scale=100)}  ({found.name} on {found.inputs})")]
+    if found.cosine is not None:
+        lines.append(("cosine of embeddings", f"{estimate_text(found.cosine)}  (means over tokens)"))
     return lines
 
 
