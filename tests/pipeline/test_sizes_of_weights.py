@@ -101,6 +101,13 @@ def test_other_programs_hold_them_or_say_why_not(tmp_path: Path) -> None:
             lowbit.quantize(tmp_path / "m", "q4_0,embed=q8_0", tmp_path / f"q-{target}")
             lowbit.export(tmp_path / f"q-{target}", target, out)
         assert not out.exists()
+    sized(tmp_path / "row", 0)
+    tensors = load_file(tmp_path / "row/model.safetensors")
+    tensors[UP][5] *= 2.0**-16  # a tiny row of a usual weight
+    save_file(tensors, tmp_path / "row/model.safetensors", {"format": "pt"})
+    lowbit.quantize(tmp_path / "row", "q4_0,embed=q8_0", tmp_path / "qr")
+    with pytest.raises(ExportError, match=rf"{UP} has 2 scales such as .* too small for fp16"):
+        lowbit.export(tmp_path / "qr", "gguf", tmp_path / "r.gguf")
     sized(tmp_path / "large", 8)  # inside the range of float16: exported as it is
     lowbit.quantize(tmp_path / "large", "q4_0,embed=q8_0", tmp_path / "ql")
     assert lowbit.export(tmp_path / "ql", "gguf", tmp_path / "l.gguf").weights == 0.0
