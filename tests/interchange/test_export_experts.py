@@ -198,7 +198,7 @@ def test_gguf_has_the_experts_of_a_layer_in_three_tensors(room: Path, name: str)
 @pytest.mark.parametrize(
     ("name", "change", "what"),
     [("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob"), ("qwen2-moe", {"norm_topk_prob": True}, "norm_topk_prob"),
-     ("qwen3-moe", {"mlp_only_layers": [0]}, "experts in every layer"), ("olmoe", {"clip_qkv": 8.0}, "clips"),
+     ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers"), ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
      ("olmoe", {"num_key_value_heads": 2}, "fewer")],
 )  # fmt: skip
 def test_what_llama_cpp_computes_otherwise_is_refused(name: str, change: dict[str, Any], what: str) -> None:
