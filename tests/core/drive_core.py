@@ -49,7 +49,9 @@ def steps(x: Any, segment: int, planes: int, whole: bool = False, fixed: float =
     ends = [(0, x.shape[1])] if whole else [(k, k + segment) for k in range(0, x.shape[1], segment)]
     peaks = [np.abs(x[:, a:b]).max(1, keepdims=True) for a, b in ends]
     widths = [min(b, x.shape[1]) - a for a, b in ends]
-    return np.concatenate([np.repeat(p, w, 1) for p, w in zip(peaks, widths, strict=True)], 1) / (127, 16256)[planes - 1]
+    return (
+        np.concatenate([np.repeat(p, w, 1) for p, w in zip(peaks, widths, strict=True)], 1) / (127, 16256)[planes - 1]
+    )
 
 
 def rounded(found: Any, x: Any, step: Any, values: Any, bias: Any, *what: object) -> None:

@@ -153,7 +153,13 @@ class Runner:
         position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
         decoder = self._decoder(memory.positions)
         with self._process().lock:
-            decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+            try:
+                decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+            except MemoryError:
+                raise EngineError(
+                    f"no memory to run {len(ids)} tokens, or for keys and values that int8 does not hold; lower batch or "
+                    "max_new_tokens"
+                ) from None
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""
