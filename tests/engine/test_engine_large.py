@@ -54,7 +54,7 @@ def grown(where: str, big: float) -> Any:
 def test_a_float_model_with_large_channels(where: str, big: float) -> None:
     model, ids = grown(where, big), tokens(40)
     true = reference(model, ids)
-    for cache, bound in (("int16", 0.01), ("int8", 0.05)):
+    for cache, bound in (("int16", 0.01), ("int8", 0.1)):
         engine = Engine.open(model, threads=1, cache=cache)
         whole = engine.logits(ids)
         assert apart(whole, true) < bound, (cache, apart(whole, true))
