@@ -1,7 +1,10 @@
 // Keys and values of several sequences. Memory is reserved for all positions and taken as they are reached.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -29,7 +32,28 @@ class Cache {
     KeyValues at(int layer, int sequence, int key_head) {
         const std::size_t index = (static_cast<std::size_t>(sequence) * layers_ + layer) * key_heads_ + key_head;
         float* scales = scales_.data() + 2 * index * capacity_;
-        return {keys_.data() + index * plane_, values_.data() + index * plane_, scales, scales + capacity_};
+        std::uint8_t *keys = keys_.data() + index * plane_, *values = values_.data() + index * plane_;
+        KeyValues found{keys, values, keys, values, scales, scales + capacity_};
+        if (int8_) {
+            std::uint8_t* halves = halves_.load(std::memory_order_acquire);
+            found.key_halves = halves == nullptr ? nullptr : halves + 4 * index * plane_;
+            found.value_halves = halves == nullptr ? nullptr : halves + (4 * index + 2) * plane_;
+        }
+        return found;
+    }
+
+    // Room for float16 beside int8: reserved for all at once, and taken, as all else here, where it is written. False where
+    // the system gives none.
+    bool widen() {
+        const std::lock_guard one(widening_);
+        if (halves_.load(std::memory_order_relaxed) != nullptr) return true;
+        try {
+            beside_ = Buffer<std::uint8_t>(4 * keys_.size());
+        } catch (const std::bad_alloc&) {
+            return false;
+        }
+        halves_.store(beside_.data(), std::memory_order_release);
+        return true;
     }
 
     int sequences() const { return sequences_; }
@@ -44,7 +68,9 @@ class Cache {
     int layers_, key_heads_, head_dim_, sequences_, capacity_ = 0;
     bool int8_;
     std::size_t plane_ = 0;
-    Buffer<std::uint8_t> keys_, values_;
+    Buffer<std::uint8_t> keys_, values_, beside_;
+    std::atomic<std::uint8_t*> halves_{nullptr};
+    std::mutex widening_;
     Buffer<float> scales_;
 };
 

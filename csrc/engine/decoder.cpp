@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 
 
 namespace lowbit {
@@ -109,7 +110,9 @@ bool Decoder::forward(const Tokens& tokens, Cache& cache, float* logits, const s
     prepare(tokens.count, tokens.wanted_count, longest);
     interrupted_ = &interrupted;
     stopped_ = false;
+    no_memory_ = false;
     pool_->run([&](Member& member) { run(member, tokens, cache, logits); });
+    if (no_memory_) throw std::bad_alloc();
     return !stopped_;
 }
 

@@ -1,6 +1,7 @@
 // Runs a model over tokens: a decode step of several sequences, or a chunk of a prompt, all layers in one go.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -42,6 +43,7 @@ class Decoder {
     // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions. interrupted: asked again and
     // again by the thread that called, while more than one token is run; once it says so the rest is left out, and the result
     // is false: logits, and keys and values at the positions of these tokens, are then worth nothing. All else is as before.
+    // std::bad_alloc where there is no memory, with the same consequences.
     bool forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted);
 
     const Model& model() const { return *model_; }
@@ -106,6 +108,7 @@ class Decoder {
     std::vector<Item> items_;
     const std::function<bool()>* interrupted_ = nullptr;
     bool stopped_ = false;  // of the thread that called
+    std::atomic<bool> no_memory_{false};  // for keys and values that int8 does not hold
     int chunks_ = 1;  // pieces of the positions that are attended by tasks of their own
     Buffer<float> x_, qkv_;
     std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines

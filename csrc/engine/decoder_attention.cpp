@@ -68,7 +68,10 @@ void Decoder::rotate_and_append(const Span& span, int index, const Tokens& token
             }
             if (key_head >= 0) {
                 const float* value = qkv_.data() + t * qkv_width_ + (m.heads + m.key_heads + key_head) * m.head_dim;
-                kernels_.append(shape, cache.at(index, tokens.sequence[t], key_head), head, value, tokens.position[t]);
+                const auto append = [&] {
+                    return kernels_.append(shape, cache.at(index, tokens.sequence[t], key_head), head, value, tokens.position[t]);
+                };
+                if (!append() && !(cache.widen() && append())) no_memory_.store(true, std::memory_order_relaxed);
             }
         }
     });

@@ -4,8 +4,8 @@
 // Products are of 16-bit integers with a scale for each vector, summed exactly in 32 bits: twice as fast as float32, and
 // finer than float16. That no sum overflows is Cauchy and Schwarz: |sum q k| <= |q| |k|, and each norm is below 2^15.5.
 //
-// A key or value with channels in the ten thousands would lose all its others so. It is kept in floats of as many bits, has
-// no part in products of integers, and is multiplied in float32. What becomes of a position depends on nothing but its own
+// A key or value with channels in the ten thousands would lose all its others so. It is kept in float16, has no part in
+// products of integers, and is multiplied in float32. What becomes of a position depends on nothing but its own
 // key and value, so that batches and chunks change no bit.
 #include "kernels/linear.h"
 
@@ -15,7 +15,7 @@ namespace {
 constexpr int kKeys = 64;  // positions a block; a cache holds whole blocks
 constexpr float kNever = -1e30f;
 constexpr float kLargest = 32767, kLongest = 46000;  // of an element, and of a vector's norm before it is rounded
-constexpr float kLargestHalf = 32768, kLargestByte = 480;  // of an element as a float of 16 and of 8 bits
+constexpr float kLargestHalf = 32768;                // of an element in float16
 
 // Thirty-two elements of a cache: pairs of channels of 16 keys, or pairs of positions of 16 channels.
 template <bool kInt8>
@@ -80,22 +80,21 @@ LOWBIT_INLINE void score(const AttentionShape& a, const KeyValues& kv, std::int6
     }
 }
 
-// Pairs of floats of 16 bits (1 sign, 5 exponent) or 8 (1, 4), which lie as integers would: all first ones, all second ones.
-template <bool kInt8>
-LOWBIT_INLINE void unpair(I pairs, F& first, F& second) {
-    constexpr int kBits = kInt8 ? 0x007f0000 : 0x7fff0000, kDown = 3, kUp = 4;  // to where float32 has its exponent
+// Pairs of float16, which lie as integers would: all first ones, all second ones.
+LOWBIT_INLINE void unpair(const void* base, std::int64_t at, F& first, F& second) {
+    const I pairs = Simd::as_ints(load_cached<false>(base, at));
     const auto one = [](I upper) {
-        const I rest = Simd::both(upper, Simd::all(kBits)), sign = Simd::both(upper, Simd::all(INT32_MIN));
-        const I bits = kInt8 ? Simd::shift_left(rest, kUp) : Simd::shift_right(rest, kDown);
-        const F value = Simd::multiply(Simd::as_floats(bits), Simd::all(kInt8 ? 0x1p120f : 0x1p112f));
-        return Simd::as_floats(Simd::either(Simd::as_ints(value), sign));
+        // To where float32 has exponent and fraction; the exponents differ by 112.
+        const I bits = Simd::shift_right(Simd::both(upper, Simd::all(0x7fff0000)), 3);
+        const F value = Simd::multiply(Simd::as_floats(bits), Simd::all(0x1p112f));
+        return Simd::as_floats(Simd::either(Simd::as_ints(value), Simd::both(upper, Simd::all(INT32_MIN))));
     };
     first = one(Simd::shift_left(pairs, 16));
     second = one(pairs);
 }
 
 // Adds what keys kept as floats give to the scores of kR rows, in a block of 64.
-template <bool kInt8, int kR>
+template <int kR>
 [[gnu::noinline]] void score_floats(const AttentionShape& a, const KeyValues& kv, std::int64_t position, const float* q, float* scores) {
     const int pairs = a.head_dim / 2;
     for (int t = 0; t < kKeys; t += kTile) {
@@ -106,7 +105,7 @@ template <bool kInt8, int kR>
         for (int r = 0; r < kR; ++r) sum[r] = Simd::zero();
         for (int d = 0; d < pairs; ++d) {
             F even, odd;
-            unpair<kInt8>(Simd::as_ints(load_cached<kInt8>(kv.keys, (tile * pairs + d) * 2 * kTile)), even, odd);
+            unpair(kv.key_halves, (tile * pairs + d) * 2 * kTile, even, odd);
             for (int r = 0; r < kR; ++r) {
                 sum[r] = Simd::fma(even, Simd::all(q[r * a.head_dim + 2 * d]), sum[r]);
                 sum[r] = Simd::fma(odd, Simd::all(q[r * a.head_dim + 2 * d + 1]), sum[r]);
@@ -121,7 +120,7 @@ template <bool kInt8, int kR>
 }
 
 // out[r] += more[r] (apart[r] . V) of values kept as floats, in pairs of positions of a block.
-template <bool kInt8, int kR>
+template <int kR>
 [[gnu::noinline]] void gather_floats(const AttentionShape& a, const void* values, std::int64_t position, int pairs,
                                      const float* apart, const float* more, float* out) {
     for (int k = 0; k < pairs; ++k) {
@@ -130,7 +129,7 @@ template <bool kInt8, int kR>
         if (!any) continue;
         for (int d = 0; d < a.head_dim; d += kTile) {
             F even, odd;
-            unpair<kInt8>(Simd::as_ints(load_cached<kInt8>(values, (position + 2 * k) * a.head_dim + 2 * d)), even, odd);
+            unpair(values, (position + 2 * k) * a.head_dim + 2 * d, even, odd);
             for (int r = 0; r < kR; ++r) {
                 float* at = out + r * a.head_dim + d;
                 F sum = Simd::fma(even, Simd::all(apart[r * kKeys + 2 * k] * more[r]), Simd::load(at));
@@ -243,7 +242,7 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
         score<kInt8, kR, kKeyTiles>(a, kv, position / kTile + t, scratch.q + std::int64_t{r0} * a.head_dim,
                                     scratch.scale + r0, scratch.scores + t * kTile);
     }
-    if (has_floats(kv.key_scale + position)) score_floats<kInt8, kR>(a, kv, position, q, scratch.scores);
+    if (has_floats(kv.key_scale + position)) score_floats<kR>(a, kv, position, q, scratch.scores);
     const int start = static_cast<int>(position);
     bool whole = true;
     int end = 0;
@@ -281,7 +280,7 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
     for (; d + kChannelTiles * kTile <= a.head_dim; d += kChannelTiles * kTile)
         gather_from.template operator()<kChannelTiles>(d);
     for (; d < a.head_dim; d += kTile) gather_from.template operator()<1>(d);
-    if (apart != nullptr) gather_floats<kInt8, kR>(a, kv.values, position, pairs, apart, of_floats, out);
+    if (apart != nullptr) gather_floats<kR>(a, kv.value_halves, position, pairs, apart, of_floats, out);
 }
 
 template <bool kInt8>
@@ -333,87 +332,71 @@ std::int64_t value_at(int head_dim, int position, int d) {
     return (std::int64_t{position} / 2 * head_dim + d) * 2 + position % 2;
 }
 
-// A float of 8 bits: 1 sign, 4 exponent, 3 fraction, up to 480 (what e4m3 has for what is no number is numbers here).
-LOWBIT_INLINE std::int8_t float_byte(float v) {
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, &v, 4);
-    const std::uint32_t sign = bits >> 24 & 0x80, rest = bits & 0x7fffffff;
-    float magnitude;
-    __builtin_memcpy(&magnitude, &rest, 4);
-    // Below 2^-6 steps are equal; above, half of the last place is added and what is beyond it cut off.
-    const std::uint32_t code = magnitude < 0x1p-6f ? static_cast<std::uint32_t>(magnitude * 512 + 0.5f)
-                                                   : ((rest + 0x7ffff + (rest >> 20 & 1)) >> 20) - (120 << 3);
-    return static_cast<std::int8_t>(sign | (code < 127 ? code : 127));
-}
+// One key or value as integers, or as float16 where these lose too much of it. Integers have no infinities and no NaN: with
+// one in it the vector is none, and neither is what comes of it.
+struct Vector {
+    std::int16_t codes[kTile * 64];
+    float scale;
 
-// codes: x as floats of the bits of T, times the scale that is given back
-template <class T>
-LOWBIT_INLINE float to_floats(const float* x, int n, float peak, T* codes) {
-    const float largest = sizeof(T) == 1 ? kLargestByte : kLargestHalf;
-    const F inverse = Simd::all(largest / peak);
-    for (int i = 0; i < n; i += kTile) {
-        const F v = Simd::multiply(Simd::load(x + i), inverse);
-        if constexpr (sizeof(T) == 2) {
-            Simd::store_f16(reinterpret_cast<std::uint16_t*>(codes + i), v);
-        } else {
-            float some[kTile];
-            Simd::store(some, v);
-            for (int j = 0; j < kTile; ++j) codes[i + j] = float_byte(some[j]);
-        }
-    }
-    return peak / largest;
-}
+    bool halves() const { return scale < 0; }
+};
 
-// One key or value as integers, or as floats where these lose too much of it; its scale. Integers have no infinities and no
-// NaN: with one in it the vector is none, and neither is what comes of it.
-template <class T>
-LOWBIT_INLINE float to_codes(const float* x, int n, bool by_norm, T* codes) {
-    constexpr bool kBytes = sizeof(T) == 1;
+LOWBIT_INLINE void to_codes(const AttentionShape& a, const float* x, bool by_norm, Vector& out) {
+    const int n = a.head_dim;
     const float peak = largest_magnitude(x, n);
-    float scale = peak / (kBytes ? 127.0f : kLargest);
-    if (by_norm && !kBytes) scale = scale_by_norm(x, n);
-    const F inverse = Simd::all(scale > 1e-35f ? 1.0f / scale : 0.0f);
+    out.scale = by_norm && !a.int8 ? scale_by_norm(x, n) : peak / (a.int8 ? 127.0f : kLargest);
+    const float inverse = out.scale > 1e-35f ? 1.0f / out.scale : 0.0f;
+    // Of so many channels two are this small by chance in about one vector of a thousand.
+    const float chance = (a.int8 ? 127 / kLargest : 1.0f) * 5000 / (static_cast<float>(n) * sqrtf(static_cast<float>(n)));
     F nothing = Simd::zero();
-    Loss loss(kBytes ? 2.0f : 64.0f, kBytes ? 1.0f / 64 : 4.0f, 0.22f * static_cast<float>(n));
+    Loss loss(a.int8 ? 2.0f : 64.0f, chance, 0.22f * static_cast<float>(n));
     for (int i = 0; i < n; i += kTile) {
         const F v = Simd::load(x + i);
         nothing = Simd::fma(v, Simd::zero(), nothing);
-        loss.see(v, Simd::abs(Simd::multiply(v, inverse)));
+        loss.see(v, Simd::abs(Simd::multiply(v, Simd::all(inverse))));
     }
     const float finite = Simd::sum(nothing);
-    if (finite != 0) {
-        for (int i = 0; i < n; ++i) codes[i] = 0;
-        return finite;
+    if (finite == 0 && out.scale > 1e-30f && out.scale < 1e30f && loss.matters()) {
+        out.scale = -peak / kLargestHalf;
+        for (int i = 0; i < n; i += kTile)
+            Simd::store_f16(reinterpret_cast<std::uint16_t*>(out.codes) + i, Simd::multiply(Simd::load(x + i), Simd::all(kLargestHalf / peak)));
+        return;
     }
-    if (scale > 1e-30f && scale < 1e30f && loss.matters()) return -to_floats(x, n, peak, codes);
-    std::int16_t shorts[kTile];
-    for (int i = 0; i < n; i += kTile) {
-        Simd::store_shorts(shorts, Simd::to_int(Simd::multiply(Simd::load(x + i), inverse)));
-        for (int j = 0; j < kTile; ++j) codes[i + j] = static_cast<T>(shorts[j]);
-    }
-    return scale;
+    to_shorts(x, n, finite == 0 ? out.scale : 0, out.codes);
+    if (finite != 0) out.scale = finite;
 }
 
 template <class T>
-void append_as(const AttentionShape& a, const KeyValues& kv, const float* key, const float* value, int position) {
-    T codes[kTile * 64];
+void append_as(const AttentionShape& a, const Vector& key, const Vector& value, void* all_keys, void* all_values, int position) {
     const int n = a.head_dim;
-    const float key_scale = to_codes(key, n, true, codes);
-    T* keys = static_cast<T*>(kv.keys) + key_at(n, position, 0);
-    for (int d = 0; d < n; d += 2, keys += 2 * kTile) {
-        keys[0] = codes[d];
-        keys[1] = codes[d + 1];
+    if (all_keys != nullptr) {
+        T* keys = static_cast<T*>(all_keys) + key_at(n, position, 0);
+        for (int d = 0; d < n; d += 2, keys += 2 * kTile) {
+            keys[0] = static_cast<T>(key.codes[d]);
+            keys[1] = static_cast<T>(key.codes[d + 1]);
+        }
     }
-    const float value_scale = to_codes(value, n, false, codes);
-    T* values = static_cast<T*>(kv.values) + value_at(n, position, 0);
-    for (int d = 0; d < n; ++d) values[2 * d] = codes[d];
-    const bool finite = key_scale - key_scale == 0;
-    kv.key_scale[position] = finite ? key_scale : 0;
-    kv.value_scale[position] = finite ? value_scale : key_scale;
+    if (all_values == nullptr) return;
+    T* values = static_cast<T*>(all_values) + value_at(n, position, 0);
+    for (int d = 0; d < n; ++d) values[2 * d] = static_cast<T>(value.codes[d]);
 }
 
-void append(const AttentionShape& a, const KeyValues& kv, const float* key, const float* value, int position) {
-    (a.int8 ? append_as<std::int8_t> : append_as<std::int16_t>)(a, kv, key, value, position);
+bool append(const AttentionShape& a, const KeyValues& kv, const float* key, const float* value, int position) {
+    Vector k, v;
+    to_codes(a, key, true, k);
+    to_codes(a, value, false, v);
+    if ((k.halves() || v.halves()) && kv.key_halves == nullptr) return false;
+    if (a.int8) {
+        append_as<std::int8_t>(a, k, v, k.halves() ? nullptr : kv.keys, v.halves() ? nullptr : kv.values, position);
+        append_as<std::int16_t>(a, k, v, k.halves() ? kv.key_halves : nullptr, v.halves() ? kv.value_halves : nullptr, position);
+    } else {
+        append_as<std::int16_t>(a, k, v, kv.keys, kv.values, position);
+    }
+    // A key that is no number is so in its value, where whoever sees it meets it.
+    const bool finite = k.scale - k.scale == 0;
+    kv.key_scale[position] = finite ? k.scale : 0;
+    kv.value_scale[position] = finite ? v.scale : k.scale;
+    return true;
 }
 
 }  // namespace

@@ -90,10 +90,13 @@ struct AttentionShape {
 
 // The keys and values of one sequence and one key head, int16 or int8 with a scale for each position. What is multiplied in
 // pairs lies in pairs: keys in tiles of 16 positions, [tile][head_dim / 2][16][2], values as [position / 2][head_dim][2].
-// A scale below zero: this vector has channels far above its others, and is kept in floats of as many bits, times -scale.
+// A scale below zero: this vector has channels far above its others, and is float16 times -scale, in the same order and in
+// the place of int16, or beside int8 where there is memory for that.
 struct KeyValues {
     void* keys = nullptr;
     void* values = nullptr;
+    void* key_halves = nullptr;  // where float16 is: as keys and values where these are int16, else null until it is needed
+    void* value_halves = nullptr;
     float* key_scale = nullptr;
     float* value_scale = nullptr;
 };
@@ -122,7 +125,8 @@ struct Kernels {
     // Softmax attention of `rows` queries that share one key head; see attention.inl.
     void (*attend)(const AttentionShape&, const KeyValues&, const float* q, int rows, const int* first, const int* last,
                    float* out, float* maximum, float* denominator, float* memory);
-    void (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
+    // False, and nothing is done, where memory for float16 is needed and there is none.
+    bool (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
     // Row r of an 8-bit, 4-bit or float weight.
     void (*unpack_row)(const Linear&, int row, float* out);
     // What this processor could do at best: see limits.inl.

@@ -172,7 +172,13 @@ class Runner:
         position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
         with self._process().lock:
             decoder = self._decoder(self.shape.short_positions + 1 if long else 1)
-            decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+            try:
+                decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+            except MemoryError:
+                raise EngineError(
+                    f"no memory to run {len(ids)} tokens, or for keys and values that int8 does not hold; lower batch or "
+                    "max_new_tokens"
+                ) from None
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""
