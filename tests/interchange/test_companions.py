@@ -133,3 +133,12 @@ def test_the_index_decides_about_a_stray_shard(tmp_path: Path) -> None:
     stray, pickle = source.remarks
     assert "model-99999.safetensors" in stray and "index" in stray
     assert "pytorch_model.bin" in pickle and "pickle" in pickle
+
+
+def test_a_config_that_names_other_weights_is_not_followed_and_that_is_said(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path, tokenizer=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    source = open_source(tmp_path)
+    assert "transformers_weights" in source.remarks[0]
+    assert torch.equal(source.load_float().lm_head.weight, model.lm_head.weight)

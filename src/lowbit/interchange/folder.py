@@ -18,7 +18,7 @@ from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_mo
 from lowbit.interchange.left_out import left_out, no_weights, unread_weights
 from lowbit.interchange.older_readers import write_tokenizer
 from lowbit.interchange.planes import StoredTensor, tensor_of
-from lowbit.interchange.quantized import SECTIONS, as_float, oriented
+from lowbit.interchange.quantized import GUARD, GUARD_WORDS, SECTIONS, as_float, oriented
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
 from lowbit.interchange.source import Source, TensorSpec, one_line
 from lowbit.interchange.stored import Checkpoint, StoredWeight, stored_model
@@ -250,11 +250,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 def remarks_on(folder: Path, read: list[Path]) -> tuple[str, ...]:
     """What to say of weights in a folder that are not among those `read`; an index that is damaged names none."""
+    named = read_json(folder / "config.json").get(GUARD)
+    aside = () if named is None or named == GUARD_WORDS else (f"{GUARD} of config.json is not followed",)
     try:
         shards = set(index_map(read_json(folder / INDEX), INDEX).values()) if (folder / INDEX).is_file() else set()
     except SourceError:
         shards = set()
-    return unread_weights(folder, read, shards, INDEX)
+    return (*aside, *unread_weights(folder, read, shards, INDEX))
 
 
 def index_map(index: dict[str, Any], where: str) -> dict[str, str]:

@@ -36,9 +36,9 @@ def without_guard(config: Any) -> Any:
 def as_float(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the float model: what it says of quantization is taken out, and of code, which does not come along."""
     for part in (config, config.get_text_config()):
-        for key in (*SECTIONS, "auto_map"):
+        for key in (*SECTIONS, "auto_map", GUARD):
             part.__dict__.pop(key, None)
-    return without_guard(config)
+    return config
 
 
 def oriented(weights: Mapping[str, StoredWeight], model: PreTrainedModel) -> dict[str, StoredWeight]:
