@@ -15,6 +15,7 @@ from lowbit.engine.results import Generated, OnText, Sampling
 from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.errors import EngineError, SourceError
+from lowbit.interchange.others import asking
 from lowbit.interchange.running import max_positions
 
 
@@ -34,17 +35,12 @@ class Transformers:
         from pathlib import Path
 
         from lowbit.interchange.folder import load_tokenizer, quantization_method
-        from lowbit.interchange.inventory import model_class
+        from lowbit.interchange.packed_model import load_packed
         from lowbit.interchange.source import open_source
 
         path = Path(model)
         if path.is_dir() and quantization_method(path) == "lowbit":
-            from lowbit.interchange.folder import load_config
-
-            build: Any = model_class(load_config(path)).from_pretrained
-            return Transformers(
-                build(path, local_files_only=True).eval(), AnyTokenizer(load_tokenizer(path, model)), reason, model
-            )
+            return Transformers(load_packed(path), AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)
         return Transformers(source.load_float(), AnyTokenizer(source.tokenizer()), reason, model)
 
@@ -100,7 +96,8 @@ class Transformers:
         watch = _watch(TokenText(self.tokenizer.decode, stop), index, stream)
         given = torch.tensor([ids], device=self.model.device)  # type: ignore[arg-type]
         torch.manual_seed((how.seed + index) % 2**64)
-        with torch.inference_mode():
+        broken = asking("transformers", self.label, "generate text with it", "check the fields of its config")
+        with broken, torch.inference_mode():
             type(self.model).generate(  # type: ignore[attr-defined]
                 self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,
                 stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(), **_options(how),

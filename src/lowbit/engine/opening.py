@@ -10,10 +10,13 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.families import FAMILIES
-from lowbit.engine.files import quantization_method, read_json
+from lowbit.engine.files import quantization_method, read_config, read_json
+from lowbit.engine.fit import check_fit
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
+from lowbit.interchange.checks.config import check_decoder, lacks
+from lowbit.interchange.checks.words import check_generation
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
 
@@ -29,14 +32,23 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
 
 
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     refuse(config)
-    if _major(config.get("transformers_version")) < 5:
+    if _major(config.get("transformers_version")) < 5 or lacks(config):
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
+    check_decoder(config, str(folder / "config.json"))
+    weights = FolderWeights(folder, config)
+    check_fit(weights.shapes(), config, str(folder))
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
-    generation = folder / "generation_config.json"
-    return FolderWeights(folder, config), words, _eos(read_json(generation) if generation.is_file() else {}, config)
+    return weights, words, _eos(_generation(folder), config)
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    found = read_json(file) if file.is_file() else {}
+    check_generation(found, str(file))
+    return found
 
 
 def _of_model(model: nn.Module, tokenizer: Any) -> Opened:

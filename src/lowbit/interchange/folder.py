@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.checks.config import check_config
+from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
 from lowbit.interchange.planes import StoredTensor, tensor_of
@@ -32,6 +34,7 @@ ASSETS = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 _NEVER = ("*.py", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.gguf", "*.pkl")
+_MOST_JSON = 256 << 20  # bytes; the largest index of shards has some
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,13 +53,20 @@ def quantization_section(folder: str | Path) -> dict[str, Any] | None:
 
     SourceError when there is no readable config.json.
     """
-    config = read_json(Path(folder) / "config.json")
+    config = read_config(Path(folder))
     for holder in (config, config.get("text_config")):
         for key in SECTIONS if isinstance(holder, dict) else ():
             section = holder.get(key) if isinstance(holder, dict) else None
             if section:
                 return section if isinstance(section, dict) else {}
     return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked config.json of a folder. SourceError that names the first field that makes no model."""
+    config = read_json(folder / "config.json")
+    check_config(config, str(folder / "config.json"))
+    return config
 
 
 def quantization_method(folder: str | Path) -> str | None:
@@ -72,6 +82,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent}: there is no {path.name}; a model folder needs config.json beside its safetensors files"
         )
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise SourceError(
+                f"{path}: has {path.stat().st_size} bytes, which is no file of settings; download it again"
+            )
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not readable as JSON ({error}); download it again") from error
@@ -84,6 +98,8 @@ def load_config(folder: Path, **options: Any) -> PretrainedConfig:
     """The transformers config of a folder, never running code from it. SourceError when transformers refuses."""
     from transformers import AutoConfig
 
+    if "gguf_file" not in options:
+        read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds for a bad config
@@ -136,7 +152,8 @@ class FolderSource(Source):
         self._headers = {file: read_header(file) for file in weight_files(self.folder)}
         self._entries = _merge(self.folder, {f: h.entries for f, h in self._headers.items()})
         checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
-        model = meta_model(self.config)
+        check_layers(read_config(self.folder), checkpoint, str(self.folder / "config.json"))
+        model = meta_model(self.config, len(checkpoint))
         self._weights: Mapping[str, StoredWeight] = {}
         unused: tuple[str, ...] = ()
         if section is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import SourceError
+from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import (
     ASSETS,
@@ -21,6 +22,7 @@ from lowbit.interchange.folder import (
     load_tokenizer,
     quantization_method,
     quantization_section,
+    read_config,
 )
 from lowbit.interchange.inventory import inventory_of, meta_model
 from lowbit.interchange.quantized import as_float, oriented
@@ -95,7 +97,8 @@ class HubHeaders(Source):
             for name, info in headers.tensors.items():
                 checkpoint[name] = _spec(name, info, f"{repo}/{file}")
         self._disk_bytes = sum(spec.nbytes for spec in checkpoint.values())
-        model = meta_model(self.config)
+        check_layers(read_config(self.folder), checkpoint, f"{repo}/config.json")
+        model = meta_model(self.config, len(checkpoint))
         section = quantization_section(self.folder)
         unused: tuple[str, ...] = ()
         if section is not None:

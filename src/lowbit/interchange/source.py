@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError, nearest
+from lowbit.interchange.others import asking
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,9 +113,11 @@ class Source(ABC):
         from lowbit.interchange.inventory import model_class
 
         weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}
-        model: nn.Module = model_class(self.config).from_pretrained(
-            None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
-        )
+        build = model_class(self.config)
+        with asking("transformers", self.label, f"load {build.__name__} from it", "check the fields of its config"):
+            model: nn.Module = build.from_pretrained(
+                None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
+            )
         return model.to(device).eval()
 
     def spec(self, name: str) -> TensorSpec:

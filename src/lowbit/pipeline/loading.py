@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lowbit.errors import RecipeError, SourceError, nearest
-from lowbit.formats import QTensor, parse_format, parse_inputs
+from lowbit.formats import QTensor
+from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.folder import quantization_method, read_json, weight_files
 from lowbit.interchange.safetensors_file import read_header, read_tensor
 from lowbit.nn.packed import PackedWeight
@@ -46,18 +47,14 @@ def load(
         raise SourceError(
             f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit"
         )
-    from lowbit.interchange.folder import load_config
-    from lowbit.interchange.inventory import model_class
-
     if "device_map" in options and str(device) != "cpu":
         raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
         options["dtype"] = as_dtype(dtype)
-    build: Any = model_class(load_config(path)).from_pretrained
-    model, found = build(path, local_files_only=True, output_loading_info=True, **options)
-    if found["missing_keys"]:
-        raise SourceError(f"{folder} lacks {', '.join(sorted(found['missing_keys'])[:5])}; copy or quantize it again")
-    model = model.to(device).eval() if "device_map" not in options else model.eval()
+    from lowbit.interchange.packed_model import load_packed
+
+    model = load_packed(path, **options)
+    model = model if "device_map" in options else model.to(device)
     if kernel == "dense":
         rounded = next(
             (n for n, w in packed_weights(model) if w.inputs is not None and w.inputs.format is not None), None
@@ -83,21 +80,20 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     returned. SourceError when folder and module do not fit.
     """
     path = Path(folder)
-    manifest = read_json(path / MANIFEST)["quantization"]
+    section = read_section(read_json(path / MANIFEST).get("quantization"), str(path / MANIFEST))
     files = {file: read_header(file).entries for file in weight_files(path)}
     stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
-    packed, owners = {}, {name + ".": entry for name, entry in manifest["tensors"].items()}
-    for name, entry in manifest["tensors"].items():
-        inside = {key[len(name) + 1 :]: place for key, place in stored.items() if key.startswith(name + ".")}
-        parts = {part: read_tensor(*place) for part, place in inside.items()}
-        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
-        extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
-        q = QTensor.from_parts(parse_format(entry["format"]), tuple(entry["shape"]), parts)
-        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra)
+    check_parts(section, {name: (entry.dtype, entry.shape) for name, (_, entry) in stored.items()}, str(path))
+    packed, owners = {}, {name + ".": entry for name, entry in section.tensors.items()}
+    for name, entry in section.tensors.items():
+        parts = {part: read_tensor(*stored[f"{name}.{part}"]) for part in entry.weight_parts()}
+        extra = {part: read_tensor(*stored[f"{name}.{part}"]) for part in entry.input_parts()}
+        q = QTensor.from_parts(entry.format, entry.shape, parts)
+        packed[name] = PackedWeight.of(q, transposed=entry.transposed, inputs=entry.inputs, input_parts=extra)
     kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
-    swap(module, packed, manifest["tied"])
+    swap(module, packed, section.tied)
     found = module.load_state_dict(kept, strict=False)
-    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in manifest["tied"])))]
+    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in section.tied)))]
     if missing or found.unexpected_keys:
         raise SourceError(
             f"{folder} does not fit {type(module).__name__}: {(missing + found.unexpected_keys)[:5]} differ"
