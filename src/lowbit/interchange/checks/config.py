@@ -25,8 +25,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """
     check_values(config, where)
     for path, part in _parts(config):
-        plain = config.get("model_type") in DECODERS if part is config else part.get("model_type") in DECODERS
         check(ANY, part, where, path)
+        plain = part.get("model_type") in DECODERS
         check(TOKEN_IDS, part, where, path)
         if plain:
             check(DECODER, part, where, path)
