@@ -42,19 +42,58 @@ _ROPES: tuple[Any, ...] = (
 
 def odd_value(rng: random.Random, before: Any = None, deep: int = 0) -> Any:
     """A value that may stand in place of `before`: of another type, out of range, or like it and wrong."""
-    kind = rng.choice(("number", "number", "text", "near", "near", "near", "null", "flag", "list", "object", "rope", "deep"))
+    kind = rng.choice(("number", "number", "text", *("near",) * 7, "null", "flag", "list", "object", "rope", "deep"))
     if kind == "near" and type(before) is int:
-        return rng.choice((0, -before, before + 1, before - 1, 2 * before, 3 * before, before // 2, before * 1000, float(before), str(before)))
+        return rng.choice(
+            (
+                0,
+                -before,
+                before + 1,
+                before - 1,
+                2 * before,
+                3 * before,
+                before // 2,
+                before * 1000,
+                float(before),
+                str(before),
+            )
+        )
     if kind == "near" and isinstance(before, float):
-        return rng.choice((0.0, -before, before * 1e6, before * 1e-6, math.nan, math.inf, str(before), [before]))
+        return rng.choice(
+            (
+                0.0,
+                -before,
+                before * 1e6,
+                before * 1e-6,
+                before * 2,
+                before / 3,
+                1.0,
+                math.nan,
+                math.inf,
+                str(before),
+                [before],
+            )
+        )
     if kind == "near" and isinstance(before, str):
-        return rng.choice((before + "x", before[:-1], before.upper(), [before], {before: before}, before * 50, before[::-1]))
+        return rng.choice(
+            (before + "x", before[:-1], before.upper(), [before], {before: before}, before * 50, before[::-1])
+        )
     if kind == "near" and isinstance(before, bool):
         return rng.choice((not before, int(before), str(before), None))
     if kind == "near" and isinstance(before, list):
-        return rng.choice((before[:-1], before + before, [], [before], dict.fromkeys(map(str, before), 1), before[::-1], [None] * len(before)))
+        return rng.choice(
+            (
+                before[:-1],
+                before + before,
+                [],
+                [before],
+                dict.fromkeys(map(str, before), 1),
+                before[::-1],
+                [None] * len(before),
+            )
+        )
     if kind == "near" and isinstance(before, dict):
-        return rng.choice(({}, [before], list(before), {k: None for k in before}, {k: before for k in before}))
+        return rng.choice(({}, [before], list(before), dict.fromkeys(before), dict.fromkeys(before, before)))
     if kind == "text":
         return rng.choice(_TEXTS)
     if kind == "null":
@@ -100,7 +139,9 @@ def damaged_json(value: Any, rng: random.Random, fields: tuple[str, ...] = FIELD
             del container[key]
         elif what < 0.9 and isinstance(container, dict):
             other, place = rng.choice(places)
-            container[key] = copy.deepcopy(other[place] if place in other or isinstance(other, list) and place < len(other) else None)
+            container[key] = copy.deepcopy(
+                other[place] if place in other or (isinstance(other, list) and place < len(other)) else None
+            )
         else:
             name = rng.choice(fields)
             value[name] = odd_value(rng, value.get(name))
@@ -136,7 +177,9 @@ def damaged_bytes(raw: bytes, rng: random.Random) -> bytes:
     data = bytearray(raw)
     end = min(header_end(raw), len(data))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        kind = rng.choice(("bits", "bits", "cut", "number", "number", "bytes", "insert", "remove", "json", "json", "json", "length"))
+        kind = rng.choice(("bits", "bits", "cut", "number", "number", "bytes", "insert", "remove", "length"))
+        if raw[:4] != b"GGUF" and rng.random() < 0.7:
+            kind = "json"
         at = rng.randrange(max(1, min(end, len(data)))) if rng.random() < 0.85 else rng.randrange(max(1, len(data)))
         if kind == "bits" and data:
             for _ in range(rng.randint(1, 8)):
@@ -156,7 +199,7 @@ def damaged_bytes(raw: bytes, rng: random.Random) -> bytes:
         elif kind == "length" and len(data) > 24:
             first = slice(8, 16) if raw[:4] == b"GGUF" else slice(0, 8)
             data[first] = struct.pack("<Q", rng.choice(ABSURD))
-        elif kind == "json" and raw[:4] != b"GGUF":
+        elif kind == "json":
             data = bytearray(damaged_header(bytes(data), rng))
     return bytes(data)
 
@@ -172,7 +215,11 @@ def damaged_header(raw: bytes, rng: random.Random) -> bytes:
         if what == "dtype":
             entry["dtype"] = rng.choice(("F32", "F16", "U8", "I8", "I32", "F8_E4M3", "F8_E8M0", "BOOL", "X", 7, None))
         elif what == "type":  # another type of as many bytes
-            entry["dtype"] = rng.choice({"F32": ("I32", "U32"), "F16": ("BF16", "I16"), "U8": ("I8", "F8_E4M3", "BOOL"), "BF16": ("F16",)}.get(entry["dtype"], ("F32",)))
+            entry["dtype"] = rng.choice(
+                {"F32": ("I32", "U32"), "F16": ("BF16", "I16"), "U8": ("I8", "F8_E4M3", "BOOL"), "BF16": ("F16",)}.get(
+                    entry["dtype"], ("F32",)
+                )
+            )
         elif what == "shape":
             whole = math.prod(entry["shape"])
             entry["shape"] = rng.choice((
@@ -247,8 +294,36 @@ def gguf_bytes(raw: bytes, pairs: list[Pair], alignment: int = 32) -> bytes:
         (count,) = struct.unpack_from("<I", rest, at + 8 + size)
         at += 8 + size + 4 + 8 * count + 4 + 8
     table, data = rest[:at], rest[at + -(before + at) % alignment :]
-    head = raw[:16] + struct.pack("<Q", len(pairs)) + b"".join(_gguf_value(8, k) + struct.pack("<I", t) + _gguf_value(t, v) for k, t, v in pairs) + table
+    head = (
+        raw[:16]
+        + struct.pack("<Q", len(pairs))
+        + b"".join(_gguf_value(8, k) + struct.pack("<I", t) + _gguf_value(t, v) for k, t, v in pairs)
+        + table
+    )
     return head + b"\0" * (-len(head) % alignment) + data
+
+
+def _changed(pair: Pair, rng: random.Random) -> Pair | None:
+    """Another metadata in place of `pair`, or None for none."""
+    key, kind, value = pair
+    changes: tuple[Callable[[], Pair | None], ...] = (
+        lambda: (key, 4, rng.choice((0, 1, 2, 3, 7, 1 << 20, (1 << 32) - 1))),
+        lambda: (key, 5, rng.choice((0, -1, 5, -(1 << 31)))),
+        lambda: (key, 6, rng.choice((0.0, -1.0, math.nan, math.inf, 1e30, 0.5))),
+        lambda: (key, 10, rng.choice(ABSURD)),
+        lambda: (key, 7, rng.random() < 0.5),
+        lambda: (key, 8, rng.choice((b"", b"llama", b"\xff\xfe", b"x" * 3000, b"yarn", b"gpt2", b"{{ x", b"qwen2"))),
+        lambda: (key, 9, (4, [rng.choice((0, 1, 4, 1 << 31)) for _ in range(rng.choice((0, 1, 2, 300)))])),
+        lambda: (key, 9, (8, [rng.randbytes(3) for _ in range(rng.choice((0, 1, 5)))])),
+        lambda: (key, kind, (value[0], value[1][: rng.randrange(len(value[1]) + 1)]) if kind == 9 else value),
+        lambda: None,
+        lambda: (b"llama.rope.scaling.type", 8, rng.choice((b"yarn", b"linear", b"longrope", b"none", b"x"))),
+        lambda: (b"llama.rope.scaling.factor", 6, rng.choice((0.0, 4.0, -1.0, math.nan))),
+        lambda: (b"llama.vocab_size", 4, rng.choice((0, 1, 96, 1 << 31))),
+        lambda: (b"llama.expert_count", 4, rng.choice((0, 2, 1 << 31))),
+        lambda: (b"general.architecture", 8, rng.choice((b"llama", b"qwen2", b"gemma2", b"phi3", b"bert", b"mamba", b"gpt2", b"x"))),
+    )  # fmt: skip
+    return rng.choice(changes)()
 
 
 def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
@@ -256,25 +331,7 @@ def damaged_gguf(raw: bytes, rng: random.Random) -> bytes:
     pairs, _, _ = gguf_pairs(raw)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at = rng.randrange(len(pairs))
-        key, kind, value = pairs[at]
-        changes: tuple[Callable[[], Pair | None], ...] = (
-            lambda: (key, 4, rng.choice((0, 1, 2, 3, 7, 1 << 20, (1 << 32) - 1))),
-            lambda: (key, 5, rng.choice((0, -1, 5, -(1 << 31)))),
-            lambda: (key, 6, rng.choice((0.0, -1.0, math.nan, math.inf, 1e30, 0.5))),
-            lambda: (key, 10, rng.choice(ABSURD)),
-            lambda: (key, 7, rng.random() < 0.5),
-            lambda: (key, 8, rng.choice((b"", b"llama", b"\xff\xfe", b"x" * 3000, b"yarn", b"gpt2", b"{{ x", b"qwen2"))),
-            lambda: (key, 9, (4, [rng.choice((0, 1, 4, 1 << 31)) for _ in range(rng.choice((0, 1, 2, 300)))])),
-            lambda: (key, 9, (8, [rng.randbytes(3) for _ in range(rng.choice((0, 1, 5)))])),
-            lambda: (key, kind, (value[0], value[1][: rng.randrange(len(value[1]) + 1)]) if kind == 9 else value),
-            lambda: None,
-            lambda: (b"llama.rope.scaling.type", 8, rng.choice((b"yarn", b"linear", b"longrope", b"none", b"x"))),
-            lambda: (b"llama.rope.scaling.factor", 6, rng.choice((0.0, 4.0, -1.0, math.nan))),
-            lambda: (b"llama.vocab_size", 4, rng.choice((0, 1, 96, 1 << 31))),
-            lambda: (b"llama.expert_count", 4, rng.choice((0, 2, 1 << 31))),
-            lambda: (b"general.architecture", 8, rng.choice((b"llama", b"qwen2", b"gemma2", b"phi3", b"bert", b"mamba", b"gpt2", b"x"))),
-        )  # fmt: skip
-        made = rng.choice(changes)()
+        made = _changed(pairs[at], rng)
         del pairs[at]
         if made is not None:
             pairs = [p for p in pairs if p[0] != made[0]]

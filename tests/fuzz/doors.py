@@ -26,7 +26,19 @@ def _section(raw: bytes, rng: random.Random) -> bytes:
     config = json.loads(raw)
     section = config["quantization_config"]
     tensors = section.get("tensors")
-    fields = ("format", "shape", "inputs", "transposed", "tensors", "tied", "quant_method", "recipe", "bits", "group_size", "x")
+    fields = (
+        "format",
+        "shape",
+        "inputs",
+        "transposed",
+        "tensors",
+        "tied",
+        "quant_method",
+        "recipe",
+        "bits",
+        "group_size",
+        "x",
+    )
     if isinstance(tensors, dict) and rng.random() < 0.6:
         name = rng.choice(list(tensors))
         tensors[name] = damaged_json(tensors[name], rng, fields)

@@ -1,6 +1,6 @@
 """The whole models that fuzzers damage: tiny, of every kind of file that lowbit opens.
 
-    python models.py FOLDER
+python models.py FOLDER
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _save_engine(kind: str, values: dict[str, Any], folder: Path, shards: bool =
     architecture = _CLASSES.get(kind, f"{kind}ForCausalLM")
     config = getattr(transformers, f"{kind}Config")(architectures=[architecture], **{**_SIZES, **values})
     torch.manual_seed(0)
-    getattr(transformers, architecture)(config).save_pretrained(folder, **({"max_shard_size": "60KB"} if shards else {}))
+    getattr(transformers, architecture)(config).save_pretrained(
+        folder, **({"max_shard_size": "60KB"} if shards else {})
+    )
     words = tiny_tokenizer()
     words.chat_template = _TEMPLATE
     words.save_pretrained(folder)
@@ -109,16 +111,27 @@ def make_all(root: Path) -> None:
     _save_engine("Llama", {}, root / "float" / "shards", shards=True)
     for name in ("gpt2", "bert", "opt", "mixtral"):
         save_tiny(name, root / "float" / name)
-    quantized = {"w4": ("llama3", "w4"), "q8": ("llama", "q8_0"), "w8": ("gemma3", "w8"), "nf4": ("phi3", "nf4"), "gpt2": ("gpt2", "w4")}
+    quantized = {
+        "w4": ("llama3", "w4"),
+        "q8": ("llama", "q8_0"),
+        "w8": ("gemma3", "w8"),
+        "nf4": ("phi3", "nf4"),
+        "gpt2": ("gpt2", "w4"),
+    }
     for name, (source, recipe) in quantized.items():
         lowbit.quantize(root / "float" / source, recipe, root / "lowbit" / name)
     lowbit.quantize(root / "float" / "llama", "w8a8", root / "lowbit" / "inputs")
     for name, (section, layer) in FOREIGN.items():
         save_quantized(root / "foreign" / name, section, layer)
-    for name, kinds in {"blocks": ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL"), "k-quants": ("Q4_K", "Q6_K", "Q3_K", "IQ2_XXS")}.items():
+    for name, kinds in {
+        "blocks": ("Q4_0", "Q8_0", "Q5_1", "IQ4_NL"),
+        "k-quants": ("Q4_K", "Q6_K", "Q3_K", "IQ2_XXS"),
+    }.items():
         (root / "gguf" / name).mkdir(parents=True)
         write_gguf(root / "gguf" / name / "model.gguf", kinds)
-    facts = {p.parent.name: sorted(f.name for f in p.iterdir()) for p in root.rglob("*") if p.is_dir() and p.parent != root}
+    facts = {
+        p.parent.name: sorted(f.name for f in p.iterdir()) for p in root.rglob("*") if p.is_dir() and p.parent != root
+    }
     (root / "made.json").write_text(json.dumps(facts))
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from doors import DOORS, command
+from doors import DOORS, Door, command  # noqa: F401  Door: for a door of one's own
 
 SECONDS, BYTES = 10, 4 << 30  # of processor time for one command; of address space beyond what is loaded
 PATIENCE = 6  # times the seconds by the clock: other programs may have the processor
@@ -55,6 +55,12 @@ class Counts:
     refused: int = 0
     bad: list[Bad] = field(default_factory=list)
     seconds: float = 0.0
+
+
+def say(line: str) -> None:
+    """A line for whoever runs this."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def load(models: Path) -> None:
@@ -156,7 +162,9 @@ def verdict(name: str, rc: int | None, status: int, room: Path, made: Path | Non
     if rc is None:
         if os.WIFSIGNALED(status):
             kind = signal.Signals(os.WTERMSIG(status)).name
-            return f"longer than {SECONDS} s" if kind in ("SIGXCPU", "SIGKILL") else f"killed by {kind}: {last[0][:200]}"
+            return (
+                f"longer than {SECONDS} s" if kind in ("SIGXCPU", "SIGKILL") else f"killed by {kind}: {last[0][:200]}"
+            )
         return f"ended without a word: {last[0][:200]}"
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     if "Traceback (most recent call last)" in err or rc not in (0, 2):
@@ -172,12 +180,20 @@ def verdict(name: str, rc: int | None, status: int, room: Path, made: Path | Non
     return ""
 
 
-def one(door: str, number: int, seed: int, models: Path, counts: Counts, keep: Path | None, every: bool = False) -> None:
+def one(
+    door: str, number: int, seed: int, models: Path, counts: Counts, keep: Path | None, every: bool = False
+) -> None:
     """Make an input, run its commands, count how they ended."""
     room = Path(tempfile.mkdtemp(prefix="fuzz-", dir=models.parent))
     try:
         name, model = make_input(door, number, seed, models, room)
-        chosen = DOORS[door].commands if every else random.Random(f"{seed} {door} {number} commands").sample(DOORS[door].commands, min(2, len(DOORS[door].commands)))
+        chosen = (
+            DOORS[door].commands
+            if every
+            else random.Random(f"{seed} {door} {number} commands").sample(
+                DOORS[door].commands, min(2, len(DOORS[door].commands))
+            )
+        )
         planned = {what: command(what, model, room) for what in chosen}
         counts.inputs += 1
         left = list(planned)
@@ -234,14 +250,22 @@ def _forked(commands: list[tuple[str, list[str]]], room: Path) -> tuple[dict[str
     return ended, status
 
 
-def fuzz(door: str, numbers: range, seed: int, models: Path, keep: Path | None = None, show: bool = False, every: bool = False) -> Counts:
+def fuzz(
+    door: str,
+    numbers: range,
+    seed: int,
+    models: Path,
+    keep: Path | None = None,
+    show: bool = False,
+    every: bool = False,
+) -> Counts:
     """Run the inputs `numbers` of a door."""
     counts, start = Counts(), time.monotonic()
     for number in numbers:
         before = len(counts.bad)
         one(door, number, seed, models, counts, keep, every)
         for bad in counts.bad[before:] if show else ():
-            print(f"  {bad.door} {bad.number} {bad.model} {bad.command}: {bad.what}", flush=True)
+            say(f"  {bad.door} {bad.number} {bad.model} {bad.command}: {bad.what}")
     counts.seconds = time.monotonic() - start
     return counts
 
@@ -250,7 +274,9 @@ def prepared(models: Path | None, room: Path) -> Path:
     """The folder of whole models, made in a process of its own where there is none: making them starts threads."""
     found = models or room / "models"
     if not (found / "made.json").exists():
-        subprocess.run([sys.executable, str(Path(__file__).parent / "models.py"), str(found)], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, str(Path(__file__).parent / "models.py"), str(found)], check=True, capture_output=True
+        )
     return found
 
 
@@ -275,12 +301,18 @@ def main(given: list[str]) -> int:
         load(models)
         doors = options.door or list(DOORS)
         each = -(-options.count // len(doors))
-        numbers = range(options.first, options.first + each) if options.only is None else range(options.only, options.only + 1)
+        numbers = (
+            range(options.first, options.first + each)
+            if options.only is None
+            else range(options.only, options.only + 1)
+        )
         results: dict[str, Counts] = {}
         for door in doors:
             results[door] = c = fuzz(door, numbers, options.seed, models, options.keep, not options.json, options.all)
             if not options.json:
-                print(f"{door:12} {c.inputs:6} inputs  {c.refused:6} refused  {c.fine:6} fine  {len(c.bad):4} bad  {1000 * c.seconds / max(1, c.inputs):5.0f} ms an input", flush=True)
+                say(
+                    f"{door:12} {c.inputs:6} inputs  {c.refused:6} refused  {c.fine:6} fine  {len(c.bad):4} bad  {1000 * c.seconds / max(1, c.inputs):5.0f} ms an input",
+                )
     finally:
         shutil.rmtree(room, ignore_errors=True)
     return _report(results, options)
@@ -290,10 +322,13 @@ def _report(results: dict[str, Counts], options: Any) -> int:
     bad = [b for c in results.values() for b in c.bad]
     if options.json:
         counts = {door: [c.inputs, c.refused, c.fine] for door, c in results.items()}
-        print(json.dumps({"counts": counts, "bad": [vars(b) for b in bad]}))
+        say(json.dumps({"counts": counts, "bad": [vars(b) for b in bad]}))
         return 0
     kinds = Counter(b.what.split(":")[0] for b in bad)
-    print(f"seed {options.seed}: {sum(c.inputs for c in results.values())} inputs, {len(bad)} bad" + (f" ({', '.join(f'{n} {k}' for k, n in kinds.items())}), kept in {options.keep}" if bad else ""))
+    say(
+        f"seed {options.seed}: {sum(c.inputs for c in results.values())} inputs, {len(bad)} bad"
+        + (f" ({', '.join(f'{n} {k}' for k, n in kinds.items())}), kept in {options.keep}" if bad else "")
+    )
     return 1 if bad else 0
 
 

@@ -15,9 +15,12 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.checks.config import check_config
+from lowbit.interchange.checks.rules import shown
 from lowbit.interchange.checks.tensors import check_layers
+from lowbit.interchange.checks.words import check_tokenizer
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.others import asking
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.quantized import SECTIONS, as_float, oriented
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
@@ -113,12 +116,13 @@ def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
     """The tokenizer of a folder. SourceError when there is none or it needs code from the folder."""
     from transformers import AutoTokenizer
 
-    try:
+    file = folder / "tokenizer_config.json"
+    if "gguf_file" not in options and file.is_file():
+        check_tokenizer(read_json(file), str(file))
+    with asking(
+        "transformers", label, "load a tokenizer from it", "put tokenizer.json into the folder or pass tokenizer=..."
+    ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:
-        raise SourceError(
-            f"{label}: no tokenizer could be loaded ({one_line(error)}); put tokenizer.json into the folder or pass tokenizer=..."
-        ) from error
 
 
 def described(
@@ -264,11 +268,15 @@ def index_map(index: dict[str, Any], where: str) -> dict[str, str]:
         raise SourceError(f"{where}: has no weight_map; download it again")
     for tensor, file in names.items():
         plain = (
-            isinstance(file, str) and file.endswith(".safetensors") and file == file.replace("\\", "/").split("/")[-1]
+            isinstance(file, str)
+            and file.endswith(".safetensors")
+            and file == file.replace("\\", "/").split("/")[-1]
+            and "\0" not in file
+            and len(file.encode("utf-8", "replace")) < 256
         )
         if not plain:
             raise SourceError(
-                f"{where}: puts tensor {tensor!r} into {file!r}, which is no safetensors file of this folder; "
+                f"{where}: puts tensor {shown(tensor)} into {shown(file)}, which is no safetensors file of this folder; "
                 "download the model again"
             )
     return names

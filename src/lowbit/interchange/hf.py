@@ -125,7 +125,7 @@ def _check_place(model: Any, name: str, shape: tuple[int, ...]) -> None:
     """SourceError where the model has no parameter `name` of this shape."""
     module, _, last = name.rpartition(".")
     try:
-        found = getattr(model.get_submodule(module), last, None)
+        found: Any = getattr(model.get_submodule(module), last, None)
     except AttributeError:
         found = None
     if not hasattr(found, "shape"):

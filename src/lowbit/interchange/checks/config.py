@@ -8,7 +8,14 @@ from typing import Any
 
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.fields import (
-    ANY, DECODER, DECODERS, GIVEN, GIVEN_BY_TYPE, NEEDED, NUMBERS, TOKEN_IDS,
+    ANY,
+    DECODER,
+    DECODERS,
+    GIVEN,
+    GIVEN_BY_TYPE,
+    NEEDED,
+    NUMBERS,
+    TOKEN_IDS,
 )  # fmt: skip
 from lowbit.interchange.checks.rope import check_rope
 from lowbit.interchange.checks.rules import REMEDY, check, need, refuse
@@ -53,17 +60,17 @@ def lacks(config: Mapping[str, Any]) -> bool:
     )
 
 
-def check_values(values: Any, where: str, path: str = "", deep: int = 0) -> None:
-    """SourceError for what no field of JSON may be: NaN, numbers beyond 64 bits, lists and objects too deep."""
+def check_values(values: Any, where: str, path: str = "", deep: int = 0, largest: int = _LARGE) -> None:
+    """SourceError for what no field of JSON may be: NaN, numbers beyond `largest`, lists and objects too deep."""
     if isinstance(values, float) and values != values:
         refuse(where, path, values, "a number")
-    if type(values) is int and abs(values) > _LARGE:
-        refuse(where, path, values, "a number of at most 62 bits")
+    if type(values) is int and abs(values) > largest:
+        refuse(where, path, values, f"a number of at most {largest.bit_length() - 1} bits")
     if isinstance(values, (Mapping, list)):
         if deep == _DEEP:
             raise SourceError(f"{where}: it has objects more than {_DEEP} deep; {REMEDY}")
         for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
-            check_values(value, where, f"{path}.{key}" if path else str(key), deep + 1)
+            check_values(value, where, f"{path}.{key}" if path else str(key), deep + 1, largest)
 
 
 def _parts(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -11,7 +11,19 @@ from typing import Any
 
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.rules import (
-    FLAG, NULL, OBJECT, REMEDY, TEXT, Rule, check, is_number, list_of, need, number, refuse, whole,
+    FLAG,
+    NULL,
+    OBJECT,
+    REMEDY,
+    TEXT,
+    Rule,
+    check,
+    is_number,
+    list_of,
+    need,
+    number,
+    refuse,
+    whole,
 )  # fmt: skip
 
 _factor = number(0, 1e9, above=True)
@@ -52,14 +64,16 @@ def check_rope(config: Mapping[str, Any], where: str, path: str, plain: bool) ->
         given = config.get(field)
         if not given:
             continue
+        check(PARAMETERS, given, where, f"{path}{field}.")
         parts = {key: part for key, part in given.items() if isinstance(part, Mapping)}
         kinds = set(config.get("layer_types") or ())
-        if plain and parts and not kinds <= set(parts):
+        by_kind = bool(parts) and (not plain or (bool(kinds) and not {"rope_type", "type", "factor"} & set(given)))
+        if by_kind and plain and not kinds <= set(parts):
             missing = sorted(kinds - set(parts))[0]
             raise SourceError(f"{where}: {path}{field} has nothing for {missing}, which layer_types names; {REMEDY}")
         for key, part in parts.items():
             _check_part(config, part, where, f"{path}{field}.{key}.", plain)
-        if not parts:
+        if not by_kind:
             _check_part(config, given, where, f"{path}{field}.", plain)
 
 

@@ -35,7 +35,8 @@ def number(low: float, high: float, above: bool = False) -> Rule:
     def holds(v: Any) -> bool:
         return is_number(v) and (low < v if above else low <= v) and v <= high
 
-    return Rule(f"a number {'above' if above else 'from'} {low:g} {'and up ' * above}to {high:g}", holds)
+    least, most = (str(n) if type(n) is int else f"{n:g}" for n in (low, high))
+    return Rule(f"a number {'above' if above else 'from'} {least} {'and up ' * above}to {most}", holds)
 
 
 def one_of(*values: str) -> Rule:
