@@ -10,7 +10,7 @@ from typing import Any
 from torch.nn.modules import module as torch_module
 
 # A model has more parameters than its checkpoint has tensors where a tensor holds several of them stacked, or as one.
-_TIMES, _MORE = 16, 4096
+_TIMES, _MORE = 16, 1024
 
 
 @contextmanager

@@ -105,21 +105,22 @@ def _check_long(config: Mapping[str, Any], rope: Mapping[str, Any], where: str, 
         refuse(where, f"{path}short_factor", short, f"a list of {wanted}, one for each frequency of a head")
 
 
+def _head_dim(config: Mapping[str, Any]) -> int:
+    """Channels of a head; 0 where the config alone does not say."""
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    whole = type(width) is int and type(heads) is int and heads > 0
+    return config.get("head_dim") or (width // heads if whole else 0)  # type: ignore[operator]
+
+
 def _turned(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
     """How many channels of a head turn; 0 where the config alone does not say."""
-    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    dim = config.get("head_dim") or (width // heads if type(width) is int and type(heads) is int and heads else 0)
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return int(dim * share)
+    return int(_head_dim(config) * share)
 
 
 def _check_share(config: Mapping[str, Any], rope: Mapping[str, Any], where: str, path: str) -> None:
     """At most a whole head turns, and at least one pair of its channels."""
     share, turned = rope.get("partial_rotary_factor"), _turned(config, rope)
-    if share is not None and (share > 1 or turned < 2 or turned % 2):
-        refuse(
-            where,
-            f"{path}partial_rotary_factor",
-            share,
-            "a share of a head, above 0 up to 1, that is an even number of channels",
-        )
+    if share is not None and (share > 1 or (_head_dim(config) and (turned < 2 or turned % 2))):
+        allowed = "a share of a head, above 0 up to 1, that is an even number of channels"
+        refuse(where, f"{path}partial_rotary_factor", share, allowed)
