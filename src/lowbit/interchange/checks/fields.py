@@ -29,7 +29,7 @@ _dtype = one_of(*TYPES, *(f"torch.{name}" for name in TYPES)) | NULL | OBJECT
 _code = Rule("a name without a slash", lambda v: isinstance(v, str) and "/" not in v and "\\" not in v)
 
 ANY: Mapping[str, Rule] = {
-    "model_type": TEXT, "architectures": list_of(TEXT) | NULL, "transformers_version": TEXT | NULL,
+    "model_type": TEXT, "architectures": list_of(TEXT) | NULL, "transformers_version": TEXT | NULL | number(0, 1000),
     "dtype": _dtype, "torch_dtype": _dtype, "auto_map": OBJECT | NULL, "attribute_map": OBJECT | NULL,
     "attn_implementation": _code | NULL | map_of(_code | NULL),
     "_attn_implementation": _code | NULL | map_of(_code | NULL),

@@ -33,7 +33,7 @@ GENERATION: Mapping[str, Rule] = {
     "temperature": number(0, 1e6) | NULL,
     "top_p": number(0, 1) | NULL,
     "top_k": whole(0, 2**31 - 1) | NULL,
-    "transformers_version": TEXT | NULL,
+    "transformers_version": TEXT | NULL | number(0, 1000),
 }
 
 
