@@ -250,11 +250,11 @@ def test_double_quantized_scales_are_kept_as_the_numbers_they_stand_for(tmp_path
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        ({"sym": "maybe"}, "sym='maybe', which is neither true nor false"),
-        ({"desc_act": []}, r"desc_act=\[\], which is neither"),
-        ({"dynamic": ["x"]}, r"dynamic=\['x'\], which are no settings"),
+        ({"sym": "maybe"}, "sym is 'maybe', and it must be true or false"),
+        ({"desc_act": []}, "desc_act is a list of 0, and it must be true or false"),
+        ({"dynamic": ["x"]}, "dynamic is a list of 1, and it must be an object"),
         ({"dynamic": {"(": {"bits": 8}}}, "no settings by regular expression"),
-        ({"dynamic": {"model": 3}}, "no settings by regular expression"),
+        ({"dynamic": {"model": 3}}, "each value an object"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(gptq: Path, tmp_path: Path, said: dict[str, Any], problem: str) -> None:

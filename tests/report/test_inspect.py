@@ -75,5 +75,5 @@ def test_a_quantized_folder_shows_its_formats(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "lowbit"}}))
-    with pytest.raises(SourceError, match="quantize the model again"):
+    with pytest.raises(SourceError, match="quantization_config.tensors is missing"):
         inspect_quantized(tmp_path)

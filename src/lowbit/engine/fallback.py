@@ -16,6 +16,7 @@ from lowbit.engine.text import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.others import asking
 from lowbit.interchange.running import fast_dtype, max_positions
 
 
@@ -36,17 +37,13 @@ class Transformers:
         """A folder that lowbit wrote, or a float model by any name that lowbit takes."""
         from pathlib import Path
 
-        from lowbit.interchange.folder import load_tokenizer, quantization_method
-        from lowbit.interchange.inventory import model_class
+        from lowbit.interchange.folder import load_config, load_tokenizer, quantization_method
+        from lowbit.interchange.packed_model import load_packed
         from lowbit.interchange.source import open_source
 
         path = Path(model)
         if path.is_dir() and quantization_method(path) == "lowbit":
-            from lowbit.interchange.folder import load_config
-
-            config = load_config(path)
-            build: Any = model_class(config).from_pretrained
-            built = build(path, local_files_only=True, dtype=answering_type(config)).eval()
+            built = load_packed(path, dtype=answering_type(load_config(path)))
             return Transformers(built, AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)
         return Transformers(source.load_float(), AnyTokenizer(source.tokenizer()), reason, model)
@@ -103,7 +100,8 @@ class Transformers:
         watch = _watch(TokenText(self.tokenizer.decode, stop), index, stream)
         given = torch.tensor([ids], device=self.model.device)  # type: ignore[arg-type]
         torch.manual_seed((how.seed + index) % 2**64)
-        with torch.inference_mode():
+        broken = asking("transformers", self.label, "generate text with it", "check the fields of its config")
+        with broken, torch.inference_mode():
             type(self.model).generate(  # type: ignore[attr-defined]
                 self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,
                 stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(),

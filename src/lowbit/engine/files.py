@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.interchange.folder import generation_of, quantization_method, read_json, weight_files
+from lowbit.interchange.folder import generation_of, quantization_method, read_config, read_json, weight_files
 from lowbit.interchange.safetensors_file import Entry, read_header
 
-__all__ = ["generation_of", "quantization_method", "read_json", "stored_tensors"]
+__all__ = ["generation_of", "quantization_method", "read_config", "read_json", "stored_tensors"]
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[Path, Entry]]:

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.families import FAMILIES
-from lowbit.engine.files import generation_of, quantization_method, read_json
+from lowbit.engine.files import generation_of, quantization_method, read_config
+from lowbit.engine.fit import check_fit
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
+from lowbit.interchange.checks.config import check_decoder, lacks
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.folder import remarks_on, weight_files
 from lowbit.interchange.source import say_remarks
@@ -32,14 +34,17 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
 
 
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     refuse(config)
     say_remarks(str(folder), remarks_on(folder, weight_files(folder)))
-    if _major(config.get("transformers_version")) < 5:
+    if _major(config.get("transformers_version")) < 5 or lacks(config):
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
+    check_decoder(config, str(folder / "config.json"))
+    weights = FolderWeights(folder, config)
+    check_fit(weights.shapes(), config, str(folder))
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
-    return FolderWeights(folder, config), words, end_tokens(generation_of(folder), config, words)
+    return weights, words, end_tokens(generation_of(folder), config, words)
 
 
 def _of_model(model: nn.Module, tokenizer: Any) -> Opened:

@@ -10,7 +10,9 @@ from typing import Any
 from lowbit.engine.chat_template import ChatTemplate, Message, default_template, read_template
 from lowbit.engine.files import read_json
 from lowbit.errors import SourceError
+from lowbit.interchange.checks.words import check_tokenizer
 from lowbit.interchange.folder import load_tokenizer
+from lowbit.interchange.others import asking
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE = "chat_template.jinja"
@@ -59,13 +61,13 @@ class FolderTokenizer(TextTokenizer):
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain Exception for a file that it cannot use
-            raise SourceError(f"{folder / 'tokenizer.json'}: not readable ({error}); download it again") from error
+        self._file = str(folder / "tokenizer.json")
+        with asking("tokenizers", self._file, "make a tokenizer of it", "download it again"):
+            self._tokenizer = Tokenizer.from_file(self._file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         config = _json(folder / "tokenizer_config.json")
+        check_tokenizer(config, str(folder / "tokenizer_config.json"))
         given = {**_json(folder / "special_tokens_map.json"), **config}
         self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
         end = self._special.get("eos_token")
@@ -74,11 +76,14 @@ class FolderTokenizer(TextTokenizer):
         self.has_template = (folder / _TEMPLATE).exists() or bool(self._given)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        found: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=special).ids
+        given = _whole(text)
+        with asking("tokenizers", self._file, "take this text apart", "download it again"):
+            found: list[int] = self._tokenizer.encode(given, add_special_tokens=special).ids
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with asking("tokenizers", self._file, "make text of tokens", "download it again"):
+            found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return found
 
     def template(self) -> ChatTemplate | None:
@@ -97,11 +102,14 @@ class AnyTokenizer(TextTokenizer):
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        found: list[int] = self._tokenizer(_whole(text), add_special_tokens=special)["input_ids"]
+        given = _whole(text)
+        with asking("transformers", "the tokenizer of this model", "take this text apart", "download its files again"):
+            found: list[int] = self._tokenizer(given, add_special_tokens=special)["input_ids"]
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with asking("transformers", "the tokenizer of this model", "make text of tokens", "download its files again"):
+            found: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return found
 
     def template(self) -> ChatTemplate | None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.engine.files import read_json, stored_tensors
+from lowbit.engine.files import read_config, stored_tensors
 from lowbit.errors import EngineError
-from lowbit.formats import InputQuantizer, QTensor, parse_format, parse_inputs
+from lowbit.formats import InputQuantizer, QTensor
+from lowbit.interchange.checks.section import Section, check_parts, read_section
+from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.safetensors_file import read_tensor
 from lowbit.interchange.source import Source
 
@@ -56,16 +58,18 @@ class FolderWeights(Weights):
 
     def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
         """config: that of the folder where it is at hand already."""
-        config = read_json(folder / "config.json") if config is None else config
-        section = config.get("quantization_config") or {}
-        method = section.get("quant_method", "lowbit")
+        config, where = read_config(folder) if config is None else config, str(folder / "config.json")
+        given = config.get("quantization_config") or None
+        method = "lowbit" if given is None else given.get("quant_method", "lowbit")
         if method != "lowbit":
             raise EngineError(
                 f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote"
             )
         self.config, self._stored = config, stored_tensors(folder)
-        self._packed: Mapping[str, Any] = section.get("tensors", {})
-        self._tied: Mapping[str, str] = dict(section.get("tied", {}))
+        section = Section({}, {}) if given is None else read_section(given, where)
+        check_parts(section, {name: (e.dtype, e.shape) for name, (_, e) in self._stored.items()}, str(folder))
+        check_layers(config, self._stored, where)
+        self._packed, self._tied = section.tensors, dict(section.tied)
         if config.get("tie_word_embeddings") and "lm_head.weight" not in self._stored:
             self._tied = {"lm_head.weight": "model.embed_tokens.weight", **self._tied}
 
@@ -75,16 +79,17 @@ class FolderWeights(Weights):
         if entry is None:
             place = self._stored.get(key)
             return None if place is None else Found(read_tensor(*place))
-        if entry.get("transposed"):
+        if entry.transposed:
             raise EngineError(f"{name!r} is stored as [in, out]; the engine reads [out, in]")
-        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
-        shape = tuple(entry["shape"])
-        extra = inputs.parts(shape[-1]) if inputs else {}
-        fmt = parse_format(entry["format"])
-        parts = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in fmt.parts(shape)}
-        beside = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in extra}
-        quantizer = InputQuantizer.of(inputs, shape[-1], beside) if inputs else None
-        return Found(QTensor.from_parts(fmt, shape, parts), quantizer)
+        parts = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in entry.weight_parts()}
+        beside = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in entry.input_parts()}
+        quantizer = InputQuantizer.of(entry.inputs, entry.shape[-1], beside) if entry.inputs else None
+        return Found(QTensor.from_parts(entry.format, entry.shape, parts), quantizer)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by its name, packed ones as [out, in]; nothing is read for it."""
+        kept = {name: entry.shape for name, (_, entry) in self._stored.items()}
+        return kept | {name: packed.shape for name, packed in self._packed.items()}
 
 
 class ModelWeights(Weights):

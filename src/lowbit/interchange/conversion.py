@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import SourceError
+from lowbit.interchange.checks.tensors import fields_with
 from lowbit.interchange.inventory import tied_names
 from lowbit.interchange.source import TensorSpec, one_line
 
@@ -110,12 +111,12 @@ def plan_conversion(
         name = wrong[0]
         raise SourceError(
             f"{where}: tensor {name!r} has shape {list(specs[name].shape)} but config.json asks for "
-            f"{list(wanted[name].shape)}{_more(wrong)}; the weights and the config are of different models"
+            f"{list(wanted[name].shape)}{_asked(model, wanted[name].shape, specs[name].shape)}{_more(wrong)}; the weights and the config are of different models"
         )
     stored_as, untied = _tie(tied_names(model), made, same)
     canonical = [name for name in wanted if name in stored_as]
     missing = [n for n in wanted if n not in stored_as and tied_names(model).get(n) not in stored_as]
-    missing = [n for n in missing if not _matches(n, model._keys_to_ignore_on_load_missing)]
+    missing = [n for n in missing if not unread(model, n)]
     if missing:
         raise SourceError(
             f"{where}: the weights lack {len(missing)} of {len(wanted)} tensors of {type(model).__name__}: "
@@ -225,8 +226,19 @@ def _unread_on_purpose(model: PreTrainedModel, name: str) -> bool:
     return _matches(name, patterns)
 
 
+def unread(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers does without a tensor of this name where the weights have none."""
+    return _matches(name, model._keys_to_ignore_on_load_missing)
+
+
 def _matches(name: str, patterns: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _asked(model: PreTrainedModel, wanted: Sequence[int], found: Sequence[int]) -> str:
+    """The fields of the config that name the sizes which the weights do not have."""
+    differing = [size for i, size in enumerate(wanted) if tuple(found[i : i + 1]) != (size,)]
+    return fields_with(model.config.to_dict(), differing)
 
 
 def _more(items: Sequence[Any], shown: int = 1) -> str:

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.checks.config import check_config
+from lowbit.interchange.checks.rules import shown
+from lowbit.interchange.checks.tensors import check_layers
+from lowbit.interchange.checks.words import check_tokenizer
 from lowbit.interchange.companions import companions_of, copy_companions
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
 from lowbit.interchange.left_out import left_out, no_weights, unread_weights
 from lowbit.interchange.older_readers import write_tokenizer
+from lowbit.interchange.others import asking
 from lowbit.interchange.planes import StoredTensor, tensor_of
 from lowbit.interchange.quantized import GUARD, GUARD_WORDS, SECTIONS, as_float, oriented
 from lowbit.interchange.safetensors_file import Entry, read_header, read_tensor, sampled
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_JSON = 256 << 20  # bytes; the largest index of shards has some
 
 
 def claims(model: Any) -> bool:
@@ -44,13 +50,20 @@ def quantization_section(folder: str | Path) -> dict[str, Any] | None:
 
     SourceError when there is no readable config.json.
     """
-    config = read_json(Path(folder) / "config.json")
+    config = read_config(Path(folder))
     for holder in (config, config.get("text_config")):
         for key in SECTIONS if isinstance(holder, dict) else ():
             section = holder.get(key) if isinstance(holder, dict) else None
             if section:
                 return section if isinstance(section, dict) else {}
     return None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked config.json of a folder. SourceError that names the first field that makes no model."""
+    config = read_json(folder / "config.json")
+    check_config(config, str(folder / "config.json"))
+    return config
 
 
 def quantization_method(folder: str | Path) -> str | None:
@@ -66,6 +79,10 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent}: there is no {path.name}; a model folder needs config.json beside its safetensors files"
         )
     try:
+        if path.stat().st_size > _MOST_JSON:
+            raise SourceError(
+                f"{path}: has {path.stat().st_size} bytes, which is no file of settings; download it again"
+            )
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not readable as JSON ({error}); download it again") from error
@@ -75,15 +92,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def generation_of(folder: Path) -> dict[str, Any]:
-    """The generation_config.json of a folder, empty where there is none. SourceError where it is no JSON object."""
+    """The generation_config.json of a folder, empty where there is none. SourceError where it is none."""
     file = folder / "generation_config.json"
-    return read_json(file) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
+    check_generation(found, str(file))
+    return found
 
 
 def load_config(folder: Path, **options: Any) -> PretrainedConfig:
     """The transformers config of a folder, never running code from it. SourceError when transformers refuses."""
     from transformers import AutoConfig
 
+    if "gguf_file" not in options:
+        read_config(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds for a bad config
@@ -97,12 +118,13 @@ def load_tokenizer(folder: Path, label: str, **options: Any) -> Any:
     """The tokenizer of a folder. SourceError when there is none or it needs code from the folder."""
     from transformers import AutoTokenizer
 
-    try:
+    file = folder / "tokenizer_config.json"
+    if "gguf_file" not in options and file.is_file():
+        check_tokenizer(read_json(file), str(file))
+    with asking(
+        "transformers", label, "load a tokenizer from it", "put tokenizer.json into the folder or pass tokenizer=..."
+    ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:
-        raise SourceError(
-            f"{label}: no tokenizer could be loaded ({one_line(error)}); put tokenizer.json into the folder or pass tokenizer=..."
-        ) from error
 
 
 def described(
@@ -137,7 +159,8 @@ class FolderSource(Source):
         self.remarks = remarks_on(self.folder, list(self._headers))
         self._entries = _merge(self.folder, {f: h.entries for f, h in self._headers.items()})
         checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
-        model = meta_model(self.config)
+        check_layers(read_config(self.folder), checkpoint, str(self.folder / "config.json"))
+        model = meta_model(self.config, len(checkpoint))
         self._weights: Mapping[str, StoredWeight] = {}
         unused: tuple[str, ...] = ()
         if section is not None:
@@ -266,11 +289,15 @@ def index_map(index: dict[str, Any], where: str) -> dict[str, str]:
         raise SourceError(f"{where}: has no weight_map; download it again")
     for tensor, file in names.items():
         plain = (
-            isinstance(file, str) and file.endswith(".safetensors") and file == file.replace("\\", "/").split("/")[-1]
+            isinstance(file, str)
+            and file.endswith(".safetensors")
+            and file == file.replace("\\", "/").split("/")[-1]
+            and "\0" not in file
+            and len(file.encode("utf-8", "replace")) < 256
         )
         if not plain:
             raise SourceError(
-                f"{where}: puts tensor {tensor!r} into {file!r}, which is no safetensors file of this folder; "
+                f"{where}: puts tensor {shown(tensor)} into {shown(file)}, which is no safetensors file of this folder; "
                 "download the model again"
             )
     return names

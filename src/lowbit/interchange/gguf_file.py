@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.checks.config import check_config
+from lowbit.interchange.checks.gguf import check_gguf
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.end_tokens import ends_of_gguf
 from lowbit.interchange.folder import described, load_config, load_tokenizer, untie
 from lowbit.interchange.gguf_blocks import float_type, is_quantized, stored_weight, type_name
 from lowbit.interchange.gguf_config import completed
-from lowbit.interchange.gguf_header import GgufHeader
 from lowbit.interchange.gguf_parts import read_gguf
 from lowbit.interchange.gguf_rope import FACTOR_TENSORS
 from lowbit.interchange.gguf_rules import gguf_rules
@@ -34,7 +35,6 @@ from lowbit.interchange.stored import ReadPart
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_MOST_EXPERTS = 4096  # of one layer, which are one tensor
 _CHUNK = 1 << 22  # values unpacked at a time; bounds the unpacker's own buffers
 
 
@@ -61,15 +61,16 @@ class GgufSource(Source):
         self.path = self.paths[0]
         self.label = label or str(path)
         self._tokenizer = tokenizer
-        _check_blocks(header, self.path)
+        check_gguf(header.architecture, header.metadata, header.tensors, str(self.path))
         self._stored, self._metadata = header.tensors, header.metadata
         used: frozenset[str] = frozenset(FACTOR_TENSORS)
         if config is None:
             read = load_config(self.path.parent, gguf_file=self.path.name)
             config, used = completed(read, header, self._values, self.label)
         self.config = config
+        check_config(self.config.to_dict(), f"{self.path}: what transformers makes of its metadata")
         self.config.architectures = [model_class(self.config).__name__]
-        model = meta_model(self.config)
+        model = meta_model(self.config, len(self._stored))
         shapes = {name: tensor.shape for name, tensor in self._stored.items()}
         self._rules = gguf_rules(header.architecture, model, shapes, self.label)
         self._conversion = plan_conversion(model, self._rules.specs, self.label, transforms=self._rules.transforms)
@@ -200,13 +201,3 @@ class GgufSource(Source):
                 f"{self.label}: cannot read tensor {name!r}: {one_line(error)}; download the file again"
             ) from error
         return torch.from_numpy(values).reshape(stored.shape)
-
-
-def _check_blocks(header: GgufHeader, where: Path) -> None:
-    """SourceError where the metadata name more blocks than there can be: a model of them would not fit anywhere."""
-    for key in ("block_count", "expert_count"):
-        count = header.metadata.get(f"{header.architecture}.{key}", 0)
-        if isinstance(count, int) and count > max(len(header.tensors), _MOST_EXPERTS):
-            raise SourceError(
-                f"{where}: its metadata name {key}={count} and it has {len(header.tensors)} tensors; download it again"
-            )

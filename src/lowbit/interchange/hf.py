@@ -5,6 +5,7 @@ Nothing of transformers is patched: a config class and a quantizer are registere
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
-from lowbit.formats import parse_format, parse_inputs
+from lowbit.interchange.checks.section import Packed, read_section
 from lowbit.interchange.quantized import without_guard
 from lowbit.interchange.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, place
+
+_NOTHING: dict[str, Any] = {}
 
 
 class LowbitConfig(QuantizationConfigMixin):
@@ -26,27 +29,38 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        tensors: dict[str, dict[str, Any]] | None = None,
+        tensors: dict[str, dict[str, Any]] = _NOTHING,
         tied: dict[str, str] | None = None,
         recipe: str = "",
         version: str = "",
-        **unknown: Any,
+        **others: Any,
     ) -> None:
         self.quant_method = "lowbit"  # type: ignore[assignment]
-        self.tensors, self.tied, self.recipe, self.version = tensors or {}, tied or {}, recipe, version
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise SourceError(
-                f"quantization_config has {sorted(unknown)}, which this version of lowbit does not know; update it"
-            )
+        found = read_section(
+            {"tensors": tensors, "tied": tied, "recipe": recipe, "version": version, **others}, "config.json"
+        )
+        self.tensors, self.tied, self.recipe, self.version = (
+            dict(tensors),
+            dict(tied or {}),
+            found.recipe,
+            found.version,
+        )
+        self._packed = found.tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        names = ("quant_method", "tensors", "tied", "recipe", "version")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
 
     def packed(self, name: str, dtype: torch.dtype) -> PackedWeight:
         """The empty (meta) weight that `name` is to be loaded into."""
-        entry = self.tensors[name]
-        fmt = parse_format(str(entry["format"]))
-        inputs = parse_inputs(str(entry["inputs"])) if "inputs" in entry else None
-        transposed = bool(entry.get("transposed"))
-        return PackedWeight(fmt, tuple(entry["shape"]), transposed=transposed, dtype=dtype, inputs=inputs)
+        found = self._packed[name]
+        return PackedWeight(found.format, found.shape, transposed=found.transposed, dtype=dtype, inputs=found.inputs)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of the parameter that `name` stands for, as the module has it."""
+        packed: Packed = self._packed[name]
+        return packed.module_shape
 
     def packed_aliases(self) -> dict[str, str]:
         """Alias -> name of every packed weight that stands in several places."""
@@ -70,12 +84,14 @@ class LowbitQuantizer(HfQuantizer):
         settle_torch_pool()
         dtype = model.dtype
         for name in self.quantization_config.tensors:
+            _check_place(model, name, self.quantization_config.shape_of(name))
             weight = self.quantization_config.packed(name, dtype)
             weight._is_hf_initialized = True  # what initializes modules with missing tensors leaves it alone
             place(model, name, weight)
             # Some classes list the head among what is tied even where it has a weight of its own, as T5 does.
             model.all_tied_weights_keys.pop(name, None)
         for alias, name in self.quantization_config.packed_aliases().items():
+            _check_place(model, alias, self.quantization_config.shape_of(name))
             place(model, alias, _Awaited(self.quantization_config.packed(name, dtype).shape))
             model.all_tied_weights_keys.pop(alias, None)
 
@@ -110,6 +126,25 @@ class _Awaited(nn.Module):
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
         self.shape = shape
+
+
+def _check_place(model: Any, name: str, shape: tuple[int, ...]) -> None:
+    """SourceError where the model has no parameter `name` of this shape."""
+    module, _, last = name.rpartition(".")
+    try:
+        found: Any = getattr(model.get_submodule(module), last, None)
+    except AttributeError:
+        found = None
+    if not hasattr(found, "shape"):
+        raise SourceError(
+            f"config.json: quantization_config names {name!r}, and a {type(model).__name__} has no such weight; "
+            "copy the folder again"
+        )
+    if tuple(found.shape) != shape:
+        raise SourceError(
+            f"config.json: quantization_config says shape {list(shape)} of {name!r}, and a {type(model).__name__} of this "
+            f"config has {list(found.shape)}; copy the folder again"
+        )
 
 
 def attach(model: Any, config: dict[str, Any]) -> None:

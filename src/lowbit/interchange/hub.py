@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import SourceError
+from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
 from lowbit.interchange.conversion import plan_conversion
 from lowbit.interchange.folder import (
@@ -22,6 +23,7 @@ from lowbit.interchange.folder import (
     load_tokenizer,
     quantization_method,
     quantization_section,
+    read_config,
 )
 from lowbit.interchange.inventory import inventory_of, meta_model
 from lowbit.interchange.left_out import left_out
@@ -103,7 +105,8 @@ class HubHeaders(Source):
                 checkpoint[name] = _spec(name, info, f"{repo}/{file}")
         sizes = {name: spec.nbytes for name, spec in checkpoint.items()}
         self._disk_bytes = sum(sizes.values())
-        model = meta_model(self.config)
+        check_layers(read_config(self.folder), checkpoint, f"{repo}/config.json")
+        model = meta_model(self.config, len(checkpoint))
         section = quantization_section(self.folder)
         unused: tuple[str, ...] = ()
         weights: Mapping[str, StoredWeight] = {}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError
+from lowbit.interchange.building import no_more_than
 from lowbit.interchange.source import one_line
 
 if TYPE_CHECKING:
@@ -118,14 +119,18 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config` with all tensors on the meta device, its weights tied. SourceError when it fails."""
+def meta_model(config: PretrainedConfig, tensors: int | None = None) -> PreTrainedModel:
+    """The model of `config` with all tensors on the meta device, its weights tied. SourceError when it fails.
+
+    tensors: how many the weights have, where they are at hand: building ends where the model needs many times as many.
+    """
     cls = model_class(config)
     config = copy.deepcopy(config)  # building may write to it
     try:
         with ExitStack() as stack:
             for context in cls.get_init_context(torch.get_default_dtype(), False, False, None):
                 stack.enter_context(context)
+            stack.enter_context(no_more_than(tensors))
             model = cls(config)
         model.tie_weights()
     except Exception as error:  # whatever a constructor does with a wrong config

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from lowbit.errors import OutputError, SourceError, nearest
-from lowbit.formats import QTensor, parse_format, parse_inputs
+from lowbit.formats import QTensor
+from lowbit.interchange.checks.section import check_parts, read_section
+from lowbit.interchange.checks.tensors import check_layers, check_shapes
 from lowbit.interchange.companions import companions_of, copy_companions
+from lowbit.interchange.conversion import unread
 from lowbit.interchange.exporters.target import Contents, Stored
 from lowbit.interchange.folder import (
     generation_of,
     load_config,
     load_tokenizer,
     quantization_method,
-    read_json,
+    read_config,
     remarks_on,
     weight_files,
 )
@@ -44,46 +47,48 @@ class LowbitFolder:
             raise SourceError(
                 f"{folder} is quantized with {method}, not written by lowbit; lowbit import makes a folder of lowbit of it"
             )
-        section = read_json(self.folder / "config.json")["quantization_config"]
+        where, config = str(self.folder / "config.json"), read_config(self.folder)
+        section = read_section(config.get("quantization_config"), where)
         self.config = as_float(load_config(self.folder))
         files = weight_files(self.folder)
         say_remarks(str(folder), remarks_on(self.folder, files))
         self._entries: dict[str, tuple[Path, Entry]] = {
             name: (file, entry) for file in files for name, entry in read_header(file).entries.items()
         }
-        self._section: Mapping[str, Any] = section["tensors"]
-        self._parts: dict[str, list[str]] = {name: [] for name in self._section}
-        for entry in self._entries:
-            owner = entry
-            while owner and owner not in self._parts:
-                owner = owner.rpartition(".")[0]
-            if owner and owner != entry:
-                self._parts[owner].append(entry[len(owner) + 1 :])
-        model = meta_model(self.config)
-        self.inventory = inventory_of(model, frozenset(tied_names(model)) - set(section.get("tied", {})))
-        owned = {f"{name}.{part}" for name, parts in self._parts.items() for part in parts}
+        check_parts(section, {name: (e.dtype, e.shape) for name, (_, e) in self._entries.items()}, str(self.folder))
+        check_layers(config, self._entries, where)
+        self._packed = section.tensors
+        model = meta_model(self.config, len(self._entries))
+        self.inventory = inventory_of(model, frozenset(tied_names(model)) - set(section.tied))
+        owned = {f"{name}.{part}" for name, packed in self._packed.items() for part in packed.parts()}
         kept = [name for name in self._entries if name not in owned]
         order = {name: i for i, name in enumerate(self.inventory.params)}
-        names = sorted([*self._section, *kept], key=lambda n: (order.get(n, len(order)), n))
-        self.contents = Contents(
-            str(folder),
-            str(section.get("recipe", "")),
-            self.config,
-            {name: self._stored(name) for name in names},
-            dict(section.get("tied", {})),
-        )
+        names = sorted([*self._packed, *kept], key=lambda n: (order.get(n, len(order)), n))
+        tensors = {name: self._stored(name) for name in names}
+        self._check(model, tensors, section.tied, config)
+        self.contents = Contents(str(folder), section.recipe, self.config, tensors, dict(section.tied))
+
+    def _check(
+        self, model: Any, tensors: Mapping[str, Stored], tied: Mapping[str, str], config: dict[str, Any]
+    ) -> None:
+        """SourceError where the folder lacks a tensor of its model, or has one of another shape."""
+        shapes = {name: param.shape for name, param in self.inventory.params.items()}
+        check_shapes(shapes, {name: _module_shape(s) for name, s in tensors.items()}, config, str(self.folder))
+        missing = [name for name in shapes if name not in tensors and name not in tied and not unread(model, name)]
+        if missing:
+            raise SourceError(
+                f"{self.folder}: the weights lack {len(missing)} of {len(shapes)} tensors of {type(model).__name__}, as "
+                f"{missing[0]!r}; copy the folder again or quantize the model again"
+            )
 
     def _stored(self, name: str) -> Stored:
         param = self.inventory.params.get(name)
         kind = "other" if param is None else param.kind
-        if name not in self._section:
+        if name not in self._packed:
             entry = self._entries[name][1]
             return Stored(name, entry.shape, kind, entry.dtype, param is not None and param.transposed)
-        entry = self._section[name]
-        inputs = parse_inputs(str(entry["inputs"])) if "inputs" in entry else None
-        dtype = self.config.dtype or torch.float32
-        shape = tuple(int(size) for size in entry["shape"])
-        return Stored(name, shape, kind, dtype, bool(entry.get("transposed")), parse_format(entry["format"]), inputs)
+        packed, dtype = self._packed[name], self.config.dtype or torch.float32
+        return Stored(name, packed.shape, kind, dtype, packed.transposed, packed.format, packed.inputs)
 
     def _known(self, name: str) -> Stored:
         if name not in self.contents.tensors:
@@ -95,8 +100,7 @@ class LowbitFolder:
         stored = self._known(name)
         if stored.format is None:
             return read_tensor(*self._entries[name])
-        mine = stored.format.parts(stored.shape)
-        parts = {part: read_tensor(*self._entries[f"{name}.{part}"]) for part in self._parts[name] if part in mine}
+        parts = {part: read_tensor(*self._entries[f"{name}.{part}"]) for part in stored.format.parts(stored.shape)}
         return QTensor.from_parts(stored.format, stored.shape, parts)
 
     def read_inputs(self, name: str) -> dict[str, torch.Tensor]:

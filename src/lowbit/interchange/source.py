@@ -22,6 +22,7 @@ from torch import nn
 
 from lowbit.errors import SourceError, nearest
 from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.others import asking
 from lowbit.interchange.torch_pool import settle_torch_pool
 
 if TYPE_CHECKING:
@@ -138,9 +139,11 @@ class Source(ABC):
 
         settle_torch_pool()
         weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}
-        model: nn.Module = model_class(self.config).from_pretrained(
-            None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
-        )
+        build = model_class(self.config)
+        with asking("transformers", self.label, f"load {build.__name__} from it", "check the fields of its config"):
+            model: nn.Module = build.from_pretrained(
+                None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
+            )
         named = self.generation().get("eos_token_id")
         if named is not None and getattr(model, "generation_config", None) is not None:
             # Built from the config alone, it knows of no other end than the one there.

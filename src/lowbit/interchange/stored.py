@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import SourceError
 from lowbit.formats import Format, Inputs, QTensor
+from lowbit.interchange.checks.foreign import check_foreign, method_of
 from lowbit.interchange.source import TensorSpec
 
 ReadPart = Callable[[str], Tensor]
@@ -160,13 +161,14 @@ def schemes() -> Mapping[str, Scheme]:
 
 def stored_model(checkpoint: Checkpoint) -> StoredModel:
     """The weights of a quantized checkpoint. SourceError for a method that is not known, or tensors that do not fit it."""
-    method = str(checkpoint.section.get("quant_method") or "an unnamed method")
+    method = method_of(checkpoint.section, checkpoint.where)
     found = schemes().get(method)
     if found is None:
         raise SourceError(
             f"{checkpoint.where} is already quantized with {method}, which lowbit cannot read (it reads "
             f"{', '.join(schemes())}); give the original float model"
         )
+    check_foreign(checkpoint.section, f"{checkpoint.where}/config.json")
     made = found(checkpoint)
     if not made.weights and not made.unused:
         raise SourceError(

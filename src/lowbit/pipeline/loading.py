@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lowbit.errors import RecipeError, SourceError, nearest
-from lowbit.formats import QTensor, parse_format, parse_inputs
+from lowbit.formats import QTensor
+from lowbit.formats.format import FARTHEST
+from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.folder import quantization_method, read_json, remarks_on, weight_files
 from lowbit.interchange.safetensors_file import read_header, read_tensor
 from lowbit.interchange.source import say_remarks
@@ -48,19 +50,15 @@ def load(
         raise SourceError(
             f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit"
         )
-    from lowbit.interchange.folder import load_config
-    from lowbit.interchange.inventory import model_class
-
     if "device_map" in options and str(device) != "cpu":
         raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
         options["dtype"] = as_dtype(dtype)
+    from lowbit.interchange.packed_model import load_packed
+
     say_remarks(str(folder), remarks_on(path, weight_files(path)))
-    build: Any = model_class(load_config(path)).from_pretrained
-    model, found = build(path, local_files_only=True, output_loading_info=True, **options)
-    if found["missing_keys"]:
-        raise SourceError(f"{folder} lacks {', '.join(sorted(found['missing_keys'])[:5])}; copy or quantize it again")
-    model = model.to(device).eval() if "device_map" not in options else model.eval()
+    model = load_packed(path, **options)
+    model = model if "device_map" in options else model.to(device)
     if kernel == "dense":
         rounded = next(
             (n for n, w in packed_weights(model) if w.inputs is not None and w.inputs.format is not None), None
@@ -87,28 +85,35 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     """
     path = Path(folder)
     written = read_json(path / MANIFEST)
-    manifest, facts = written["quantization"], written["tensors"]
+    section, facts = read_section(written.get("quantization"), str(path / MANIFEST)), written.get("tensors")
     files = {file: read_header(file).entries for file in weight_files(path)}
     stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
-    packed, owners = {}, {name + ".": entry for name, entry in manifest["tensors"].items()}
-    for name, entry in manifest["tensors"].items():
-        inside = {key[len(name) + 1 :]: place for key, place in stored.items() if key.startswith(name + ".")}
-        parts = {part: read_tensor(*place) for part, place in inside.items()}
-        inputs = parse_inputs(entry["inputs"]) if "inputs" in entry else None
-        extra = {part: parts.pop(part) for part in (inputs.parts(entry["shape"][-1]) if inputs else ())}
-        planned = parse_format(entry["format"])
-        fmt = replace(planned, exponent=facts[name].get("exponent", 0) or planned.exponent)
-        q = QTensor.from_parts(fmt, tuple(entry["shape"]), parts)
-        packed[name] = PackedWeight.of(q, transposed=bool(entry.get("transposed")), inputs=inputs, input_parts=extra)
+    check_parts(section, {name: (entry.dtype, entry.shape) for name, (_, entry) in stored.items()}, str(path))
+    packed, owners = {}, {name + ".": entry for name, entry in section.tensors.items()}
+    for name, entry in section.tensors.items():
+        parts = {part: read_tensor(*stored[f"{name}.{part}"]) for part in entry.weight_parts()}
+        extra = {part: read_tensor(*stored[f"{name}.{part}"]) for part in entry.input_parts()}
+        fmt = replace(entry.format, exponent=_exponent(facts, name, path) or entry.format.exponent)
+        q = QTensor.from_parts(fmt, entry.shape, parts)
+        packed[name] = PackedWeight.of(q, transposed=entry.transposed, inputs=entry.inputs, input_parts=extra)
     kept = {key: read_tensor(*place) for key, place in stored.items() if not key.startswith(tuple(owners))}
-    swap(module, packed, manifest["tied"])
+    swap(module, packed, section.tied)
     found = module.load_state_dict(kept, strict=False)
-    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in manifest["tied"])))]
+    missing = [key for key in found.missing_keys if not key.startswith((*owners, *(a + "." for a in section.tied)))]
     if missing or found.unexpected_keys:
         raise SourceError(
             f"{folder} does not fit {type(module).__name__}: {(missing + found.unexpected_keys)[:5]} differ"
         )
     return module.eval()
+
+
+def _exponent(facts: Any, name: str, where: Path) -> int:
+    """The exponent that the values of a weight asked for, 0 where there is none. SourceError for what is none."""
+    fact = facts.get(name) if isinstance(facts, dict) else None
+    found = fact.get("exponent", 0) if isinstance(fact, dict) else 0
+    if type(found) is not int or abs(found) > FARTHEST:
+        raise SourceError(f"{where / MANIFEST}: the exponent of {name!r} is {found!r:.40}; copy the folder again")
+    return found
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import SourceError
-from lowbit.interchange.folder import read_json, remarks_on, weight_files
+from lowbit.interchange.checks.section import check_parts, read_section
+from lowbit.interchange.checks.tensors import check_layers
+from lowbit.interchange.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.safetensors_file import read_header
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
@@ -134,17 +135,18 @@ def inspect_source(source: Source, progress: Progress | None = None) -> Inspecti
 
 def inspect_quantized(folder: Path) -> Inspection:
     """Formats and bits of a folder that lowbit wrote; reads config.json and the safetensors headers."""
-    config = read_json(folder / "config.json")
-    section = config.get("quantization_config")
-    table = section.get("tensors") if isinstance(section, dict) else None
-    if not isinstance(section, dict) or not isinstance(table, dict):
-        raise SourceError(f"{folder}: config.json has no quantization_config with tensors; quantize the model again")
+    config = read_config(folder)
+    section = read_section(config.get("quantization_config"), str(folder / "config.json"))
+    table = section.tensors
+    files = {file: read_header(file).entries for file in weight_files(folder)}
+    stored = {name: (e.dtype, e.shape) for entries in files.values() for name, e in entries.items()}
+    check_parts(section, stored, str(folder))
+    check_layers(config, stored, str(folder / "config.json"))
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[tuple[int, ...], str]] = {}
-    files = weight_files(folder)
-    say_remarks(str(folder), remarks_on(folder, files))
-    for file in files:
-        for name, entry in read_header(file).entries.items():
+    say_remarks(str(folder), remarks_on(folder, list(files)))
+    for entries in files.values():
+        for name, entry in entries.items():
             owner = next((t for t in _prefixes(name) if t in table), name)
             sizes[owner] = sizes.get(owner, 0) + entry.nbytes
             if owner not in table:
@@ -153,7 +155,7 @@ def inspect_quantized(folder: Path) -> Inspection:
     facts = []
     for name, nbytes in sizes.items():
         if name in table:
-            shape = tuple(int(n) for n in table[name]["shape"])
+            shape, inputs = table[name].shape, table[name].inputs
             bits = 8 * nbytes / max(1, math.prod(shape))
             facts.append(
                 TensorFacts(
@@ -163,16 +165,16 @@ def inspect_quantized(folder: Path) -> Inspection:
                     "uint8",
                     nbytes,
                     nbytes / total,
-                    format=table[name]["format"],
+                    format=str(table[name].format),
                     bits=bits,
-                    inputs=table[name].get("inputs"),
+                    inputs=None if inputs is None else str(inputs),
                 )
             )
         else:
             shape, dtype = kept[name]
             facts.append(TensorFacts(name, shape, "kept", dtype, nbytes, nbytes / total))
     architecture = (config.get("architectures") or ["model"])[0]
-    return Inspection(str(folder), architecture, tuple(facts), {}, quantized=str(section.get("recipe", "")))
+    return Inspection(str(folder), architecture, tuple(facts), {}, quantized=section.recipe)
 
 
 def _prefixes(name: str) -> list[str]:

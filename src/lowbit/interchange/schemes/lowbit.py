@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from lowbit.errors import FormatError, SourceError
-from lowbit.formats import Format, Inputs, QTensor, parse_format, parse_inputs
+from lowbit.formats import Format, Inputs, QTensor
+from lowbit.interchange.checks.section import Packed, check_parts, read_section
 from lowbit.interchange.stored import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
 
 
 @scheme("lowbit")
 def lowbit(checkpoint: Checkpoint) -> StoredModel:
     """Every tensor that config.json lists."""
-    listed = checkpoint.section.get("tensors")
-    if not isinstance(listed, Mapping):
-        raise SourceError(f"{checkpoint.where}: config.json does not list the packed tensors; copy the folder again")
-    weights = {str(name): _weight(checkpoint, str(name), entry) for name, entry in listed.items()}
-    return StoredModel(weights, f"lowbit, {checkpoint.section.get('recipe')}")
+    section = read_section(checkpoint.section, f"{checkpoint.where}/config.json")
+    check_parts(section, {n: (s.dtype, s.shape) for n, s in checkpoint.tensors.items()}, checkpoint.where)
+    weights = {name: _weight(packed) for name, packed in section.tensors.items()}
+    return StoredModel(weights, f"lowbit, {section.recipe or 'no recipe'}")
 
 
-def _weight(checkpoint: Checkpoint, name: str, entry: Any) -> StoredWeight:
-    try:
-        fmt, shape = parse_format(str(entry["format"])), tuple(int(n) for n in entry["shape"])
-        inputs = parse_inputs(str(entry["inputs"])) if "inputs" in entry else None
-        beside = {} if inputs is None else inputs.parts(shape[-1])
-        wanted = fmt.parts(shape) | beside
-    except (KeyError, TypeError, ValueError, IndexError, FormatError) as error:
-        raise SourceError(
-            f"{checkpoint.where}: config.json says {entry!r} of {name!r}, which is no format and shape ({error})"
-        ) from None
-    for part, (dtype, size) in wanted.items():
-        spec = checkpoint.spec(f"{name}.{part}")
-        if spec.dtype != dtype or spec.shape != size:
-            checkpoint.refuse(spec.name, f"is {spec.dtype} {list(spec.shape)} and not {dtype} {list(size)}")
+def _weight(packed: Packed) -> StoredWeight:
+    name, fmt, shape, inputs = packed.name, packed.format, packed.shape, packed.inputs
     quantized = partial(_quantized, name, fmt, shape)
     return StoredWeight(
-        shape, tuple(f"{name}.{part}" for part in wanted), fmt, quantized, partial(_values, name, quantized, inputs),
-        inputs=inputs, input_parts=partial(_beside, name, tuple(beside)), transposed=bool(entry.get("transposed")),
+        shape, tuple(f"{name}.{part}" for part in packed.parts()), fmt, quantized, partial(_values, name, quantized, inputs),
+        inputs=inputs, input_parts=partial(_beside, name, tuple(packed.input_parts())), transposed=packed.transposed,
     )  # fmt: skip
 
 

@@ -1,0 +1,52 @@
+"""Metadata of a GGUF file: what lowbit and transformers' reader of them take for sizes, by the name behind the architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lowbit.errors import SourceError
+from lowbit.interchange.checks.fields import MOST_LAYERS
+from lowbit.interchange.checks.rules import FLAG, TEXT, Rule, check, number, whole
+from lowbit.interchange.checks.tensors import layers_of
+
+_AGAIN = "download it again"
+# The header keeps no arrays: one is None here, as where a value stands for each layer.
+_ARRAY = Rule("an array", lambda v: v is None)
+_size = whole(1, 1 << 24)
+MODEL: Mapping[str, Rule] = {
+    "block_count": whole(1, MOST_LAYERS), "context_length": whole(1, (1 << 31) - 1), "embedding_length": _size,
+    "feed_forward_length": whole(0, 1 << 24) | _ARRAY, "attention.head_count": whole(0, 1 << 20) | _ARRAY,
+    "attention.head_count_kv": whole(0, 1 << 20) | _ARRAY, "attention.key_length": _size,
+    "attention.value_length": _size, "attention.layer_norm_rms_epsilon": number(0, 1, above=True),
+    "attention.layer_norm_epsilon": number(0, 1), "attention.sliding_window": whole(0, (1 << 31) - 1) | _ARRAY,
+    "attention.scale": number(0, 1e6, above=True), "attn_logit_softcapping": number(0, 1e9, above=True),
+    "final_logit_softcapping": number(0, 1e9, above=True), "rope.freq_base": number(1, 1e30, above=True),
+    "rope.dimension_count": _size, "rope.scaling.type": TEXT, "rope.scaling.factor": number(0, 1e9, above=True),
+    "rope.scaling.original_context_length": whole(1, (1 << 31) - 1), "rope.scaling.finetuned": FLAG,
+    "vocab_size": whole(1, 1 << 28), "expert_count": whole(0, 4096), "expert_used_count": whole(0, 4096),
+    "expert_feed_forward_length": whole(0, 1 << 24), "leading_dense_block_count": whole(0, MOST_LAYERS),
+    "logit_scale": number(-1e9, 1e9), "embedding_scale": number(-1e6, 1e6), "residual_scale": number(-1e6, 1e6),
+    "ssm.conv_kernel": _size, "ssm.inner_size": _size, "ssm.state_size": _size, "ssm.time_step_rank": _size,
+}  # fmt: skip
+TOKENIZER: Mapping[str, Rule] = {
+    "model": TEXT, "pre": TEXT, "tokens": _ARRAY, "merges": _ARRAY, "scores": _ARRAY, "token_type": _ARRAY,
+    **{f"{name}_token_id": whole(0, (1 << 32) - 1) for name in ("bos", "eos", "unknown", "separator", "padding", "eot", "eom")},
+    "add_bos_token": FLAG, "add_eos_token": FLAG, "add_space_prefix": FLAG,
+}  # fmt: skip
+
+
+def check_gguf(architecture: str, metadata: Mapping[str, Any], names: Iterable[str], where: str) -> None:
+    """SourceError that names the first metadata of a file that make no model of its tensors."""
+    for prefix, table in ((f"{architecture}.", MODEL), ("tokenizer.ggml.", TOKENIZER)):
+        check(table, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
+    said, found = metadata.get(f"{architecture}.block_count"), layers_of(names)
+    if said is not None and said > max(found, 0):
+        raise SourceError(
+            f"{where}: {architecture}.block_count is {said}, and the tensors have {found} layers; {_AGAIN}"
+        )
+    heads, keys = (metadata.get(f"{architecture}.attention.head_count{end}") for end in ("", "_kv"))
+    if heads and keys and heads % keys:
+        raise SourceError(
+            f"{where}: {architecture}.attention.head_count_kv is {keys}, which does not divide head_count, {heads}; {_AGAIN}"
+        )
