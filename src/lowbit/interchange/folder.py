@@ -15,7 +15,7 @@ from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.checks.config import check_config
 from lowbit.interchange.checks.rules import shown
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.checks.words import check_tokenizer
+from lowbit.interchange.checks.words import check_generation, check_tokenizer
 from lowbit.interchange.companions import companions_of, copy_companions
 from lowbit.interchange.conversion import Conversion, plan_conversion
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model

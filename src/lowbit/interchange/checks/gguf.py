@@ -11,15 +11,19 @@ from lowbit.interchange.checks.rules import FLAG, TEXT, Rule, check, number, who
 from lowbit.interchange.checks.tensors import layers_of
 
 _AGAIN = "download it again"
-# The header keeps no arrays: one is None here, as where a value stands for each layer.
-_ARRAY = Rule("an array", lambda v: v is None)
+# The header keeps short arrays of numbers as tuples and passes over all others, which are None.
+_ARRAY = Rule("an array", lambda v: v is None or isinstance(v, tuple))
 _size = whole(1, 1 << 24)
+_EACH = Rule(
+    "an array of a whole number for each layer",
+    lambda v: isinstance(v, tuple) and all(type(n) is int and 0 <= n < 1 << 31 for n in v),
+)
 MODEL: Mapping[str, Rule] = {
     "block_count": whole(1, MOST_LAYERS), "context_length": whole(1, (1 << 31) - 1), "embedding_length": _size,
-    "feed_forward_length": whole(0, 1 << 24) | _ARRAY, "attention.head_count": whole(0, 1 << 20) | _ARRAY,
-    "attention.head_count_kv": whole(0, 1 << 20) | _ARRAY, "attention.key_length": _size,
+    "feed_forward_length": whole(0, 1 << 24) | _EACH, "attention.head_count": whole(0, 1 << 20) | _EACH,
+    "attention.head_count_kv": whole(0, 1 << 20) | _EACH, "attention.key_length": _size,
     "attention.value_length": _size, "attention.layer_norm_rms_epsilon": number(0, 1, above=True),
-    "attention.layer_norm_epsilon": number(0, 1), "attention.sliding_window": whole(0, (1 << 31) - 1) | _ARRAY,
+    "attention.layer_norm_epsilon": number(0, 1), "attention.sliding_window": whole(0, (1 << 31) - 1) | _EACH,
     "attention.scale": number(0, 1e6, above=True), "attn_logit_softcapping": number(0, 1e9, above=True),
     "final_logit_softcapping": number(0, 1e9, above=True), "rope.freq_base": number(1, 1e30, above=True),
     "rope.dimension_count": _size, "rope.scaling.type": TEXT, "rope.scaling.factor": number(0, 1e9, above=True),
@@ -41,12 +45,17 @@ def check_gguf(architecture: str, metadata: Mapping[str, Any], names: Iterable[s
     for prefix, table in ((f"{architecture}.", MODEL), ("tokenizer.ggml.", TOKENIZER)):
         check(table, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
     said, found = metadata.get(f"{architecture}.block_count"), layers_of(names)
+    for key in (key for key in MODEL if said is not None and isinstance(metadata.get(f"{architecture}.{key}"), tuple)):
+        if (count := len(metadata[f"{architecture}.{key}"])) != said:
+            raise SourceError(
+                f"{where}: {architecture}.{key} is a list of {count}, and there are {said} layers; {_AGAIN}"
+            )
     if said is not None and said > max(found, 0):
         raise SourceError(
             f"{where}: {architecture}.block_count is {said}, and the tensors have {found} layers; {_AGAIN}"
         )
     heads, keys = (metadata.get(f"{architecture}.attention.head_count{end}") for end in ("", "_kv"))
-    if heads and keys and heads % keys:
+    if isinstance(heads, int) and isinstance(keys, int) and keys and heads % keys:
         raise SourceError(
             f"{where}: {architecture}.attention.head_count_kv is {keys}, which does not divide head_count, {heads}; {_AGAIN}"
         )
