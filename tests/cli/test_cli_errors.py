@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,28 @@ def test_what_the_system_refuses(
     monkeypatch.setattr(lowbit, "quantize", refuse, raising=False)
     result = CliRunner().invoke(app, ["quantize", "tiny"])
     assert result.exit_code == code and word in result.stderr and "Traceback" not in result.stderr
+
+
+def test_nobody_reads_and_somebody_ends_it(model: Path) -> None:
+    command = [sys.executable, "-m", "lowbit"]
+    with subprocess.Popen([*command, "plan", model, "w4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as unread:
+        assert unread.stdout is not None and unread.stderr is not None
+        unread.stdout.close()
+        assert unread.stderr.read() == b"" and unread.wait() == 141
+    script = (
+        "import os, signal, sys, lowbit\nfrom lowbit.cli import main\ndef end(*a, **k): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "lowbit.plan = end\nsys.argv = ['lowbit', 'plan', 'tiny']\nmain.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 143 and ended.stderr.strip() == "terminated"
+
+
+@pytest.mark.parametrize("out", ["tiny", "tiny/inside", "loop", "a-file", "a-file/out", "n" * 300])
+def test_places_that_cannot_be_written_to(model: Path, out: str) -> None:
+    Path("a-file").write_text("mine")
+    Path("loop").symlink_to("loop")
+    fails("quantize", model, "w4", "-o", out, "--no-card")
+    assert left() == {"tiny", "a-file", "loop"} and not Path("tiny/inside").exists()
 
 
 def test_a_bug_is_not_dressed_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

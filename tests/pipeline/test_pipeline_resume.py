@@ -7,19 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import lowbit
 from lowbit.errors import LowbitError, OutputError
+from lowbit.interchange.claim import claimed
 from lowbit.pipeline import folder_writer
+from quantized_folders import awq_layer, save_quantized
 from tiers import mostly_nightly
 
 Float = Callable[[str], Path]
 RECIPE = "absmax@int4:g32"
+WORKER = Path(__file__).parent / "kill_worker.py"
 
 # A run in a process of its own that kills itself: at a tensor, or in the middle of a call of the writer.
 RUN = """
@@ -57,6 +62,13 @@ elif where in ("flush", "verify", "finish"):
     before(FolderWriter, where)
 lowbit.quantize(model, "absmax@int4:g32", out, progress=die if where == "progress" else None, max_shard_bytes=9000, overwrite="over" in sys.argv)
 """
+
+
+def quantized_llama(room: Path) -> Path:
+    """A tiny Llama that another program quantized."""
+    config = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+    save_quantized(room / "awq", config, awq_layer)
+    return room / "awq"
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -247,3 +259,83 @@ def test_progress_ends_at_all_bytes(tiny_folder: Float, tmp_path: Path) -> None:
     assert [name for name, _, _ in seen] == [t.name for t in result.plan.tensors]
     assert [at for _, at, _ in seen] == sorted(at for _, at, _ in seen)
     assert seen[-1][1] == seen[-1][2] == result.plan.bytes_before
+
+
+@pytest.mark.parametrize(
+    ("job", "every"),
+    [("quantize", 5), ("gguf", 3), *(pytest.param(job, 1, marks=pytest.mark.slow) for job in (
+        "quantize", "calibrated", "replace", "dequantize", "import", "gguf", "vllm", "straight"))],
+)  # fmt: skip
+def test_killed_at_every_step(job: str, every: int, tiny_folder: Float, packed_folder: Any, tmp_path: Path) -> None:
+    packed = job in ("gguf", "vllm")
+    model = (
+        packed_folder("llama", "q8_0,embed=q8_0" if job == "gguf" else "int4:g32")
+        if packed
+        else quantized_llama(tmp_path)
+        if job == "import"
+        else tiny_folder("llama")
+    )
+    done = subprocess.run(
+        [sys.executable, WORKER, job, str(every), model, tmp_path / "room"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 5
+
+
+def test_two_at_once_in_one_process(tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    model, out, words = tiny_folder("llama-tied"), tmp_path / "a" / "out", []
+
+    def second(name: str, *_: int) -> None:
+        before = {path.name for path in out.parent.iterdir()}
+        with pytest.raises(OutputError, match="another run is writing .*out; wait"):
+            lowbit.quantize(model, RECIPE, out, overwrite=True)
+        thread = threading.Thread(target=lambda: words.append(refused(model, out)))
+        thread.start()
+        thread.join()
+        assert {path.name for path in out.parent.iterdir()} == before
+
+    lowbit.quantize(model, RECIPE, out, max_shard_bytes=9000, progress=second)
+    assert files(out) == whole and [path.name for path in out.parent.iterdir()] == ["out"]
+    assert set(words) == {"told"}
+
+
+def refused(model: Path, out: Path) -> str:
+    try:
+        lowbit.quantize(model, RECIPE, out, overwrite=True)
+    except OutputError as error:
+        return "told" if "another run" in str(error) else str(error)
+    return "not told"
+
+
+def test_a_claim_outlives_no_process(tmp_path: Path) -> None:
+    script = "import os, sys\nfrom lowbit.interchange.claim import claimed\nwith claimed(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "new" / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None and child.stdout.readline()
+    with pytest.raises(OutputError, match="another run"), claimed(tmp_path / "new" / "out"):
+        pass
+    with claimed(tmp_path / "new" / "other"):
+        pass
+    child.kill()
+    child.communicate()
+    with claimed(tmp_path / "new" / "out"), claimed(tmp_path / "new" / "deep" / "out"):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_an_interrupted_run_says_what_it_left(tiny_folder: Float, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    for error in (KeyboardInterrupt, MemoryError):
+        seen: list[str] = []
+
+        def stop(name: str, *_: int, seen: list[str] = seen, error: type[BaseException] = error) -> None:
+            seen.append(name)
+            if len(seen) == 6:
+                raise error
+
+        with pytest.raises(error) as caught:
+            lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000, progress=stop)
+        assert "out.partial keeps what was done" in caught.value.__notes__[0]
+        assert {path.name for path in tmp_path.iterdir()} == {"out.partial"}
+    lowbit.quantize(tiny_folder("llama-tied"), RECIPE, tmp_path / "out", max_shard_bytes=9000)
+    assert files(tmp_path / "out") == whole and {path.name for path in tmp_path.iterdir()} == {"out"}

@@ -41,8 +41,12 @@ def stderr() -> Console:
 def _console(stream: Any, stderr: bool) -> Console:
     from rich.console import Console
 
+    class Own(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # as of any other write: the command ends quietly
+
     width = None if stream.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 25)).columns
-    return Console(stderr=stderr, highlight=False, width=width)
+    return Own(stderr=stderr, highlight=False, width=width)
 
 
 def print_json(value: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import signal
 import sys
 from typing import Any
 
@@ -11,9 +14,23 @@ from typer.core import TyperGroup
 
 from lowbit.errors import LowbitError
 
-MISTAKE, INTERRUPTED = 2, 130
+MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was told to end, as by `kill` or a queue whose time is over."""
+
+
+def end_in_order() -> None:
+    """SIGTERM ends the command as Ctrl-C does, so that it says what it leaves."""
+
+    def end(*args: Any) -> None:
+        raise Terminated
+
+    with contextlib.suppress(ValueError):  # in a thread, which gets no signals
+        signal.signal(signal.SIGTERM, end)
 
 
 class Guarded(TyperGroup):
@@ -25,14 +42,26 @@ class Guarded(TyperGroup):
         except LowbitError as error:
             fail(str(error), error)
         except KeyboardInterrupt as error:
-            sys.stderr.write(f"\ninterrupted{_notes(error)}\n")
-            raise typer.Exit(INTERRUPTED) from None
+            ended = isinstance(error, Terminated)
+            sys.stderr.write(f"\n{'terminated' if ended else 'interrupted'}{_notes(error)}\n")
+            raise typer.Exit(TERMINATED if ended else INTERRUPTED) from None
+        except BrokenPipeError:  # whoever read the output has enough
+            go_nowhere(sys.stdout)
+            raise typer.Exit(UNREAD) from None
         except MemoryError as error:
             fail("not enough memory; `lowbit plan MODEL RECIPE` says how much quantizing takes", error)
         except OSError as error:
             if (message := explained(error)) is None:
                 raise
             fail(message, error)
+
+
+def go_nowhere(stream: Any) -> None:
+    """What is still to be written to a stream that nobody reads is dropped, so that Python's end does not complain of it."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def fail(message: str, error: BaseException | None = None) -> None:

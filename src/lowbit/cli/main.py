@@ -24,7 +24,7 @@ from lowbit.cli import (
     quantize,
     recipes,
 )
-from lowbit.cli.guard import Guarded
+from lowbit.cli.guard import Guarded, end_in_order
 
 app = typer.Typer(
     cls=Guarded,
@@ -67,4 +67,5 @@ for command in (
 def main() -> None:
     """The entry point."""
     console.prepare_streams()
+    end_in_order()
     app(prog_name="lowbit")

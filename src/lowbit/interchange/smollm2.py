@@ -100,7 +100,7 @@ def _download(cache: Path) -> Path:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(part, cache / GGUF)
-    except OSError as error:
+    except (OSError, OutputError) as error:
         raise OutputError(f"cannot keep SmolLM2 in {cache}: {error}; free some space or mend its rights") from error
     return cache / GGUF
 

@@ -30,6 +30,7 @@ from lowbit.pipeline.places import (
     check_apart,
     os_error_of,
     partial_of,
+    remove_folder,
     remove_replaced,
     replace_folder,
     sync,
@@ -118,8 +119,7 @@ class FolderWriter:
                 self.complete = True
                 replace_folder(self.partial, self.out)
                 return
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
+        remove_folder(self.partial)
         needed = sum(shard.file_bytes for shard in self.shards)
         self.partial.mkdir(parents=True)
         self._begun = True
@@ -256,7 +256,7 @@ class FolderWriter:
 
     def discard(self) -> None:
         """Remove what was written: after an error that a second run would meet again."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        remove_folder(self.partial)
 
     def cannot(self, error: OSError) -> OutputError:
         """What to say of an error of the system; what was done before it is kept, and where nothing was, nothing is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -30,7 +31,10 @@ def check_apart(model: Path, out: Path) -> None:
     """OutputError when writing `out` would replace the model that is read, or stand among its files."""
     if not model.exists():
         return
-    source, target = model.resolve(), out.resolve()
+    try:
+        source, target = model.resolve(), out.resolve()
+    except (OSError, RuntimeError) as error:  # symbolic links in a circle
+        raise OutputError(f"cannot write {out}: {error}; give another name") from None
     if target in (source, *source.parents):
         raise OutputError(f"{out} holds the model that is read; give another name")
     if source.is_dir() and source in target.parents:
@@ -56,6 +60,15 @@ def remove_replaced(out: Path) -> None:
     """Remove what a run that was killed had set aside to put the folder `out` in its place."""
     if _aside(out).exists():
         shutil.rmtree(_aside(out))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, and what a killed run left of removing it: first its name, so that nobody takes half of it for it."""
+    gone = folder.with_name(f".{folder.name}.lowbit-removed")
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rename(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _aside(out: Path) -> Path:

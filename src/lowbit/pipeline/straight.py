@@ -6,7 +6,6 @@ not fit every width. What comes out is an ordinary recipe, whose globs say what 
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from lowbit.pipeline.calibration import SELF, load_calibration
 from lowbit.pipeline.exporting import Exported, check_free, check_kv, refuse, written
 from lowbit.pipeline.folder_writer import MANIFEST, check_apart
 from lowbit.pipeline.layer_globs import globs_of, with_layers
-from lowbit.pipeline.places import TakenError
+from lowbit.pipeline.places import TakenError, remove_folder
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.presets import PRESETS
 from lowbit.pipeline.recipe import EMBED, KEEP, Recipe
@@ -112,7 +111,7 @@ def quantized_as(
             raise
         finally:
             if keep is None:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
 
 def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], overwrite: bool) -> Exported:
