@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 import lowbit
-from lowbit.errors import FormatError
+from lowbit.errors import SourceError
 from lowbit.formats import InputQuantizer, parse_inputs
 from lowbit.interchange.source import open_source
 from lowbit.nn.packed import PackedWeight
@@ -121,7 +121,7 @@ def test_inputs_that_mean_nothing_are_an_error(folder: Path) -> None:
     with_inputs(folder, "int8:token")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"inputs": "int8:token"', '"inputs": "int8:tokens"'))
-    with pytest.raises(FormatError, match="int8:tokens"):
+    with pytest.raises(SourceError, match="int8:tokens"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
