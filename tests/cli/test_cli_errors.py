@@ -35,11 +35,12 @@ def model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fails(*words: object) -> str:
-    """The one line on stderr of a command that must end with code 2."""
+    """The one line of error on stderr, the last, of a command that must end with code 2; steps before it are said there too."""
     result: Result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    line = result.stderr.strip()
-    assert line.startswith("error: ") and "\n" not in line and "Traceback" not in line, result.stderr
+    *before, line = result.stderr.strip().split("\n")
+    assert line.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    assert len(before) < 3 and not any(step.startswith("error") for step in before), result.stderr
     return line
 
 

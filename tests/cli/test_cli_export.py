@@ -50,7 +50,8 @@ def test_export_writes_what_the_folder_holds(folder: Path, tmp_path: Path) -> No
     said = run("export", tmp_path / "q", "--as", "gguf", "-o", tmp_path / "x.gguf")
     assert "every weight equal" in said.replace("\n", " ")
     assert set(types(tmp_path / "x.gguf").values()) == {"Q5_1", "Q8_0", "F32"}
-    told = json.loads(run("export", tmp_path / "q", "--as", "gguf", "--json"))
+    said = run("export", tmp_path / "q", "--as", "gguf", "--json")
+    told = json.loads(said[said.index("{") :])
     assert told["path"].endswith("q.gguf") and told["weights"] == 0.0 and told["logits"] < 1e-5
     assert (tmp_path / "q.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
 

@@ -170,9 +170,11 @@ def test_names_and_places_are_checked(room: Path) -> None:
         lowbit.export(folder, "ggml")
     with pytest.raises(OutputError, match=r"ends in \.gguf"):
         lowbit.export(folder, "gguf", room / "x.bin")
+    before = file.read_bytes()
+    assert lowbit.export(folder, "gguf", file).nbytes == len(before)  # it is what this would write: done already
+    file.write_bytes(before[:-1])
     with pytest.raises(OutputError, match="overwrite"):
         lowbit.export(folder, "gguf", file)
-    before = file.read_bytes()
     assert lowbit.export(folder, "gguf", file, overwrite=True).nbytes == len(before)
     assert file.read_bytes() == before
 

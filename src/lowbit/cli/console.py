@@ -128,10 +128,16 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
     )  # fmt: skip
     with _bar(*columns) as bar:
-        if bar.disable:
-            _line(what)
-        task = bar.add_task(what, total=None, name="")
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, name=name)
+        task, begun = bar.add_task(what, total=None, name=""), False
+
+        def move(name: str, done: int, total: int) -> None:
+            nonlocal begun
+            if bar.disable and not begun:  # not before the first step: an error of what was asked for stands alone
+                _line(what)
+            begun = True
+            bar.update(task, completed=done, total=total, name=name)
+
+        yield move
 
 
 @contextmanager
@@ -194,10 +200,16 @@ def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with _bar(*columns) as bar:
-        if bar.disable:
-            _line(what)
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, begun = bar.add_task(what, total=None), False
+
+        def move(done: int, total: int) -> None:
+            nonlocal begun
+            if bar.disable and not begun:
+                _line(what)
+            begun = True
+            bar.update(task, completed=done, total=total)
+
+        yield move
 
 
 def _line(what: str) -> None:

@@ -62,8 +62,11 @@ def _indented(budget: Budget, text: Any, width: Any = 4, *rest: Any, **more: Any
 def _wrapped(
     budget: Budget, text: Any, width: Any = 79, long: Any = True, by: Any = None, *rest: Any, **more: Any
 ) -> int:
-    by = more.get("wrapstring", by)
-    return budget.weigh(text) * (30 + (len(by) if isinstance(by, str) else 1))
+    by, width = more.get("wrapstring", by), more.get("width", width)
+    size = budget.weigh(text)
+    # What is left of a long word is copied for every line that is cut from it; a unit is time for 100 bytes.
+    copied = size * size // (100 * max(1, _width(width)))
+    return size * (30 + (len(by) if isinstance(by, str) else 1)) + copied
 
 
 def _rounded(budget: Budget, value: Any, precision: Any = 0, *rest: Any) -> int:

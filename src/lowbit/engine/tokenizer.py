@@ -72,8 +72,13 @@ class FolderTokenizer(TextTokenizer):
         self._special = {name: _content(given[name]) for name in _SPECIAL if given.get(name) is not None}
         end = self._special.get("eos_token")
         self.eos_token_id = None if end is None else self._tokenizer.token_to_id(end)
-        self._folder, self._given = folder, config.get("chat_template")
-        self.has_template = (folder / _TEMPLATE).exists() or bool(self._given)
+        file, named = folder / _TEMPLATE, config.get("chat_template")
+        self.has_template = file.exists() or bool(named)
+        self._template: str | SourceError | None
+        try:
+            self._template = default_template(read_template(file) if file.exists() else named)
+        except SourceError as error:  # for who asks for it: text can be read without
+            self._template = error
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         given = _whole(text)
@@ -88,9 +93,9 @@ class FolderTokenizer(TextTokenizer):
 
     def template(self) -> ChatTemplate | None:
         """chat_template.jinja, or the entry of tokenizer_config.json, which may be several by name."""
-        file = self._folder / _TEMPLATE
-        source = default_template(read_template(file) if file.exists() else self._given)
-        return None if source is None else ChatTemplate(source, self._special)
+        if isinstance(self._template, SourceError):
+            raise self._template
+        return None if self._template is None else ChatTemplate(self._template, self._special)
 
 
 class AnyTokenizer(TextTokenizer):

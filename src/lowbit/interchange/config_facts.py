@@ -22,7 +22,7 @@ NEUTRAL = frozenset({
     "task_specific_params", "finetuning_task", "is_decoder", "cross_attention_hidden_size",
     "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
     "reorder_and_upcast_attn", "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "no_rope_layer_interval", "_sliding_window_pattern", "sliding_window_pattern",
+    "summary_first_dropout", "transformers_weights", "no_rope_layer_interval", "_sliding_window_pattern", "sliding_window_pattern",
 })  # fmt: skip
 # Sizes and what every decoder has.
 DECODER = frozenset({

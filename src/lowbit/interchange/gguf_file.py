@@ -89,11 +89,13 @@ class GgufSource(Source):
         self.left_out = left_out(
             self.dropped, lambda n: sizes.get(n, 0), self.tensors, self.inventory.model_class, self.config
         )
-        part = next((each for each in self.left_out if each.why not in (SEVERAL_TOKENS, BUFFERS)), None)
-        if lost and part is not None:
+        harmless = {name for each in self.left_out if each.why in (SEVERAL_TOKENS, BUFFERS) for name in each.members}
+        lost = [name for name in lost if name not in harmless]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise SourceError(
-                f"{self.label}: its {part.names} ({part.tensors} tensors) has no place in transformers' "
-                f"{type(model).__name__}, and without it this would be another model; use the model's original safetensors folder"
+                f"{self.label}: its tensor {lost[0]!r}{more} has no place in transformers' {type(model).__name__}, and without "
+                "it this would be another model; use the model's original safetensors folder"
             )
         untie(self.config, self.inventory, self._conversion.untied)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ OF_THE_PROGRAM = "of the program that quantized the source, such as scales of a 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Tensors of the source that are not in the model: their names in short, how many, bytes in the source, and why."""
+    """Tensors of the source that are not in the model: their names in short, how many, bytes in the source, and why.
+
+    `members`: their names in full.
+    """
 
     names: str
     tensors: int
     nbytes: int
     why: str
+    members: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         plural = "" if self.tensors == 1 else "s"
@@ -54,10 +58,13 @@ def left_out(
     layers = (
         getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
     )
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     for name in dropped:
-        groups.setdefault(_kind(name, first_words, layers, model, unused), []).append(nbytes(name))
-    return tuple(LeftOut(names, len(sizes), sum(sizes), why) for (names, why), sizes in groups.items())
+        groups.setdefault(_kind(name, first_words, layers, model, unused), []).append(name)
+    return tuple(
+        LeftOut(names, len(members), sum(map(nbytes, members)), why, tuple(members))
+        for (names, why), members in groups.items()
+    )
 
 
 def _kind(name: str, first_words: set[str], layers: int | None, model: str, unused: Collection[str]) -> tuple[str, str]:

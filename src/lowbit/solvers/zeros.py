@@ -13,12 +13,18 @@ from torch import Tensor
 from lowbit.formats import Format, stores
 
 RUN = 16  # zeros beside one another that are no chance
+_FEW = 4  # zeros that may be chance in a short block
 _LEAST_BITS = 6  # of a scale that is rounded so that its product with a zero-point is exact
 
 
 def many_zeros(x: Tensor) -> Tensor:
-    """bool [n]: which blocks of `x` [n, size] have RUN exact zeros, or a quarter of their elements."""
-    return (x == 0).sum(1) >= max(1, min(RUN, x.shape[1] // 4))
+    """bool [n]: which blocks of `x` [n, size] have RUN exact zeros in a row, or a quarter of their elements and no few."""
+    zero = x == 0
+    share = zero.sum(1) >= max(_FEW, x.shape[1] // 4)
+    if x.shape[1] <= RUN or not bool(zero.any()):
+        return share
+    windows = F.max_pool1d(-zero.to(torch.float32)[:, None], RUN, 1)[:, 0]  # -1 where all of a window is zero
+    return share | (windows < 0).any(1)
 
 
 def zero_runs(weight: Tensor, fmt: Format) -> Tensor | None:

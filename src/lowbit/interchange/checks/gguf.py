@@ -45,15 +45,15 @@ def check_gguf(architecture: str, metadata: Mapping[str, Any], names: Iterable[s
     for prefix, table in ((f"{architecture}.", MODEL), ("tokenizer.ggml.", TOKENIZER)):
         check(table, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
     said, found = metadata.get(f"{architecture}.block_count"), layers_of(names)
+    if said is not None and said > max(found, 0):
+        raise SourceError(
+            f"{where}: {architecture}.block_count is {said}, and the tensors have {found} layers; {_AGAIN}"
+        )
     for key in (key for key in MODEL if said is not None and isinstance(metadata.get(f"{architecture}.{key}"), tuple)):
         if (count := len(metadata[f"{architecture}.{key}"])) != said:
             raise SourceError(
                 f"{where}: {architecture}.{key} is a list of {count}, and there are {said} layers; {_AGAIN}"
             )
-    if said is not None and said > max(found, 0):
-        raise SourceError(
-            f"{where}: {architecture}.block_count is {said}, and the tensors have {found} layers; {_AGAIN}"
-        )
     heads, keys = (metadata.get(f"{architecture}.attention.head_count{end}") for end in ("", "_kv"))
     if isinstance(heads, int) and isinstance(keys, int) and keys and heads % keys:
         raise SourceError(

@@ -7,18 +7,14 @@ from typing import Any
 
 from lowbit.interchange.checks.config import check_values
 from lowbit.interchange.checks.fields import TOKEN_IDS
-from lowbit.interchange.checks.rules import FLAG, NULL, OBJECT, TEXT, Rule, check, list_of, number, whole
+from lowbit.interchange.checks.rules import FLAG, NULL, OBJECT, TEXT, Rule, check, number, whole
 
 _ENDLESS = 1 << 128  # what transformers writes for a length without limit, 10^30, is a whole number
 _token = TEXT | NULL | Rule("an object with a text as content", lambda v: isinstance(v, Mapping) and isinstance(v.get("content"), str))  # fmt: skip
-_named = Rule(
-    "an object with name and template, both texts",
-    lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str) and isinstance(v.get("template"), str),
-)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The chat template is checked where it is rendered: text can be read without it.
 TOKENIZER: Mapping[str, Rule] = {
     **dict.fromkeys(SPECIAL, _token),
-    "chat_template": TEXT | NULL | list_of(_named) | OBJECT,
     "tokenizer_class": TEXT | NULL,
     "added_tokens_decoder": OBJECT | NULL,
     "model_max_length": number(-1, 1e300) | NULL,
