@@ -342,3 +342,12 @@ def test_a_tensor_of_another_shape_is_named_with_its_field(tmp_path: Path) -> No
     save_file(flat, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LowbitError, match="q_proj"):
         lowbit.plan(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"text_config": {"rope_type": "default"}}, {"dtype": {"a": "float32"}}])
+def test_objects_where_a_class_has_none(wrong: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **wrong}))
+    with pytest.raises(SourceError, match="text model|dtype"):
+        lowbit.plan(tmp_path / "m", "w8")

@@ -101,12 +101,15 @@ def generation_of(folder: Path) -> dict[str, Any]:
 
 def load_config(folder: Path, **options: Any) -> PretrainedConfig:
     """The transformers config of a folder, never running code from it. SourceError when transformers refuses."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if "gguf_file" not in options:
         read_config(folder)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        if not isinstance(config.get_text_config(), PretrainedConfig):  # an object that the class knows nothing of
+            raise TypeError(f"a {type(config).__name__} has no config of a text model inside it")
+        return config
     except Exception as error:  # transformers raises many kinds for a bad config
         raise SourceError(
             f"{folder / options.get('gguf_file', '')}: transformers cannot use this config ({one_line(error)}); a model type that needs code from its "

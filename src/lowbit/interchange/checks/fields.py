@@ -24,7 +24,7 @@ TYPES = ("float32", "float16", "bfloat16", "float64", "float", "half", "double",
 _sizes = whole(0, _SIZE) | NULL | list_of(whole(0, _SIZE) | NULL)
 _positive = whole(1, _SIZE) | NULL | list_of(whole(0, _SIZE) | NULL)
 _token = whole(-1, _TOKENS) | NULL | list_of(whole(-1, _TOKENS))
-_dtype = one_of(*TYPES, *(f"torch.{name}" for name in TYPES)) | NULL | OBJECT
+_dtype = one_of(*TYPES, *(f"torch.{name}" for name in TYPES)) | NULL
 # A name with a slash is a repository whose code transformers would fetch and run.
 _code = Rule("a name without a slash", lambda v: isinstance(v, str) and "/" not in v and "\\" not in v)
 
