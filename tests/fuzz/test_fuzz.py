@@ -44,7 +44,7 @@ def check(found: dict[str, Any], count: int, keep: Path) -> None:
 
 @linux
 def test_a_few_damaged_files(models: Path, tmp_path: Path) -> None:
-    check(run(models, tmp_path, "--count", "60", "--seed", "1"), 60, tmp_path)
+    check(run(models, tmp_path, "--count", "30", "--seed", "1"), 30, tmp_path)
 
 
 @linux

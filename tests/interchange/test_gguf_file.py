@@ -225,6 +225,7 @@ def test_smollm2_brings_tokenizer_and_chat_template(smollm2_file: Path, tmp_path
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [saved.eos_token_id, 0] == [2, 0]
 
 
+@pytest.mark.slow
 def test_smollm2_is_never_in_memory_as_a_whole(smollm2_file: Path) -> None:
     """Reading all tensors takes at most twice the largest one (113 MB) over what opening takes."""
     code = """

@@ -48,7 +48,9 @@ def test_the_refit_lowers_the_error_of_every_row_and_moves_no_code(fmt: str) -> 
     assert QTensor.from_parts(new.format, new.shape, new.parts()).dequantize().equal(new.dequantize())
 
 
-@pytest.mark.parametrize(("store", "sign"), [("uint2:g4", 1), ("uint2:g4", -1), ("int3:g2", 1)])
+@pytest.mark.parametrize(
+    ("store", "sign"), [("uint2:g4", 1), ("uint2:g4", -1), pytest.param("int3:g2", 1, marks=pytest.mark.slow)]
+)
 def test_integers_and_their_scale_come_near_the_best_there_are(store: str, sign: int) -> None:
     """All integers are tried, each with the least-squares scales; float64."""
     how, count, rows = parse_format(f"{store}:s=fp32"), 4, 12

@@ -108,7 +108,7 @@ def quantize(
 
         screen.print(render_card(measured))
     if made.exported is None:
-        screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False)
+        screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager
