@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lowbit
+from lowbit.cli import guard
 from lowbit.engine.families import FAMILIES
 from lowbit.engine.fit import expected
 from lowbit.engine.shape import shape_of
@@ -342,6 +344,20 @@ def test_a_tensor_of_another_shape_is_named_with_its_field(tmp_path: Path) -> No
     save_file(flat, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LowbitError, match="q_proj"):
         lowbit.plan(tmp_path)
+
+
+def test_a_long_name_of_a_method_is_not_said_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny("llama", tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "x" * 5000}})
+    )
+    with pytest.raises(SourceError, match="quant_method is 'xxx") as caught:
+        lowbit.plan(tmp_path / "m", "w8")
+    assert len(str(caught.value)) < 500
+    with pytest.raises(typer.Exit):
+        guard.fail("y" * 5000)
+    assert len(capsys.readouterr().err) < 2000
 
 
 @pytest.mark.parametrize("wrong", [{"text_config": {"rope_type": "default"}}, {"dtype": {"a": "float32"}}])

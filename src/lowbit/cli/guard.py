@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from lowbit.errors import LowbitError
 
 MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
+_LONGEST = 1500  # characters of an error
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -66,7 +67,10 @@ def go_nowhere(stream: Any) -> None:
 
 def fail(message: str, error: BaseException | None = None) -> None:
     """Print the first line of `message` (the rest only points into it) and what `error` notes of what was left; exit with code 2."""
-    sys.stderr.write(f"error: {message.splitlines()[0] if message else 'unknown'}{_notes(error)}\n")
+    line = message.splitlines()[0] if message else "unknown"
+    if len(line) > _LONGEST:  # what a file says may be long
+        line = f"{line[: _LONGEST * 2 // 3]} ... {line[-_LONGEST // 3 :]}"
+    sys.stderr.write(f"error: {line}{_notes(error)}\n")
     raise typer.Exit(MISTAKE)
 
 

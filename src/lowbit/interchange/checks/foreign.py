@@ -7,8 +7,21 @@ from typing import Any
 
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.config import check_values
-from lowbit.interchange.checks.rules import FLAG, NULL, OBJECT, TEXT, Rule, check, list_of, map_of, number, whole
+from lowbit.interchange.checks.rules import (
+    FLAG,
+    NULL,
+    OBJECT,
+    TEXT,
+    Rule,
+    check,
+    list_of,
+    map_of,
+    number,
+    refuse,
+    whole,
+)
 
+_LONGEST = 100  # characters of a method's name
 _flag = FLAG | NULL
 _words = TEXT | NULL
 _bits = whole(1, 32)
@@ -50,6 +63,8 @@ _ARGS: Mapping[str, Rule] = {
 def method_of(section: Mapping[str, Any], where: str) -> str:
     """The `quant_method` of a section. SourceError where there is none, or it is no text."""
     method = section.get("quant_method")
+    if isinstance(method, str) and len(method) > _LONGEST:
+        refuse(where, "quantization_config.quant_method", method, f"a name of at most {_LONGEST} characters")
     if isinstance(method, str) and method:
         return method
     if method is None:
