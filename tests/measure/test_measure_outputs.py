@@ -86,7 +86,7 @@ def test_the_card_and_the_hint_of_what_writes_no_text(name: str, tmp_path: Path)
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "outputs moved by" in found.stdout and "not measured" not in found.output
-    assert "Try it:  lowbit generate" not in found.stdout and "import lowbit; model = lowbit.load(" in found.stdout
+    assert "lowbit generate" not in found.stdout and "import lowbit; model = lowbit.load(" in found.stdout
 
 
 def test_no_float_model_no_figure() -> None:
