@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import lowbit
-from lowbit.interchange.source import open_source
-from lowbit.interchange.text import load_text
+from lowbit.calibration.text import load_text
+from lowbit.interchange.opening import open_source
 from lowbit.measure.quality import Reference, measure_quality
 from lowbit.measure.windows import Windows, make_windows
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.interchange.source import open_source
-from lowbit.interchange.text import load_text
+from lowbit.calibration.text import load_text
+from lowbit.interchange.opening import open_source
 from lowbit.measure.environment import environment
 from lowbit.measure.quality import Reference, measure_quality
 from lowbit.measure.windows import make_windows

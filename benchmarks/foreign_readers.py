@@ -28,7 +28,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import ExportError
-from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from readers import tables
 
 TESTS = Path(__file__).parent.parent / "tests"

@@ -22,9 +22,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowbit.interchange.gguf_file import GgufSource
-from lowbit.interchange.source import open_source
-from lowbit.interchange.text import load_text
+from lowbit.calibration.text import load_text
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.gguf.file import GgufSource
 from lowbit.measure.environment import environment
 from lowbit.measure.quality import Reference, measure_quality
 from lowbit.measure.windows import make_windows

@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig
 
 import lowbit
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.interchange.inventory import meta_model
-from lowbit.interchange.safetensors_file import bytes_of
-from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.measure.memory import in_fresh_process
 
 RUN = """
@@ -64,7 +64,7 @@ def main() -> None:
     model = arguments.folder / "model"
     if not model.exists():
         write_checkpoint(model, arguments.layers)
-    plan = lowbit.plan(model, arguments.recipe)
+    plan = lowbit.planning(model, arguments.recipe)
     command = ["-c", RUN, str(model), str(arguments.folder / "out"), arguments.recipe, str(arguments.limit_gb)]
     peak = in_fresh_process(command)
     size = sum(f.stat().st_size for f in (arguments.folder / "out").glob("*.safetensors*"))

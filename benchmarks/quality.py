@@ -19,8 +19,9 @@ from pathlib import Path
 import gguf
 import torch
 
-from lowbit.interchange.source import Source, open_source
-from lowbit.interchange.text import load_text
+from lowbit.calibration.text import load_text
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import CompareRow

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 
 SEED = 20261121
 

@@ -9,8 +9,8 @@ import torch
 
 import lowbit
 from lowbit.nn.packed import PackedWeight
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -30,7 +30,7 @@ class _Register(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        from lowbit.interchange.hf import register
+        from lowbit.interchange.hf.quantizer import register
 
         register()
 
@@ -51,7 +51,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 def install() -> None:
     """Register now if transformers is already there, else when it comes."""
     if _TABLE in sys.modules:
-        from lowbit.interchange.hf import register
+        from lowbit.interchange.hf.quantizer import register
 
         register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

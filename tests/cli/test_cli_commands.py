@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.job import default_folder
 from lowbit.cli.main import app
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 from tiny import save_tiny
 
 COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
@@ -73,7 +73,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_quantize_writes_the_planned_bytes_and_says_what_it_did(folder: Path, packed: Path) -> None:
-    plan = lowbit.plan(str(folder), "int4:g32")
+    plan = lowbit.planning(str(folder), "int4:g32")
     assert (packed / "model.safetensors").stat().st_size == plan.output_bytes
     text = run("quantize", folder, "w4", "-o", packed.parent / "said", "--no-card")
     assert "w4 = search@int4:g32" in text and "bits per weight" in text and "lowbit generate" in text
@@ -103,7 +103,7 @@ def test_the_folder_is_named_after_model_and_recipe(model: str, recipe: str, nam
 
 
 def test_plan_in_json_and_for_people(folder: Path) -> None:
-    plan = lowbit.plan(str(folder), "w4", context=1000)
+    plan = lowbit.planning(str(folder), "w4", context=1000)
     data = json.loads(run("plan", folder, "w4", "--context", 1000, "--json"))
     assert data == json.loads(json.dumps(plan.to_json()))
     text = run("plan", folder, "w4", "--context", 1000)

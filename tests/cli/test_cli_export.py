@@ -12,7 +12,7 @@ import transformers
 from typer.testing import CliRunner
 
 from lowbit.cli.main import app
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from tiny import _ROPE, save_tiny, tiny_tokenizer
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from template_mutants import mutants
 
+from lowbit.calibration.selftext import render_chat
 from lowbit.engine.chat_template import ChatTemplate
 from lowbit.engine.tokenizer import AnyTokenizer, FolderTokenizer
 from lowbit.errors import SourceError, TextError
-from lowbit.pipeline.selftext import render_chat
 from tiny import tiny_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "a <sum>", "parameters": {"type": "object", "properties": {"a": {"type": "number", "description": "é"}}}}}]  # fmt: skip

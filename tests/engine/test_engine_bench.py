@@ -17,12 +17,12 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import EngineError, LowbitError, RecipeError, SourceError
 from lowbit.kernels.core import core
+from lowbit.measure import backends as contestants
 from lowbit.measure import bench as module
-from lowbit.measure import contestants
+from lowbit.measure.backends import Contestant
 from lowbit.measure.bench import Bench, BenchRow, Limits
-from lowbit.measure.contestants import Contestant
+from lowbit.measure.interleave import SpeedSettings, take_turns
 from lowbit.measure.startup import Startup, startup
-from lowbit.measure.turns import SpeedSettings, take_turns
 from tiny import save_tiny
 
 FEW = SpeedSettings(prompt=6, new=4, prefill=9, batch=2, batch_length=9)

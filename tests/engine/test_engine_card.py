@@ -18,11 +18,12 @@ from lowbit.cli.main import app
 from lowbit.engine import fallback
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError
-from lowbit.measure import api, contestants, float_model, generation
+from lowbit.measure import api, float_model, generation
+from lowbit.measure import backends as contestants
 from lowbit.measure.card import Card, CardParts
+from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.speed import Rates, Speed, measure_speed
 from lowbit.measure.startup import Startup
-from lowbit.measure.turns import SpeedSettings
 from lowbit.report.panel import card_lines
 from tiny import save_tiny, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from lowbit import Engine
 from lowbit.engine.config_facts import FACTS
 from lowbit.engine.families import FAMILIES
 from lowbit.errors import EngineError
-from lowbit.interchange.config_facts import ConfigFacts
+from lowbit.families.config_facts import ConfigFacts
 
 ONE = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2-sliding", "qwen3": "qwen3", "smollm3": "smollm3",
        "granite": "granite", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "phi3": "phi3"}  # fmt: skip

@@ -16,7 +16,7 @@ from engine_models import build_model, tokens
 
 import lowbit
 from lowbit import Engine
-from lowbit.engine.text import StopStrings, TextStream, TokenText
+from lowbit.engine.text_stream import StopStrings, TextStream, TokenText
 from lowbit.errors import EngineError, RecipeError
 from lowbit.kernels.core import core
 

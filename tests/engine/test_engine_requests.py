@@ -18,7 +18,7 @@ from lowbit import Engine
 from lowbit.engine.batch import Batch, Running
 from lowbit.engine.fallback import Transformers
 from lowbit.engine.results import Sampling
-from lowbit.engine.text import TokenText
+from lowbit.engine.text_stream import TokenText
 from lowbit.errors import EngineError, LowbitError, RecipeError
 from tiny import save_tiny
 

@@ -22,7 +22,6 @@ from lowbit.engine.families import FAMILIES
 from lowbit.engine.fit import expected
 from lowbit.engine.shape import shape_of
 from lowbit.errors import LowbitError, SourceError
-from lowbit.interchange.building import no_more_than
 from lowbit.interchange.checks.config import check_config, check_decoder, lacks
 from lowbit.interchange.checks.fields import ACTIVATIONS, DECODERS
 from lowbit.interchange.checks.foreign import check_foreign
@@ -30,6 +29,7 @@ from lowbit.interchange.checks.gguf import check_gguf
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers, layers_of
 from lowbit.interchange.checks.words import check_generation, check_tokenizer
+from lowbit.interchange.hf.bounds import no_more_than
 from lowbit.interchange.inventory import meta_model
 from tiny import TINY, save_tiny
 
@@ -234,9 +234,9 @@ SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("what", SECTIONS)
 def test_a_wrong_section_is_refused_by_whatever_reads_it(what: str, packed: Path, tmp_path: Path) -> None:
-    from lowbit.interchange.folder import FolderSource
-    from lowbit.interchange.lowbit_folder import LowbitFolder
-    from lowbit.interchange.packed_model import load_packed
+    from lowbit.interchange.hf.packed_model import load_packed
+    from lowbit.interchange.readers.folder import FolderSource
+    from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
     change, words = SECTIONS[what]
     for file in packed.iterdir():
@@ -336,14 +336,14 @@ def test_a_tensor_of_another_shape_is_named_with_its_field(tmp_path: Path) -> No
     whole = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**whole, "vocab_size": 130}))
     with pytest.raises(LowbitError, match=r"vocab_size is 130"):
-        lowbit.plan(tmp_path)
+        lowbit.planning(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     tensors = load_file(tmp_path / "model.safetensors")
     flat = copy.copy(tensors)
     flat[NAME] = flat[NAME].reshape(-1).clone()
     save_file(flat, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LowbitError, match="q_proj"):
-        lowbit.plan(tmp_path)
+        lowbit.planning(tmp_path)
 
 
 def test_a_long_name_of_a_method_is_not_said_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,7 +353,7 @@ def test_a_long_name_of_a_method_is_not_said_in_full(tmp_path: Path, capsys: pyt
         json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "x" * 5000}})
     )
     with pytest.raises(SourceError, match="quant_method is 'xxx") as caught:
-        lowbit.plan(tmp_path / "m", "w8")
+        lowbit.planning(tmp_path / "m", "w8")
     assert len(str(caught.value)) < 500
     with pytest.raises(typer.Exit):
         guard.fail("y" * 5000)
@@ -366,4 +366,4 @@ def test_objects_where_a_class_has_none(wrong: dict[str, Any], tmp_path: Path) -
     config = tmp_path / "m" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **wrong}))
     with pytest.raises(SourceError, match="text model|dtype"):
-        lowbit.plan(tmp_path / "m", "w8")
+        lowbit.planning(tmp_path / "m", "w8")

@@ -9,7 +9,7 @@ import pytest
 from lowbit.errors import SourceError
 from lowbit.interchange.end_tokens import end_tokens, ends_of_gguf
 from lowbit.interchange.exporters.gguf.vocabulary import vocabulary
-from lowbit.interchange.module_source import ModuleSource
+from lowbit.interchange.readers.module import ModuleSource
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lowbit.errors import FormatError
 from lowbit.formats import parse_format, parse_inputs
 from lowbit.interchange.exporters.common.folder_target import FolderTarget
-from lowbit.interchange.exporters.target import Contents, Stored, targets
+from lowbit.interchange.exporters.exporter import Contents, Stored, targets
 from tiny import TINY
 
 NAMES = ("awq", "gptq", "vllm")

@@ -18,10 +18,10 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import ExportError
 from lowbit.formats import QTensor, parse_format
-from lowbit.interchange.exporters.common.pieces import PublishedFolder, published, without_number
+from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published, without_number
+from lowbit.interchange.exporters.exporter import target_named
 from lowbit.interchange.exporters.gguf.families import family_of, refusal
-from lowbit.interchange.exporters.target import target_named
-from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
 RECIPES = {
     "vllm": ("int4:g32", "uint4:g32:asym", "mxfp4", "nvfp4", "int8:channel,a=int8:token", "int4:g32,*experts*=int8:channel"),

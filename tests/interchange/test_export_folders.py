@@ -19,7 +19,7 @@ import lowbit
 from lowbit.cli.export import told
 from lowbit.cli.main import app
 from lowbit.errors import ExportError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from tiny import save_tiny
 
 TARGETS = {

@@ -15,15 +15,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import lowbit
+from lowbit.calibration.data import Calibration
 from lowbit.cli.main import app
+from lowbit.convert.kv_ranges import kv_cost, kv_ranges
+from lowbit.convert.quantize_as import prepare, quantized_as
 from lowbit.errors import ExportError, RecipeError
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
-from lowbit.interchange.lowbit_folder import LowbitFolder
-from lowbit.interchange.source import open_source
-from lowbit.pipeline.calibration import Calibration
-from lowbit.pipeline.kv_survey import kv_cost, kv_ranges
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.pipeline.loading import load
-from lowbit.pipeline.straight import prepare, quantized_as
 from tiny import _ROPE, VOCAB, save_tiny, tiny_tokenizer
 
 LARGEST = 448.0  # of e4m3

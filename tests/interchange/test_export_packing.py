@@ -11,8 +11,8 @@ from torch import Tensor
 from lowbit.formats import QTensor, parse_format, parse_inputs
 from lowbit.interchange.exporters.awq import Awq
 from lowbit.interchange.exporters.compressed_tensors.activations import pack_inputs
+from lowbit.interchange.exporters.exporter import Contents, Stored
 from lowbit.interchange.exporters.gptq import Gptq
-from lowbit.interchange.exporters.target import Contents, Stored
 from lowbit.interchange.exporters.vllm import SCHEMES, Vllm
 from lowbit.pipeline.api import quantize_tensor
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import SourceError
-from lowbit.interchange.folder import INDEX, SINGLE, quantization_method
 from lowbit.interchange.inventory import inventory_of, take_inventory
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.folder import INDEX, SINGLE, quantization_method
 from tiny import TINY, save_tiny, tiny_tokenizer
 
 
@@ -80,7 +80,7 @@ def test_experts_are_fused_from_one_tensor_per_expert(tmp_path: Path) -> None:
 
 def test_only_the_bytes_of_the_asked_tensor_are_read(tmp_path: Path) -> None:
     """With every other byte of the file destroyed, the tensor still reads right."""
-    from lowbit.interchange.safetensors_file import read_header
+    from lowbit.interchange.files.safetensors_reader import read_header
 
     model = save_tiny("llama", tmp_path, tokenizer=False)
     source = open_source(tmp_path)

@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 
 import lowbit
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from quantized_folders import awq_layer, fp8_layer, gpt_oss, save_quantized
 from tiny import TINY, save_tiny
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lowbit
+from lowbit.calibration.decoding import cache_name
+from lowbit.convert.kv_ranges import _Watched
 from lowbit.interchange.exporters.common.kv_ranges import stored
-from lowbit.pipeline.decoding import cache_name
-from lowbit.pipeline.kv_survey import _Watched
 from tiny import VOCAB
 
 pytestmark = pytest.mark.peer

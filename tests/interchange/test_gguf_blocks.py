@@ -9,8 +9,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lowbit.formats import parse_format
-from lowbit.interchange.gguf_blocks import is_quantized, stored_weight
 from lowbit.interchange.layouts.gguf import FORMATS, UNPACK
+from lowbit.interchange.readers.gguf.blocks import is_quantized, stored_weight
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -15,14 +15,14 @@ from moe_models import MOE_MODELS
 
 from config_changes import changes
 from lowbit.errors import SourceError
-from lowbit.interchange.config_facts import NEUTRAL
+from lowbit.families.config_facts import NEUTRAL
+from lowbit.interchange.exporters.exporter import Contents, Stored, target_named
 from lowbit.interchange.exporters.gguf import families
 from lowbit.interchange.exporters.gguf.config_facts import FACTS
 from lowbit.interchange.exporters.gguf.layout import bytes_in_file, place
 from lowbit.interchange.exporters.gguf.rope import rope_factors
-from lowbit.interchange.exporters.target import Contents, Stored, target_named
-from lowbit.interchange.gguf_rope import llama3_divisors, scaling_of
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.gguf.rope import llama3_divisors, scaling_of
 
 MODELS = {**FAMILY_MODELS, **MOE_MODELS}
 KINDS = {MODELS[name]().model_type: name for name in reversed(MODELS)}

@@ -14,13 +14,13 @@ from gguf_models import FAMILY_MODELS, save_model
 import lowbit
 from lowbit.errors import ExportError, OutputError
 from lowbit.formats import parse_format
+from lowbit.interchange.exporters.exporter import Contents, Stored, target_named, targets
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import names_in_file
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
 from lowbit.interchange.exporters.gguf.rope import rope_factors
-from lowbit.interchange.exporters.target import Contents, Stored, target_named, targets
-from lowbit.interchange.lowbit_folder import LowbitFolder
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from tiny import save_tiny
 
 IDS = torch.arange(3, 23)[None]

@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 from gguf.quants import dequantize, quantize
 
 from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 
 H, FF, HEADS, KV, VOCAB = 64, 96, 4, 2, 96
 

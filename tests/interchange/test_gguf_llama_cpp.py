@@ -103,7 +103,7 @@ def test_embeddings_of_other_types(room: Path, kind: str) -> None:
 
 
 def test_a_mix_is_what_llama_cpp_calls_it(room: Path) -> None:
-    from lowbit.pipeline.straight import prepare, quantized_as
+    from lowbit.convert.quantize_as import prepare, quantized_as
 
     ready = prepare(wide(room), "q4_k_m", "gguf")
     with quantized_as(wide(room), ready, room / "mix.gguf", keep=room / "mix") as (_, made):

@@ -12,7 +12,7 @@ from gguf_models import FAMILY_MODELS, save_model
 
 import lowbit
 from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForCondi
 import lowbit
 from lowbit.errors import SourceError
 from lowbit.formats import InputQuantizer, parse_inputs
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights
 from tiny import save_tiny, tiny_model

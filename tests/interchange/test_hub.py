@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import errors
 
 from lowbit.errors import SourceError
-from lowbit.interchange import hub
-from lowbit.interchange.safetensors_file import DTYPES, read_header
-from lowbit.interchange.source import open_headers, open_source
+from lowbit.interchange.files.safetensors_reader import DTYPES, read_header
+from lowbit.interchange.hub import hub
+from lowbit.interchange.opening import open_headers, open_source
 from tiny import save_tiny
 
 

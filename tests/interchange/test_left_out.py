@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit.interchange.left_out import BUFFERS, OF_THE_PROGRAM, SEVERAL_TOKENS, LeftOut, left_out
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.left_out import BUFFERS, OF_THE_PROGRAM, SEVERAL_TOKENS, LeftOut, left_out
 from lowbit.measure.api import plan_parts
 from tiny import save_tiny
 
@@ -34,7 +34,7 @@ def with_prediction_layers(folder: Path) -> int:
 
 def test_layers_for_several_tokens_are_named_in_plan_run_and_card(tmp_path: Path) -> None:
     nbytes = with_prediction_layers(tmp_path / "in")
-    plan = lowbit.plan(tmp_path / "in", "w8")
+    plan = lowbit.planning(tmp_path / "in", "w8")
     (note,) = plan.notes
     for words in ("model.layers.46.*", f"{nbytes:,} bytes", "multi-token prediction"):
         assert words in note

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from tiny import tiny_model, tiny_tokenizer
 
 

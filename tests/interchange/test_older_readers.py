@@ -11,8 +11,8 @@ import pytest
 import transformers
 
 import lowbit
-from lowbit.interchange.older_readers import config_fields, write_tokenizer
-from lowbit.pipeline.dequantizing import dequantize_model
+from lowbit.convert.dequantizing import dequantize_model
+from lowbit.interchange.hf.configs import config_fields, write_tokenizer
 from tiny import _ROPE, save_tiny, tiny_tokenizer
 
 THETA = 500000.0

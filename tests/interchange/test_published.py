@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 import lowbit
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.published import Published
 from lowbit.interchange.inventory import meta_model, tied_names
-from lowbit.interchange.published import Published
 from lowbit.interchange.source import TensorSpec
 from tiny import tiny_model
 

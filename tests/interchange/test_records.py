@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import TextError
-from lowbit.interchange.text import load_text
 
 WORDS = 'the hérons stood\non the "far" bank'
 SAID = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": WORDS}]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lowbit.errors import SourceError
-from lowbit.interchange.safetensors_file import DTYPES, read_header, read_tensor, sampled
+from lowbit.interchange.files.safetensors_reader import DTYPES, read_header, read_tensor, sampled
 
 
 def write(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
@@ -191,7 +191,7 @@ def test_reading_one_tensor_needs_no_address_space_for_the_file(tmp_path: Path) 
         file.write(bytes([1, 2, 3, 4]))
     code = """
 import resource, sys
-from lowbit.interchange.safetensors_file import read_header, read_tensor
+from lowbit.interchange.files.safetensors_reader import read_header, read_tensor
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20),) * 2)
 header = read_header(sys.argv[1])

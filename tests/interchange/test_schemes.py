@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.nn.swap import packed_weights
 from quantized_folders import (
     Made,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import OutputError, SourceError
-from lowbit.interchange import smollm2
-from lowbit.interchange.source import open_source
+from lowbit.interchange.hub.hub import smollm2
+from lowbit.interchange.opening import open_source
 
 CONTENT = b"GGUF" + bytes(1000)
 

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
 def test_transformers_alone_refuses_in_words(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lowbit.interchange.hf as ours
+    import lowbit.interchange.hf.quantizer as ours
 
     ours.register()
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "lowbit")

@@ -15,9 +15,9 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import RecipeError
 from lowbit.formats import QTensor, parse_format
-from lowbit.kernels import registry
+from lowbit.kernels import dispatch as registry
 from lowbit.kernels.core import why_absent
-from lowbit.kernels.registry import Dispatcher, Timings, all_kernels, bucket, survey
+from lowbit.kernels.dispatch import Dispatcher, Timings, all_kernels, bucket, survey
 
 CPU = torch.device("cpu")
 FORMATS = [

@@ -12,9 +12,10 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import RecipeError
 from lowbit.formats import InputQuantizer, QTensor, encode, parse_format, parse_inputs, quantize_inputs, round_inputs
-from lowbit.kernels import registry, torch_int
+from lowbit.kernels import dispatch as registry
+from lowbit.kernels import torch_int
+from lowbit.kernels.dispatch import Dispatcher, Timings, survey
 from lowbit.kernels.integer import integer_matmul
-from lowbit.kernels.registry import Dispatcher, Timings, survey
 from lowbit.kernels.torch_int import TorchInt
 from strategies import normal
 

@@ -6,8 +6,8 @@ import math
 import pytest
 from measure_models import perturbed, tiny_llama
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import EngineError, RecipeError
-from lowbit.interchange.text import load_text
 from lowbit.measure.card import CardParts
 from lowbit.measure.compare import CompareRow, compare
 from lowbit.measure.quality import measure_quality

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from measure_models import VOCABULARY, perturbed, tiny_bert, tiny_llama, tiny_t5
 from torch import nn
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import SourceError, TextError
-from lowbit.interchange.text import load_text
 from lowbit.measure.quality import Reference, compare_logits, measure_quality
 from lowbit.measure.windows import Windows, make_windows
 from tiny import TINY, tiny_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 from measure_models import tiny_bert, tiny_llama, tiny_t5
 
-from lowbit.measure import contestants
-from lowbit.measure.contestants import WORDS, Contestant
+from lowbit.measure import backends as contestants
+from lowbit.measure.backends import WORDS, Contestant
 from lowbit.measure.generation import greedy_times
 from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, measure_speed
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from measure_models import tiny_bert, tiny_llama
 
+from lowbit.calibration.text import Text, load_text
+from lowbit.calibration.windows import Frame
 from lowbit.errors import TextError
-from lowbit.interchange.frame import Frame
-from lowbit.interchange.running import max_positions
-from lowbit.interchange.text import Text, load_text
+from lowbit.interchange.hf.running import max_positions
 from lowbit.measure.quality import measure_quality
 from lowbit.measure.windows import make_windows
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.pipeline import folder_writer
-from lowbit.pipeline.straight import prepare, quantized_as
+from lowbit.convert.quantize_as import prepare, quantized_as
+from lowbit.interchange.files import folder_writer
 
 STEPS = ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")
 TEXT = ["the cat and the hen ate the rat in the tin " * 40]

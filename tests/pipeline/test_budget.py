@@ -13,16 +13,17 @@ import torch
 import transformers
 
 import lowbit
+from lowbit.budget.choose import allocate, allocation, parse_size
+from lowbit.budget.knapsack import choose
+from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
 from lowbit.formats import parse_format
-from lowbit.interchange.source import Source, open_source
-from lowbit.pipeline.budget import allocate, allocation, parse_size
-from lowbit.pipeline.knapsack import choose
-from lowbit.pipeline.layer_globs import with_layers
-from lowbit.pipeline.plan import make_plan
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.recipe_text import to_toml
-from lowbit.pipeline.sensitivity import Sensitivity
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.source import Source
+from lowbit.planning.plan import make_plan
+from lowbit.recipes.layer_globs import with_layers
+from lowbit.recipes.recipe import Recipe
+from lowbit.recipes.text import to_toml
 from tiny import TINY
 
 LADDER = ("int2:g32", "int3:g32", "int4:g16", "int6:g32", "int8:g32")

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.blockwise.groups import Group
+from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.run import CalibratedRun, micro_batches
+from lowbit.blockwise.stages import Stage, stages_of
+from lowbit.calibration.data import load_calibration
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline import driver
-from lowbit.pipeline.calibrated import CalibratedRun, micro_batches
-from lowbit.pipeline.calibration import load_calibration
-from lowbit.pipeline.groups import Group
-from lowbit.pipeline.plan import make_plan
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.stages import Stage, stages_of
+from lowbit.planning.plan import make_plan
+from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.stats import Stats
 from tiers import mostly_nightly
 from tiny import TINY, VOCAB, save_tiny, tiny_model
@@ -106,7 +106,7 @@ def test_statistics_are_those_of_the_whole_model_with_what_is_quantized_so_far(
             shadow.get_parameter(solved.plan.name).data.copy_(solved.qtensor().dequantize())
         return found
 
-    from lowbit.pipeline import calibrated
+    from lowbit.blockwise import run as calibrated
 
     original = calibrated.solve_group
     monkeypatch.setattr(calibrated, "solve_group", watch)
@@ -297,7 +297,7 @@ RECIPES = [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:te
     ("recipe", "name"), mostly_nightly(RECIPES, ["llama", "t5", "gpt2"], every=lambda r, n: n == r % 3 or r == 0)
 )
 def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowbit.pipeline.remembered import Remembered
+    from lowbit.blockwise.attention_cache import Remembered
 
     if recipe.startswith("smooth") and name == "t5":
         recipe = RECIPE

@@ -11,12 +11,12 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader, TensorDataset
 
+from lowbit.budget.fisher import cut
+from lowbit.calibration import decoding, selftext
+from lowbit.calibration.data import Calibration, load_calibration
+from lowbit.calibration.windows import Frame
 from lowbit.errors import TextError
-from lowbit.interchange.frame import Frame
-from lowbit.interchange.source import open_source
-from lowbit.pipeline import decoding, selftext
-from lowbit.pipeline.calibration import Calibration, load_calibration
-from lowbit.pipeline.fisher import cut
+from lowbit.interchange.opening import open_source
 from tiny import VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = " ".join(f"the cat and {i} hats in the inn;" for i in range(300))

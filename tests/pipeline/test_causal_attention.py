@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowbit.pipeline import causal_attention
-from lowbit.pipeline.causal_attention import attention
-from lowbit.pipeline.states import TensorFile
+from lowbit.blockwise import causal_attention
+from lowbit.blockwise.causal_attention import attention
+from lowbit.blockwise.hidden_states import TensorFile
 
 
 def operands(tokens: int, shared: int = 1) -> list[Tensor]:

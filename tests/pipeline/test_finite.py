@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.errors import WeightError
-from lowbit.pipeline.finite import check_finite, nonfinite
+from lowbit.weights.finite import check_finite, nonfinite
 from tiny import save_tiny, tiny_model
 
 NORM, EMBED = "model.layers.1.post_attention_layernorm.weight", "model.embed_tokens.weight"

@@ -10,9 +10,9 @@ import torch
 from test_calibrated import token_ids
 
 import lowbit
+from lowbit.blockwise.weightings import guided as module
 from lowbit.errors import RecipeError
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.weightings import guided as module
+from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.stats import StatsBuilder
 from tiny import tiny_model
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.kernels.core import core
 from lowbit.nn.swap import packed_weights
 from quantized_folders import awq_layer, bnb4_layer, gptq_layer, int8_layer, save_quantized

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lowbit
+from lowbit.blockwise.judge import BlockJudge
+from lowbit.blockwise.rewriter import Rewriter
 from lowbit.errors import RecipeError
-from lowbit.pipeline.judging import BlockJudge
-from lowbit.pipeline.rewriting import Rewriter
 from lowbit.transforms.smooth import smooth
 from tiny import tiny_model
 
@@ -71,8 +71,8 @@ def test_a_worse_choice_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_who_chooses(tmp_path: Path) -> None:
-    from lowbit.interchange.source import open_source
-    from lowbit.pipeline.recipe import Recipe
+    from lowbit.interchange.opening import open_source
+    from lowbit.recipes.recipe import Recipe
 
     source = open_source(tiny_model("llama"))
     for text, chooses in {

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit.blockwise.range_survey import BOUNDLESS, Spread
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.formats import parse_inputs
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline import api, driver
-from lowbit.pipeline.input_rules import FALLBACK, Fallback, InputRule, inputs_text
-from lowbit.pipeline.layer_globs import globs_of
-from lowbit.pipeline.range_survey import BOUNDLESS, Spread
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.recipe_text import to_toml
+from lowbit.recipes.activation_rules import FALLBACK, Fallback, InputRule, inputs_text
+from lowbit.recipes.layer_globs import globs_of
+from lowbit.recipes.recipe import Recipe
+from lowbit.recipes.text import to_toml
 from lowbit.solvers.ranges.estimator import RangeMethod
 from tiny import VOCAB, save_tiny, tiny_model
 
@@ -110,7 +110,7 @@ def test_settings_that_mean_nothing(settings: str, message: str) -> None:
 
 def test_the_plan_gives_each_layer_its_inputs() -> None:
     recipe = "absmax@int8:channel,a=int8:token,a:*.down_proj=minmax@int8:tensor,a:*.layers.0.self_attn.*=float"
-    plan = lowbit.plan(tiny_model("llama-tied"), recipe)
+    plan = lowbit.planning(tiny_model("llama-tied"), recipe)
     found = {t.name: str(t.inputs) for t in plan.tensors if t.kind == "linear"}
     for name, inputs in found.items():
         first = "None" if ".0.self_attn." in name else "int8:token"
@@ -118,9 +118,9 @@ def test_the_plan_gives_each_layer_its_inputs() -> None:
     assert plan.input_counts() == {"int8:token": 8, "int8:tensor:static": 2}
     assert plan.recipe.needs_calibration == "a=int8:tensor:static"
     with pytest.raises(RecipeError, match="a:\\*.nothing=int8:token matches no tensor"):
-        lowbit.plan(tiny_model("llama-tied"), "absmax@int8:channel,a:*.nothing=int8:token")
+        lowbit.planning(tiny_model("llama-tied"), "absmax@int8:channel,a:*.nothing=int8:token")
     with pytest.raises(RecipeError, match="has no quantized linear layer"):
-        lowbit.plan(tiny_model("llama-tied"), "absmax@int8:channel,a:*embed_tokens=int8:token")
+        lowbit.planning(tiny_model("llama-tied"), "absmax@int8:channel,a:*embed_tokens=int8:token")
 
 
 @pytest.mark.parametrize("transform", ["", "smooth+"])

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.formats import parse_format
-from lowbit.interchange.safetensors_file import bytes_of
-from lowbit.interchange.safetensors_writer import create, index_json, shards_of
-from lowbit.pipeline import plan as plan_module
-from lowbit.pipeline import solve as solve_module
-from lowbit.pipeline.plan import TensorPlan, by_rows
-from lowbit.pipeline.recipe import Recipe
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.safetensors_writer import create, index_json, shards_of
+from lowbit.planning import plan as plan_module
+from lowbit.planning.tensor import TensorPlan, by_rows
+from lowbit.recipes.recipe import Recipe
+from lowbit.weights import solve as solve_module
 from strategies import steady
 from tiers import mostly_nightly
 from tiny import tiny_tokenizer

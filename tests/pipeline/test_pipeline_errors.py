@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lowbit
 from lowbit.errors import OutputError, WeightError
-from lowbit.pipeline import folder_writer
+from lowbit.interchange.files import folder_writer
 from tiny import save_tiny
 
 Float = Callable[[str], Path]
@@ -120,7 +120,7 @@ def test_a_disk_that_fills_late(
 
     targets = {
         "create": (folder_writer, "create"), "assets": (shutil, "copyfile"), "sync": (folder_writer, "sync"),
-        "config": ("lowbit.interchange.older_readers.write_config",), "rename": (folder_writer.os, "rename"),
+        "config": ("lowbit.interchange.hf.configs.write_config",), "rename": (folder_writer.os, "rename"),
     }  # fmt: skip
     (tmp_path / "room").mkdir()
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lowbit
 from lowbit.errors import LowbitError, OutputError, SourceError
-from lowbit.kernels.registry import Dispatcher
+from lowbit.kernels.dispatch import Dispatcher
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights
 from tiny import TINY, save_tiny, tiny_model, tiny_tokenizer

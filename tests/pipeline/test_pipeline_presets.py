@@ -11,8 +11,8 @@ import transformers
 
 import lowbit
 from lowbit.nn.swap import packed_weights
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 from tiny import TINY, tiny_tokenizer
 
 TEXT = ["the man in the rain and another thing in the train ran on and on " * 12]

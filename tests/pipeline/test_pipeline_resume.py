@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import lowbit
 from lowbit.errors import LowbitError, OutputError
-from lowbit.interchange.claim import claimed
-from lowbit.pipeline import folder_writer
+from lowbit.interchange.files import folder_writer
+from lowbit.interchange.files.claim import claimed
 from quantized_folders import awq_layer, save_quantized
 from tiers import mostly_nightly
 
@@ -30,8 +30,8 @@ WORKER = Path(__file__).parent / "kill_worker.py"
 RUN = """
 import os, sys
 import lowbit
-from lowbit.pipeline import folder_writer
-from lowbit.pipeline.folder_writer import FolderWriter
+from lowbit.interchange.files import folder_writer
+from lowbit.interchange.files.folder_writer import FolderWriter
 where, at, flush, model, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 folder_writer._FLUSH = flush
 calls = 0
@@ -308,7 +308,7 @@ def refused(model: Path, out: Path) -> str:
 
 
 def test_a_claim_outlives_no_process(tmp_path: Path) -> None:
-    script = "import os, sys\nfrom lowbit.interchange.claim import claimed\nwith claimed(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
+    script = "import os, sys\nfrom lowbit.interchange.files.claim import claimed\nwith claimed(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
     child = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "new" / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.interchange.inventory import inventory_of
-from lowbit.kernels.registry import Dispatcher
+from lowbit.kernels.dispatch import Dispatcher
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.recipe import Recipe
 from tiny import TINY, VOCAB, tiny_model
 
 Folder = Callable[[str, str], Path]

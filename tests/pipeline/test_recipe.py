@@ -9,9 +9,9 @@ import pytest
 
 from lowbit.errors import FormatError, LowbitError, RecipeError
 from lowbit.formats import parse_format
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import EMBED, Recipe
-from lowbit.pipeline.recipe_text import to_toml
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import EMBED, Recipe
+from lowbit.recipes.text import to_toml
 from lowbit.solvers import Call
 
 TEXTS = [

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.budget import sensitivity
+from lowbit.budget.sensitivity import Sensitivity, estimate_sensitivity, measure_sensitivity
 from lowbit.errors import OutputError, RecipeError, SourceError, TextError
-from lowbit.interchange.source import open_source
-from lowbit.pipeline import sensitivity
-from lowbit.pipeline.sensitivity import Sensitivity, estimate_sensitivity, measure_sensitivity
+from lowbit.interchange.opening import open_source
 from tiny import VOCAB, tiny_model
 
 

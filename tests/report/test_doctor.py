@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from lowbit.kernels.registry import survey
-from lowbit.pipeline.recipe import Recipe
+from lowbit.kernels.dispatch import survey
+from lowbit.recipes.recipe import Recipe
 from lowbit.report import doctor
 
 

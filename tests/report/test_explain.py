@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowbit.errors import WeightError
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 from lowbit.report.explain import explain, parse_array
 from lowbit.report.explain_view import render_explanation
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit.errors import SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.report.inspect import inspect_quantized, inspect_source, moments
 from tiny import save_tiny, tiny_model
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.errors import RecipeError
 from lowbit.formats import QTensor, parse_format
 from lowbit.solvers import Call
-from lowbit.solvers.descent import coordinate_descent, feed_errors
+from lowbit.solvers.coordinate_descent import coordinate_descent, feed_errors
 from lowbit.solvers.feedback import columns_in_order
 from lowbit.solvers.hessian import factorize, quadratic
 from lowbit.solvers.methods.qronos import corrected

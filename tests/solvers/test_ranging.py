@@ -9,11 +9,11 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import FormatError
 from lowbit.formats import QTensor, encode, parse_format
-from lowbit.pipeline.plan import TensorPlan
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.solve import Solved, solve, solve_group
+from lowbit.planning.tensor import TensorPlan
+from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats, StatsBuilder
+from lowbit.weights.solve import Solved, solve, solve_group
 
 # Every store: fp16, e4m3, bf16 and e8m0 scales, a float minimum, nested scales and minima, learned levels with and without one.
 RECIPES = (

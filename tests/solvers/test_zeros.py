@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, parse_format
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.registry import Call, methods
 from lowbit.solvers.stats import Stats, StatsBuilder
 from lowbit.solvers.zeros import zero_runs

@@ -9,7 +9,7 @@ import torch
 from variants import FAMILIES, family_source, random_source
 
 from lowbit.errors import TransformError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.transforms import families, layouts
 from lowbit.transforms.arch import Link, arch_of, shared_channels
 from lowbit.transforms.check import check_family, check_function, tiny_config

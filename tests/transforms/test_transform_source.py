@@ -9,11 +9,11 @@ import torch
 from variants import family_source, random_source
 
 from lowbit.errors import RecipeError, SourceError
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.pipeline.driver import write_folder
 from lowbit.pipeline.loading import load
-from lowbit.pipeline.plan import make_plan
-from lowbit.pipeline.recipe import Recipe
+from lowbit.planning.plan import make_plan
+from lowbit.recipes.recipe import Recipe
 from lowbit.solvers import Call
 from lowbit.solvers.registry import methods
 from lowbit.transforms import FACTS, check_order, fold, rotate

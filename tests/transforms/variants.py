@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-from lowbit.interchange.source import Source, open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.source import Source
 from tiny import TINY, VOCAB
 
 

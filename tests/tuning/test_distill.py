@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.blockwise import model_tuner as tuned
 from lowbit.errors import RecipeError
-from lowbit.pipeline import folder_writer, tuned
-from lowbit.pipeline.folder_writer import FolderWriter
-from lowbit.pipeline.recipe import Recipe
+from lowbit.interchange.files import folder_writer
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.recipes.recipe import Recipe
 from lowbit.tuning.distill import split
 from lowbit.tuning.divergence import divergence
 from tiers import mostly_nightly
@@ -213,7 +214,7 @@ def test_one_window_is_too_few() -> None:
 
 
 def test_the_plan_counts_the_whole_float_model(float_folder: Path) -> None:
-    without = lowbit.plan(float_folder, "gptq@int4:g16")
-    tuned_plan = lowbit.plan(float_folder, "gptq+distill@int4:g16")
+    without = lowbit.planning(float_folder, "gptq@int4:g16")
+    tuned_plan = lowbit.planning(float_folder, "gptq+distill@int4:g16")
     assert tuned_plan.peak_bytes > 4 * tuned_plan.parameters and tuned_plan.peak_bytes >= without.peak_bytes
     assert tuned_plan.output_bytes == without.output_bytes

@@ -12,11 +12,11 @@ from test_distill import token_ids
 from torch import Tensor
 
 import lowbit
+from lowbit.blockwise import hidden_states as states
 from lowbit.formats import QTensor, parse_format
 from lowbit.formats.qtensor import encode
-from lowbit.pipeline import states
 from lowbit.pipeline.api import quantize_tensor
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.recipe import Recipe
 from lowbit.tuning.reconstruct import BlockProblem, held_out_batches, lkd, reconstruct, relative_error
 from lowbit.tuning.weight import TunableWeight
 from tiers import mostly_nightly

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lowbit.formats import QTensor, parse_format
 from lowbit.pipeline.api import quantize_tensor
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.recipe import Recipe
 from lowbit.tuning import divergence as divergence_module
-from lowbit.tuning.descent import Moving, SignDescent, descend, linear, warm_cosine
 from lowbit.tuning.divergence import divergence
+from lowbit.tuning.gradient_descent import Moving, SignDescent, descend, linear, warm_cosine
 from lowbit.tuning.weight import TunableVector, TunableWeight
 
 FORMATS = [

@@ -34,9 +34,9 @@ def compare(
 ) -> None:
     """Measure many recipes on one model and print one table."""
     import lowbit
+    from lowbit.calibration.data import SAMPLES
     from lowbit.errors import RecipeError
-    from lowbit.pipeline.calibration import SAMPLES
-    from lowbit.pipeline.recipe import Recipe
+    from lowbit.recipes.recipe import Recipe
 
     wanted = [Recipe.of(recipe) for recipe in recipes or []]  # a misspelt one is better known before any is measured
     if samples is not None and calibration is None and not any(r.needs_calibration for r in wanted):

@@ -43,7 +43,7 @@ def explain(
 
 
 def _explained(what: str, recipe: str, rows: int) -> Explanation:
-    from lowbit.pipeline.recipe import Recipe
+    from lowbit.recipes.recipe import Recipe
     from lowbit.report.explain import explain as run
     from lowbit.report.explain import parse_array
 
@@ -51,7 +51,7 @@ def _explained(what: str, recipe: str, rows: int) -> Explanation:
     if what.lstrip().startswith(("[", "(")):
         return run(parse_array(what), wanted)
     from lowbit.errors import SourceError, nearest
-    from lowbit.interchange.source import open_source
+    from lowbit.interchange.opening import open_source
 
     model, colon, tensor = what.rpartition(":")
     if not colon or not model:

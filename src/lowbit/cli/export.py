@@ -11,7 +11,7 @@ from lowbit.cli import console
 from lowbit.cli.options import KV, As, Calibration, Chat, Json, Samples
 
 if TYPE_CHECKING:
-    from lowbit.pipeline.exporting import Exported
+    from lowbit.convert.exporting import Exported
 
 _NAMED = 2  # weights that are named
 
@@ -37,8 +37,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a quantized folder in the format of another program, read it back and compare."""
+    from lowbit.convert.exporting import export as write
     from lowbit.errors import RecipeError
-    from lowbit.pipeline.exporting import export as write
 
     if kv is None and (calibration is not None or samples is not None or chat):
         raise RecipeError(

@@ -21,8 +21,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""
-    from lowbit.interchange.folder import quantization_method
-    from lowbit.interchange.source import open_source
+    from lowbit.interchange.opening import open_source
+    from lowbit.interchange.readers.folder import quantization_method
     from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
 
     console.quiet()

@@ -15,11 +15,11 @@ from lowbit.cli import console, targets
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowbit.interchange.exporters.target import Target
+    from lowbit.convert.exporting import Exported
+    from lowbit.convert.quantize_as import Prepared
+    from lowbit.interchange.exporters.exporter import Target
     from lowbit.pipeline.api import Quantized
-    from lowbit.pipeline.exporting import Exported
-    from lowbit.pipeline.recipe import Recipe
-    from lowbit.pipeline.straight import Prepared
+    from lowbit.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CalibrationText:
     chat: bool
 
     def options(self) -> dict[str, Any]:
-        from lowbit.pipeline.calibration import SAMPLES
+        from lowbit.calibration.data import SAMPLES
 
         return {"calibration": self.calibration, "samples": self.samples or SAMPLES, "chat": self.chat}
 
@@ -59,9 +59,9 @@ class Job:
     @staticmethod
     def of(model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None) -> Job:
         """RecipeError for a recipe that there is not, and for text that it would ignore."""
+        from lowbit.convert.quantize_as import prepare
         from lowbit.errors import RecipeError
-        from lowbit.pipeline.recipe import Recipe
-        from lowbit.pipeline.straight import prepare
+        from lowbit.recipes.recipe import Recipe
 
         looks = text.calibration is not None
         ready = prepare(model, recipe, target_format, calibrated=looks, kv=kv) if target_format else None
@@ -82,7 +82,7 @@ class Job:
 
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
-        from lowbit.pipeline.straight import candidates, prepare
+        from lowbit.convert.quantize_as import candidates, prepare
 
         kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
@@ -93,8 +93,8 @@ class Job:
     def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:
         """Quantize and write, with a bar; what came of it can be measured until the end of the block."""
         import lowbit
+        from lowbit.convert.quantize_as import quantized_as
         from lowbit.measure.memory import peak_resident
-        from lowbit.pipeline.straight import quantized_as
 
         start = time.perf_counter()
         exported = None

@@ -12,7 +12,8 @@ from lowbit.cli.options import Json, Model, Recipe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from lowbit.pipeline.plan import Plan, TensorPlan
+    from lowbit.planning.plan import Plan
+    from lowbit.planning.tensor import TensorPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +31,7 @@ def plan(
     import lowbit
 
     console.quiet()
-    made = lowbit.plan(model, recipe, context=context)
+    made = lowbit.planning(model, recipe, context=context)
     if as_json:
         console.print_json(made.to_json())
     else:
@@ -94,7 +95,7 @@ def _row(group: list[TensorPlan]) -> list[str]:
 
 
 def _totals(plan: Plan) -> list[tuple[str, str]]:
-    from lowbit.pipeline.input_rules import inputs_text
+    from lowbit.recipes.activation_rules import inputs_text
     from lowbit.report.wording import bytes_text, count_text
 
     before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)

@@ -86,7 +86,7 @@ def quantize(
     job = Job.of(model, recipe, target_format, CalibrationText(calibration, samples, chat), kv)
     out = out or job.default_out()
     if card and text is not None:
-        from lowbit.interchange.text import load_text
+        from lowbit.calibration.text import load_text
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
@@ -166,7 +166,7 @@ def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
 
 
 def _written(made: Made, out: Path) -> str:
-    from lowbit.pipeline.input_rules import inputs_text
+    from lowbit.recipes.activation_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
     said = "".join(

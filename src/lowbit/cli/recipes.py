@@ -22,10 +22,10 @@ def register(app: typer.Typer) -> None:
 
 def recipes(as_json: Json = False) -> None:
     """List the presets, what each stands for, and the methods that recipes are built from."""
-    from lowbit.formats.text import NAMED
-    from lowbit.pipeline.input_rules import FALLBACK
-    from lowbit.pipeline.presets import PRESETS
-    from lowbit.pipeline.recipe import Recipe  # which also announces transforms and tuners
+    from lowbit.formats.parsing import NAMED
+    from lowbit.recipes.activation_rules import FALLBACK
+    from lowbit.recipes.presets import PRESETS
+    from lowbit.recipes.recipe import Recipe  # which also announces transforms and tuners
     from lowbit.solvers.ranges.estimator import estimators, options_of
     from lowbit.solvers.registry import methods
 

@@ -31,7 +31,7 @@ def chosen(
 def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path, screen: Any, **text: Any) -> Any:
     """The recipe for the target; what it found is printed."""
     import lowbit
-    from lowbit.pipeline.allocation import formats_of
+    from lowbit.budget.allocation import formats_of
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()

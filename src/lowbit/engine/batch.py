@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.engine.results import Generated, Sampling
-from lowbit.engine.text import TokenText
+from lowbit.engine.text_stream import TokenText
 
 CHUNK = 512  # tokens of prompts in one forward
 

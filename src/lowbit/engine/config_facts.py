@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lowbit.interchange.config_facts import LLAMA, WINDOWS, ConfigFacts, listed
+from lowbit.families.config_facts import LLAMA, WINDOWS, ConfigFacts, listed
 
 _BIASES = frozenset({"attention_bias", "mlp_bias"})  # there where their tensors are
 _GEMMA = {"use_bidirectional_attention": (False, None)}

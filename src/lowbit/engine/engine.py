@@ -16,7 +16,7 @@ from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, w
 from lowbit.engine.results import Generated, OnText, Prompt, Sampling
 from lowbit.engine.runner import Description, Lengths, Memory, Piece, Runner
 from lowbit.engine.shape import Shape
-from lowbit.engine.text import TokenText
+from lowbit.engine.text_stream import TokenText
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError

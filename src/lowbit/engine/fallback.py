@@ -12,12 +12,12 @@ from torch import nn
 from lowbit.engine.conversation import PlainConversation
 from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
 from lowbit.engine.results import Generated, OnText, Sampling
-from lowbit.engine.text import TokenText
+from lowbit.engine.text_stream import TokenText
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.others import asking
-from lowbit.interchange.running import fast_dtype, max_positions
+from lowbit.interchange.hf.calls import asking
+from lowbit.interchange.hf.running import fast_dtype, max_positions
 
 
 class Transformers:
@@ -37,9 +37,9 @@ class Transformers:
         """A folder that lowbit wrote, or a float model by any name that lowbit takes."""
         from pathlib import Path
 
-        from lowbit.interchange.folder import load_config, load_tokenizer, quantization_method
-        from lowbit.interchange.packed_model import load_packed
-        from lowbit.interchange.source import open_source
+        from lowbit.interchange.hf.packed_model import load_packed
+        from lowbit.interchange.opening import open_source
+        from lowbit.interchange.readers.folder import load_config, load_tokenizer, quantization_method
 
         path = Path(model)
         if path.is_dir() and quantization_method(path) == "lowbit":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowbit.interchange.folder import generation_of, quantization_method, read_config, read_json, weight_files
-from lowbit.interchange.safetensors_file import Entry, read_header
+from lowbit.interchange.files.safetensors_reader import Entry, read_header
+from lowbit.interchange.readers.folder import generation_of, quantization_method, read_config, read_json, weight_files
 
 __all__ = ["generation_of", "quantization_method", "read_config", "read_json", "stored_tensors"]
 

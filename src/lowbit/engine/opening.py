@@ -17,7 +17,7 @@ from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, We
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.checks.config import check_decoder, lacks
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.folder import remarks_on, weight_files
+from lowbit.interchange.readers.folder import remarks_on, weight_files
 from lowbit.interchange.source import say_remarks
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
@@ -64,7 +64,7 @@ def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
 
 
 def _of_source(name: str, tokenizer: Any) -> Opened:
-    from lowbit.interchange.source import open_source
+    from lowbit.interchange.opening import open_source
 
     source = open_source(name, tokenizer=tokenizer)
     weights = SourceWeights(source)
@@ -97,7 +97,7 @@ def _major(version: Any) -> int:
 
 
 def _normalized(folder: Path) -> dict[str, Any]:
-    from lowbit.interchange.folder import load_config
+    from lowbit.interchange.readers.folder import load_config
 
     # Through JSON, so that what is not plain data is found here.
     found: dict[str, Any] = json.loads(json.dumps(load_config(folder).to_dict(), default=str))

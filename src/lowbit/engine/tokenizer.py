@@ -11,8 +11,8 @@ from lowbit.engine.chat_template import ChatTemplate, Message, default_template,
 from lowbit.engine.files import read_json
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.words import check_tokenizer
-from lowbit.interchange.folder import load_tokenizer
-from lowbit.interchange.others import asking
+from lowbit.interchange.hf.calls import asking
+from lowbit.interchange.readers.folder import load_tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE = "chat_template.jinja"

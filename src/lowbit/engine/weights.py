@@ -16,7 +16,7 @@ from lowbit.errors import EngineError
 from lowbit.formats import InputQuantizer, QTensor
 from lowbit.interchange.checks.section import Section, check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.safetensors_file import read_tensor
+from lowbit.interchange.files.safetensors_reader import read_tensor
 from lowbit.interchange.source import Source
 
 

@@ -90,7 +90,7 @@ class Format:
                 raise FormatError("an exponent is the whole weight's; a nested scale has none")
 
     def __str__(self) -> str:
-        from lowbit.formats.text import format_text
+        from lowbit.formats.parsing import format_text
 
         return format_text(self)
 

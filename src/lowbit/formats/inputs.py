@@ -28,7 +28,7 @@ from lowbit.formats.blocks import CHANNEL, map_blocks, reduce_blocks
 from lowbit.formats.format import Format
 from lowbit.formats.grids import IntGrid
 from lowbit.formats.nearest import inverse
-from lowbit.formats.text import parse_format
+from lowbit.formats.parsing import parse_format
 
 FLOAT = "float"
 _WORDS = ("static", "divisor", "outliers=")

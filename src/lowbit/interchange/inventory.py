@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError
-from lowbit.interchange.building import no_more_than
+from lowbit.interchange.hf.bounds import no_more_than
 from lowbit.interchange.source import one_line
 
 if TYPE_CHECKING:

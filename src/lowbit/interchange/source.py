@@ -1,14 +1,12 @@
-"""Where a model comes from: one interface, many openers.
+"""Where a model comes from, as one interface: which reader gives it is decided in `opening.py`.
 
-`open_source` asks a list of openers in order; each says whether the name is its own and returns a
-Source. A Source knows every tensor by the name that the model of transformers 5 gives it, and
+A Source knows every tensor by the name that the model of transformers 5 gives it, and
 reads one tensor at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -22,30 +20,17 @@ from torch import nn
 
 from lowbit.errors import SourceError, nearest
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.others import asking
-from lowbit.interchange.torch_pool import settle_torch_pool
+from lowbit.interchange.hf.calls import asking
+from lowbit.interchange.hf.torch_pool import settle_torch_pool
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from lowbit.interchange.inventory import Inventory
-    from lowbit.interchange.left_out import LeftOut
-    from lowbit.interchange.planes import StoredTensor
+    from lowbit.interchange.readers.left_out import LeftOut
+    from lowbit.interchange.readers.row_parts import StoredTensor
 
 _log = logging.getLogger(__name__)
-WHAT_A_MODEL_CAN_BE = (
-    "a model can be a local folder with config.json and safetensors files, a .gguf file, "
-    "a Hugging Face id such as 'org/name', the name 'smollm2', or a torch nn.Module"
-)
-# Asked in this order; each module has `claims(model) -> bool` and `open_model(model, tokenizer) -> Source`.
-# A new kind of source is one file and its name here.
-OPENERS = (
-    "lowbit.interchange.module_source",
-    "lowbit.interchange.gguf_file",
-    "lowbit.interchange.folder",
-    "lowbit.interchange.smollm2",
-    "lowbit.interchange.hub",
-)
 
 
 @dataclass(frozen=True)
@@ -168,28 +153,6 @@ class _Unread:
         return self._source.read(self._name)
 
 
-def open_source(model: str | Path | nn.Module, *, tokenizer: Any = None) -> Source:
-    """Open a folder, a .gguf file, a Hugging Face id, `smollm2` or a module. Weights are not read yet.
-
-    `tokenizer` replaces the model's own one. SourceError when nothing claims the name; the network
-    is used only for a name that looks like `org/name` and is no local path, and for `smollm2`.
-    """
-    for opener in OPENERS:
-        module = importlib.import_module(opener)
-        if module.claims(model):
-            source: Source = module.open_model(model, tokenizer)
-            say_remarks(source.label, source.remarks)
-            return source
-    raise SourceError(_not_found(model))
-
-
-def open_headers(model: str | Path | nn.Module) -> Source:
-    """Like `open_source`, but of a Hugging Face id only config and headers are fetched: enough for a plan."""
-    from lowbit.interchange import hub
-
-    return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
-
-
 def say_remarks(label: str, remarks: Iterable[str]) -> None:
     """Warn of what a user should know of a source that was opened; the command line shows each once."""
     for remark in remarks:
@@ -199,13 +162,3 @@ def say_remarks(label: str, remarks: Iterable[str]) -> None:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The text of an error from elsewhere on one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
-def _not_found(model: Any) -> str:
-    """What was looked for under this name, and what would do."""
-    if not isinstance(model, (str, Path)):
-        return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}"
-    path = Path(model)
-    if path.is_file():
-        return f"{model} is a file but not a .gguf file; {WHAT_A_MODEL_CAN_BE}"
-    return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name; {WHAT_A_MODEL_CAN_BE}"

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor
 from lowbit.kernels.core import core, why_absent
+from lowbit.kernels.dispatch import Kernel
 from lowbit.kernels.layout import codes_of, pack, rest_of, why_not
-from lowbit.kernels.registry import Kernel
-from lowbit.kernels.team import team
+from lowbit.kernels.thread_pool import team
 
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _LONGEST = 128  # columns of activations that share a scale

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.formats import InputQuantizer, QTensor
-from lowbit.kernels.registry import Kernel
+from lowbit.kernels.dispatch import Kernel
 
 
 class Expand(Kernel):

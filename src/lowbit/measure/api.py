@@ -16,36 +16,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.calibration.data import SAMPLES
+from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, RecipeError, SourceError
-from lowbit.interchange.folder import load_tokenizer, quantization_method
-from lowbit.interchange.module_source import ModuleSource
-from lowbit.interchange.source import Source, open_source
-from lowbit.interchange.text import load_text
+from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.folder import load_tokenizer, quantization_method
+from lowbit.interchange.readers.module import ModuleSource
+from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
+from lowbit.measure.backends import Contestant
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
-from lowbit.measure.contestants import Contestant
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import in_faster_types, rival_of
 from lowbit.measure.generation import torch_threads
+from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
 from lowbit.measure.speed import STANDARD, Speed, measure_speed
-from lowbit.measure.turns import SpeedSettings
 from lowbit.measure.windows import make_windows
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized, quantize
-from lowbit.pipeline.calibration import SAMPLES
-from lowbit.pipeline.folder_writer import MANIFEST
-from lowbit.pipeline.input_rules import inputs_text
 from lowbit.pipeline.loading import as_dtype, load
-from lowbit.pipeline.plan import Plan
-from lowbit.pipeline.presets import PRESETS
-from lowbit.pipeline.recipe import Recipe
+from lowbit.planning.plan import Plan
+from lowbit.recipes.activation_rules import inputs_text
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import Recipe
 
 _log = logging.getLogger("lowbit")
 

@@ -12,8 +12,8 @@ from lowbit.engine.attached import TextOrTensors
 from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import answering_type
 from lowbit.errors import EngineError
-from lowbit.interchange.folder import load_config, quantization_method
-from lowbit.measure.contestants import Contestant, in_transformers, of_engine
+from lowbit.interchange.readers.folder import load_config, quantization_method
+from lowbit.measure.backends import Contestant, in_transformers, of_engine
 
 
 def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: Any = None) -> Contestant:

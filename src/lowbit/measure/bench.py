@@ -21,12 +21,12 @@ from lowbit.engine.build import ACTIVATIONS
 from lowbit.engine.engine import Engine
 from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
-from lowbit.measure.contestants import Contestant, of_engine, of_llama_cpp, of_module, of_program
+from lowbit.measure.backends import Contestant, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
 from lowbit.measure.generation import torch_threads
+from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
-from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 from lowbit.pipeline.loading import as_dtype
 
 STANDARD = SpeedSettings(repeats=5)

@@ -13,14 +13,14 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..errors import SourceError
-from .environment import Environment
-from .outputs import Outputs
-from .quality import Quality
-from .sample import Sample
-from .size import bits_per_weight
-from .speed import Speed
-from .windows import Windows
+from lowbit.errors import SourceError
+from lowbit.measure.environment import Environment
+from lowbit.measure.outputs import Outputs
+from lowbit.measure.quality import Quality
+from lowbit.measure.sample import Sample
+from lowbit.measure.size import bits_per_weight
+from lowbit.measure.speed import Speed
+from lowbit.measure.windows import Windows
 
 T = TypeVar("T")
 

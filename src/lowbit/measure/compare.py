@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import LowbitError
-from .card import Card, CardParts, TextMark
-from .contestants import Contestant, in_transformers
-from .environment import environment
-from .quality import Progress, Reference, measure_quality
-from .speed import Rates, Speed, measure_speed
-from .turns import SpeedSettings
-from .windows import Windows
+from lowbit.errors import LowbitError
+from lowbit.measure.backends import Contestant, in_transformers
+from lowbit.measure.card import Card, CardParts, TextMark
+from lowbit.measure.environment import environment
+from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.quality import Progress, Reference, measure_quality
+from lowbit.measure.speed import Rates, Speed, measure_speed
+from lowbit.measure.windows import Windows
 
 Build = Callable[[str], tuple[nn.Module, CardParts]]
 

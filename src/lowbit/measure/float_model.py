@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from lowbit.interchange.running import max_positions
-from lowbit.measure.contestants import WORDS, Contestant, in_transformers, some_ids
+from lowbit.interchange.hf.running import max_positions
+from lowbit.measure.backends import WORDS, Contestant, in_transformers, some_ids
 from lowbit.measure.generation import greedy_times, torch_threads
-from lowbit.measure.turns import Probe, SpeedSettings, Times, fit_settings, rate_probes
+from lowbit.measure.interleave import Probe, SpeedSettings, Times, fit_settings, rate_probes
 
 Typed = Callable[[torch.dtype], nn.Module]
 """The model in a type. What it gave before may be the same module and be of that type then."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.engine.engine import Engine
-from lowbit.interchange.running import device_of, evaluating
+from lowbit.interchange.hf.running import device_of, evaluating
 
 
 def engine_times(engine: Engine, ids: Sequence[int], sequences: int, new: int) -> list[float]:

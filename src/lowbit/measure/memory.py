@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import LowbitError
+from lowbit.errors import LowbitError
 
 # Runs its arguments as a command and writes what the command used at most. It stands between the
 # caller and the command because Linux counts the memory of the process that starts a program, even

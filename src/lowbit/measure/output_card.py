@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import SourceError, TextError
-from lowbit.interchange.text import load_text
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.environment import environment
 from lowbit.measure.outputs import measure_outputs, takes_text

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from ..interchange.running import check_vocabulary, device_of, evaluating, max_positions
-from .quality import Estimate
-from .windows import Windows
+from lowbit.errors import SourceError
+from lowbit.interchange.hf.running import check_vocabulary, device_of, evaluating, max_positions
+from lowbit.measure.quality import Estimate
+from lowbit.measure.windows import Windows
 
 _SEED = 0
 _COUNT = 4  # noisy inputs

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from ..interchange.running import check_vocabulary, evaluating
-from .scoring import Scorer
-from .windows import Windows
+from lowbit.errors import SourceError
+from lowbit.interchange.hf.running import check_vocabulary, evaluating
+from lowbit.measure.scoring import Scorer
+from lowbit.measure.windows import Windows
 
 Progress = Callable[[int, int], None]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.chat_template import ChatTemplate
-from ..interchange.running import device_of, evaluating
+from lowbit.engine.chat_template import ChatTemplate
+from lowbit.interchange.hf.running import device_of, evaluating
 
 
 @dataclass(frozen=True)

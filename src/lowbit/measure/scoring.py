@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SourceError
-from ..interchange.frame import Frame
-from ..interchange.running import device_of
+from lowbit.calibration.windows import Frame
+from lowbit.errors import SourceError
+from lowbit.interchange.hf.running import device_of
 
 _NONE = Frame()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..errors import SourceError
+from lowbit.errors import SourceError
 
 _WEIGHTS = (".safetensors", ".gguf")
 # Files of tokenizers that are neither JSON nor weights.

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lowbit.errors import SourceError
-from lowbit.measure.contestants import Contestant, in_transformers
+from lowbit.measure.backends import Contestant, in_transformers
 from lowbit.measure.generation import torch_threads
+from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
 from lowbit.measure.quality import Progress
-from lowbit.measure.turns import SpeedSettings, fit_settings, take_turns
 
 STANDARD = SpeedSettings()
 SHORT = SpeedSettings(new=16, batch=0, seconds=15)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.interchange.folder import quantization_method
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.folder import quantization_method
 from lowbit.measure.memory import in_fresh_process
 from lowbit.pipeline.loading import as_dtype, load
 

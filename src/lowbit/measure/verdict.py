@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .quality import Quality
-from .speed import Speed
+from lowbit.measure.quality import Quality
+from lowbit.measure.speed import Speed
 
 
 class Threshold(NamedTuple):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TextError
-from ..interchange.frame import Frame, framed_windows, text_ids
-from ..interchange.running import max_positions
-from ..interchange.text import Text
-from ..pipeline.selftext import render_chat
+from lowbit.calibration.selftext import render_chat
+from lowbit.calibration.text import Text
+from lowbit.calibration.windows import Frame, framed_windows, text_ids
+from lowbit.errors import TextError
+from lowbit.interchange.hf.running import max_positions
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats import Format, InputQuantizer, Inputs, QTensor
-from lowbit.kernels.registry import Dispatcher
+from lowbit.kernels.dispatch import Dispatcher
 from lowbit.nn import ops
 from lowbit.nn.parts import Parts
 from lowbit.nn.product import Product

@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.blockwise.model_tuner import tune_solved
+from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.range_survey import judged, recalled, survey, with_survey
+from lowbit.blockwise.run import CalibratedRun
+from lowbit.calibration.data import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
-from lowbit.interchange.claim import claimed
-from lowbit.interchange.source import Source, open_headers, open_source
+from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.folder_writer import check_apart, head_of, replace_folder
+from lowbit.interchange.opening import open_headers, open_source
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.source import Source
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import swap
-from lowbit.pipeline.calibrated import CalibratedRun
-from lowbit.pipeline.calibration import LENGTH, SAMPLES, Calibration, load_calibration
 from lowbit.pipeline.driver import (
     OnLayer,
-    Progress,
     Report,
     fingerprint,
     make_report,
@@ -32,18 +37,14 @@ from lowbit.pipeline.driver import (
     solved_facts,
     solved_tensors,
     write_folder,
-)  # fmt: skip
-from lowbit.pipeline.finite import check_finite, check_source
-from lowbit.pipeline.folder_writer import check_apart, head_of, replace_folder
+)
 from lowbit.pipeline.loading import load
-from lowbit.pipeline.plan import MAX_SHARD, Plan, make_plan
-from lowbit.pipeline.range_survey import judged, recalled, survey, with_survey
-from lowbit.pipeline.recipe import Recipe
-from lowbit.pipeline.rewriting import rewritten
-from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import Solved
-from lowbit.pipeline.tuned import tune_solved
+from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
+from lowbit.recipes.recipe import Recipe
+from lowbit.recipes.rewriting import rewritten
 from lowbit.solvers.ranging import in_range
+from lowbit.weights.finite import check_finite, check_source
+from lowbit.weights.solve import Solved
 
 
 class Quantized:
@@ -258,7 +259,7 @@ def _in_memory(
             _set(result._model, s.plan.name, s.stored[s.plan.name])
     swap(result._model, packed, plan.tied)
     if source.config is not None:
-        from lowbit.interchange.hf import attach
+        from lowbit.interchange.hf.quantizer import attach
 
         attach(result._model, quantization_config(plan, facts))
     result._solved = solved

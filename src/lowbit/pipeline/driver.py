@@ -14,23 +14,23 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.interchange import older_readers
-from lowbit.interchange.folder import read_json
-from lowbit.interchange.left_out import to_json
-from lowbit.interchange.loadable import check_loadable
-from lowbit.interchange.quantized import with_guard
-from lowbit.interchange.safetensors_file import bytes_of
+from lowbit.blockwise.model_tuner import tune_folder
+from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.range_survey import remembered
+from lowbit.blockwise.run import STATES, CalibratedRun
+from lowbit.calibration.data import Calibration
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.hf import configs as older_readers
+from lowbit.interchange.hf.loadable import check_loadable
+from lowbit.interchange.hf.section import with_guard
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.readers.folder import read_json
+from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source, TensorSpec
-from lowbit.pipeline.calibrated import STATES, CalibratedRun
-from lowbit.pipeline.calibration import Calibration
-from lowbit.pipeline.folder_writer import FolderWriter
-from lowbit.pipeline.plan import Plan
-from lowbit.pipeline.range_survey import remembered
-from lowbit.pipeline.settings import Settings
-from lowbit.pipeline.solve import OutputError, Solved, solve, with_exponent
-from lowbit.pipeline.tuned import tune_folder
+from lowbit.planning.plan import Plan
+from lowbit.weights.solve import OutputError, Solved, solve, with_exponent
 
-Progress = Callable[[str, int, int], None]
 OnLayer = Callable[[Solved], None]
 
 

@@ -13,12 +13,12 @@ from lowbit.errors import RecipeError, SourceError, nearest
 from lowbit.formats import QTensor
 from lowbit.formats.format import FARTHEST
 from lowbit.interchange.checks.section import check_parts, read_section
-from lowbit.interchange.folder import quantization_method, read_json, remarks_on, weight_files
-from lowbit.interchange.safetensors_file import read_header, read_tensor
+from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.files.safetensors_reader import read_header, read_tensor
+from lowbit.interchange.readers.folder import quantization_method, read_json, remarks_on, weight_files
 from lowbit.interchange.source import say_remarks
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
-from lowbit.pipeline.folder_writer import MANIFEST
 
 KERNELS = ("auto", "expand", "dense")
 
@@ -54,7 +54,7 @@ def load(
         raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
         options["dtype"] = as_dtype(dtype)
-    from lowbit.interchange.packed_model import load_packed
+    from lowbit.interchange.hf.packed_model import load_packed
 
     say_remarks(str(folder), remarks_on(path, weight_files(path)))
     model = load_packed(path, **options)

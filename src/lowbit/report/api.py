@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from lowbit.errors import OutputError
-from lowbit.interchange.source import Source, open_source
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.compare import CompareRow
 from lowbit.nn.swap import packed_weights

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lowbit.formats import InputQuantizer
 from lowbit.kernels.core import core, why_absent
-from lowbit.kernels.registry import survey
+from lowbit.kernels.dispatch import survey
 from lowbit.measure.environment import environment
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.recipe import Recipe
 
 _PACKAGES = (
     "lowbit",

@@ -20,7 +20,7 @@ from lowbit.errors import WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.formats.blocks import as_matrices
 from lowbit.measure.card import json_ready
-from lowbit.pipeline.recipe import Recipe
+from lowbit.recipes.recipe import Recipe
 from lowbit.report.formulas import Range, Step, reading, rounding, scaled_heading, steps
 from lowbit.solvers import Call, fit_blocks
 

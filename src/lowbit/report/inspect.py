@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.folder import read_config, remarks_on, weight_files
-from lowbit.interchange.safetensors_file import read_header
+from lowbit.interchange.files.safetensors_reader import read_header
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.readers.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
 from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
@@ -27,7 +28,6 @@ from lowbit.report.wording import number_text as num
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Progress = Callable[[str, int, int], None]
 _CHUNK = 1 << 22  # elements in float64 at a time: 32 MiB
 
 

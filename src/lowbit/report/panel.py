@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..measure.card import Card
-from ..measure.quality import Estimate
-from ..measure.scoring import MEANING
-from ..measure.verdict import slower, verdict
+from lowbit.measure.card import Card
+from lowbit.measure.quality import Estimate
+from lowbit.measure.scoring import MEANING
+from lowbit.measure.verdict import slower, verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

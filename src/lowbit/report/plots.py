@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import LowbitError, OutputError
-from ..measure.compare import CompareRow
-from .labels import place_labels
+from lowbit.errors import LowbitError, OutputError
+from lowbit.measure.compare import CompareRow
+from lowbit.report.labels import place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

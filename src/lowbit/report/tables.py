@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..measure.card import json_ready
-from ..measure.compare import CompareRow
-from ..measure.verdict import verdict
-from .panel import ABSENT, VERDICT_COLOURS, rate_text
+from lowbit.measure.card import json_ready
+from lowbit.measure.compare import CompareRow
+from lowbit.measure.verdict import verdict
+from lowbit.report.panel import ABSENT, VERDICT_COLOURS, rate_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

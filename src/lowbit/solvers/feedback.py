@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, QTensor
-from lowbit.solvers.descent import coordinate_descent, feed_errors
+from lowbit.solvers.coordinate_descent import coordinate_descent, feed_errors
 from lowbit.solvers.fitting import fit_blocks
 from lowbit.solvers.hessian import Factor, factorize, quadratic
 from lowbit.solvers.refit import refit_scales, refits

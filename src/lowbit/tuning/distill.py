@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.tuning.descent import Moving, descend
 from lowbit.tuning.divergence import divergence
+from lowbit.tuning.gradient_descent import Moving, descend
 from lowbit.tuning.problem import ModelProblem, Tunables, Tuned
 from lowbit.tuning.registry import tuner
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
-from lowbit.tuning.descent import Moving, SignDescent, adam, descend, linear, warm_cosine
+from lowbit.tuning.gradient_descent import Moving, SignDescent, adam, descend, linear, warm_cosine
 from lowbit.tuning.problem import Tuned
 from lowbit.tuning.registry import tuner
 from lowbit.tuning.weight import TunableWeight

@@ -23,11 +23,11 @@ from lowbit.interchange.exporters.common.integers import (
     undivided,
     why_not_integers,
 )
-from lowbit.interchange.exporters.common.pieces import PublishedFolder
+from lowbit.interchange.exporters.common.published_experts import PublishedFolder
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
 from lowbit.interchange.exporters.gptq import half
-from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
+from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.layouts.awq import pack_awq
-from lowbit.interchange.safetensors_writer import Stored as Spec
 
 
 @target

@@ -28,10 +28,10 @@ from lowbit.interchange.exporters.common.integers import (
     undivided,
     why_not_integers,
 )
-from lowbit.interchange.exporters.common.pieces import PublishedFolder
-from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
+from lowbit.interchange.exporters.common.published_experts import PublishedFolder
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
+from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.layouts.gptq import pack_gptq
-from lowbit.interchange.safetensors_writer import Stored as Spec
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)

@@ -19,13 +19,13 @@ from lowbit.interchange.exporters.common.folder_target import (
 from lowbit.interchange.exporters.common.fused import experts_of, whole_of
 from lowbit.interchange.exporters.common.integers import nearest_block, nearest_integers
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
-from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
+from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published
 from lowbit.interchange.exporters.compressed_tensors import kv_cache
 from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
 from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
 from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
-from lowbit.interchange.exporters.target import Contents, Problem, Stored, target
-from lowbit.interchange.safetensors_writer import Stored as Spec
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
+from lowbit.interchange.files.safetensors_writer import Stored as Spec
 
 SCHEMES: tuple[Scheme, ...] = (*INTEGERS, *FLOATS)
 

@@ -17,17 +17,19 @@ from torch import Tensor
 from lowbit.errors import ExportError, OutputError
 from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
-from lowbit.interchange.exporters.common.pieces import PublishedFolder, published
+from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
-from lowbit.interchange.exporters.target import Contents, Problem, Progress, Stored, Target
-from lowbit.interchange.older_readers import write_config
-from lowbit.interchange.safetensors_file import bytes_of
-from lowbit.interchange.safetensors_writer import INDEX, create, index_json, shards_of
-from lowbit.interchange.safetensors_writer import Stored as Spec
-from lowbit.interchange.source import Source, open_source
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, Target
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
+from lowbit.interchange.files.safetensors_writer import Stored as Spec
+from lowbit.interchange.hf.configs import write_config
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.source import Source
 
 if TYPE_CHECKING:
-    from lowbit.interchange.lowbit_folder import LowbitFolder
+    from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
 _MAX_SHARD = 5_000_000_000
 _TABLES = ("embedding", "head")

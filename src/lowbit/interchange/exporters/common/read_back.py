@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Inputs
-from lowbit.interchange.folder import weight_files
-from lowbit.interchange.safetensors_file import read_header, read_tensor
+from lowbit.interchange.files.safetensors_reader import read_header, read_tensor
+from lowbit.interchange.readers.folder import weight_files
 
 
 def tensors_of(folder: Path, names: set[str]) -> dict[str, Tensor]:

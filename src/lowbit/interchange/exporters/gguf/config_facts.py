@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowbit.interchange.config_facts import DECODER, LLAMA, ROPE, WINDOWS, ConfigFacts, listed
+from lowbit.families.config_facts import DECODER, LLAMA, ROPE, WINDOWS, ConfigFacts, listed
 
 _SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 _TANH = (

@@ -10,16 +10,17 @@ from typing import Any, ClassVar
 import torch
 
 from lowbit.errors import OutputError, SourceError
-from lowbit.interchange.exporters.common.pieces import published
+from lowbit.interchange.exporters.common.published_experts import published
+from lowbit.interchange.exporters.exporter import Contents, Mix, Problem, Stored, Target, target
 from lowbit.interchange.exporters.gguf import families, rope, vocabulary
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
 from lowbit.interchange.exporters.gguf.reading import Reread
 from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of
-from lowbit.interchange.exporters.target import Contents, Mix, Problem, Progress, Stored, Target, target
-from lowbit.interchange.gguf_file import GgufSource
-from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.readers.gguf.file import GgufSource
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

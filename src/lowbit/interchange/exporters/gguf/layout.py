@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import without_exponent
-from lowbit.interchange.exporters.common.pieces import Pieces, Stack, number_of, published, without_number
+from lowbit.interchange.exporters.common.published_experts import Pieces, Stack, number_of, published, without_number
+from lowbit.interchange.exporters.exporter import Contents, Stored
 from lowbit.interchange.exporters.gguf.families import Family
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
-from lowbit.interchange.exporters.target import Contents, Stored
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -12,7 +12,7 @@ import torch
 
 from lowbit.errors import SourceError
 from lowbit.interchange.exporters.gguf.layout import Placed, stack_in_model, values_in_model
-from lowbit.interchange.lowbit_folder import LowbitFolder
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lowbit.interchange.gguf_rope import llama3_divisors, yarn_magnitude
+from lowbit.interchange.readers.gguf.rope import llama3_divisors, yarn_magnitude
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

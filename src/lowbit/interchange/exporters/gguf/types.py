@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lowbit.formats import CodebookGrid, Format, parse_format
-from lowbit.formats.text import NAMED
+from lowbit.formats.parsing import NAMED
 from lowbit.interchange.exporters.gguf import blocks, kquants
 from lowbit.interchange.exporters.gguf.blocks import Packer
 

@@ -1,0 +1,1 @@
+"""Calibration: a model run block by block over text."""

@@ -1,0 +1,104 @@
+"""Which weights of a block read the same input, in which order, and what is known of each input."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lowbit.blockwise.capture import Tap
+from lowbit.blockwise.stages import LeaveForward
+from lowbit.solvers.stats import Stats, StatsBuilder
+
+
+@dataclass(eq=False)
+class Group:
+    """Weights that read one input. `members` in the order of use; `calls`: products with the first of them."""
+
+    members: list[str]
+    calls: int = 1
+
+    @property
+    def first(self) -> str:
+        return self.members[0]
+
+
+Wave = list[Group]
+
+
+def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Wave]:
+    """The groups of a block, by running it once; groups of the same place in different experts form one wave.
+
+    Weights whose input is the same tensor share a group. `prefix`: the block's name, after which numbers are experts';
+    None: numbers mean nothing, each group is a wave of its own.
+    """
+    groups: dict[str, Group] = {}
+    by_input: dict[Any, Group] = {}
+    alive: list[Tensor] = []  # inputs, so that no other gets the same memory
+
+    def seen(name: str, expert: int | None, x: Tensor) -> None:
+        alive.append(x)
+        key = (x.data_ptr(), tuple(x.shape), x.stride()) if expert is None else name
+        if name in groups:
+            groups[name].calls += groups[name].first == name
+            return
+        group = by_input.get(key)
+        if group is None:
+            group = by_input[key] = Group([])
+        group.members.append(name)
+        groups[name] = group
+
+    with Tap(weights, seen):
+        run()
+    waves: dict[str, Wave] = {}
+    for group in by_input.values():
+        rest = group.first if prefix is None else group.first[len(prefix) :]
+        place = rest if prefix is None else re.sub(r"\d+", "#", rest)
+        waves.setdefault(place, []).append(group)
+    return list(waves.values())
+
+
+class Collector:
+    """Gathers the statistics of one wave; experts of a stack each have their own.
+
+    `half`: see StatsBuilder. `stop`: leave the forward as soon as nothing more can come.
+    """
+
+    def __init__(self, wave: Wave, half: bool = False, stop: bool = True) -> None:
+        self.first = {group.first: group for group in wave}
+        self.half = half
+        self.enough = wave[0].calls if stop and len(wave) == 1 else 0
+        self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
+        self.token_weights: Mapping[str, Tensor] = {}
+        self.begin({})
+
+    def wants(self, name: str) -> bool:
+        """Whether the inputs of this weight are gathered."""
+        return name in self.first
+
+    def begin(self, x_float: Mapping[str, Tensor]) -> None:
+        """A new micro-batch, with the float model's inputs [tokens, K] where they are compared."""
+        self.calls, self.x_float = 0, x_float
+
+    def seen(self, name: str, expert: int | None, x: Tensor) -> None:
+        """Add an input; leaves the forward when nothing more can come."""
+        if name not in self.first:
+            return
+        compare = self.x_float.get(name) if expert is None else None
+        key = (name, expert)
+        if key not in self.builders:
+            self.builders[key] = StatsBuilder(x.shape[-1], compare is not None, self.half)
+        self.builders[key].add(x, compare, self.token_weights.get(name) if expert is None else None)
+        self.calls += 1
+        if expert is None and self.calls == self.enough:
+            raise LeaveForward
+
+    def stats(self, group: Group) -> Stats | dict[int, Stats] | None:
+        """Of a group's input; by expert for a stack; None when it was never seen."""
+        found = {expert: b.stats() for (name, expert), b in self.builders.items() if name == group.first}
+        if None in found:
+            return found[None]
+        return {expert: found[expert] for expert in sorted(e for e in found if e is not None)} or None

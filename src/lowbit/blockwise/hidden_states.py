@@ -1,0 +1,141 @@
+"""Hidden states between stages: files, so that memory holds one micro-batch and a killed run goes on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
+
+from lowbit.blockwise.stages import Saved
+from lowbit.interchange.files.folder_writer import sync
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class States:
+    """What every stage returned, by stream and micro-batch: `folder/<stage>/<stream>-<batch>.safetensors`.
+
+    A stage's folder gets its name when all its files are on the disk, so a folder that is there is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def has(self, stage: int) -> bool:
+        """Whether all that stage `stage` returned is here."""
+        return self._final(stage).is_dir()
+
+    def save(self, stage: int, stream: str, batch: int, value: Any) -> None:
+        """Keep what a stage returned for one micro-batch; it counts once `commit` was called."""
+        saved = Saved(value)
+        room = self._fresh(stage)
+        room.mkdir(exist_ok=True)
+        tensors = {key: t.detach().contiguous().clone() for key, t in saved.tensors.items()}
+        facts = {
+            "spec": treespec_dumps(saved.spec),
+            "others": json.dumps([o if isinstance(o, _PLAIN) else None for o in saved.others]),
+        }
+        path = room / f"{stream}-{batch:04d}.safetensors"
+        save_file(tensors, path, metadata=facts)
+        sync(path)
+
+    def commit(self, stage: int) -> None:
+        """Everything of the stage is saved: give its folder the name that counts."""
+        shutil.rmtree(self._final(stage), ignore_errors=True)
+        sync(self._fresh(stage))
+        os.rename(self._fresh(stage), self._final(stage))
+        sync(self.folder)
+
+    def load(self, stage: int, stream: str, batch: int) -> Any:
+        """What `save` kept, in fresh memory."""
+        with safe_open(self._final(stage) / f"{stream}-{batch:04d}.safetensors", framework="pt") as file:
+            facts = file.metadata()
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        spec: TreeSpec = treespec_loads(facts["spec"])
+        saved = Saved.__new__(Saved)
+        saved.spec, saved.others, saved.tensors = spec, json.loads(facts["others"]), tensors
+        return saved.value(tensors)
+
+    def drop(self, stage: int) -> None:
+        """Remove what is not needed any more."""
+        shutil.rmtree(self._final(stage), ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _final(self, stage: int) -> Path:
+        return self.folder / f"{stage:05d}"
+
+    def _fresh(self, stage: int) -> Path:
+        return self.folder / f"{stage:05d}.new"
+
+
+class TensorFile:
+    """Tensors one after another in one file of plain bytes, for as long as the process works with them.
+
+    Read into fresh memory, not mapped: mapped pages would count as the process's own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._placed: list[tuple[int, torch.Size, torch.dtype]] = []  # where each begins, and what it is
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._placed)
+
+    def append(self, x: Tensor) -> int:
+        """Add a tensor; returns its number."""
+        data = _bytes(x.detach().contiguous())
+        with open(self.path, "ab" if self._placed else "wb") as file:
+            file.write(data)
+        self._placed.append((self._end, x.shape, x.dtype))
+        self._end += len(data)
+        return len(self._placed) - 1
+
+    def read(self, number: int) -> Tensor:
+        """The tensor of this number."""
+        begin, shape, dtype = self._placed[number]
+        out = torch.empty(shape, dtype=dtype)
+        with open(self.path, "rb") as file:
+            file.seek(begin)
+            file.readinto(_bytes(out))
+        return out
+
+    def remove(self) -> None:
+        """Remove the file; what is appended next is the first again."""
+        self.path.unlink(missing_ok=True)
+        self._placed.clear()
+        self._end = 0
+
+
+class InputFile:
+    """The float model's input of one weight (or output of a block), all micro-batches, kept until it is compared."""
+
+    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.file, self.dtype = TensorFile(path), dtype
+
+    def append(self, x: Tensor) -> None:
+        """Add the input of the next micro-batch, [..., K]."""
+        self.file.append(x.reshape(-1, x.shape[-1]).to(self.dtype))
+
+    def read(self, batch: int) -> Tensor:
+        """[tokens, K] of micro-batch `batch`, in the type that it is kept in."""
+        return self.file.read(batch)
+
+    def remove(self) -> None:
+        self.file.remove()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,201 @@
+"""Tuning of the whole model after everything is solved: the tuner is given tensors and functions, and no file.
+
+The float model is held in memory, and the quantized one is the same module called with other tensors. What was tuned is
+saved as one file in the unfinished folder before any of it goes to its place, so that a killed run repeats that part only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.func import functional_call
+
+from lowbit.blockwise.capture import Tap
+from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.skeleton import LiveModel
+from lowbit.blockwise.stages import model_inputs
+from lowbit.calibration.data import Calibration
+from lowbit.errors import RecipeError
+from lowbit.formats import InputQuantizer, QTensor
+from lowbit.interchange.files.folder_writer import FolderWriter, sync
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.source import Source
+from lowbit.planning.plan import Plan
+from lowbit.planning.tensor import TensorPlan
+from lowbit.tuning.problem import ModelProblem
+from lowbit.weights.solve import Solved, with_exponent
+
+_FILE = "tuned.safetensors"
+Read = Callable[[str], Tensor]  # a stored tensor by its name in the file
+
+
+def tune_folder(
+    plan: Plan, source: Source, calibration: Calibration, writer: FolderWriter, settings: Settings, progress: Progress | None
+) -> None:  # fmt: skip
+    """Tune what `writer` has on the disk, all of it solved; resumes. Nothing when the recipe has no such tuner."""
+    if plan.recipe.tuner_of("model") is None:
+        return
+    writer.flush()
+    path = writer.partial / _FILE
+    if not path.is_file():
+        if any("tuned" in entry for entry in writer.journal.values()):
+            return  # all of it was in its place when the file was removed
+        exponents = {name: int(entry.get("exponent", 0)) for name, entry in writer.journal.items()}
+        changed, facts = tune(plan, source, calibration, writer.read, settings, progress, exponents)
+        fresh = path.with_name(_FILE + ".new")
+        save_file(changed, fresh, metadata={"facts": json.dumps(facts, sort_keys=True)})
+        sync(fresh)
+        os.replace(fresh, path)
+        sync(writer.partial)
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        found = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
+    for t in plan.tensors:
+        mine = {part: found[part] for part in t.stored() if part in found}
+        if mine:
+            writer.rewrite(t.name, mine, tuned=facts)
+    if not found:  # nothing was better: say that it was tried
+        writer.rewrite(plan.tensors[0].name, {}, tuned=facts)
+    writer.flush()
+    path.unlink()
+
+
+def tune_solved(
+    plan: Plan, source: Source, calibration: Calibration, solved: list[tuple[Solved, str]], settings: Settings,
+    progress: Progress | None,
+) -> list[tuple[Solved, str]]:  # fmt: skip
+    """The same for results in memory."""
+    if plan.recipe.tuner_of("model") is None:
+        return solved
+    stored = {part: tensor for s, _ in solved for part, tensor in s.stored.items()}
+    exponents = {s.plan.name: s.exponent for s, _ in solved}
+    changed, facts = tune(plan, source, calibration, stored.__getitem__, settings, progress, exponents)
+    out = []
+    for i, (s, digest) in enumerate(solved):
+        mine = {part: changed[part] for part in s.stored if part in changed}
+        if mine or (not changed and i == 0):
+            s = replace(s, stored=s.stored | mine, tuned=facts)
+        out.append((s, digest))
+    return out
+
+
+def tune(
+    plan: Plan, source: Source, calibration: Calibration, read: Read, settings: Settings, progress: Progress | None,
+    exponents: Mapping[str, int],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    """(stored tensors that changed by their names in the file, what the tuner says of its work). `exponents`: of the
+    formats, by the name of the weight."""
+    call = plan.recipe.tuner_of("model")
+    assert call is not None
+    total = plan.bytes_before
+
+    def say(done: int, of: int) -> None:
+        if progress is not None:
+            progress(f"{call.name}, step {done + 1} of {of}", total, total)
+
+    pair = _Pair(plan, source, read, settings, exponents)
+    problem = pair.problem(calibration.ids, say)
+    tuned = call.method.function(problem, **dict(call.options))
+    changed: dict[str, Tensor] = dict(tuned.vectors)
+    for name, q in tuned.weights.items():
+        changed |= {f"{name}.{part}": tensor for part, tensor in q.parts().items()}
+    same = {part for part, tensor in changed.items() if torch.equal(tensor, read(part))}
+    facts = {"method": str(call), **tuned.facts}
+    return {part: t.contiguous() for part, t in changed.items() if part not in same}, facts
+
+
+class _Pair:
+    """The float model and, with other tensors, the quantized one: one module for both."""
+
+    def __init__(
+        self, plan: Plan, source: Source, read: Read, settings: Settings, exponents: Mapping[str, int]
+    ) -> None:
+        self.plan, self.read, self.settings, self.exponents = plan, read, settings, exponents
+        self.live = LiveModel(source, plan.tied)
+        self.known = [t for t in plan.tensors if t.name not in source.extra]
+        for t in self.known:
+            self.live.place(t.name, source.read(t.name))
+        # Transforms that look at data change tensors that are kept, as they go.
+        vectors = {t.name for t in self.known if _is_vector(t)}
+        kept = [t for t in self.known if t.format is None and t.name not in vectors and t.dtype.is_floating_point]
+        self.others = {t.name: read(t.name).float() for t in kept} if plan.recipe.transforms else {}
+        self.rounding = {t.name: _quantizer(t, read) for t in self.known if t.inputs is not None}
+
+    def problem(self, windows: tuple[Tensor, ...], say: Callable[[int, int], None]) -> ModelProblem:
+        weights = {t.name: self._qtensor(t) for t in self.known if t.format is not None}
+        fast = torch.bfloat16 if self.settings.autocast else torch.float32
+        # Embeddings stay float32: with them the sums between blocks would be in bfloat16 too.
+        dtypes = {t.name: fast for t in self.known if t.kind in ("linear", "conv1d", "head")}
+        return ModelProblem(
+            weights,
+            frozenset(t.name for t in self.known if t.transposed),
+            {t.name: self.read(t.name) for t in self.known if _is_vector(t)},
+            self.teacher,
+            self.student,
+            windows,
+            dtypes,
+            say,
+        )
+
+    def teacher(self, ids: Tensor) -> Tensor:
+        with self.settings.context():
+            return _logits(self.live.module(**model_inputs(self.live.module, ids)))
+
+    def student(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+        module = self.live.module
+        watched = {name: tensors[name] for name in self.rounding}
+        with self.settings.context(), Tap(watched, self._rounded):
+            return _logits(functional_call(module, {**self.others, **tensors}, (), model_inputs(module, ids)))
+
+    def _rounded(self, name: str, expert: int | None, x: Tensor) -> Tensor:
+        """Inputs in few bits; gradients pass as if they were not rounded."""
+        return _Straight.apply(x, self.rounding[name])
+
+    def _qtensor(self, t: TensorPlan) -> QTensor:
+        assert t.format is not None
+        parts = {part: self.read(f"{t.name}.{part}") for part in t.format.parts(t.stored_shape)}
+        fmt = with_exponent(t.format, self.exponents.get(t.name, 0))
+        assert fmt is not None
+        return QTensor.from_parts(fmt, t.stored_shape, parts)
+
+
+class _Straight(torch.autograd.Function):
+    """An input rounded as it is stored. With a divisor the result is for weights that are multiplied by it, and so is
+    the gradient divided."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: InputQuantizer) -> Tensor:
+        ctx.divisor = quantizer.divisor
+        return quantizer.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        return (g if ctx.divisor is None else (g / ctx.divisor).to(g.dtype)), None
+
+
+def _is_vector(t: TensorPlan) -> bool:
+    return t.format is None and t.keep == "vector" and t.dtype.is_floating_point
+
+
+def _quantizer(t: TensorPlan, read: Read) -> InputQuantizer:
+    assert t.inputs is not None
+    return InputQuantizer.of(t.inputs, t.stored_shape[-1], {p: read(f"{t.name}.{p}") for p in t.input_parts()})
+
+
+def _logits(output: Any) -> Tensor:
+    """[tokens, vocabulary] of one sequence."""
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise RecipeError(
+            f"distilling compares next-token distributions, and {type(output).__name__} has none; leave the tuner out"
+        )
+    return logits[0]

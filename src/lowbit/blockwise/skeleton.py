@@ -1,0 +1,124 @@
+"""A model whose weights come and go: built without memory, given the tensors that run and relieved of them again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.blockwise.stages import forwards_replaced
+from lowbit.errors import SourceError
+from lowbit.formats import QTensor
+from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.source import Source
+
+
+class LiveModel:
+    """The float model of a source on the meta device, but for what its constructor computes (rotary frequencies)."""
+
+    def __init__(self, source: Source, tied: Mapping[str, str]) -> None:
+        if source.config is None:
+            raise SourceError(
+                f"{source.label} has no transformers config, so that it is not known how it reads text; "
+                "use a method that needs no calibration"
+            )
+        self.module = meta_model(source.config)
+        self.embeddings_dropped = False
+        self._packed: list[nn.Module] = []
+        self.tied = tied
+        if hasattr(self.module, "set_experts_implementation"):
+            with contextlib.suppress(ValueError, NotImplementedError):  # a mixture that has one implementation only
+                self.module.set_experts_implementation("eager")  # one product an expert, so that each is seen
+        for config in (self.module.config, self.module.config.get_text_config()):
+            config.use_cache = False
+        self._compute_buffers()
+
+    def place(self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        """Give a parameter or buffer its values, floats in `dtype`; None takes them away. Unknown names are left out."""
+        found = self._owner(name)
+        if found is None:
+            return
+        places, leaf = found
+        old = places[leaf]
+        if value is None:
+            new = torch.empty_like(old, device="meta")
+        else:
+            new = value.to(dtype) if value.is_floating_point() else value
+        kept = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+        for alias in (name, *(alias for alias, canonical in self.tied.items() if canonical == name)):
+            found = self._owner(alias)
+            if found is not None:
+                found[0][found[1]] = kept
+
+    def place_packed(self, name: str, q: QTensor, dense: Callable[[], Tensor]) -> None:
+        """Let look-ups read from the stored form, row by row, if only embeddings use `name`; else place `dense()`."""
+        names = {name, *(alias for alias, canonical in self.tied.items() if canonical == name)}
+        modules = dict(self.module.named_modules(remove_duplicate=False))
+        owners = [modules[n.rpartition(".")[0]] for n in names if n.rpartition(".")[0] in modules]
+        self.place(name, None)
+        plain = [m for m in owners if type(m).forward is nn.Embedding.forward and isinstance(m, nn.Embedding)]
+        heads = [m for m in owners if m not in plain and m is not self.module.get_output_embeddings()]
+        if heads or any(m.max_norm is not None for m in plain) or q.select(torch.zeros(1, dtype=torch.int64)) is None:
+            self.place(name, dense())
+            return
+        for module in plain:
+            module.forward = q.index  # type: ignore[method-assign]
+            self._packed.append(module)
+
+    @contextlib.contextmanager
+    def without_embeddings(self) -> Iterator[None]:
+        """While this lasts, embeddings look up zeros."""
+        with forwards_replaced({m: _zeros_of(m) for m in self._embeddings()}):
+            yield
+
+    def drop_embeddings(self) -> None:
+        """From now on embeddings look up zeros, and their memory is free."""
+        for module in self._embeddings():
+            module.forward = _zeros_of(module)  # type: ignore[method-assign]
+            module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        for alias, canonical in self.tied.items():
+            found = self._owner(canonical)
+            if found is not None and found[0][found[1]].is_meta:
+                self.place(alias, None)
+        self.embeddings_dropped = True
+
+    def _embeddings(self) -> list[nn.Embedding]:
+        # A class that looks up in its own way, such as OPT's positions, is left alone: it is never the large one.
+        plain = [m for m in self.module.modules() if type(m).forward is nn.Embedding.forward]
+        return [m for m in plain if isinstance(m, nn.Embedding) and (m in self._packed or not m.weight.is_meta)]
+
+    def get(self, name: str) -> Tensor:
+        """The parameter or buffer as it is."""
+        found = self._owner(name)
+        if found is None:
+            raise SourceError(f"{type(self.module).__name__} has no tensor {name!r}")
+        value: Tensor = found[0][found[1]]
+        return value
+
+    def _owner(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner = self.module.get_submodule(path)
+        except AttributeError:
+            return None
+        for places in (owner._parameters, owner._buffers):
+            if places.get(leaf) is not None:
+                return places, leaf  # type: ignore[return-value]
+        return None
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint holds: computed by the model's own initialization, as transformers does it."""
+        for module in self.module.modules():
+            buffers, hidden = module._buffers, module._non_persistent_buffers_set
+            computed = [k for k in hidden if (b := buffers.get(k)) is not None and b.is_meta]
+            for key in computed:
+                buffers[key] = torch.empty_like(buffers[key], device="cpu")  # type: ignore[arg-type]
+            if computed:
+                self.module._init_weights(module)
+
+
+def _zeros_of(module: nn.Embedding) -> Callable[..., Tensor]:
+    """A look-up of zeros that take no memory."""
+    return lambda ids: torch.zeros(()).expand(*ids.shape, module.embedding_dim)

@@ -1,0 +1,1 @@
+"""A format for each layer under one target: size, bits, KL, memory."""

@@ -1,0 +1,96 @@
+"""From a target to a recipe: sensitivity measured once and kept, then a format for each layer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.blockwise.precision import Settings
+from lowbit.budget.allocation import Allocation
+from lowbit.budget.choose import allocation
+from lowbit.budget.fisher import text_digest
+from lowbit.budget.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
+from lowbit.calibration.data import LENGTH, SAMPLES, SELF, Calibration, load_calibration
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, parse_format
+from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.source import Source
+from lowbit.recipes.recipe import Recipe
+
+
+def allocate(
+    model: str | Path | nn.Module,
+    recipe: str | Format | Recipe = "w4",
+    *,
+    calibration: Any = None,
+    sensitivity: str | Path | Sensitivity | None = None,
+    samples: int = SAMPLES,
+    length: int = LENGTH,
+    chat: bool = False,
+    candidates: tuple[str, ...] = CANDIDATES,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+    **target: Any,
+) -> Allocation:
+    """A format for each layer of `model`, so that it is as good as can be under one target; see `budget.allocation`.
+
+    The target is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
+    and `sequences`: weights and KV cache together). `recipe` gives the method; its format is only a starting point.
+    `sensitivity`: what `measure_sensitivity` gave, or a file: read where it exists, else measured on `calibration`
+    (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
+    text or with other candidates; a text that the model would have to write first is not compared.
+    `allocation.recipe` goes to `quantize`.
+    """
+    source = open_source(model, tokenizer=tokenizer)
+    wanted = Recipe.of(recipe).calibrated()
+    found = _sensitivity(source, sensitivity, calibration, samples, length, chat, candidates, progress)
+    return allocation(source, found, wanted, **target)
+
+
+def _sensitivity(
+    source: Source, given: str | Path | Sensitivity | None, calibration: Any, samples: int, length: int, chat: bool,
+    candidates: tuple[str, ...], progress: Progress | None,
+) -> Sensitivity:  # fmt: skip
+    if isinstance(given, Sensitivity):
+        return given
+    with nullcontext() if given is None else claimed(given):
+        return _measured_or_read(source, given, calibration, samples, length, chat, candidates, progress)
+
+
+def _measured_or_read(
+    source: Source, given: str | Path | None, calibration: Any, samples: int, length: int, chat: bool,
+    candidates: tuple[str, ...], progress: Progress | None,
+) -> Sensitivity:  # fmt: skip
+    known = Sensitivity.load(given) if given is not None and Path(given).exists() else None
+    if known is not None and (calibration is None or calibration == SELF):
+        return _same(known, given, candidates, None)
+    text = load_calibration(calibration, None, source, samples=samples, length=length, chat=chat)
+    if known is not None:
+        return _same(known, given, candidates, text)
+    autocast = Settings.of_this_machine().autocast
+    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress, frame=text.frame)
+    if given is not None:
+        found.save(given)
+    return found
+
+
+def _same(known: Sensitivity, path: Any, candidates: tuple[str, ...], text: Calibration | None) -> Sensitivity:
+    """`known`, read from `path`, if it was measured with these candidates and, where it is at hand, on this text."""
+    differ = []
+    wanted = tuple(dict.fromkeys(str(parse_format(c)) for c in candidates))
+    if set(wanted) != set(known.candidates):
+        differ.append(f"with the candidates {', '.join(known.candidates)} and not {', '.join(wanted)}")
+    measured = known.settings.get("calibration")
+    if text is not None and measured is not None and measured != text_digest(text.ids):
+        differ.append(f"on another calibration text than {text.name} ({len(text.ids)} windows, {text.tokens} tokens)")
+    if differ:
+        raise RecipeError(
+            f"the sensitivity in {path} was measured {' and '.join(differ)}; give what it was measured with, "
+            "or another file (or remove this one) to measure it again"
+        )
+    return known

@@ -1,0 +1,1 @@
+"""From one kind of file to another: import, dequantize, export."""

@@ -1,0 +1,313 @@
+"""Export: check, write under another name, read back, compare, and only then give it its name."""
+
+from __future__ import annotations
+
+import filecmp
+import gc
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
+from lowbit.interchange.exporters.exporter import Contents, Problem, Target, target_named, targets
+from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder, sync
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+
+TOKENS = 16  # that the logits are compared on
+_SHOWN = 5
+_BESIDE = 64 << 20  # bytes of vocabularies and the like in a file of weights
+_log = logging.getLogger("lowbit")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from ours when read back.
+
+    `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
+    tokens; None where the float model would not fit into this machine's memory. `notes`: what else people should know.
+    `unequal`: the weights that are not equal.
+    """
+
+    path: Path
+    target: str
+    nbytes: int
+    weights: float
+    logits: float | None
+    notes: tuple[str, ...] = ()
+    unequal: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
+            "unequal": list(self.unequal), "logits": self.logits, "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def export(
+    model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
+    samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
+    """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
+
+    `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the target's ending
+    when left out. What was written is read back and compared with ours before it gets its name.
+
+    `kv`: what the target's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
+    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
+    ExportError when the target cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+    """
+    kind = target_named(target)
+    folder = LowbitFolder(_folder_of(model))
+    refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
+    out = Path(out) if out is not None else default_out(folder.folder, kind)
+    check_apart(folder.folder, out)
+    text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
+    if kv is None and (ignored := [name for name, value in text.items() if value]):
+        raise RecipeError(
+            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
+        )
+    with claimed(out):
+        return written(kind, folder, out, kv, text, overwrite, progress)
+
+
+def written(
+    kind: Target, folder: LowbitFolder, out: Path, kv: str | None, text: dict[str, Any], overwrite: bool,
+    progress: Progress | None = None,
+) -> Exported:  # fmt: skip
+    """`export` of what was checked, onto an output that nobody else writes."""
+    check_free(out, kind, overwrite, folder.contents)
+    cost = []
+    if kv is not None:
+        from lowbit.convert.kv_ranges import with_kv
+
+        check_kv(kind, kv, folder.contents)
+        kind, note = with_kv(kind, folder, kv, text, progress)
+        cost = [note]
+    place = out.resolve()
+    try:
+        room = _room(place)
+    except OSError as error:
+        raise _cannot(out, error) from error
+    try:
+        fresh = room / place.name
+        kind.write(folder, fresh, progress)
+        apart, logits = compared(kind, folder, fresh)
+        for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
+            sync(path)
+        size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
+        _put(fresh, place, out, overwrite)
+    except Exception as error:
+        system = os_error_of(error)
+        if system is None or isinstance(error, LowbitError):
+            raise
+        raise _cannot(out, system) from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+    notes = (*kind.notes(folder.contents), *cost, *(() if kind.suffix else folder.left_files()))
+    return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
+
+
+def _put(fresh: Path, place: Path, out: Path, overwrite: bool) -> None:
+    """Give what was written its name. What a run that was killed at its very end put there already is left as it is."""
+    if _taken(place) and not overwrite:
+        if not _same(fresh, place):
+            raise _exists(out)
+        _log.info(f"{out} is already done: it has the very bytes that this export writes")
+        remove_replaced(place)
+    elif fresh.is_file():
+        os.replace(fresh, place)
+        sync(place.parent)
+    else:
+        replace_folder(fresh, place)
+
+
+def _same(fresh: Path, place: Path) -> bool:
+    """Whether every file of `fresh` is at `place` too, with the same bytes."""
+    pairs = [(fresh, place)] if fresh.is_file() else [(p, place / p.relative_to(fresh)) for p in fresh.rglob("*")]
+    return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
+
+
+def _room(out: Path) -> Path:
+    """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
+    place, name = out.parent, f"{out.name}.exporting-"
+    for old in place.iterdir():
+        if old.name.startswith(name) and not _alive(old.name.removeprefix(name).partition("-")[0]):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{name}{os.getpid()}-", dir=place))
+
+
+def _alive(process: str) -> bool:
+    """Whether a process of this number runs; yes where that is not known."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+def default_out(folder: Path, kind: Target) -> Path:
+    """FOLDER.gguf for a file, FOLDER-vllm for a folder."""
+    name = folder.resolve().name
+    return folder.resolve().with_name(f"{name}{kind.suffix}" if kind.suffix else f"{name}-{kind.name}")
+
+
+def refuse(kind: Target, problems: Iterable[Problem]) -> None:
+    """ExportError with every problem, if there is any; problems that tensors share are said once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        groups.setdefault((problem.reason, problem.nearest), []).append(problem.tensor)
+    if not groups:
+        return
+    parts = []
+    for (reason, near), names in groups.items():
+        named = [n for n in names if n]
+        where = f" ({', '.join(named[:2])}{f' and {len(named) - 2} more' if len(named) > 2 else ''})" if named else ""
+        parts.append(f"{reason}{where}{f'; the nearest is {near}' if near else ''}")
+    more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
+    raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
+
+
+def check_kv(kind: Target, kv: str, model: Contents) -> None:
+    """ExportError when the target has no KV cache of that kind, or none of this model."""
+    if kv not in kind.kv:
+        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in targets().items() if t.kv)
+        raise ExportError(f"{kind.name} cannot hold scales of a KV cache in {kv!r} ({able}); leave --kv out")
+    problems = kind.check_kv(kv, model)
+    if problems:
+        first = problems[0]
+        raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
+
+
+def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
+    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
+    read = kind.reopen(out, folder)
+    ours = folder.dense()
+    unequal = {}
+    lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
+    if lacking:
+        raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
+    for name in ours.tensors:
+        if name in read.tensors:
+            apart = distance(read.read(name), ours.read(name))
+            if not apart <= kind.allowed(folder.contents.tensors[name]):
+                raise ExportError(
+                    f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
+                )
+            if apart > 0:
+                unequal[name] = apart
+    if not _fits(ours):
+        return unequal, None
+    logits = distance(logits_of(read), logits_of(ours))
+    if not logits <= kind.logits_allowed(folder.contents):
+        raise ExportError(
+            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
+            "computes another model from this config; nothing was kept of the export"
+        )
+    return unequal, logits
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in float64; infinite where shapes differ or a value is not finite."""
+    if tuple(a.shape) != tuple(b.shape):
+        return float("inf")
+    a, b = a.float(), b.float()
+    if torch.equal(a, b):
+        return 0.0
+    norm = float(b.double().norm())
+    apart = float((a.double() - b.double()).norm()) / (norm or 1.0)
+    return apart if apart == apart else float("inf")
+
+
+def logits_of(source: Source) -> Tensor:
+    """float32 [1, tokens, vocabulary]: what the float model of a source gives for a fixed row of tokens."""
+    model = source.load_float()
+    config: Any = source.config
+    size = int(config.get_text_config().vocab_size)
+    ids = torch.randint(0, size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=ids).logits.float()
+    del model
+    gc.collect()
+    return found
+
+
+def _fits(source: Source) -> bool:
+    """Whether the float model takes at most half of this machine's memory; where that is unknown, yes."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return True
+    return 2 * 4 * sum(math.prod(spec.shape) for spec in source.tensors.values()) <= memory
+
+
+def target_names() -> dict[str, str]:
+    """Name -> one line about it, of every target."""
+    return {name: kind.summary for name, kind in targets().items()}
+
+
+def _folder_of(model: Any) -> Path:
+    if isinstance(model, (str, Path)):
+        return Path(model)
+    folder = getattr(model, "folder", None)
+    if folder is None:
+        raise RecipeError("export takes a folder that lowbit wrote, or the result of quantize with one; save it first")
+    return Path(folder)
+
+
+def check_free(out: Path, kind: Target, overwrite: bool, contents: Contents) -> None:
+    """OutputError when `out` cannot be given to what is to be written.
+
+    What is there may be what this very export wrote, when it was killed as it ended: then its weights are about as large.
+    """
+    if kind.suffix and out.suffix != kind.suffix:
+        raise OutputError(f"{kind.name} writes one file, whose name ends in {kind.suffix}; {out} does not")
+    if kind.suffix and out.is_dir():
+        raise OutputError(f"{out} is a folder; give the name of a file")
+    if not kind.suffix and out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder")
+    if _taken(out) and not overwrite:
+        files = [out] if out.is_file() else list(out.glob("*.safetensors"))
+        size, wanted = sum(file.stat().st_size for file in files), _bytes_of(contents)
+        if not files or abs(size - wanted) > wanted // 2 + _BESIDE:
+            raise _exists(out)
+
+
+def _taken(out: Path) -> bool:
+    return out.exists() and (out.is_file() or any(out.iterdir()))
+
+
+def _bytes_of(contents: Contents) -> int:
+    """Bytes of weights, about."""
+    return sum(
+        int(math.prod(t.shape) * (8 * t.dtype.itemsize if t.format is None else t.format.bits_per_weight(t.shape)) / 8)
+        for t in contents.tensors.values()
+    )
+
+
+def _exists(out: Path) -> OutputError:
+    return TakenError(f"{out} exists; give another name, or --overwrite (overwrite=True) to replace it")
+
+
+def _cannot(out: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot write {out}: {error.strerror or error}; check the path, its rights and the room on the disk; "
+        "nothing was kept of the export"
+    )

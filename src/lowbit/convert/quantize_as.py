@@ -1,0 +1,245 @@
+"""Straight from a float model to another program's format: the recipe that the target can hold, before any work.
+
+A target has names of its own (`q4_k_m`), its own sense of some presets, a format for embeddings, and formats that do
+not fit every width. What comes out is an ordinary recipe, whose globs say what was put in place of what.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.calibration.data import SELF, load_calibration
+from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, written
+from lowbit.errors import ExportError, LowbitError, OutputError
+from lowbit.formats import Format, parse_format
+from lowbit.interchange.exporters.exporter import Contents, Stored, Target, target_named
+from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.folder_writer import MANIFEST, check_apart
+from lowbit.interchange.files.places import TakenError, remove_folder
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+from lowbit.pipeline.api import Quantized, quantize
+from lowbit.planning.plan import Plan, make_plan
+from lowbit.recipes.layer_globs import globs_of, with_layers
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import EMBED, KEEP, Recipe
+from lowbit.recipes.rewriting import rewritten
+
+DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
+_TEXT = ("calibration", "samples", "length", "chat")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that a target can hold of one model, its plan, and what stands in place of what -> in how many tensors.
+
+    kv: what keys and values are to be kept in, None where that is not said
+    """
+
+    target: Target
+    recipe: Recipe
+    plan: Plan
+    changes: dict[str, int]
+    kv: str | None = None
+
+
+def prepare(
+    model: Any, recipe: str | Recipe, target: str, *, calibrated: bool = False, tokenizer: Any = None,
+    kv: str | None = None,
+) -> Prepared:  # fmt: skip
+    """What `recipe` means for a target and a float model, checked; no weight is read.
+
+    `calibrated`: whether calibration text is at hand. `kv` as in `export`. ExportError when the target cannot hold it, with the nearest.
+    """
+    kind, source = target_named(target), open_source(model, tokenizer=tokenizer)
+    wanted = recipe_for(kind, recipe, source, calibrated)
+    seen = rewritten(source, wanted)
+    plan, changes = fitted(kind, make_plan(seen, wanted), seen)
+    if kv is not None:
+        check_kv(kind, kv, contents_of(plan, seen))
+    return Prepared(kind, plan.recipe, plan, changes, kv)
+
+
+@contextmanager
+def quantized_as(
+    model: Any, ready: Prepared, out: str | Path, *, keep: str | Path | None = None, overwrite: bool = False,
+    tokenizer: Any = None, **options: Any,
+) -> Iterator[tuple[Quantized, Exported]]:  # fmt: skip
+    """Quantize a float model into the format of another program, by what `prepare` made of the recipe.
+
+    The folder of lowbit that stands between is OUT.lowbit, where a killed run goes on; it can be measured inside the
+    `with`, and is removed at its end. `keep` names one to keep instead. Other options are those of `quantize`. Calibration
+    text serves a KV cache that was asked for too, and alone where the recipe does not look at it.
+    """
+    out = Path(out)
+    if isinstance(model, (str, Path)):
+        check_apart(Path(model), out)
+    folder = work_folder(out) if keep is None else Path(keep)
+    if folder.resolve() == out.resolve():
+        raise OutputError(f"--keep and --out (keep and out) both name {out}; give two names")
+    if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
+        raise OutputError(f"{folder} is in the way and not of lowbit; move it, or give another name than {out}")
+    text: dict[str, Any] = {}
+    if isinstance(options.get("calibration"), Iterator):
+        options["calibration"] = list(options["calibration"])  # it may be read twice
+    if ready.kv is not None:
+        text = {name: options[name] for name in _TEXT if name in options}
+        if not ready.recipe.uses_calibration:
+            options = {name: value for name, value in options.items() if name not in _TEXT}
+            if text.get("calibration") is not None and not _is_self(text["calibration"]):
+                # A text that cannot be used is better known now than after the work.
+                load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
+    with claimed(out):
+        check_free(out, ready.target, overwrite, contents_of(ready.plan, open_source(model, tokenizer=tokenizer)))
+        options |= {"tokenizer": tokenizer}
+        try:
+            made = quantize(model, ready.recipe, folder, overwrite=overwrite and keep is not None, **options)
+        except TakenError:
+            if keep is not None:
+                raise
+            made = quantize(model, ready.recipe, folder, overwrite=True, **options)  # of another run that was killed
+        try:
+            yield made, _exported(ready, folder, out, text, overwrite)
+        except BaseException as error:
+            if any(note.startswith(str(folder)) for note in getattr(error, "__notes__", ())):
+                keep = folder
+            raise
+        finally:
+            if keep is None:
+                remove_folder(folder)
+
+
+def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], overwrite: bool) -> Exported:
+    """The folder of lowbit that stands between, exported. An error that mending the place mends notes that it is kept."""
+    try:
+        packed = LowbitFolder(folder)
+        refuse(
+            ready.target,
+            ready.target.check(packed.contents) or ready.target.check_tokenizer(packed.tokenizer(), packed.contents),
+        )
+        given = {"calibration": None, "samples": None, "length": None, "chat": False} | text
+        return written(ready.target, packed, out, ready.kv, given, overwrite)
+    except BaseException as error:
+        if not isinstance(error, LowbitError) or type(error) is OutputError:
+            error.add_note(f"{folder} is done, and the same command goes on from it")
+        raise
+
+
+def _is_self(calibration: Any) -> bool:
+    return isinstance(calibration, str) and calibration == SELF
+
+
+def _source(text: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `quantize` as those of `load_calibration`."""
+    return {"source" if name == "calibration" else name: value for name, value in text.items()}
+
+
+def work_folder(out: Path) -> Path:
+    """Where the folder of lowbit stands while `out` is made."""
+    return out.with_name(out.name + ".lowbit")
+
+
+def contents_of(plan: Plan, source: Source) -> Contents:
+    """A plan as targets see it, before anything is quantized."""
+    tensors = {
+        t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
+        for t in plan.tensors
+    }
+    return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
+
+
+def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
+    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings.
+
+    `calibrated`: whether calibration text is at hand.
+    """
+    if isinstance(text, str):
+        name, comma, settings = text.partition(",")
+        method = CALIBRATED if calibrated else DATA_FREE
+        if name in kind.mixes():
+            mix = kind.mix(name, floats_of(source))
+            if mix is None:
+                raise ExportError(f"{kind.name} has no mix {name} for {source.label}; name a recipe or a format")
+            recipe = Recipe.parse(f"{method}@{mix.base},embed={mix.embed}{comma}{settings}")
+            formats: dict[str, list[str]] = {}
+            for tensor, text_of in mix.layers.items():
+                formats.setdefault(text_of, []).append(tensor)
+            globs = tuple((g, parse_format(t)) for t, names in formats.items() for g in globs_of(names, source.tensors))
+            return replace(recipe, layers=(*globs, *recipe.layers), name=None if comma or name in PRESETS else name)
+        if name in PRESETS and name in kind.recipes:
+            recipe = Recipe.parse(kind.recipes[name][calibrated] + comma + settings)
+        else:
+            recipe = Recipe.parse(text)
+        text = recipe
+    # Without a name: that of a preset would be expanded again, to what it is without a target.
+    return replace(_with_embed(kind, text.calibrated() if calibrated else text), name=None)
+
+
+def floats_of(source: Source) -> Contents:
+    """A float model as targets see it: every tensor kept."""
+    params = source.inventory.params
+    tensors = {
+        name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
+        for name, spec in source.tensors.items()
+    }
+    return Contents(source.label, "", source.config, tensors, dict(source.inventory.tied))
+
+
+def candidates(target: str, model: Any) -> dict[str, Any]:
+    """What `allocate` is to choose from for a target, and which layers get one format there."""
+    kind = target_named(target)
+    return {"candidates": kind.candidates(floats_of(open_source(model))), "share": kind.fuses}
+
+
+def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
+    return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
+
+
+def _format(text: str) -> Format | None:
+    """A format as targets name it; `keep` is None."""
+    return None if text == KEEP else parse_format(text)
+
+
+def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, int]]:
+    """The plan with formats that fit every tensor's shape, and what was put in place of what -> how many tensors.
+
+    Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
+    its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
+    """
+    contents = contents_of(plan, source)
+    problems = kind.check(contents)
+    hopeless = [p for p in problems if not p.shape]
+    refuse(kind, hopeless or kind.check_tokenizer(source.tokenizer(), contents))
+    if not problems:
+        return plan, {}
+    formats = {t.name: t.format for t in plan.tensors if source.inventory.params[t.name].keep is None}
+    changes: Counter[str] = Counter()
+    for problem in problems:
+        formats[problem.tensor] = _format(problem.nearest)
+        changes[f"{problem.nearest} instead: {problem.reason}"] += 1
+    recipe = _said_shortly(plan.recipe, formats, plan)
+    again = make_plan(source, recipe, context=plan.context, max_shard_bytes=plan.max_shard_bytes)
+    refuse(kind, kind.check(contents_of(again, source)))
+    return again, dict(changes.most_common())
+
+
+def _said_shortly(recipe: Recipe, formats: dict[str, Format | None], plan: Plan) -> Recipe:
+    """`recipe` with these formats: the most common ones as its own, the others as globs."""
+    kinds = {t.name: t.kind for t in plan.tensors if t.name in formats}
+    weights: Counter[Format] = Counter()
+    for t in plan.tensors:
+        fmt = formats.get(t.name)
+        if fmt is not None and t.kind not in ("embedding", "head"):
+            weights[fmt] += t.count
+    tops = {formats[n] for n, kind in kinds.items() if kind in ("embedding", "head")}
+    calls = [call for call in (recipe.fit, recipe.solver) if call is not None]
+    served = [f for f, _ in weights.most_common() if all(call.method.declines(f) is None for call in calls)]
+    base = served[0] if served else recipe.format
+    plain = replace(recipe, layers=(), format=base, embed=tops.pop() if len(tops) == 1 else recipe.embed)
+    return replace(with_layers(plain, formats, kinds, base), name=recipe.name)

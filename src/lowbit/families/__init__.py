@@ -1,0 +1,1 @@
+"""What lowbit knows of families of models, one file a family."""

@@ -1,0 +1,208 @@
+"""What a target of an export is: a program's format that can hold some models, and a writer of it.
+
+A target is a class with `@target` above it, in a file or package of this folder. Its `check` is static: it sees names,
+shapes, formats and the config, so that it can say no before a model is quantized. Its `write` streams from a folder
+that lowbit wrote. Everything around them (temporary names, reading back, comparing) is `convert/exporting.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from lowbit.errors import ExportError, nearest
+from lowbit.formats import Format, Inputs
+from lowbit.interchange.exporters.common.kv_ranges import KVRanges
+from lowbit.interchange.inventory import Kind
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import Progress
+from lowbit.interchange.source import Source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lowbit.interchange.readers.lowbit_folder import LowbitFolder
+
+KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a quantized model, before its values are read.
+
+    name        as the model of transformers calls it
+    shape       of a quantized one [.., out, in]; of a kept one as the module has it
+    kind        see the inventory
+    dtype       of a kept one; of a quantized one what computing is done in
+    transposed  the module keeps [.., in, out]
+    format      None: kept
+    inputs      how the inputs of this weight are stored in few bits while the model runs, or None
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    dtype: torch.dtype
+    transposed: bool = False
+    format: Format | None = None
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A quantized model, before its values are read: what a target is asked to hold.
+
+    config   the transformers config, without what lowbit adds to it; None for a module that has none
+    tensors  by name, in the model's order; a tied alias is not listed
+    tied     alias -> the name of the tensor that it shares
+    """
+
+    label: str
+    recipe: str
+    config: PretrainedConfig | None
+    tensors: Mapping[str, Stored]
+    tied: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a target cannot hold.
+
+    tensor   its name, empty for the model as a whole
+    reason   why not
+    nearest  what the target can hold in its place: the text of a format, or words
+    shape    the format is one of the target's, but this tensor's shape is not for it; `quantize --as` then takes
+             `nearest` by itself
+    """
+
+    tensor: str
+    reason: str
+    nearest: str = ""
+    shape: bool = False
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Formats of a model as texts: of linear layers, of embeddings and heads, and of single tensors by name."""
+
+    base: str
+    embed: str
+    layers: Mapping[str, str]
+
+
+class Target(ABC):
+    """A format of another program.
+
+    name        what `--as` says
+    summary     one line for people
+    suffix      `.gguf` where one file is written, empty for a folder
+    embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
+    recipes     name of a preset -> what it means for this target, where that is another recipe: without calibration
+                text, and with it
+    fuses       last words of the names of layers beside one another that get one format
+    tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
+    kv          what keys and values of the running model may be kept in with scales that the target holds, as `fp8`
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    suffix: ClassVar[str] = ""
+    embed: ClassVar[str] = ""
+    recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    fuses: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    tolerance: ClassVar[float] = 0.0
+    kv: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def check(self, model: Contents) -> list[Problem]:
+        """Everything that this target cannot hold of `model`; empty when it can hold it all."""
+
+    @abstractmethod
+    def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
+        """Write `model`, which `check` has passed, to `out`: a file or folder that does not exist yet.
+
+        One tensor is in memory at a time. `progress(name, bytes done, bytes in all)`. OutputError or SourceError.
+        """
+
+    def allowed(self, stored: Stored) -> float:
+        """How far this weight may be from ours when it is read back, |a - b| / |b|."""
+        return max(KEPT, self.tolerance) if stored.format is None else self.tolerance
+
+    def logits_allowed(self, model: Contents) -> float:
+        """How far the logits may be: both are float32 of weights that are compared already."""
+        return 1e-3
+
+    def notes(self, model: Contents) -> list[str]:
+        """What people should know of the file or folder that `write` makes of `model`; empty when nothing is unexpected."""
+        return []
+
+    def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
+        """Why this target cannot hold the tokenizer; empty when it can, or does not look at it."""
+        return []
+
+    def check_kv(self, kind: str, model: Contents) -> list[Problem]:
+        """Why this target cannot hold scales for a KV cache of `kind`, one of `kv`; empty when it can."""
+        return []
+
+    def with_kv(self, ranges: KVRanges) -> Target:
+        """This target with a KV cache: a new one, whose `write` writes the scales. Only where `kv` has `ranges.kind`."""
+        raise NotImplementedError(f"{self.name} says it has {', '.join(self.kv)} and no with_kv")
+
+    def mix(self, name: str, model: Contents) -> Mix | None:
+        """The formats that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
+
+        Of `model` only names, shapes and the config count.
+        """
+        return None
+
+    def candidates(self, model: Contents) -> tuple[str, ...]:
+        """Texts of the formats that mixed precision chooses from, each of which every linear layer of `model` fits."""
+        return ()
+
+    def mixes(self) -> tuple[str, ...]:
+        """The names that `mix` knows."""
+        return ()
+
+    def reopen(self, out: Path, model: LowbitFolder) -> Source:
+        """What was written, as a source of the same tensors, read by other code than wrote it where that exists."""
+        return open_source(out)
+
+
+@dataclass
+class _Registry:
+    found: dict[str, Target] = field(default_factory=dict)
+    complete: bool = False
+
+
+_REGISTRY = _Registry()
+
+
+def target(kind: type[Target]) -> type[Target]:
+    """Register a target under its name."""
+    _REGISTRY.found[kind.name] = kind()
+    return kind
+
+
+def targets() -> dict[str, Target]:
+    """Every target by name, in alphabetical order."""
+    if not _REGISTRY.complete:
+        package = "lowbit.interchange.exporters"
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+        _REGISTRY.complete = True
+    return dict(sorted(_REGISTRY.found.items()))
+
+
+def target_named(name: str) -> Target:
+    """The target called `name`. ExportError with the names that there are."""
+    known = targets()
+    if name not in known:
+        raise ExportError(f"unknown target {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return known[name]

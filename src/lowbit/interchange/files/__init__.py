@@ -1,0 +1,1 @@
+"""Files and folders: safetensors, claims, atomic saving."""

@@ -1,0 +1,202 @@
+"""transformers knows `quant_method: lowbit`: `from_pretrained` builds a model of packed weights.
+
+Nothing of transformers is patched: a config class and a quantizer are registered under our name.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lowbit.errors import SourceError
+from lowbit.interchange.checks.section import Packed, read_section
+from lowbit.interchange.hf.section import without_guard
+from lowbit.interchange.hf.torch_pool import settle_torch_pool
+from lowbit.nn.packed import PackedWeight
+from lowbit.nn.swap import dequantize_, place
+
+_NOTHING: dict[str, Any] = {}
+
+
+class LowbitConfig(QuantizationConfigMixin):
+    """`quantization_config` of a saved model: every packed tensor with its format, and what is tied to it."""
+
+    def __init__(
+        self,
+        tensors: dict[str, dict[str, Any]] = _NOTHING,
+        tied: dict[str, str] | None = None,
+        recipe: str = "",
+        version: str = "",
+        **others: Any,
+    ) -> None:
+        self.quant_method = "lowbit"  # type: ignore[assignment]
+        found = read_section(
+            {"tensors": tensors, "tied": tied, "recipe": recipe, "version": version, **others}, "config.json"
+        )
+        self.tensors, self.tied, self.recipe, self.version = (
+            dict(tensors),
+            dict(tied or {}),
+            found.recipe,
+            found.version,
+        )
+        self._packed = found.tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        names = ("quant_method", "tensors", "tied", "recipe", "version")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def packed(self, name: str, dtype: torch.dtype) -> PackedWeight:
+        """The empty (meta) weight that `name` is to be loaded into."""
+        found = self._packed[name]
+        return PackedWeight(found.format, found.shape, transposed=found.transposed, dtype=dtype, inputs=found.inputs)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of the parameter that `name` stands for, as the module has it."""
+        packed: Packed = self._packed[name]
+        return packed.module_shape
+
+    def packed_aliases(self) -> dict[str, str]:
+        """Alias -> name of every packed weight that stands in several places."""
+        return {alias: name for alias, name in self.tied.items() if name in self.tensors}
+
+
+class LowbitQuantizer(HfQuantizer):
+    """Puts packed weights where the checkpoint has them, and ties what was tied."""
+
+    requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
+    quantization_config: LowbitConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before files are looked for: take out what stops transformers where it does not know lowbit."""
+        return without_guard(config)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        settle_torch_pool()
+        dtype = model.dtype
+        for name in self.quantization_config.tensors:
+            _check_place(model, name, self.quantization_config.shape_of(name))
+            weight = self.quantization_config.packed(name, dtype)
+            weight._is_hf_initialized = True  # what initializes modules with missing tensors leaves it alone
+            place(model, name, weight)
+            # Some classes list the head among what is tied even where it has a weight of its own, as T5 does.
+            model.all_tied_weights_keys.pop(name, None)
+        for alias, name in self.quantization_config.packed_aliases().items():
+            _check_place(model, alias, self.quantization_config.shape_of(name))
+            place(model, alias, _Awaited(self.quantization_config.packed(name, dtype).shape))
+            model.all_tied_weights_keys.pop(alias, None)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        packed = _packed_by_every_name(model)
+        for alias, name in self.quantization_config.packed_aliases().items():
+            place(model, alias, packed[name])
+        _tie_parts(model, packed, self.quantization_config.packed_aliases())
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        _untie_parts(model, self.quantization_config.packed_aliases())
+        return dequantize_(model, dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Awaited(nn.Module):
+    """Keeps the place of a tied weight while the one that it shares is loaded; has nothing to load itself."""
+
+    _is_hf_initialized = True
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+
+def _check_place(model: Any, name: str, shape: tuple[int, ...]) -> None:
+    """SourceError where the model has no parameter `name` of this shape."""
+    module, _, last = name.rpartition(".")
+    try:
+        found: Any = getattr(model.get_submodule(module), last, None)
+    except AttributeError:
+        found = None
+    if not hasattr(found, "shape"):
+        raise SourceError(
+            f"config.json: quantization_config names {name!r}, and a {type(model).__name__} has no such weight; "
+            "copy the folder again"
+        )
+    if tuple(found.shape) != shape:
+        raise SourceError(
+            f"config.json: quantization_config says shape {list(shape)} of {name!r}, and a {type(model).__name__} of this "
+            f"config has {list(found.shape)}; copy the folder again"
+        )
+
+
+def attach(model: Any, config: dict[str, Any]) -> None:
+    """Make a transformers model whose weights were packed in memory what `from_pretrained` would have given."""
+    quantizer = LowbitQuantizer(LowbitConfig(**config), pre_quantized=True)
+    _tie_parts(model, _packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
+    model.hf_quantizer = quantizer
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    model.config.quantization_config = quantizer.quantization_config
+
+
+def _packed_by_every_name(model: nn.Module) -> dict[str, PackedWeight]:
+    """A tied weight under each of its names: modules list an alias first where its owner comes first, as in XLM-RoBERTa."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, PackedWeight)}
+
+
+def _tie_parts(model: Any, packed: dict[str, PackedWeight], aliases: dict[str, str]) -> None:
+    """Declare the stored parts as tied where the whole weights were, so that `tie_weights` and saving find them."""
+    parts = {
+        f"{alias}.{part}": f"{name}.{part}"
+        for alias, name in aliases.items()
+        for part, _ in packed[name].named_buffers()
+    }
+    for module, prefix in _tying(model):
+        keys = {k: v for k, v in module._tied_weights_keys.items() if prefix + k not in aliases}
+        inside = {k: v for k, v in parts.items() if k.startswith(prefix) and v.startswith(prefix)}
+        if len(keys) < len(module._tied_weights_keys):
+            module._tied_weights_keys = keys | {k[len(prefix) :]: v[len(prefix) :] for k, v in inside.items()}
+    if hasattr(model, "all_tied_weights_keys"):
+        kept = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
+        model.all_tied_weights_keys = kept | parts
+
+
+def _untie_parts(model: Any, aliases: dict[str, str]) -> None:
+    """Undo `_tie_parts`: what is tied are whole weights again."""
+    for module, _ in _tying(model):
+        module.__dict__.pop("_tied_weights_keys", None)
+    whole = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(tuple(f"{a}." for a in aliases))}
+    model.all_tied_weights_keys = whole | aliases
+
+
+def _tying(model: Any) -> list[tuple[Any, str]]:
+    """(module, prefix of its names) of every module that declares what it ties."""
+    named = model.named_modules(remove_duplicate=False)
+    return [
+        (m, f"{path}." if path else "") for path, m in named if isinstance(getattr(m, "_tied_weights_keys", None), dict)
+    ]
+
+
+def register() -> None:
+    """Tell transformers; a second call does nothing."""
+    if "lowbit" not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config("lowbit")(LowbitConfig)
+        register_quantizer("lowbit")(LowbitQuantizer)

@@ -1,0 +1,1 @@
+"""What is read: folders, GGUF, modules, quantized checkpoints."""

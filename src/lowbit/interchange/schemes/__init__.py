@@ -1,1 +1,0 @@
-"""Readers of quantized checkpoints, one file for each `quant_method`; see `interchange/stored.py`."""

@@ -1,0 +1,186 @@
+"""Recipes as text and as TOML: see `recipe.py` for the grammar."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import LowbitError, RecipeError, nearest
+from lowbit.formats import Format, parse_format
+from lowbit.recipes.activation_rules import parse_fallback, parse_rule
+from lowbit.recipes.calls import call_parts
+from lowbit.recipes.presets import PRESETS
+from lowbit.recipes.recipe import EMBED, KEEP, Recipe, format_text
+from lowbit.solvers import Call
+from lowbit.solvers.registry import methods
+
+_OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
+_TABLES = ("layers", "inputs")  # of the TOML form, by glob
+# Keys of the text form that are known but stand for something this version does not do.
+_LATER = {"kv": "KV-cache formats"}
+
+
+def parse_recipe(text: str) -> Recipe:
+    """A preset name, a format, a composition, or the path of a TOML file."""
+    if text.endswith(".toml"):
+        return _from_toml(Path(text))
+    head, *settings = _split(text.strip(), ",")
+    if head in PRESETS:
+        recipe = replace(parse_recipe(PRESETS[head].text), name=head)
+        return replace(_with_settings(recipe, settings, text), name=None if settings else head)
+    steps, at, fmt = head.rpartition("@")
+    if not at and _looks_like_name(head):
+        known = list(dict.fromkeys([*PRESETS, *methods()]))
+        if head in methods():
+            raise RecipeError(f"method {head!r} needs a format: write {head}@int4:g32, for example")
+        raise RecipeError(f"unknown recipe {head!r}{nearest(head, known)} (presets: {', '.join(PRESETS)})")
+    return _with_settings(_with_steps(Recipe(parse_format(fmt)), _split(steps, "+") if at else []), settings, text)
+
+
+def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
+    fit: Call | None = None
+    solver: Call | None = None
+    tuner: Call | None = None
+    weighting: Call | None = None
+    transforms: list[Call] = []
+    for step in steps:
+        call = _parse_call(step)
+        if tuner is not None:
+            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, and it comes last")
+        if call.method.kind == "transform":
+            if fit is not None or solver is not None:
+                first = fit or solver
+                raise RecipeError(
+                    f"{call.name!r} after {first}: transforms rewrite the model first; write {call}+{first}"
+                )
+            transforms.append(call)
+        elif call.method.kind == "fit":
+            if fit is not None or solver is not None:
+                first = fit or solver
+                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
+            fit = call
+        elif call.method.kind == "weighting":
+            if fit is not None or solver is not None or weighting is not None:
+                before = weighting or fit or solver
+                raise RecipeError(
+                    f"{call.name!r} after {before}: statistics are weighed before they are used; write it first"
+                )
+            weighting = call
+        elif call.method.kind == "tuner":
+            tuner = call
+        else:
+            if solver is not None:
+                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
+            solver = call
+    return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner, weighting=weighting)
+
+
+def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
+    # A fallback is for the static inputs that another setting names, wherever that stands.
+    for setting in sorted(settings, key=lambda s: s.strip().startswith("fallback=")):
+        key, equals, value = setting.strip().partition("=")
+        if not equals or not value:
+            raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
+        if key in _LATER:
+            raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
+        if key.partition(":")[0] in _OF_INPUTS:
+            recipe = _with_inputs(recipe, key, value, whole)
+            continue
+        is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
+        if key != "embed" and not is_glob:
+            raise RecipeError(
+                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', *_OF_INPUTS])} "
+                "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, a:*.down_proj=FORMAT for those of some, "
+                "fallback=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
+            )
+        fmt = _layer_format(value)
+        recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
+    return recipe
+
+
+def _with_inputs(recipe: Recipe, key: str, value: str, whole: str) -> Recipe:
+    """`a=INPUTS`, `a:GLOB=INPUTS` or `fallback=INPUTS`: see `input_rules.py`."""
+    word, colon, pattern = key.partition(":")
+    if colon and (word == "fallback" or not pattern):
+        raise RecipeError(f"{key!r} in recipe {whole!r} names no layers; write a:*.down_proj={value}, for example")
+    if word == "fallback":
+        return replace(recipe, fallback=parse_fallback(value))
+    rule = parse_rule(value)
+    if colon:
+        return replace(recipe, layer_inputs=(*recipe.layer_inputs, (pattern, rule)))
+    return replace(recipe, inputs=rule.inputs, range=rule.range)
+
+
+def _from_toml(path: Path) -> Recipe:
+    """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep", [inputs] with
+    "glob" = "inputs or float"."""
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {str(path)!r} is not TOML: {error}") from None
+    allowed = ("recipe", "embed", *_TABLES)
+    for key in table:
+        if key not in allowed:
+            raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
+    text = table.get("recipe")
+    if not isinstance(text, str) or text.endswith(".toml"):
+        raise RecipeError(f'recipe file {str(path)!r} needs a line such as recipe = "search@int4:g32"')
+    layers, inputs = (table.get(key, {}) for key in _TABLES)
+    for key, found in zip(_TABLES, (layers, inputs)):
+        if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+            raise RecipeError(f'[{key}] in {str(path)!r} is a table of "glob" = "format"')
+    recipe = parse_recipe(text)
+    if "embed" in table:
+        recipe = replace(_with_settings(recipe, [f"embed={table['embed']}"], str(path)), name=None)
+    if layers:
+        recipe = replace(
+            recipe, layers=(*recipe.layers, *((g, _layer_format(v)) for g, v in layers.items())), name=None
+        )
+    if inputs:
+        rules = tuple((g, parse_rule(v)) for g, v in inputs.items())
+        recipe = replace(recipe, layer_inputs=(*recipe.layer_inputs, *rules), name=None)
+    return recipe
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The TOML form; reading it gives the recipe back."""
+    plain = replace(recipe, embed=EMBED, layers=(), layer_inputs=())
+    lines = [f'recipe = "{plain}"', f'embed = "{format_text(recipe.embed)}"']
+    if recipe.layers:
+        lines += ["", "[layers]", *(f'{json.dumps(pattern)} = "{format_text(fmt)}"' for pattern, fmt in recipe.layers)]
+    if recipe.layer_inputs:
+        lines += ["", "[inputs]", *(f'{json.dumps(pattern)} = "{rule}"' for pattern, rule in recipe.layer_inputs)]
+    return "\n".join(lines) + "\n"
+
+
+def _parse_call(text: str) -> Call:
+    return Call(*call_parts(text))
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators outside parentheses."""
+    parts, depth, begin = [], 0, 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if char == separator and depth == 0:
+            parts.append(text[begin:i])
+            begin = i + 1
+    return [*parts, text[begin:]]
+
+
+def _looks_like_name(text: str) -> bool:
+    """Whether a word without '@' is meant as a preset rather than as a format."""
+    try:
+        parse_format(text)
+    except LowbitError:
+        return ":" not in text
+    return False
+
+
+def _layer_format(value: str) -> Format | None:
+    return None if value == KEEP else parse_format(value)

@@ -1,0 +1,1 @@
+"""One weight to its stored form."""
