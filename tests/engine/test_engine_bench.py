@@ -17,9 +17,9 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import EngineError, LowbitError, RecipeError, SourceError
 from lowbit.kernels.core import core
-from lowbit.measure import backends as contestants
+from lowbit.measure import backends as backends
 from lowbit.measure import bench as module
-from lowbit.measure.backends import Contestant
+from lowbit.measure.backends import Backend
 from lowbit.measure.bench import Bench, BenchRow, Limits
 from lowbit.measure.interleave import SpeedSettings, take_turns
 from lowbit.measure.startup import Startup, startup
@@ -88,8 +88,8 @@ def test_everyone_takes_a_turn_at_one_figure_before_the_next_and_the_first_round
 def test_figures_are_made_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
 
-    def contestant(*_: Any) -> Contestant:
-        return Contestant(
+    def contestant(*_: Any) -> Backend:
+        return Backend(
             "a", lambda s: {name: lambda: next(values) for name in ("decode", "prefill")}, 100, lambda n: n * 7 + 2, 40
         )
 
@@ -116,7 +116,7 @@ def test_the_engine_transformers_and_llama_cpp(
         opened.append(how)
         return next(starts)
 
-    monkeypatch.setattr(contestants, "startup", start)
+    monkeypatch.setattr(backends, "startup", start)
     program, notes = llama_bench
     found = lowbit.bench(
         folders["w4"], beside=folders["float"], gguf=gguf, llama_bench=str(program), activations=["exact", "int8"],
@@ -161,7 +161,7 @@ def test_what_a_token_reads_and_multiplies(folders: dict[str, Path]) -> None:
 def test_a_model_that_the_engine_does_not_know_is_run_by_transformers_which_is_said(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contestants, "startup", lambda *how: Startup(1.0, 1, 2, 3))
+    monkeypatch.setattr(backends, "startup", lambda *how: Startup(1.0, 1, 2, 3))
     found = lowbit.bench(folders["gpt2"], rounds=1, settings=FEW)
     assert found.rows[0].name == "transformers gpt2, float32" and "models of type 'gpt2'" in found.rows[0].note
     assert "models of type 'gpt2'" in str(found)
@@ -228,7 +228,7 @@ def peer(tmp_path: Path, *answers: str) -> str:
 
 
 def test_a_program_is_asked_line_by_line(tmp_path: Path) -> None:
-    found = contestants.of_program("peer", peer(tmp_path, "10.5", "20", "nan", "words"))
+    found = backends.of_program("peer", peer(tmp_path, "10.5", "20", "nan", "words"))
     probes = found.probes(SpeedSettings())
     assert (probes["decode"](), probes["prefill"]()) == (10.5, 20.0)
     for said in ("nan", "words"):
@@ -236,9 +236,9 @@ def test_a_program_is_asked_line_by_line(tmp_path: Path) -> None:
             probes["batch"]()
     found.close()
     with pytest.raises(LowbitError, match="before it said 'ready'"):
-        contestants.of_program("peer", f"{sys.executable} -c pass")
+        backends.of_program("peer", f"{sys.executable} -c pass")
     with pytest.raises(LowbitError, match="cannot be run"):
-        contestants.of_program("peer", str(tmp_path / "none"))
+        backends.of_program("peer", str(tmp_path / "none"))
     wrong = CliRunner().invoke(app, ["bench", "x", "--program", "nothing"])
     assert wrong.exit_code == 2 and "NAME=COMMAND" in wrong.stderr
 

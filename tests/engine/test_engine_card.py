@@ -19,7 +19,7 @@ from lowbit.engine import fallback
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError
 from lowbit.measure import api, float_model, generation
-from lowbit.measure import backends as contestants
+from lowbit.measure import backends as backends
 from lowbit.measure.card import Card, CardParts
 from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.speed import Rates, Speed, measure_speed
@@ -46,7 +46,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         asked.append(how)
         return Startup(1.0, 1, 2, PEAK)
 
-    monkeypatch.setattr(contestants, "startup", start)
+    monkeypatch.setattr(backends, "startup", start)
     return asked
 
 
@@ -129,7 +129,7 @@ def test_a_fresh_process_that_fails_costs_the_memory_alone(
     def fails(*_: Any) -> Any:
         raise LowbitError("killed")
 
-    monkeypatch.setattr(contestants, "startup", fails)
+    monkeypatch.setattr(backends, "startup", fails)
     card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
     assert card.speed is not None and card.speed.model is not None and card.run_peak is None
     assert "memory while running is not measured: killed" in caplog.text
@@ -175,7 +175,7 @@ def test_each_figure_in_its_faster_type(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.model is not None
     assert (found.model.decode, found.model.prefill) == (pytest.approx(1 / 0.1), pytest.approx(1 / 0.1))
     half, whole = torch.bfloat16, torch.float32
-    assert asked == 2 * [(half, FEW.prompt), (whole, FEW.prefill), (whole, contestants.WORDS)]
+    assert asked == 2 * [(half, FEW.prompt), (whole, FEW.prefill), (whole, backends.WORDS)]
 
 
 def test_a_folder_answers_in_no_type_that_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from engine_models import apart, reference
 import lowbit
 from lowbit import Engine
 from lowbit.engine.tokenizer import FolderTokenizer
-from lowbit.interchange.hub.hub import smollm2
+from lowbit.interchange.hub import smollm2
 
 pytestmark = pytest.mark.slow
 PROMPTS = (

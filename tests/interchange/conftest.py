@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 @pytest.fixture(scope="session")
 def smollm2_file() -> Path:
     """The GGUF file of SmolLM2 where it is installed or cached; else the test is skipped."""
-    from lowbit.interchange.hub.hub import smollm2
+    from lowbit.interchange.hub import smollm2
 
     path = smollm2.at_hand()
     if path is None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lowbit.errors import FormatError
 from lowbit.formats import parse_format, parse_inputs
-from lowbit.interchange.exporters.common.folder_target import FolderTarget
-from lowbit.interchange.exporters.exporter import Contents, Stored, targets
+from lowbit.interchange.exporters.common.folder_exporter import FolderExporter
+from lowbit.interchange.exporters.exporter import Contents, Stored, exporters
 from tiny import TINY
 
 NAMES = ("awq", "gptq", "vllm")
@@ -30,9 +30,9 @@ def model(*layers: Stored) -> Contents:
     return Contents("m", "", TINY["llama"](), {t.name: t for t in layers}, {})
 
 
-def folder_target(name: str) -> FolderTarget:
-    found = targets()[name]
-    assert isinstance(found, FolderTarget)
+def folder_exporter(name: str) -> FolderExporter:
+    found = exporters()[name]
+    assert isinstance(found, FolderExporter)
     return found
 
 
@@ -68,7 +68,7 @@ def folder_target(name: str) -> FolderTarget:
 def test_refusals_name_layer_reason_and_nearest(
     target: str, fmt: str, inputs: str | None, reason: str, nearest: str
 ) -> None:
-    (problem,) = folder_target(target).check(model(layer("mlp.down_proj", fmt, inputs)))
+    (problem,) = folder_exporter(target).check(model(layer("mlp.down_proj", fmt, inputs)))
     assert problem.tensor == "model.layers.0.mlp.down_proj.weight"
     assert re.search(reason, problem.reason)
     assert problem.nearest == nearest
@@ -90,7 +90,7 @@ def test_the_nearest_format_is_held(fmt: str, name: str, width: int, rows: int) 
         parse_format(fmt)
     except FormatError:
         return
-    target = folder_target(name)
+    target = folder_exporter(name)
     for problem in target.check(model(layer("mlp.down_proj", fmt, None, (rows, width)))):
         assert target.check(model(layer("mlp.down_proj", problem.nearest, None, (rows, width)))) == []
 
@@ -98,25 +98,25 @@ def test_the_nearest_format_is_held(fmt: str, name: str, width: int, rows: int) 
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_of_one_layer_are_stored_alike(name: str) -> None:
     mixed = model(*(layer(part, "int4:g64" if "q_" in part else "int4:g32") for part in PARTS))
-    found = folder_target(name).check(mixed)
+    found = folder_exporter(name).check(mixed)
     assert any("q_proj, k_proj, v_proj as one layer" in p.reason and p.nearest == "int4:g32" for p in found)
     kept = model(*(layer(part, None if "v_" in part else "int4:g32") for part in PARTS))
-    (problem,) = folder_target(name).check(kept)
+    (problem,) = folder_exporter(name).check(kept)
     assert problem.nearest == "keep"
     same = model(*(layer(part, "int4:g64" if part == "mlp.down_proj" else "int4:g32") for part in PARTS))
-    assert (folder_target(name).check(same) == []) == (name != "awq")  # which has one group size
+    assert (folder_exporter(name).check(same) == []) == (name != "awq")  # which has one group size
 
 
 def test_where_one_part_is_not_for_a_block_the_others_follow() -> None:
     shapes = {"self_attn.q_proj": (128, 128), "self_attn.k_proj": (64, 128), "self_attn.v_proj": (64, 128)}
-    found = folder_target("vllm").check(model(*(layer(n, "e4m3:128x128", None, s) for n, s in shapes.items())))
+    found = folder_exporter("vllm").check(model(*(layer(n, "e4m3:128x128", None, s) for n, s in shapes.items())))
     assert {p.tensor.split(".")[-2] for p in found} == {"q_proj", "k_proj", "v_proj"}
     assert {p.nearest for p in found} == {"e4m3:channel"}
     assert all(p.shape for p in found)
 
 
 def test_gptq_says_once_whether_there_are_zero_points() -> None:
-    (problem,) = folder_target("gptq").check(
+    (problem,) = folder_exporter("gptq").check(
         model(layer("mlp.down_proj", "uint4:g32:asym"), layer("mlp.up_proj", "int4:g32"))
     )
     assert "no zero-points where others do" in problem.reason
@@ -126,7 +126,7 @@ def test_gptq_says_once_whether_there_are_zero_points() -> None:
 def test_stacks_that_transformers_saves_whole_are_refused(name: str) -> None:
     fmt = parse_format("int4:g32")
     odd = Stored("mlp.experts.up", (4, 64, 64), "experts", torch.float32, False, fmt)
-    (found,) = folder_target(name).check(model(layer("mlp.up_proj", "int4:g32"), odd))
+    (found,) = folder_exporter(name).check(model(layer("mlp.up_proj", "int4:g32"), odd))
     assert found.tensor == odd.name and "experts as one tensor" in found.reason
     conv = Stored("h.0.c_fc.weight", (64, 64), "conv1d", torch.float32, True, fmt)
-    assert folder_target(name).check(model(layer("mlp.up_proj", "int4:g32"), conv)) == []
+    assert folder_exporter(name).check(model(layer("mlp.up_proj", "int4:g32"), conv)) == []

@@ -19,7 +19,7 @@ from lowbit.cli.main import app
 from lowbit.errors import ExportError
 from lowbit.formats import QTensor, parse_format
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published, without_number
-from lowbit.interchange.exporters.exporter import target_named
+from lowbit.interchange.exporters.exporter import exporter_named
 from lowbit.interchange.exporters.gguf.families import family_of, refusal
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
@@ -125,7 +125,7 @@ def test_a_stack_with_levels_of_its_own_stays_whole(room: Path) -> None:
 
 def test_what_vllm_runs_no_experts_in_is_refused_for_the_stack(room: Path) -> None:
     """Problems name the model's tensors, which recipes name, and say the same once."""
-    problems = target_named("vllm").check(LowbitFolder(ours(room, "qwen3-moe", "fp8")).contents)
+    problems = exporter_named("vllm").check(LowbitFolder(ours(room, "qwen3-moe", "fp8")).contents)
     assert {p.tensor for p in problems} == {
         f"model.layers.{i}.mlp.experts.{leaf}" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")
     }
@@ -134,7 +134,7 @@ def test_what_vllm_runs_no_experts_in_is_refused_for_the_stack(room: Path) -> No
 
 def test_experts_of_a_layer_are_stored_alike(room: Path) -> None:
     folder = LowbitFolder(ours(room, "olmoe", "int4:g32,*experts.down_proj=int8:channel"))
-    problems = target_named("vllm").check(folder.contents)
+    problems = exporter_named("vllm").check(folder.contents)
     assert {p.tensor for p in problems} <= {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)} | {
         f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)
     }

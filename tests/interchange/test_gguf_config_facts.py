@@ -16,7 +16,7 @@ from moe_models import MOE_MODELS
 from config_changes import changes
 from lowbit.errors import SourceError
 from lowbit.families.config_facts import NEUTRAL
-from lowbit.interchange.exporters.exporter import Contents, Stored, target_named
+from lowbit.interchange.exporters.exporter import Contents, Stored, exporter_named
 from lowbit.interchange.exporters.gguf import families
 from lowbit.interchange.exporters.gguf.config_facts import FACTS
 from lowbit.interchange.exporters.gguf.layout import bytes_in_file, place
@@ -87,7 +87,7 @@ def test_every_field_of_the_class_is_listed(kind: str) -> None:
 @pytest.mark.parametrize("kind", FACTS)
 def test_every_changed_field_is_written_and_read_or_refused(kind: str, tmp_path: Path) -> None:
     base = MODELS[KINDS[kind]]()
-    family, target = families.family_of(base), target_named("gguf")
+    family, target = families.family_of(base), exporter_named("gguf")
     assert family is not None
     carried, refused = set[str](), set[str]()
     for name, value in changes(base):

@@ -14,7 +14,7 @@ from gguf_models import FAMILY_MODELS, save_model
 import lowbit
 from lowbit.errors import ExportError, OutputError
 from lowbit.formats import parse_format
-from lowbit.interchange.exporters.exporter import Contents, Stored, target_named, targets
+from lowbit.interchange.exporters.exporter import Contents, Stored, exporter_named, exporters
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import names_in_file
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
@@ -131,7 +131,7 @@ def contents(room: Path, name: str, **changes: Any) -> Contents:
 
 def test_what_cannot_be_held_is_said_with_the_nearest(room: Path) -> None:
     gate = "model.layers.0.mlp.gate_proj.weight"
-    kind = targets()["gguf"]
+    kind = exporters()["gguf"]
     assert kind.check(contents(room, "llama")) == []
     for text, near in {
         "int4:g64": "q4_0",
@@ -181,7 +181,7 @@ def test_names_and_places_are_checked(room: Path) -> None:
 
 def test_a_file_that_reads_back_otherwise_is_not_kept(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = written(room, "llama")
-    kind = target_named("gguf")
+    kind = exporter_named("gguf")
     write = type(kind).write
 
     def spoiled(self: Any, model: Any, out: Path, progress: Any = None) -> None:

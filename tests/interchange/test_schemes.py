@@ -308,7 +308,7 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_tensor(case: str, tmp_
 
 SECTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "layout": (gptq(checkpoint_format="marlin"), "laid out as 'marlin'"),
-    "planes": (gptq(bits=5, checkpoint_format="gptq_p"), "laid out as 'gptq_p'"),
+    "row_parts": (gptq(bits=5, checkpoint_format="gptq_p"), "laid out as 'gptq_p'"),
     "bits": (gptq(bits="four"), "quantization_config.bits is 'four', and it must be a whole number"),
     "group": (gptq(group_size=24), "4 groups for 64 inputs, which groups of 24"),
     "symmetry": (gptq(sym=True, checkpoint_format="gptq_v2"), "zero-points off the middle"),

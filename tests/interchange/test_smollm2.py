@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.errors import OutputError, SourceError
-from lowbit.interchange.hub.hub import smollm2
+from lowbit.interchange.hub import smollm2
 from lowbit.interchange.opening import open_source
 
 CONTENT = b"GGUF" + bytes(1000)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from measure_models import tiny_bert, tiny_llama, tiny_t5
 
-from lowbit.measure import backends as contestants
-from lowbit.measure.backends import WORDS, Contestant
+from lowbit.measure import backends as backends
+from lowbit.measure.backends import WORDS, Backend
 from lowbit.measure.generation import greedy_times
 from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, measure_speed
 
@@ -46,7 +46,7 @@ def test_rates_from_a_known_clock(monkeypatch):
         slow = next(turns)
         return [slow * (2.0 + 0.5 * i) for i in range(new)]
 
-    monkeypatch.setattr(contestants, "greedy_times", times)
+    monkeypatch.setattr(backends, "greedy_times", times)
     settings = SpeedSettings(prompt=12, new=5, prefill=20, batch=3, batch_length=WORDS + 4, repeats=3)
     found = measure_speed(tiny_llama(), settings=settings)
     assert found.base is None and found.ratio("decode") is None
@@ -130,7 +130,7 @@ def test_what_ran_is_said_and_pytorch_gets_as_many_threads():
     def probes(settings):
         return {name: lambda: float(not seen.append(torch.get_num_threads())) for name in ("decode", "prefill")}
 
-    program = Contestant("an engine", probes, threads=before + 1, note="no reason")
+    program = Backend("an engine", probes, threads=before + 1, note="no reason")
     found = measure_speed(program, base=tiny_llama().bfloat16(), settings=FEW)
     assert set(seen) == {before + 1} and torch.get_num_threads() == before
     assert (found.program, found.base_program) == ("an engine", "transformers, bfloat16")

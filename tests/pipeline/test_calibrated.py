@@ -297,14 +297,14 @@ RECIPES = [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:te
     ("recipe", "name"), mostly_nightly(RECIPES, ["llama", "t5", "gpt2"], every=lambda r, n: n == r % 3 or r == 0)
 )
 def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowbit.blockwise.attention_cache import Remembered
+    from lowbit.blockwise.attention_cache import AttentionCache
 
     if recipe.startswith("smooth") and name == "t5":
         recipe = RECIPE
     computed = {"count": 0}
-    result = Remembered.result
+    result = AttentionCache.result
 
-    def count(self: Remembered, compute: Any) -> Tensor:
+    def count(self: AttentionCache, compute: Any) -> Tensor:
         def counted() -> Tensor:
             computed["count"] += 1
             return compute()
@@ -314,10 +314,10 @@ def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatc
     def parts(made: Any) -> dict[str, Tensor]:
         return dict(made.model.state_dict())
 
-    monkeypatch.setattr(Remembered, "result", count)
+    monkeypatch.setattr(AttentionCache, "result", count)
     with_memory = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
     fewer, computed["count"] = computed["count"], 0
-    monkeypatch.setattr(Remembered, "touched", lambda self, n: setattr(self, "_final", False))
+    monkeypatch.setattr(AttentionCache, "touched", lambda self, n: setattr(self, "_final", False))
     without = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
     assert all(torch.equal(with_memory[k], without[k]) for k in without)
     assert fewer < computed["count"] or name == "t5"  # its attention is spelled out

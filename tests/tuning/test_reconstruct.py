@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, tmp_path: Path, monkeyp
         lowbit.quantize(tmp_path / "float", recipe, out, calibration=token_ids(30), length=32)
 
     make(tmp_path / "whole")
-    old, calls = states.States.commit, 0
+    old, calls = states.HiddenStates.commit, 0
 
     def dying(*args: object) -> None:
         nonlocal calls
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, tmp_path: Path, monkeyp
         old(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(states.States, "commit", dying)
+        patch.setattr(states.HiddenStates, "commit", dying)
         make(tmp_path / "out")
     make(tmp_path / "out")
     names = sorted(p.name for p in (tmp_path / "whole").iterdir())

@@ -13,7 +13,7 @@ from lowbit.planning.plan import Plan
 from lowbit.solvers.ranges.estimator import RangeEstimator, RangeMethod
 
 
-class StoredInputs:
+class ActivationQuantizers:
     """Divisors, estimators of static ranges and the quantizers made of them, by weight."""
 
     def __init__(self, plan: Plan) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.blockwise.hidden_states import TensorFile
 
 
-class Remembered:
+class AttentionCache:
     """Results by micro-batch and by the order of calls in a forward, in a file.
 
     A result counts once every watched weight that the forward has touched so far is solved: its operands cannot change.

@@ -60,7 +60,7 @@ class BlockTuner:
         plans = {name: done[name].plan for name in weights}
         problem = BlockProblem(
             weights,
-            {name: _stored_way(floats[name].float(), plans[name]) for name in weights},
+            {name: _transposed(floats[name].float(), plans[name]) for name in weights},
             frozenset(name for name, t in plans.items() if t.transposed),
             lambda tensors, batch: hidden(run(tensors, batch)),
             self.targets.read,
@@ -97,5 +97,5 @@ def hidden(output: Any) -> Tensor:
     raise SourceError(f"a block returns {type(output).__name__} without a tensor, so that it cannot be reconstructed")
 
 
-def _stored_way(weight: Tensor, plan: TensorPlan) -> Tensor:
+def _transposed(weight: Tensor, plan: TensorPlan) -> Tensor:
     return weight.transpose(-1, -2).contiguous() if plan.transposed else weight

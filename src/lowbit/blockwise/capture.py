@@ -1,4 +1,4 @@
-"""Tap: see the input of every weight while a model computes, whatever its architecture.
+"""InputCapture: see the input of every weight while a model computes, whatever its architecture.
 
 A torch function mode looks at each product. An operand that is a watched weight, or a view of one (`weight.T`,
 `experts[3]`), is recognised by its memory; the other operand is the input.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lowbit.blockwise.attention_cache import Remembered
+from lowbit.blockwise.attention_cache import AttentionCache
 from lowbit.blockwise.causal_attention import attention
 
 # Called with (name of the weight, expert or None, input [..., K]); what it returns takes the input's place.
@@ -35,12 +35,12 @@ _PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 }
 
 
-class Tap(TorchFunctionMode):
+class InputCapture(TorchFunctionMode):
     """Watches `weights` (name -> parameter, 2-D or 3-D stacks of experts) and calls `seen` at each product."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], seen: Seen, made: Callable[[str, int | None, Tensor], None] | None = None,
-        remembered: Remembered | None = None,
+        remembered: AttentionCache | None = None,
     ) -> None:  # fmt: skip
         """`made` is called with what each product gave; `remembered` answers for attention."""
         super().__init__()

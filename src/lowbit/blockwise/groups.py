@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowbit.blockwise.capture import Tap
+from lowbit.blockwise.capture import InputCapture
 from lowbit.blockwise.stages import LeaveForward
 from lowbit.solvers.stats import Stats, StatsBuilder
 
@@ -26,14 +26,14 @@ class Group:
         return self.members[0]
 
 
-Wave = list[Group]
+Pass = list[Group]
 
 
-def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Wave]:
-    """The groups of a block, by running it once; groups of the same place in different experts form one wave.
+def find_passes(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Pass]:
+    """The groups of a block, by running it once; groups of the same place in different experts form one pass_.
 
     Weights whose input is the same tensor share a group. `prefix`: the block's name, after which numbers are experts';
-    None: numbers mean nothing, each group is a wave of its own.
+    None: numbers mean nothing, each group is a pass_ of its own.
     """
     groups: dict[str, Group] = {}
     by_input: dict[Any, Group] = {}
@@ -51,26 +51,26 @@ def find_waves(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: st
         group.members.append(name)
         groups[name] = group
 
-    with Tap(weights, seen):
+    with InputCapture(weights, seen):
         run()
-    waves: dict[str, Wave] = {}
+    passes: dict[str, Pass] = {}
     for group in by_input.values():
         rest = group.first if prefix is None else group.first[len(prefix) :]
         place = rest if prefix is None else re.sub(r"\d+", "#", rest)
-        waves.setdefault(place, []).append(group)
-    return list(waves.values())
+        passes.setdefault(place, []).append(group)
+    return list(passes.values())
 
 
 class Collector:
-    """Gathers the statistics of one wave; experts of a stack each have their own.
+    """Gathers the statistics of one pass_; experts of a stack each have their own.
 
     `half`: see StatsBuilder. `stop`: leave the forward as soon as nothing more can come.
     """
 
-    def __init__(self, wave: Wave, half: bool = False, stop: bool = True) -> None:
-        self.first = {group.first: group for group in wave}
+    def __init__(self, pass_: Pass, half: bool = False, stop: bool = True) -> None:
+        self.first = {group.first: group for group in pass_}
         self.half = half
-        self.enough = wave[0].calls if stop and len(wave) == 1 else 0
+        self.enough = pass_[0].calls if stop and len(pass_) == 1 else 0
         self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
         self.token_weights: Mapping[str, Tensor] = {}
         self.begin({})

@@ -20,7 +20,7 @@ from lowbit.interchange.files.folder_writer import sync
 _PLAIN = (bool, int, float, str, type(None))
 
 
-class States:
+class HiddenStates:
     """What every stage returned, by stream and micro-batch: `folder/<stage>/<stream>-<batch>.safetensors`.
 
     A stage's folder gets its name when all its files are on the disk, so a folder that is there is whole.

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from lowbit.blockwise.capture import Tap
+from lowbit.blockwise.capture import InputCapture
 from lowbit.blockwise.precision import Settings
-from lowbit.blockwise.skeleton import LiveModel
+from lowbit.blockwise.skeleton import Skeleton
 from lowbit.blockwise.stages import model_inputs
 from lowbit.calibration.data import Calibration
 from lowbit.errors import RecipeError
@@ -119,7 +119,7 @@ class _Pair:
         self, plan: Plan, source: Source, read: Read, settings: Settings, exponents: Mapping[str, int]
     ) -> None:
         self.plan, self.read, self.settings, self.exponents = plan, read, settings, exponents
-        self.live = LiveModel(source, plan.tied)
+        self.live = Skeleton(source, plan.tied)
         self.known = [t for t in plan.tensors if t.name not in source.extra]
         for t in self.known:
             self.live.place(t.name, source.read(t.name))
@@ -152,7 +152,7 @@ class _Pair:
     def student(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         module = self.live.module
         watched = {name: tensors[name] for name in self.rounding}
-        with self.settings.context(), Tap(watched, self._rounded):
+        with self.settings.context(), InputCapture(watched, self._rounded):
             return _logits(functional_call(module, {**self.others, **tensors}, (), model_inputs(module, ids)))
 
     def _rounded(self, name: str, expert: int | None, x: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.blockwise.activation_quantizers import StoredInputs
-from lowbit.blockwise.capture import Tap
-from lowbit.blockwise.groups import find_waves
+from lowbit.blockwise.activation_quantizers import ActivationQuantizers
+from lowbit.blockwise.capture import InputCapture
+from lowbit.blockwise.groups import find_passes
 from lowbit.blockwise.precision import Settings
 from lowbit.blockwise.rewriter import Rewriter
 from lowbit.blockwise.run import QUANT, CalibratedRun
-from lowbit.blockwise.stages import REST, Stage
+from lowbit.blockwise.stages import OUTSIDE, Stage
 from lowbit.calibration.data import Calibration
 from lowbit.formats import IntGrid
 from lowbit.interchange.source import Source
@@ -129,7 +129,7 @@ class _SurveyRun(CalibratedRun):
                 self.states.drop(i - 1)
             for name in names:
                 self.live.place(name, None)
-        return found | (self._look(len(self.stages), REST, later) if self.judged & set(later) else {})
+        return found | (self._look(len(self.stages), OUTSIDE, later) if self.judged & set(later) else {})
 
     def _look(self, i: int, stage: Stage, names: Iterable[str]) -> dict[str, float]:
         weights = {name: self.source.read(name) for name in names}
@@ -137,11 +137,11 @@ class _SurveyRun(CalibratedRun):
             self.live.place(name, weight)
         multiplied = [name for name in weights if self._multiplies(name)]
         watched = {name: self.live.get(name) for name in multiplied}
-        waves = find_waves(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None) if watched else []
-        stored = StoredInputs(self.plan)
+        passes = find_passes(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None) if watched else []
+        stored = ActivationQuantizers(self.plan)
         if self.rewriter is not None:
-            self._rewrite(i, stage, waves, weights, stored)
-        groups = {group.first: group for wave in waves for group in wave if self.judged & set(group.members)}
+            self._rewrite(i, stage, passes, weights, stored)
+        groups = {group.first: group for pass_ in passes for group in pass_ if self.judged & set(group.members)}
         spreads = {first: Spread() for first in groups}
 
         def seen(name: str, expert: int | None, x: Tensor) -> Tensor:
@@ -151,9 +151,9 @@ class _SurveyRun(CalibratedRun):
             return x
 
         for batch in range(len(self.batches)):
-            with Tap({name: self.live.get(name) for name in multiplied}, seen):
+            with InputCapture({name: self.live.get(name) for name in multiplied}, seen):
                 out = self._run(i, stage, batch, QUANT)
-            if stage is not REST:
+            if stage is not OUTSIDE:
                 self.states.save(i, QUANT, batch, out)
         return {
             name: spreads[first].ratio()

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.blockwise.activation_quantizers import StoredInputs
-from lowbit.blockwise.attention_cache import Remembered
+from lowbit.blockwise.activation_quantizers import ActivationQuantizers
+from lowbit.blockwise.attention_cache import AttentionCache
 from lowbit.blockwise.block_tuner import BlockTuner
-from lowbit.blockwise.capture import Tap
-from lowbit.blockwise.groups import Collector, Group, Wave, find_waves
-from lowbit.blockwise.hidden_states import InputFile, States
+from lowbit.blockwise.capture import InputCapture
+from lowbit.blockwise.groups import Collector, Group, Pass, find_passes
+from lowbit.blockwise.hidden_states import HiddenStates, InputFile
 from lowbit.blockwise.judge import BlockJudge
 from lowbit.blockwise.precision import Settings
 from lowbit.blockwise.rewriter import Rewriter
-from lowbit.blockwise.skeleton import LiveModel
-from lowbit.blockwise.stages import REST, LeaveForward, Saved, Stage, StagedModel, model_inputs
+from lowbit.blockwise.skeleton import Skeleton
+from lowbit.blockwise.stages import OUTSIDE, LeaveForward, Saved, Stage, StagedModel, model_inputs
 from lowbit.blockwise.token_weights import TokenWeights
 from lowbit.calibration.data import Calibration
 from lowbit.formats import QTensor
@@ -54,10 +54,10 @@ class CalibratedRun:
         flush: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.plan, self.source, self.settings, self.flush = plan, source, settings, flush
-        self.live = LiveModel(source, plan.tied)
+        self.live = Skeleton(source, plan.tied)
         self.staged = StagedModel(self.live.module)
         self.stages = self.staged.stages
-        self.states, self.folder = States(folder / STATES), folder
+        self.states, self.folder = HiddenStates(folder / STATES), folder
         self.batches = micro_batches(calibration)
         self.tensors = {t.name: t for t in plan.tensors}
         solver = plan.recipe.solver
@@ -65,7 +65,7 @@ class CalibratedRun:
         self.rewriter = Rewriter.of(source, plan.recipe)
         self.around: list[str] = []
         self.tokens = TokenWeights(None)
-        self.attention = Remembered(folder)
+        self.attention = AttentionCache(folder)
         self.tuner = BlockTuner.of(
             plan, folder, len(self.batches), torch.bfloat16 if settings.autocast else torch.float32
         )
@@ -110,7 +110,7 @@ class CalibratedRun:
                 self.live.place(name, None)
         if later:
             weights = {name: self.source.read(name) for name in later}
-            yield from self._stage(len(self.stages), REST, weights, quantized)
+            yield from self._stage(len(self.stages), OUTSIDE, weights, quantized)
         self.states.clear()
         self.tokens.clear()
 
@@ -120,7 +120,7 @@ class CalibratedRun:
         digests = {name: _digest(weight) for name, weight in weights.items()}
         for name, weight in weights.items():
             self._place(name, weight)
-        tuner = None if stage is REST else self.tuner
+        tuner = None if stage is OUTSIDE else self.tuner
         if tuner is not None:
             tuner.begin()
         two_streams = self.compares or (self.tuner is not None and self.tuner.drift)
@@ -131,24 +131,24 @@ class CalibratedRun:
             else:
                 self.live.place_packed(name, value, partial(self._dense, name, value))
         skeleton.clear()
-        stored = StoredInputs(self.plan)
+        stored = ActivationQuantizers(self.plan)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
-        waves: list[Wave] = []
+        passes: list[Pass] = []
         if watched:
-            waves = find_waves(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None)
-        divisors = self._rewrite(i, stage, waves, weights, stored) if self.rewriter is not None else {}
+            passes = find_passes(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None)
+        divisors = self._rewrite(i, stage, passes, weights, stored) if self.rewriter is not None else {}
         if tuner is not None and not tuner.drift:
             for batch in range(len(self.batches)):
                 tuner.aim(self._run(i, stage, batch, QUANT))
         done: dict[str, Solved] = {}
-        for wave in waves:
-            for group, stats in self._statistics(i, stage, wave, weights, stored, inputs, divisors):
+        for pass_ in passes:
+            for group, stats in self._statistics(i, stage, pass_, weights, stored, inputs, divisors):
                 stored.settle(group)
                 plans = [self.tensors[name] for name in group.members]
                 for solved in solve_group(plans, [weights[n] for n in group.members], self.plan.recipe, stats):
                     name, q = solved.plan.name, solved.qtensor()
                     if q is not None:
-                        self._place(name, _oriented(q.dequantize(), solved.plan))
+                        self._place(name, _transposed(q.dequantize(), solved.plan))
                     done[name] = replace(solved, stored=solved.stored | stored.parts(name))
                 self.attention.settled.update(group.members)
                 del stats
@@ -165,45 +165,45 @@ class CalibratedRun:
             if unused:
                 solved = replace(solved, stored=solved.stored | stored.unseen(name))
             yield solved, digests[name]
-        for batch in range(len(self.batches) if stage is not REST else 0):
+        for batch in range(len(self.batches) if stage is not OUTSIDE else 0):
             with self._tap(weights, stored, lambda name, expert, x: None, batch):
                 self.states.save(i, QUANT, batch, self._run(i, stage, batch, QUANT))
         self.attention.forget()
 
     def _tuned(
         self, i: int, stage: Stage, tuner: BlockTuner, done: dict[str, Solved], weights: dict[str, Tensor],
-        stored: StoredInputs,
+        stored: ActivationQuantizers,
     ) -> dict[str, Solved]:  # fmt: skip
         """The block's weights after its tuner, put in their places."""
 
         def run(tensors: Mapping[str, Tensor], batch: int) -> Any:
-            with Tap(tensors, lambda name, expert, x: stored.rounded_through(name, x)):
+            with InputCapture(tensors, lambda name, expert, x: stored.rounded_through(name, x)):
                 return self._run(i, stage, batch, QUANT, dict(tensors))
 
         found = tuner.tune(done, weights, run)
         for name, solved in found.items():
             q = solved.qtensor()
             if q is not None and solved is not done[name]:
-                self._place(name, _oriented(q.dequantize(), solved.plan))
+                self._place(name, _transposed(q.dequantize(), solved.plan))
         return found
 
     def _statistics(
-        self, i: int, stage: Stage, wave: Wave, weights: dict[str, Tensor], stored: StoredInputs,
+        self, i: int, stage: Stage, pass_: Pass, weights: dict[str, Tensor], stored: ActivationQuantizers,
         inputs: dict[str, InputFile], divisors: dict[str, Tensor],
     ) -> Iterator[tuple[Group, Stats | dict[int, Stats] | None]]:  # fmt: skip
-        collector = Collector(wave, self.settings.autocast)
-        stored.observe(wave)
+        collector = Collector(pass_, self.settings.autocast)
+        stored.observe(pass_)
         for batch in range(len(self.batches)):
             collector.begin({k: f.read(batch) / divisors.get(k, 1.0) for k, f in inputs.items() if collector.wants(k)})
             collector.token_weights = {k: w for k in collector.first if (w := self.tokens.read(k, batch)) is not None}
             with self._tap(weights, stored, collector.seen, batch):
                 self._run(i, stage, batch, QUANT)
         trim()
-        for group in wave:
+        for group in pass_:
             yield group, collector.stats(group)
 
     def _rewrite(
-        self, i: int, stage: Stage, waves: list[Wave], weights: dict[str, Tensor], stored: StoredInputs
+        self, i: int, stage: Stage, passes: list[Pass], weights: dict[str, Tensor], stored: ActivationQuantizers
     ) -> dict[str, Tensor]:
         """Scale the inputs of all groups of the block; returns what the input of each group is divided by.
 
@@ -211,7 +211,7 @@ class CalibratedRun:
         whether any is kept: by what it returns, each weight rounded to nearest, beside the same without scaling.
         """
         assert self.rewriter is not None
-        judge = BlockJudge.of(self.rewriter, self.folder) if stage is not REST else None
+        judge = BlockJudge.of(self.rewriter, self.folder) if stage is not OUTSIDE else None
         before, names = dict(weights), [n for n in weights if self._multiplies(n)]
 
         def run(batch: int) -> Any:
@@ -231,7 +231,7 @@ class CalibratedRun:
         if judge is not None:
             judge.aim(run, len(self.batches))
             plain = error()
-        everything = [group for wave in waves for group in wave]
+        everything = [group for pass_ in passes for group in pass_]
         collector = Collector(everything, stop=False)
         for batch in range(len(self.batches)):
             collector.begin({})
@@ -282,17 +282,21 @@ class CalibratedRun:
         watched = {n: self.live.get(n) for n in weights if self.compares and self._multiplies(n)}
         for batch in range(len(self.batches)):
             alive.clear()
-            with Tap(watched, seen):
+            with InputCapture(watched, seen):
                 out = self._run(i, stage, batch, FLOAT)
-            if stage is not REST:
+            if stage is not OUTSIDE:
                 self.states.save(i, FLOAT, batch, out)
             if tuner is not None and tuner.drift:
                 tuner.aim(out)
         return files
 
     def _tap(
-        self, weights: dict[str, Tensor], stored: StoredInputs, seen: Callable[..., None], batch: int | None = None
-    ) -> Tap:
+        self,
+        weights: dict[str, Tensor],
+        stored: ActivationQuantizers,
+        seen: Callable[..., None],
+        batch: int | None = None,
+    ) -> InputCapture:
         """Watches the block's weights; what is seen, and computed with, are inputs as they are stored in few bits."""
 
         def both(name: str, expert: int | None, x: Tensor) -> Tensor | None:
@@ -303,7 +307,7 @@ class CalibratedRun:
         if batch is not None:
             self.attention.begin(batch)
         watched = {n: self.live.get(n) for n in weights if self._multiplies(n)}
-        return Tap(watched, both, remembered=None if batch is None else self.attention)
+        return InputCapture(watched, both, remembered=None if batch is None else self.attention)
 
     def _place(self, name: str, weight: Tensor) -> None:
         """Put a weight of a block in its place, in the type that its products take, so that none casts it again; tuners
@@ -312,7 +316,7 @@ class CalibratedRun:
         self.live.place(name, weight, torch.bfloat16 if half else torch.float32)
 
     def _dense(self, name: str, q: QTensor) -> Tensor:
-        return _oriented(q.dequantize(), self.tensors[name])
+        return _transposed(q.dequantize(), self.tensors[name])
 
     def _drop_embeddings(self, i: int, stage: Stage, names: list[str]) -> None:
         """Free the embeddings where a block in the middle of the last chain does not see them: tried, not assumed."""
@@ -351,7 +355,7 @@ def micro_batches(calibration: Calibration) -> list[Tensor]:
     return [torch.stack(batch) for batch in batches]
 
 
-def _oriented(dense: Tensor, plan: TensorPlan) -> Tensor:
+def _transposed(dense: Tensor, plan: TensorPlan) -> Tensor:
     return dense.transpose(-1, -2).contiguous() if plan.transposed else dense
 
 

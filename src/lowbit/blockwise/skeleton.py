@@ -15,7 +15,7 @@ from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.source import Source
 
 
-class LiveModel:
+class Skeleton:
     """The float model of a source on the meta device, but for what its constructor computes (rotary frequencies)."""
 
     def __init__(self, source: Source, tied: Mapping[str, str]) -> None:

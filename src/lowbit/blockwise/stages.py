@@ -32,7 +32,7 @@ class LeaveForward(BaseException):
 class Stage:
     """Block `index` of the chain `chain` (the name of its ModuleList), with the name of the block itself.
 
-    The whole model is the one stage with an empty name, where nothing repeats. `REST` is what lies around the chains.
+    The whole model is the one stage with an empty name, where nothing repeats. `OUTSIDE` is what lies around the chains.
     """
 
     chain: str
@@ -44,7 +44,7 @@ class Stage:
         return not self.name or tensor.startswith(self.name + ".")
 
 
-REST = Stage("", -1, "")
+OUTSIDE = Stage("", -1, "")
 
 
 def stages_of(model: nn.Module) -> list[Stage]:
@@ -102,7 +102,7 @@ class StagedModel:
     ) -> Any:
         """What the block returns for `inputs` of the model. `before`: by chain, what its last finished block returned.
 
-        Of REST, what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
+        Of OUTSIDE, what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
         names. SourceError when the model never calls the block.
         """
         replaced: dict[nn.Module, Callable[..., Any]] = {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from lowbit.convert.exporting import Exported
     from lowbit.convert.quantize_as import Prepared
-    from lowbit.interchange.exporters.exporter import Target
+    from lowbit.interchange.exporters.exporter import Exporter
     from lowbit.pipeline.api import Quantized
     from lowbit.recipes.recipe import Recipe
 
@@ -109,7 +109,7 @@ class Job:
             yield Made(quantized, exported, time.perf_counter() - start, peak_resident())
 
 
-def default_file(model: str, recipe: str, kind: Target) -> Path:
+def default_file(model: str, recipe: str, kind: Exporter) -> Path:
     """`<model's own name>-<recipe as it was typed>` with the target's ending, in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
     return Path(f"{_base(model)}-{words}{kind.suffix or '-' + kind.name}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
-from lowbit.interchange.exporters.exporter import Contents, Problem, Target, target_named, targets
+from lowbit.interchange.exporters.exporter import Contents, Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder, sync
 from lowbit.interchange.progress import Progress
@@ -63,14 +63,14 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
-    `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the target's ending
+    `model`: a folder that lowbit wrote, or what `quantize` returned with one. `out`: FOLDER with the exporter's ending
     when left out. What was written is read back and compared with ours before it gets its name.
 
-    `kv`: what the target's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
+    `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
     quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
-    ExportError when the target cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+    ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.
     """
-    kind = target_named(target)
+    kind = exporter_named(target)
     folder = LowbitFolder(_folder_of(model))
     refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
     out = Path(out) if out is not None else default_out(folder.folder, kind)
@@ -85,7 +85,7 @@ def export(
 
 
 def written(
-    kind: Target, folder: LowbitFolder, out: Path, kv: str | None, text: dict[str, Any], overwrite: bool,
+    kind: Exporter, folder: LowbitFolder, out: Path, kv: str | None, text: dict[str, Any], overwrite: bool,
     progress: Progress | None = None,
 ) -> Exported:  # fmt: skip
     """`export` of what was checked, onto an output that nobody else writes."""
@@ -163,13 +163,13 @@ def _alive(process: str) -> bool:
     return True
 
 
-def default_out(folder: Path, kind: Target) -> Path:
+def default_out(folder: Path, kind: Exporter) -> Path:
     """FOLDER.gguf for a file, FOLDER-vllm for a folder."""
     name = folder.resolve().name
     return folder.resolve().with_name(f"{name}{kind.suffix}" if kind.suffix else f"{name}-{kind.name}")
 
 
-def refuse(kind: Target, problems: Iterable[Problem]) -> None:
+def refuse(kind: Exporter, problems: Iterable[Problem]) -> None:
     """ExportError with every problem, if there is any; problems that tensors share are said once."""
     groups: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
@@ -185,10 +185,10 @@ def refuse(kind: Target, problems: Iterable[Problem]) -> None:
     raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
 
 
-def check_kv(kind: Target, kv: str, model: Contents) -> None:
-    """ExportError when the target has no KV cache of that kind, or none of this model."""
+def check_kv(kind: Exporter, kv: str, model: Contents) -> None:
+    """ExportError when the exporter has no KV cache of that kind, or none of this model."""
     if kv not in kind.kv:
-        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in targets().items() if t.kv)
+        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in exporters().items() if t.kv)
         raise ExportError(f"{kind.name} cannot hold scales of a KV cache in {kv!r} ({able}); leave --kv out")
     problems = kind.check_kv(kv, model)
     if problems:
@@ -196,7 +196,7 @@ def check_kv(kind: Target, kv: str, model: Contents) -> None:
         raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
-def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
+def compared(kind: Exporter, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
     """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
     read = kind.reopen(out, folder)
     ours = folder.dense()
@@ -218,7 +218,7 @@ def compared(kind: Target, folder: LowbitFolder, out: Path) -> tuple[dict[str, f
     logits = distance(logits_of(read), logits_of(ours))
     if not logits <= kind.logits_allowed(folder.contents):
         raise ExportError(
-            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the target "
+            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the exporter "
             "computes another model from this config; nothing was kept of the export"
         )
     return unequal, logits
@@ -260,7 +260,7 @@ def _fits(source: Source) -> bool:
 
 def target_names() -> dict[str, str]:
     """Name -> one line about it, of every target."""
-    return {name: kind.summary for name, kind in targets().items()}
+    return {name: kind.summary for name, kind in exporters().items()}
 
 
 def _folder_of(model: Any) -> Path:
@@ -272,7 +272,7 @@ def _folder_of(model: Any) -> Path:
     return Path(folder)
 
 
-def check_free(out: Path, kind: Target, overwrite: bool, contents: Contents) -> None:
+def check_free(out: Path, kind: Exporter, overwrite: bool, contents: Contents) -> None:
     """OutputError when `out` cannot be given to what is to be written.
 
     What is there may be what this very export wrote, when it was killed as it ended: then its weights are about as large.

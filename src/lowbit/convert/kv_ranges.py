@@ -15,7 +15,7 @@ from lowbit.calibration.data import LENGTH, SAMPLES, Calibration, load_calibrati
 from lowbit.calibration.decoding import cache_name
 from lowbit.errors import ExportError
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
-from lowbit.interchange.exporters.exporter import Target
+from lowbit.interchange.exporters.exporter import Exporter
 from lowbit.interchange.hf.running import device_of, evaluating
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.folder import weight_files
@@ -44,8 +44,8 @@ class _Watched(DynamicCache):
 
 
 def with_kv(
-    kind: Target, folder: LowbitFolder, kv: str, text: Mapping[str, Any], progress: Progress | None = None
-) -> tuple[Target, str]:
+    kind: Exporter, folder: LowbitFolder, kv: str, text: Mapping[str, Any], progress: Progress | None = None
+) -> tuple[Exporter, str]:
     """The target with scales of a KV cache, and what that costs, in words.
 
     `text`: calibration, samples, length and chat as in `quantize`; None for as much as usual. TextError for one that

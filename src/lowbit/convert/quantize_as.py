@@ -1,4 +1,4 @@
-"""Straight from a float model to another program's format: the recipe that the target can hold, before any work.
+"""Straight from a float model to another program's format: the recipe that the exporter can hold, before any work.
 
 A target has names of its own (`q4_k_m`), its own sense of some presets, a format for embeddings, and formats that do
 not fit every width. What comes out is an ordinary recipe, whose globs say what was put in place of what.
@@ -17,7 +17,7 @@ from lowbit.calibration.data import SELF, load_calibration
 from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, written
 from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.exporters.exporter import Contents, Stored, Target, target_named
+from lowbit.interchange.exporters.exporter import Contents, Exporter, Stored, exporter_named
 from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.files.folder_writer import MANIFEST, check_apart
 from lowbit.interchange.files.places import TakenError, remove_folder
@@ -37,12 +37,12 @@ _TEXT = ("calibration", "samples", "length", "chat")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe that a target can hold of one model, its plan, and what stands in place of what -> in how many tensors.
+    """A recipe that an exporter can hold of one model, its plan, and what stands in place of what -> in how many tensors.
 
     kv: what keys and values are to be kept in, None where that is not said
     """
 
-    target: Target
+    target: Exporter
     recipe: Recipe
     plan: Plan
     changes: dict[str, int]
@@ -53,11 +53,11 @@ def prepare(
     model: Any, recipe: str | Recipe, target: str, *, calibrated: bool = False, tokenizer: Any = None,
     kv: str | None = None,
 ) -> Prepared:  # fmt: skip
-    """What `recipe` means for a target and a float model, checked; no weight is read.
+    """What `recipe` means for an exporter and a float model, checked; no weight is read.
 
-    `calibrated`: whether calibration text is at hand. `kv` as in `export`. ExportError when the target cannot hold it, with the nearest.
+    `calibrated`: whether calibration text is at hand. `kv` as in `export`. ExportError when the exporter cannot hold it, with the nearest.
     """
-    kind, source = target_named(target), open_source(model, tokenizer=tokenizer)
+    kind, source = exporter_named(target), open_source(model, tokenizer=tokenizer)
     wanted = recipe_for(kind, recipe, source, calibrated)
     seen = rewritten(source, wanted)
     plan, changes = fitted(kind, make_plan(seen, wanted), seen)
@@ -146,7 +146,7 @@ def work_folder(out: Path) -> Path:
 
 
 def contents_of(plan: Plan, source: Source) -> Contents:
-    """A plan as targets see it, before anything is quantized."""
+    """A plan as exporters see it, before anything is quantized."""
     tensors = {
         t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
         for t in plan.tensors
@@ -154,8 +154,8 @@ def contents_of(plan: Plan, source: Source) -> Contents:
     return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
 
 
-def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
-    """What a recipe means for a target: its own mixes by name, its own sense of some presets, its own embeddings.
+def recipe_for(kind: Exporter, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
+    """What a recipe means for an exporter: its own mixes by name, its own sense of some presets, its own embeddings.
 
     `calibrated`: whether calibration text is at hand.
     """
@@ -177,12 +177,12 @@ def recipe_for(kind: Target, text: str | Recipe, source: Source, calibrated: boo
         else:
             recipe = Recipe.parse(text)
         text = recipe
-    # Without a name: that of a preset would be expanded again, to what it is without a target.
+    # Without a name: that of a preset would be expanded again, to what it is without an exporter.
     return replace(_with_embed(kind, text.calibrated() if calibrated else text), name=None)
 
 
 def floats_of(source: Source) -> Contents:
-    """A float model as targets see it: every tensor kept."""
+    """A float model as exporters see it: every tensor kept."""
     params = source.inventory.params
     tensors = {
         name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
@@ -192,25 +192,25 @@ def floats_of(source: Source) -> Contents:
 
 
 def candidates(target: str, model: Any) -> dict[str, Any]:
-    """What `allocate` is to choose from for a target, and which layers get one format there."""
-    kind = target_named(target)
+    """What `allocate` is to choose from for an exporter, and which layers get one format there."""
+    kind = exporter_named(target)
     return {"candidates": kind.candidates(floats_of(open_source(model))), "share": kind.fuses}
 
 
-def _with_embed(kind: Target, recipe: Recipe) -> Recipe:
+def _with_embed(kind: Exporter, recipe: Recipe) -> Recipe:
     return replace(recipe, embed=_format(kind.embed)) if kind.embed and recipe.embed == EMBED else recipe
 
 
 def _format(text: str) -> Format | None:
-    """A format as targets name it; `keep` is None."""
+    """A format as exporters name it; `keep` is None."""
     return None if text == KEEP else parse_format(text)
 
 
-def fitted(kind: Target, plan: Plan, source: Source) -> tuple[Plan, dict[str, int]]:
+def fitted(kind: Exporter, plan: Plan, source: Source) -> tuple[Plan, dict[str, int]]:
     """The plan with formats that fit every tensor's shape, and what was put in place of what -> how many tensors.
 
-    Where a format is one of the target's but a tensor's shape is not for it, the nearest that the target has takes
-    its place, said in the recipe as layer globs. ExportError for everything else that the target cannot hold.
+    Where a format is one of the exporter's but a tensor's shape is not for it, the nearest that the exporter has takes
+    its place, said in the recipe as layer globs. ExportError for everything else that the exporter cannot hold.
     """
     contents = contents_of(plan, source)
     problems = kind.check(contents)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lowbit.interchange.inventory import Inventory
     from lowbit.interchange.readers.left_out import LeftOut
-    from lowbit.interchange.readers.row_parts import StoredTensor
+    from lowbit.interchange.readers.row_parts import QuantizedTensor
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """A cheap fingerprint: JSON-able, the same for the same model, another for another."""
 
-    def stored_as(self, name: str) -> StoredTensor | None:
+    def stored_as(self, name: str) -> QuantizedTensor | None:
         """The tensor as a quantized source stores it; None where it is float. Reads no codes yet."""
         self.spec(name)
         return None

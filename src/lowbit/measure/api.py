@@ -26,7 +26,7 @@ from lowbit.interchange.readers.module import ModuleSource
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
-from lowbit.measure.backends import Contestant
+from lowbit.measure.backends import Backend
 from lowbit.measure.card import Card, CardParts, Coverage, TextMark
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.environment import environment
@@ -128,7 +128,7 @@ def _speed(
     try:
         say("measuring speed")
         program = as_generated(model, subject, tokenizer)
-        other: nn.Module | Contestant | None = base
+        other: nn.Module | Backend | None = base
         if base is not None and cast:
             with torch_threads(program.threads):
                 other = in_faster_types(base.to, settings)
@@ -195,7 +195,7 @@ def compare(
 
     settings = STANDARD if speed is True else speed or None
 
-    def program(built: Any) -> Contestant:
+    def program(built: Any) -> Backend:
         folder = built._lowbit_result.folder if built.can_generate() else None
         return as_generated(built if folder is None else folder, built, tok)
 

@@ -13,10 +13,10 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import answering_type
 from lowbit.errors import EngineError
 from lowbit.interchange.readers.folder import load_config, quantization_method
-from lowbit.measure.backends import Contestant, in_transformers, of_engine
+from lowbit.measure.backends import Backend, in_transformers, of_engine
 
 
-def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: Any = None) -> Contestant:
+def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: Any = None) -> Backend:
     """What answers text with `model`: the engine, or transformers with the reason as its note.
 
     module: the same model in transformers; when `model` is a name it is cast to the type that `generate` loads it in. A

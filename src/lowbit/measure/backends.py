@@ -27,7 +27,7 @@ WORDS = 5  # tokens of "The secret of life is", with which a batch begins
 
 
 @dataclass(frozen=True, eq=False)
-class Contestant:
+class Backend:
     """A program with a model.
 
     probes: its measurements by name, given the settings. weight_bytes: what a token must read of the weights. products:
@@ -59,20 +59,20 @@ class Contestant:
         return {**self.probes(settings), **({} if first is None else {"first_token": first_token})}
 
 
-def of_engine(engine: Engine, name: str, open_again: Mapping[str, Any] | None = None) -> Contestant:
+def of_engine(engine: Engine, name: str, open_again: Mapping[str, Any] | None = None) -> Backend:
     """An engine. open_again: the arguments of `Engine.open`, as JSON, that make it in another process."""
     shape, told = engine.shape, engine.describe()
 
     def times(sequences: int, prompt: int, new: int) -> list[float]:
         return engine_times(engine, some_ids(prompt, shape.vocabulary), sequences, new)
 
-    return Contestant(
+    return Backend(
         name, _rates(times), told.bytes_per_token, lambda n: shape.products(n, 1), shape.positions,
         None if open_again is None else lambda: startup("engine", open_again), threads=told.threads,
     )  # fmt: skip
 
 
-def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None = None, note: str = "") -> Contestant:
+def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None = None, note: str = "") -> Backend:
     """A model in transformers. SourceError for one that generates no text."""
     if not getattr(model, "can_generate", lambda: False)():
         raise SourceError(f"{name}: a {type(model).__name__} does not generate text; name a causal or seq2seq model")
@@ -82,13 +82,13 @@ def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None 
         ids = torch.tensor(some_ids(prompt, vocabulary))[None].expand(sequences, -1)
         return greedy_times(model, ids, new)
 
-    return Contestant(
+    return Backend(
         name, _rates(times), _read_by_module(model), None, max_positions(model),
         None if open_again is None else lambda: startup("transformers", open_again), note,
     )  # fmt: skip
 
 
-def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = None, note: str = "") -> Contestant:
+def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = None, note: str = "") -> Backend:
     """`of_module`, by the name of the type that it computes in, such as "transformers, float32"."""
     if not getattr(model, "can_generate", bool)():
         raise SourceError(f"a {type(model).__name__} does not generate text")
@@ -96,7 +96,7 @@ def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = Non
     return of_module(model, f"transformers, {str(own).removeprefix('torch.')}", open_again, note)
 
 
-def of_llama_cpp(binary: str, gguf: Path, threads: int) -> Contestant:
+def of_llama_cpp(binary: str, gguf: Path, threads: int) -> Backend:
     """llama.cpp's own benchmark program on a GGUF file: decode and prefill. LowbitError when it fails."""
 
     def rate(*options: str) -> float:
@@ -122,10 +122,10 @@ def of_llama_cpp(binary: str, gguf: Path, threads: int) -> Contestant:
         }
 
     weight_bytes, layers, head = _read_by_llama_cpp(gguf)
-    return Contestant(f"llama.cpp {gguf.stem}", probes, weight_bytes, lambda n: n * layers + head)
+    return Backend(f"llama.cpp {gguf.stem}", probes, weight_bytes, lambda n: n * layers + head)
 
 
-def of_program(name: str, command: str) -> Contestant:
+def of_program(name: str, command: str) -> Backend:
     """A program that stays loaded: it says `ready`, and to each line `decode`, `prefill` or `batch` answers tokens/s.
 
     It measures with the standard settings. LowbitError when it stops or says something else.
@@ -156,7 +156,7 @@ def of_program(name: str, command: str) -> Contestant:
         return rate
 
     names = ("decode", "prefill", "batch")
-    return Contestant(name, lambda _: {what: partial(ask, what) for what in names}, close=process.kill)
+    return Backend(name, lambda _: {what: partial(ask, what) for what in names}, close=process.kill)
 
 
 def some_ids(count: int, vocabulary: int) -> list[int]:

@@ -21,7 +21,7 @@ from lowbit.engine.build import ACTIVATIONS
 from lowbit.engine.engine import Engine
 from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
-from lowbit.measure.backends import Contestant, of_engine, of_llama_cpp, of_module, of_program
+from lowbit.measure.backends import Backend, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
 from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
@@ -127,7 +127,7 @@ def bench(
 
     model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
     transformers. beside: one or several models that transformers runs, in `dtype`, float32 when None. gguf: files for llama.cpp, run by the
-    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `contestants.of_program`; only
+    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `backends.of_program`; only
     with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
     of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
 
@@ -147,7 +147,7 @@ def bench(
     if not kinds:
         raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
     with torch_threads(count):
-        found: list[Contestant] = []
+        found: list[Backend] = []
         for one in _listed(model):
             for kind in kinds:
                 wanted = {**options, **({} if kind is None else {"activations": kind})}
@@ -183,7 +183,7 @@ def bench(
     return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)
 
 
-def _row(each: Contestant, values: dict[str, list[float]], settings: SpeedSettings, limits: Limits | None) -> BenchRow:
+def _row(each: Backend, values: dict[str, list[float]], settings: SpeedSettings, limits: Limits | None) -> BenchRow:
     medians = {name: statistics.median(found) for name, found in values.items()}
     read = products = None
     if limits is not None and each.weight_bytes is not None:
@@ -196,7 +196,7 @@ def _row(each: Contestant, values: dict[str, list[float]], settings: SpeedSettin
     )
 
 
-def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Contestant:
+def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Backend:
     """The engine with a model, or transformers where the engine does not know it."""
     label = _label(model)
     try:
@@ -210,7 +210,7 @@ def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str)
     return of_engine(engine, f"lowbit {label}" + (f", {said}" if said else ""), again)
 
 
-def _in_transformers(model: Model, dtype: str, note: str = "") -> Contestant:
+def _in_transformers(model: Model, dtype: str, note: str = "") -> Backend:
     if isinstance(model, nn.Module):
         own = str(next(model.parameters()).dtype).removeprefix("torch.")
         return of_module(model, f"transformers {_label(model)}, {own}", None, note)

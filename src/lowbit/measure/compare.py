@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowbit.errors import LowbitError
-from lowbit.measure.backends import Contestant, in_transformers
+from lowbit.measure.backends import Backend, in_transformers
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
@@ -40,8 +40,8 @@ def compare(
     windows: Windows,
     *,
     speed: SpeedSettings | None = None,
-    program: Callable[[nn.Module], Contestant] = in_transformers,
-    rival: Callable[[int | None], Contestant] | None = None,
+    program: Callable[[nn.Module], Backend] = in_transformers,
+    rival: Callable[[int | None], Backend] | None = None,
     keep_bytes: int = 2 * 2**30,
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
@@ -87,8 +87,8 @@ def compare(
 
 
 def _speed(
-    model: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Contestant],
-    rival: Callable[[int | None], Contestant],
+    model: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Backend],
+    rival: Callable[[int | None], Backend],
 ) -> Speed:  # fmt: skip
     try:
         runs = program(model)

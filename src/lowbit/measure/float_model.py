@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowbit.interchange.hf.running import max_positions
-from lowbit.measure.backends import WORDS, Contestant, in_transformers, some_ids
+from lowbit.measure.backends import WORDS, Backend, in_transformers, some_ids
 from lowbit.measure.generation import greedy_times, torch_threads
 from lowbit.measure.interleave import Probe, SpeedSettings, Times, fit_settings, rate_probes
 
@@ -24,7 +24,7 @@ TYPES = (torch.bfloat16, torch.float32)
 _ENOUGH = 2.0  # seconds of trial in one type, after which what was seen is clear
 
 
-def in_faster_types(typed: Typed, settings: SpeedSettings) -> Contestant:
+def in_faster_types(typed: Typed, settings: SpeedSettings) -> Backend:
     """The model in transformers, each figure of `settings` in the type that a trial of a few tokens found faster.
 
     SourceError for a model that generates no text.
@@ -39,10 +39,10 @@ def in_faster_types(typed: Typed, settings: SpeedSettings) -> Contestant:
             if name in rate_probes(_times(typed, dtype), wanted, WORDS)
         }
 
-    return Contestant(f"transformers, {_names(types)}", probes, positions=plain.positions)
+    return Backend(f"transformers, {_names(types)}", probes, positions=plain.positions)
 
 
-def rival_of(base: nn.Module, typed: Typed, settings: SpeedSettings, threads: int | None) -> Contestant:
+def rival_of(base: nn.Module, typed: Typed, settings: SpeedSettings, threads: int | None) -> Backend:
     """`in_faster_types` found with so many threads; `base` as it is where there is no memory for the other type."""
     with torch_threads(threads):
         try:

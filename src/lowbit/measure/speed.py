@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lowbit.errors import SourceError
-from lowbit.measure.backends import Contestant, in_transformers
+from lowbit.measure.backends import Backend, in_transformers
 from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
 from lowbit.measure.quality import Progress
@@ -60,9 +60,9 @@ class Speed:
 
 
 def measure_speed(
-    model: nn.Module | Contestant,
+    model: nn.Module | Backend,
     *,
-    base: nn.Module | Contestant | None = None,
+    base: nn.Module | Backend | None = None,
     settings: SpeedSettings = STANDARD,
     progress: Progress | None = None,
 ) -> Speed:
@@ -71,8 +71,8 @@ def measure_speed(
     Lengths are cut to what the models take. Where the model's program has its own threads, PyTorch gets as many.
     """
     try:
-        mine = model if isinstance(model, Contestant) else in_transformers(model)
-        others = [] if base is None else [base if isinstance(base, Contestant) else in_transformers(base)]
+        mine = model if isinstance(model, Backend) else in_transformers(model)
+        others = [] if base is None else [base if isinstance(base, Backend) else in_transformers(base)]
     except SourceError as error:
         return Speed(skipped=str(error))
     every = [*others, mine]

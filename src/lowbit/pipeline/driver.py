@@ -29,7 +29,7 @@ from lowbit.interchange.readers.folder import read_json
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source, TensorSpec
 from lowbit.planning.plan import Plan
-from lowbit.weights.solve import OutputError, Solved, solve, with_exponent
+from lowbit.weights.solve import LayerLoss, Solved, solve, with_exponent
 
 OnLayer = Callable[[Solved], None]
 
@@ -47,7 +47,7 @@ class LayerReport:
     keep: str | None
     bits_per_weight: float
     error: float
-    output: OutputError | None = None
+    output: LayerLoss | None = None
     note: str = ""
     warning: str = ""
 
@@ -99,7 +99,7 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
             t.keep,
             8 * t.bytes_after / max(1, t.count),
             float(facts[t.name]["error"]),
-            OutputError(**found) if (found := facts[t.name].get("output")) else None,
+            LayerLoss(**found) if (found := facts[t.name].get("output")) else None,
             "; ".join(filter(None, (str(facts[t.name].get("note", "")), plan.note_of(t.name)))),
             str(facts[t.name].get("warning", "")),
         )

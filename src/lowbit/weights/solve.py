@@ -20,7 +20,7 @@ from lowbit.weights.finite import check_finite, check_kept
 
 
 @dataclass(frozen=True)
-class OutputError:
+class LayerLoss:
     """What calibration knows of a weight's error: |x (W - W_q)'| / |x W'|, of round-to-nearest and of the result.
 
     `tokens`: how many inputs it was measured on. `damp`: the damping that the solver took, where it takes one.
@@ -44,7 +44,7 @@ class Solved:
     plan: TensorPlan
     stored: dict[str, Tensor]
     error: float
-    output: OutputError | None = None
+    output: LayerLoss | None = None
     note: str = ""
     tuned: dict[str, Any] | None = None
     warning: str = ""
@@ -126,7 +126,7 @@ def solve_group(
     if isinstance(stats, dict):
         return [_solve_experts(p, w, recipe, stats) for p, w in zip(plans, weights)]
     out: dict[str, Solved] = {}
-    stored = [None if p.format is None else in_range(_turned(w, p), p.format) for p, w in zip(plans, weights)]
+    stored = [None if p.format is None else in_range(_transposed(w, p), p.format) for p, w in zip(plans, weights)]
     for fmt in dict.fromkeys(stored):
         same = [(p, w) for p, w, f in zip(plans, weights, stored) if f == fmt]
         alone = fmt is None or not all(by_rows(fmt, p.stored_shape) for p, _ in same)
@@ -142,7 +142,7 @@ def _solve_stacked(
     """Weights of one format, rows under rows. `fmt`: the planned one, with the exponent that all of them take."""
     if fmt is None:
         return [solve(plan, weight, recipe) for plan, weight in zip(plans, weights)]
-    rows = [_turned(w, p).to(torch.float32) for p, w in zip(plans, weights)]
+    rows = [_transposed(w, p).to(torch.float32) for p, w in zip(plans, weights)]
     for plan, x in zip(plans, rows):
         check_finite(x, plan.name)
     whole = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
@@ -162,7 +162,7 @@ def _solve_stacked(
         final = (quadratic(error, stats.second_moment) / signal) ** 0.5 if signal else 0.0
         # How far feedback lowered the error is known of the stack; each of its parts is given the same share.
         ratio = (trace.start / trace.end) ** 0.5 if trace is not None and trace.end > 0 else 1.0
-        output = OutputError(
+        output = LayerLoss(
             six_digits(final * ratio), six_digits(final), stats.tokens, None if trace is None else trace.damp
         )
         off = six_digits(float(error.norm()) / size) if size else 0.0
@@ -177,7 +177,7 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
     """A stack of experts [experts, ...]: each with its own statistics, shrunk towards those of all where it saw few tokens."""
     if plan.format is None or not by_rows(plan.format, plan.stored_shape):
         return solve(plan, weight, recipe, note="its scales belong together, so that experts were not told apart")
-    fmt = in_range(_turned(weight, plan), plan.format)
+    fmt = in_range(_transposed(weight, plan), plan.format)
     width = plan.stored_shape[-1]
     everything = _together(stats)
     found, few = [], 0
@@ -194,7 +194,7 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
         stored[name] = torch.stack(parts) if name.endswith(".codes") else torch.cat(parts)
     mean = sum(s.error for s in found) / len(found)
     outputs = [s.output for s in found if s.output is not None]
-    output = OutputError(
+    output = LayerLoss(
         six_digits(sum(o.nearest for o in outputs) / len(outputs)),
         six_digits(sum(o.final for o in outputs) / len(outputs)), everything.tokens,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _together(stats: dict[int, Stats]) -> Stats:
     )
 
 
-def _turned(weight: Tensor, plan: TensorPlan) -> Tensor:
+def _transposed(weight: Tensor, plan: TensorPlan) -> Tensor:
     """[..., out, in], as it is stored."""
     return weight.transpose(-1, -2) if plan.transposed else weight
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.blockwise.capture import Tap
+from lowbit.blockwise.capture import InputCapture
 from lowbit.blockwise.stages import model_inputs
 from lowbit.errors import SourceError
 from lowbit.solvers.registry import register
@@ -61,7 +61,7 @@ def _backward(
         if expert is None and y.requires_grad:
             y.register_hook(lambda g: seen.__setitem__(name, g.float().square().mean(-1).reshape(-1)))
 
-    with torch.enable_grad(), context, Tap(watched, lambda name, expert, x: None, made):
+    with torch.enable_grad(), context, InputCapture(watched, lambda name, expert, x: None, made):
         out = model(**model_inputs(model, ids))
     logits = getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:

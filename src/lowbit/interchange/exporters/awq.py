@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
-from lowbit.interchange.exporters.common.folder_target import (
-    FolderTarget,
+from lowbit.interchange.exporters.common.folder_exporter import (
+    FolderExporter,
     float_modules,
     is_packed,
 )
@@ -24,14 +24,14 @@ from lowbit.interchange.exporters.common.integers import (
     why_not_integers,
 )
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
 from lowbit.interchange.exporters.gptq import half
 from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.layouts.awq import pack_awq
 
 
-@target
-class Awq(FolderTarget):
+@exporter
+class Awq(FolderExporter):
     """qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales fp16 [groups, out]; 4 bits, one group size.
 
     Symmetric weights have the zero-point 8 everywhere. Source: AutoAWQ's `WQLinear_GEMM`, vLLM `auto_awq.py`.

@@ -1,6 +1,6 @@
-"""What a target of an export is: a program's format that can hold some models, and a writer of it.
+"""What an exporter of an export is: a program's format that can hold some models, and a writer of it.
 
-A target is a class with `@target` above it, in a file or package of this folder. Its `check` is static: it sees names,
+An exporter is a class with `@exporter` above it, in a file or package of this folder. Its `check` is static: it sees names,
 shapes, formats and the config, so that it can say no before a model is quantized. Its `write` streams from a folder
 that lowbit wrote. Everything around them (temporary names, reading back, comparing) is `convert/exporting.py`.
 """
@@ -57,7 +57,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Contents:
-    """A quantized model, before its values are read: what a target is asked to hold.
+    """A quantized model, before its values are read: what an exporter is asked to hold.
 
     config   the transformers config, without what lowbit adds to it; None for a module that has none
     tensors  by name, in the model's order; a tied alias is not listed
@@ -73,12 +73,12 @@ class Contents:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a target cannot hold.
+    """Something that an exporter cannot hold.
 
     tensor   its name, empty for the model as a whole
     reason   why not
-    nearest  what the target can hold in its place: the text of a format, or words
-    shape    the format is one of the target's, but this tensor's shape is not for it; `quantize --as` then takes
+    nearest  what the exporter can hold in its place: the text of a format, or words
+    shape    the format is one of the exporter's, but this tensor's shape is not for it; `quantize --as` then takes
              `nearest` by itself
     """
 
@@ -97,18 +97,18 @@ class Mix:
     layers: Mapping[str, str]
 
 
-class Target(ABC):
+class Exporter(ABC):
     """A format of another program.
 
     name        what `--as` says
     summary     one line for people
     suffix      `.gguf` where one file is written, empty for a folder
     embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
-    recipes     name of a preset -> what it means for this target, where that is another recipe: without calibration
+    recipes     name of a preset -> what it means for this exporter, where that is another recipe: without calibration
                 text, and with it
     fuses       last words of the names of layers beside one another that get one format
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
-    kv          what keys and values of the running model may be kept in with scales that the target holds, as `fp8`
+    kv          what keys and values of the running model may be kept in with scales that the exporter holds, as `fp8`
     """
 
     name: ClassVar[str]
@@ -122,7 +122,7 @@ class Target(ABC):
 
     @abstractmethod
     def check(self, model: Contents) -> list[Problem]:
-        """Everything that this target cannot hold of `model`; empty when it can hold it all."""
+        """Everything that this exporter cannot hold of `model`; empty when it can hold it all."""
 
     @abstractmethod
     def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:
@@ -144,19 +144,19 @@ class Target(ABC):
         return []
 
     def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
-        """Why this target cannot hold the tokenizer; empty when it can, or does not look at it."""
+        """Why this exporter cannot hold the tokenizer; empty when it can, or does not look at it."""
         return []
 
     def check_kv(self, kind: str, model: Contents) -> list[Problem]:
-        """Why this target cannot hold scales for a KV cache of `kind`, one of `kv`; empty when it can."""
+        """Why this exporter cannot hold scales for a KV cache of `kind`, one of `kv`; empty when it can."""
         return []
 
-    def with_kv(self, ranges: KVRanges) -> Target:
-        """This target with a KV cache: a new one, whose `write` writes the scales. Only where `kv` has `ranges.kind`."""
+    def with_kv(self, ranges: KVRanges) -> Exporter:
+        """This exporter with a KV cache: a new one, whose `write` writes the scales. Only where `kv` has `ranges.kind`."""
         raise NotImplementedError(f"{self.name} says it has {', '.join(self.kv)} and no with_kv")
 
     def mix(self, name: str, model: Contents) -> Mix | None:
-        """The formats that a name of this target's own world stands for, such as `q4_k_m`; None for an unknown one.
+        """The formats that a name of this exporter's own world stands for, such as `q4_k_m`; None for an unknown one.
 
         Of `model` only names, shapes and the config count.
         """
@@ -177,21 +177,21 @@ class Target(ABC):
 
 @dataclass
 class _Registry:
-    found: dict[str, Target] = field(default_factory=dict)
+    found: dict[str, Exporter] = field(default_factory=dict)
     complete: bool = False
 
 
 _REGISTRY = _Registry()
 
 
-def target(kind: type[Target]) -> type[Target]:
-    """Register a target under its name."""
+def exporter(kind: type[Exporter]) -> type[Exporter]:
+    """Register an exporter under its name."""
     _REGISTRY.found[kind.name] = kind()
     return kind
 
 
-def targets() -> dict[str, Target]:
-    """Every target by name, in alphabetical order."""
+def exporters() -> dict[str, Exporter]:
+    """Every exporter by name, in alphabetical order."""
     if not _REGISTRY.complete:
         package = "lowbit.interchange.exporters"
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
@@ -200,9 +200,9 @@ def targets() -> dict[str, Target]:
     return dict(sorted(_REGISTRY.found.items()))
 
 
-def target_named(name: str) -> Target:
-    """The target called `name`. ExportError with the names that there are."""
-    known = targets()
+def exporter_named(name: str) -> Exporter:
+    """The exporter called `name`. ExportError with the names that there are."""
+    known = exporters()
     if name not in known:
         raise ExportError(f"unknown target {name!r}{nearest(name, known)} (known: {', '.join(known)})")
     return known[name]

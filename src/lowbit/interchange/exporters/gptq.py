@@ -12,8 +12,8 @@ from torch import Tensor
 import lowbit
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import held
-from lowbit.interchange.exporters.common.folder_target import (
-    FolderTarget,
+from lowbit.interchange.exporters.common.folder_exporter import (
+    FolderExporter,
     float_modules,
     is_packed,
     module_of,
@@ -29,7 +29,7 @@ from lowbit.interchange.exporters.common.integers import (
     why_not_integers,
 )
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
 from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.layouts.gptq import pack_gptq
 
@@ -37,8 +37,8 @@ _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
-@target
-class Gptq(FolderTarget):
+@exporter
+class Gptq(FolderExporter):
     """qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales fp16 [groups, out], g_idx [in].
 
     Symmetric models say "gptq" (zero-points stored less one), others "gptq_v2" (as they are): with the older one a

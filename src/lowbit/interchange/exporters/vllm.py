@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lowbit.formats import QTensor
-from lowbit.interchange.exporters.common.folder_target import (
-    FolderTarget,
+from lowbit.interchange.exporters.common.folder_exporter import (
+    FolderExporter,
     float_modules,
     is_packed,
     module_of,
@@ -24,14 +24,14 @@ from lowbit.interchange.exporters.compressed_tensors import kv_cache
 from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
 from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
 from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, target
+from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
 from lowbit.interchange.files.safetensors_writer import Stored as Spec
 
 SCHEMES: tuple[Scheme, ...] = (*INTEGERS, *FLOATS)
 
 
-@target
-class Vllm(FolderTarget):
+@exporter
+class Vllm(FolderExporter):
     """One config group for each way in which layers are stored; the format of the whole is theirs, or mixed-precision."""
 
     name = "vllm"
@@ -139,7 +139,7 @@ class Vllm(FolderTarget):
 
 
 def _config_groups(model: Contents) -> list[dict[str, Any]]:
-    """Layers that are stored alike; all Linear as the target where there is one way, names where there are several."""
+    """Layers that are stored alike; all Linear as the exporter where there is one way, names where there are several."""
     groups: list[dict[str, Any]] = []
     for stored in filter(is_packed, model.tensors.values()):
         assert stored.format is not None

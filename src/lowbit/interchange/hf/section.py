@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lowbit.interchange.inventory import inventory_of
-from lowbit.interchange.readers.quantized import StoredWeight
+from lowbit.interchange.readers.quantized import QuantizedWeight
 from lowbit.interchange.readers.row_parts import turned
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def as_float(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def oriented(weights: Mapping[str, StoredWeight], model: PreTrainedModel) -> dict[str, StoredWeight]:
+def oriented(weights: Mapping[str, QuantizedWeight], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     """The stored weights with those turned that modules of the model keep as [in, out], as GPT-2's Conv1D does."""
     turned_names = {name for name, param in inventory_of(model).params.items() if param.kind == "conv1d"}
     prefix = f"{model.base_model_prefix}."

@@ -29,7 +29,7 @@ from lowbit.interchange.readers.folder import (
     read_config,
 )
 from lowbit.interchange.readers.left_out import left_out
-from lowbit.interchange.readers.quantized import Checkpoint, StoredWeight, schemes, stored_model
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, schemes, stored_model
 from lowbit.interchange.source import Source, TensorSpec, one_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -109,7 +109,7 @@ class HubHeaders(Source):
         model = meta_model(self.config, len(checkpoint))
         section = quantization_section(self.folder)
         unused: tuple[str, ...] = ()
-        weights: Mapping[str, StoredWeight] = {}
+        weights: Mapping[str, QuantizedWeight] = {}
         if section is not None:
             stored = stored_model(Checkpoint(section, checkpoint, repo))
             stored = replace(stored, weights=oriented(stored.weights, model))

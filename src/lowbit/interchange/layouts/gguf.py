@@ -1,6 +1,6 @@
 """The blocks of GGUF files, as ggml lays them out (ggml-common.h), taken apart into codes and scales.
 
-Each function takes uint8 [n, bytes of a block] and gives *planes*: `codes` uint8 [n, weights of a block], and scales and
+Each function takes uint8 [n, bytes of a block] and gives *row_parts*: `codes` uint8 [n, weights of a block], and scales and
 offsets as the format of lowbit with the same values stores them (`FORMATS`), one row for each block. Names with a dot are of
 nested formats: `scale.codes` are scales in few bits, `scale.scale` what they are multiplied with.
 """

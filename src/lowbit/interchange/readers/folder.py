@@ -24,8 +24,8 @@ from lowbit.interchange.hf.conversion import Conversion, plan_conversion
 from lowbit.interchange.hf.section import GUARD, GUARD_WORDS, SECTIONS, as_float, oriented
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
 from lowbit.interchange.readers.left_out import left_out, no_weights, unread_weights
-from lowbit.interchange.readers.quantized import Checkpoint, StoredWeight, stored_model
-from lowbit.interchange.readers.row_parts import StoredTensor, tensor_of
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, stored_model
+from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
 from lowbit.interchange.source import Source, TensorSpec, one_line
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class FolderSource(Source):
         checkpoint = {n: TensorSpec(n, e.shape, e.dtype) for n, (_, e) in self._entries.items()}
         check_layers(read_config(self.folder), checkpoint, str(self.folder / "config.json"))
         model = meta_model(self.config, len(checkpoint))
-        self._weights: Mapping[str, StoredWeight] = {}
+        self._weights: Mapping[str, QuantizedWeight] = {}
         unused: tuple[str, ...] = ()
         if section is not None:
             stored = stored_model(Checkpoint(section, checkpoint, self.label, self._raw))
@@ -217,7 +217,7 @@ class FolderSource(Source):
         """The tokenizer given at opening, else the folder's."""
         return self._tokenizer if self._tokenizer is not None else load_tokenizer(self.folder, self.label)
 
-    def stored_as(self, name: str) -> StoredTensor | None:
+    def stored_as(self, name: str) -> QuantizedTensor | None:
         """What a quantized folder stores of a tensor, None where it is float."""
         self.spec(name)
         if name in self.extra or not self._weights:

@@ -1,7 +1,7 @@
 """What a quantized checkpoint stores of each weight, whoever wrote it.
 
 A scheme turns the tensors that one program stores for a weight (`q_proj.qweight`, `.qzeros`, `.scales`) into one
-StoredWeight (`q_proj.weight`) that can be read as float values and, where a format of lowbit has the same levels, blocks and
+QuantizedWeight (`q_proj.weight`) that can be read as float values and, where a format of lowbit has the same levels, blocks and
 scales, as a QTensor with the very same integers. A scheme is one file in `interchange/schemes/` with a function
 under `@scheme("its quant_method")`; nothing else knows its name.
 """
@@ -27,7 +27,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class QuantizedWeight:
     """A weight of `shape` [..., out, in] and the checkpoint tensors `parts` that it is made of.
 
     `quantized` reads it as it is stored; `format` is that of what it gives, or None where no format of lowbit has these
@@ -64,14 +64,14 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
-class StoredModel:
+class QuantizedCheckpoint:
     """A quantized checkpoint: its weights by the checkpoint name that the float weight would have.
 
     `unused`: tensors that no weight of the model needs, such as scales of a KV cache. `about`: one line for people, such as
     "gptq, 4 bits, groups of 128".
     """
 
-    weights: Mapping[str, StoredWeight]
+    weights: Mapping[str, QuantizedWeight]
     about: str
     unused: tuple[str, ...] = ()
 
@@ -127,7 +127,7 @@ class Checkpoint:
         raise SourceError(f"{self.where}: tensor {tensor!r} {problem}; download the model again or correct config.json")
 
 
-Scheme = Callable[[Checkpoint], StoredModel]
+Scheme = Callable[[Checkpoint], QuantizedCheckpoint]
 
 
 @dataclass
@@ -159,7 +159,7 @@ def schemes() -> Mapping[str, Scheme]:
     return dict(sorted(_REGISTRY.schemes.items()))
 
 
-def stored_model(checkpoint: Checkpoint) -> StoredModel:
+def stored_model(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """The weights of a quantized checkpoint. SourceError for a method that is not known, or tensors that do not fit it."""
     method = method_of(checkpoint.section, checkpoint.where)
     found = schemes().get(method)

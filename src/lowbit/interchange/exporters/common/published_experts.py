@@ -142,7 +142,7 @@ def _taken_apart(module: Any, stored: Stored) -> list[Piece]:
         made = revert_weight_conversion(
             module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids}
         )
-    except Exception as error:  # the rules are transformers', met with a plane one column wide
+    except Exception as error:  # the rules are transformers', met with a row_part one column wide
         raise _Whole(f"transformers cannot take it apart for saving ({one_line(error)})") from error
     if not stack:
         if len(made) != 1:

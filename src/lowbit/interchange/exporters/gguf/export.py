@@ -1,4 +1,4 @@
-"""The target `gguf`."""
+"""The exporter `gguf`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.exporters.common.published_experts import published
-from lowbit.interchange.exporters.exporter import Contents, Mix, Problem, Stored, Target, target
+from lowbit.interchange.exporters.exporter import Contents, Exporter, Mix, Problem, Stored, exporter
 from lowbit.interchange.exporters.gguf import families, rope, vocabulary
 from lowbit.interchange.exporters.gguf.families import family_of
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
@@ -27,8 +27,8 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 KEEP = "keep"
 
 
-@target
-class Gguf(Target):
+@exporter
+class Gguf(Exporter):
     """One file in GGUF version 3: our codes in ggml's block types, vocabulary and chat template included."""
 
     name: ClassVar[str] = "gguf"

@@ -29,7 +29,7 @@ def minus(bytes_of_scale: Any) -> Any:
     return np.where(bits == 0, bits, bits ^ 0x8000).astype(np.uint16).view(np.uint8)
 
 
-def planes(codes: Any, bits: int) -> Any:
+def row_parts(codes: Any, bits: int) -> Any:
     """[..., 128 or 256 in rows of 32] -> bytes of 32 columns: row r of each `8 / bits` rows at bit r * bits."""
     per_byte = 8 // bits
     grouped = codes.reshape(*codes.shape[:-1], -1, per_byte, 32)
@@ -55,7 +55,7 @@ def q2_k(q: QTensor) -> Any:
     """16 bytes of scale (low nibble) and minimum (high nibble), codes of 2 bits, d, dmin."""
     rows, codes = q.shape[0], codes_of(q, SUPER)
     (scales, d), (minima, dmin) = nested(q.scale, rows, 16), nested(q.offset, rows, 16)
-    return joined(scales | (minima << 4), planes(codes, 2), d, minus(dmin))
+    return joined(scales | (minima << 4), row_parts(codes, 2), d, minus(dmin))
 
 
 def q3_k(q: QTensor) -> Any:
@@ -65,21 +65,21 @@ def q3_k(q: QTensor) -> Any:
     low = (scales[..., :8] & 15) | (scales[..., 8:] << 4)
     high = scales >> 4
     upper = high[..., :4] | (high[..., 4:8] << 2) | (high[..., 8:12] << 4) | (high[..., 12:] << 6)
-    return joined(planes(codes >> 2, 1), planes(codes & 3, 2), low, upper, d)
+    return joined(row_parts(codes >> 2, 1), row_parts(codes & 3, 2), low, upper, d)
 
 
 def q4_k(q: QTensor) -> Any:
     """d, dmin, scales and minima, codes of 4 bits: 32 in low nibbles, the next 32 in the high ones."""
     rows, codes = q.shape[0], codes_of(q, SUPER)
     (scales, d), (minima, dmin) = nested(q.scale, rows, 8), nested(q.offset, rows, 8)
-    return joined(d, minus(dmin), six_bit_pairs(scales, minima), planes(codes, 4))
+    return joined(d, minus(dmin), six_bit_pairs(scales, minima), row_parts(codes, 4))
 
 
 def q5_k(q: QTensor) -> Any:
     """As Q4_K, with the fifth bit of the codes before their lower four."""
     rows, codes = q.shape[0], codes_of(q, SUPER)
     (scales, d), (minima, dmin) = nested(q.scale, rows, 8), nested(q.offset, rows, 8)
-    return joined(d, minus(dmin), six_bit_pairs(scales, minima), planes(codes >> 4, 1), planes(codes & 15, 4))
+    return joined(d, minus(dmin), six_bit_pairs(scales, minima), row_parts(codes >> 4, 1), row_parts(codes & 15, 4))
 
 
 def q6_k(q: QTensor) -> Any:
@@ -88,7 +88,7 @@ def q6_k(q: QTensor) -> Any:
     scales, d = nested(q.scale, rows, 16)
     lower = (codes & 15).reshape(*codes.shape[:-1], -1, 2, 64)
     low = (lower[..., 0, :] | (lower[..., 1, :] << 4)).reshape(*codes.shape[:-1], -1)
-    return joined(low, planes(codes >> 4, 2), scales ^ 0x80, d)
+    return joined(low, row_parts(codes >> 4, 2), scales ^ 0x80, d)
 
 
 def iq4_xs(q: QTensor) -> Any:

@@ -8,8 +8,8 @@ import torch
 
 from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.layouts.gguf import FORMATS, UNPACK
-from lowbit.interchange.readers.quantized import ReadPart, StoredWeight
-from lowbit.interchange.readers.row_parts import from_planes
+from lowbit.interchange.readers.quantized import QuantizedWeight, ReadPart
+from lowbit.interchange.readers.row_parts import from_row_parts
 
 _FLOATS = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
@@ -31,19 +31,19 @@ def float_type(ggml_type: int) -> torch.dtype:
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(type_name(ggml_type), torch.float32)
 
 
-def stored_weight(name: str, ggml_type: int, shape: tuple[int, ...]) -> StoredWeight:
+def stored_weight(name: str, ggml_type: int, shape: tuple[int, ...]) -> QuantizedWeight:
     """The tensor `name` of a file, in the layout of the file. Its part is read as uint8 [rows, bytes of a row]."""
     kind = type_name(ggml_type)
     if kind not in FORMATS or len(shape) < 2:
-        return StoredWeight(shape, (name,), why=f"no format of lowbit has the levels of {kind}")
+        return QuantizedWeight(shape, (name,), why=f"no format of lowbit has the levels of {kind}")
     fmt = parse_format(FORMATS[kind])
-    return StoredWeight(shape, (name,), fmt, partial(_quantized, name, kind, fmt, shape))
+    return QuantizedWeight(shape, (name,), fmt, partial(_quantized, name, kind, fmt, shape))
 
 
 def _quantized(name: str, kind: str, fmt: Format, shape: tuple[int, ...], read: ReadPart) -> QTensor:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
-    planes = UNPACK[kind](read(name).reshape(-1, size))
+    row_parts = UNPACK[kind](read(name).reshape(-1, size))
     rows = (*shape[:-1], -1)
-    return from_planes(fmt, {part: plane.reshape(rows) for part, plane in planes.items()})
+    return from_row_parts(fmt, {part: row_part.reshape(rows) for part, row_part in row_parts.items()})

@@ -29,7 +29,7 @@ from lowbit.interchange.readers.gguf.rules import gguf_rules
 from lowbit.interchange.readers.gguf.splits import read_gguf
 from lowbit.interchange.readers.left_out import BUFFERS, SEVERAL_TOKENS, left_out
 from lowbit.interchange.readers.quantized import ReadPart
-from lowbit.interchange.readers.row_parts import StoredTensor, tensor_of
+from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
 from lowbit.interchange.source import Source, one_line
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class GgufSource(Source):
         self.spec(name)
         return self._conversion.read(name, lambda part: self._rules.part(part, self._values))
 
-    def stored_as(self, name: str) -> StoredTensor | None:
+    def stored_as(self, name: str) -> QuantizedTensor | None:
         """A quantized tensor with the integers and scales of its blocks in the file, None where it is float."""
         self.spec(name)
 

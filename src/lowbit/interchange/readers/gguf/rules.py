@@ -89,7 +89,7 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
 
     def part(target: str, values: ReadValues) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
-        whole = True  # what is read need not be the tensor itself: `planes.py` asks for its scales, row by row
+        whole = True  # what is read need not be the tensor itself: `row_parts.py` asks for its scales, row by row
         for name in sources[target]:
             found = values(name)
             whole = whole and tuple(found.shape) == shapes[name]

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats import parse_inputs
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredWeight
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, ReadPart
 
 
-def carried(checkpoint: Checkpoint, module: str, args: Any, weight: StoredWeight) -> StoredWeight:
+def carried(checkpoint: Checkpoint, module: str, args: Any, weight: QuantizedWeight) -> QuantizedWeight:
     """`weight` with its inputs as `input_activations` has them, where lowbit has the same; else with a note."""
     if not isinstance(args, Mapping):
         return weight

@@ -11,12 +11,12 @@ from lowbit.formats import QTensor
 from lowbit.formats.format import Format, Offset
 from lowbit.formats.grids import IntGrid
 from lowbit.interchange.layouts.awq import BITS, ORDER, unpack_awq
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import check_shape, check_type, groups_of, qtensor, store_of
 
 
 @scheme("awq")
-def awq(checkpoint: Checkpoint) -> StoredModel:
+def awq(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every module with a `qweight`."""
     section = checkpoint.section
     version = str(section.get("version") or section.get("checkpoint_format") or section.get("format") or "gemm").lower()
@@ -32,10 +32,10 @@ def awq(checkpoint: Checkpoint) -> StoredModel:
             "define; give the original float model"
         )
     weights = {f"{m}.weight": _layer(checkpoint, m, size) for m in checkpoint.modules("qweight")}
-    return StoredModel(weights, f"awq, {bits} bits, {'one group a row' if size == -1 else f'groups of {size}'}")
+    return QuantizedCheckpoint(weights, f"awq, {bits} bits, {'one group a row' if size == -1 else f'groups of {size}'}")
 
 
-def _layer(checkpoint: Checkpoint, module: str, size: int) -> StoredWeight:
+def _layer(checkpoint: Checkpoint, module: str, size: int) -> QuantizedWeight:
     names = tuple(f"{module}.{leaf}" for leaf in ("qweight", "qzeros", "scales"))
     words = check_type(checkpoint, names[0], torch.int32)
     check_type(checkpoint, names[1], torch.int32)
@@ -47,7 +47,7 @@ def _layer(checkpoint: Checkpoint, module: str, size: int) -> StoredWeight:
     check_shape(checkpoint, names[1], (groups, words.shape[1]))
     block = groups_of(checkpoint, names[2], width, groups, size)
     fmt = Format(IntGrid(BITS, is_signed=False), block, store_of(checkpoint, scales), Offset("zero", "grid"))
-    return StoredWeight((out, width), names, fmt, partial(_quantized, names, fmt))
+    return QuantizedWeight((out, width), names, fmt, partial(_quantized, names, fmt))
 
 
 def _quantized(names: tuple[str, ...], fmt: Format, read: ReadPart) -> QTensor:

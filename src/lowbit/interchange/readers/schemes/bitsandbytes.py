@@ -24,7 +24,7 @@ from lowbit.formats.blocks import Block
 from lowbit.formats.grids import IntGrid, parse_grid
 from lowbit.interchange.layouts.compressed import signed_codes
 from lowbit.interchange.layouts.nibbles import swap_nibbles
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import check_shape, check_type, qtensor
 
 _GRIDS = {"nf4": "nf4", "fp4": "bnb_fp4"}
@@ -34,7 +34,7 @@ _MOST = 1 << 16  # bytes of a state that is still JSON and not a mistake
 
 
 @scheme("bitsandbytes")
-def bitsandbytes(checkpoint: Checkpoint) -> StoredModel:
+def bitsandbytes(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every module with a state of 4 bits, or with an `SCB`."""
     weights, kinds = {}, set()
     for name in checkpoint.tensors:
@@ -45,7 +45,7 @@ def bitsandbytes(checkpoint: Checkpoint) -> StoredModel:
     for module in checkpoint.modules("SCB"):
         weights[f"{module}.weight"] = _eight_bits(checkpoint, module)
         kinds.add("int8")
-    return StoredModel(weights, f"bitsandbytes, {' and '.join(sorted(kinds))}")
+    return QuantizedCheckpoint(weights, f"bitsandbytes, {' and '.join(sorted(kinds))}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _State:
     nested_offset: float = 0.0
 
 
-def _four_bits(checkpoint: Checkpoint, module: str, kind: str, name: str) -> StoredWeight:
+def _four_bits(checkpoint: Checkpoint, module: str, kind: str, name: str) -> QuantizedWeight:
     weight = f"{module}.weight"
     if kind not in _GRIDS:
         checkpoint.refuse(name, f"is of the kind {kind!r}, and {' and '.join(_GRIDS)} can be read")
@@ -93,8 +93,8 @@ def _four_bits(checkpoint: Checkpoint, module: str, kind: str, name: str) -> Sto
     elif not torch.equal(checkpoint.read(f"{weight}.quant_map").to(torch.float32), fmt.grid.levels):
         why = f"its levels are not those of {fmt.grid}"
     if not why:
-        return StoredWeight(state.shape, parts, fmt, partial(_quantized, weight, state, fmt, scales))
-    return StoredWeight(state.shape, parts, values=partial(_values, weight, state, scales), why=why)
+        return QuantizedWeight(state.shape, parts, fmt, partial(_quantized, weight, state, fmt, scales))
+    return QuantizedWeight(state.shape, parts, values=partial(_values, weight, state, scales), why=why)
 
 
 def _state(checkpoint: Checkpoint, name: str, read: ReadPart) -> _State:
@@ -141,7 +141,7 @@ def _values(weight: str, state: _State, scales: Any, read: ReadPart) -> Tensor:
     return levels[codes.long()].mul_(scales(read).repeat_interleave(state.size)[:count]).view(state.shape)
 
 
-def _eight_bits(checkpoint: Checkpoint, module: str) -> StoredWeight:
+def _eight_bits(checkpoint: Checkpoint, module: str) -> QuantizedWeight:
     weight, scale = check_type(checkpoint, f"{module}.weight", torch.int8), f"{module}.SCB"
     if len(weight.shape) != 2:
         checkpoint.refuse(weight.name, f"has the shape {list(weight.shape)} and is no matrix")
@@ -158,4 +158,4 @@ def _eight_bits(checkpoint: Checkpoint, module: str) -> StoredWeight:
         return qtensor(fmt, signed_codes(read(weight.name), 8), read(scale) / 127)
 
     parts = (weight.name, scale, *((kind,) if kind in checkpoint.tensors else ()))
-    return StoredWeight(weight.shape, parts, fmt, quantized, inputs=parse_inputs(f"int8:token{outliers}"))
+    return QuantizedWeight(weight.shape, parts, fmt, quantized, inputs=parse_inputs(f"int8:token{outliers}"))

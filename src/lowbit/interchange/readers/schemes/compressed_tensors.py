@@ -19,7 +19,7 @@ from lowbit.formats.blocks import Block
 from lowbit.formats.format import Offset
 from lowbit.formats.grids import Fp8Grid, IntGrid
 from lowbit.interchange.layouts.compressed import signed_codes, unpack_weight, unpack_zero_points
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.activations import carried
 from lowbit.interchange.readers.schemes.parts import (
     by_group,
@@ -39,7 +39,7 @@ _CACHE = re.compile(r"\.(k_scale|v_scale|k_zero_point|v_zero_point|q_scale|outpu
 
 
 @scheme("compressed-tensors")
-def compressed_tensors(checkpoint: Checkpoint) -> StoredModel:
+def compressed_tensors(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every module with a `weight_scale`."""
     section = checkpoint.section
     sparsity = section.get("sparsity_config")
@@ -59,7 +59,9 @@ def compressed_tensors(checkpoint: Checkpoint) -> StoredModel:
         else:
             weights[f"{module}.weight"] = found
     bits = sorted({f"{g['weights'].get('type', 'int')}{g['weights'].get('num_bits', 8)}" for g in groups})
-    return StoredModel(weights, f"compressed-tensors, {section.get('format')}, {' and '.join(bits)}", tuple(unused))
+    return QuantizedCheckpoint(
+        weights, f"compressed-tensors, {section.get('format')}, {' and '.join(bits)}", tuple(unused)
+    )
 
 
 def _groups(section: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -92,7 +94,7 @@ def _group_of(groups: list[Mapping[str, Any]], module: str, checkpoint: Checkpoi
     return ranked[0]
 
 
-def _layer(checkpoint: Checkpoint, module: str, group: Mapping[str, Any]) -> StoredWeight | None:
+def _layer(checkpoint: Checkpoint, module: str, group: Mapping[str, Any]) -> QuantizedWeight | None:
     """What the tensors of a module stand for; None where its weight is a float one."""
     args, scale = group["weights"], checkpoint.spec(f"{module}.weight_scale")
     packed = f"{module}.weight_packed"
@@ -148,7 +150,7 @@ def _block(checkpoint: Checkpoint, args: Mapping[str, Any], scale: TensorSpec, s
 
 def _words(
     checkpoint: Checkpoint, module: str, args: Mapping[str, Any], spec: TensorSpec, scale: TensorSpec
-) -> StoredWeight:
+) -> QuantizedWeight:
     """pack-quantized: integers of 1 to 8 bits in words of 32."""
     bits, symmetric = _bits(checkpoint, module, args), args.get("symmetric", True) is not False
     shape = (spec.shape[0], _width(checkpoint, module, bits, args, scale))
@@ -186,8 +188,8 @@ def _words(
 
     parts = _parts(checkpoint, module, *names)
     if order in parts and not in_order(checkpoint, order, shape[1] if fmt.block.cols == -1 else fmt.block.cols):
-        return StoredWeight(shape, parts, values=values, why=BY_ORDER)
-    return StoredWeight(shape, parts, fmt, quantized)
+        return QuantizedWeight(shape, parts, values=values, why=BY_ORDER)
+    return QuantizedWeight(shape, parts, fmt, quantized)
 
 
 def _width(checkpoint: Checkpoint, module: str, bits: int, args: Mapping[str, Any], scale: TensorSpec) -> int:
@@ -208,7 +210,7 @@ def _width(checkpoint: Checkpoint, module: str, bits: int, args: Mapping[str, An
 
 def _fp4(
     checkpoint: Checkpoint, module: str, args: Mapping[str, Any], spec: TensorSpec, scale: TensorSpec
-) -> StoredWeight:
+) -> QuantizedWeight:
     """nvfp4-pack-quantized and mxfp4-pack-quantized."""
     if args.get("type") != "float" or args.get("num_bits") != 4:
         checkpoint.refuse(
@@ -235,12 +237,12 @@ def _fp4(
         times = read(whole).to(torch.float32).reciprocal().reshape(1, 1, 1)
         return QTensor(fmt, shape, codes, QTensor(inner, (scales.numel(),), scales.reshape(-1), times))
 
-    return StoredWeight(shape, _parts(checkpoint, module, spec.name, scale.name), fmt, quantized)
+    return QuantizedWeight(shape, _parts(checkpoint, module, spec.name, scale.name), fmt, quantized)
 
 
 def _plain(
     checkpoint: Checkpoint, module: str, args: Mapping[str, Any], spec: TensorSpec, scale: TensorSpec
-) -> StoredWeight:
+) -> QuantizedWeight:
     """int-quantized, float-quantized, mxfp8-quantized and naive-quantized: one number of 8 bits a weight."""
     bits, symmetric = _bits(checkpoint, module, args), args.get("symmetric", True) is not False
     block = _block(checkpoint, args, scale, spec.shape)
@@ -248,7 +250,7 @@ def _plain(
     parts = _parts(checkpoint, module, spec.name, scale.name)
     if spec.dtype == torch.float8_e4m3fn:
         fmt = Format(Fp8Grid(3), block, store)
-        return StoredWeight(
+        return QuantizedWeight(
             spec.shape, parts, fmt, lambda read: qtensor(fmt, read(spec.name).view(torch.uint8), read(scale.name))
         )
     zeros = f"{module}.weight_zero_point"
@@ -268,7 +270,7 @@ def _plain(
             checkpoint.refuse(zeros, str(error))
         return qtensor(fmt, codes, read(scale.name), found)
 
-    return StoredWeight(spec.shape, parts, fmt, quantized)
+    return QuantizedWeight(spec.shape, parts, fmt, quantized)
 
 
 def _parts(checkpoint: Checkpoint, module: str, *names: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from lowbit.formats import Format, QTensor, parse_inputs
 from lowbit.formats.blocks import Block
 from lowbit.formats.grids import Fp8Grid
 from lowbit.formats.inputs import Inputs
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import qtensor, store_of
 from lowbit.interchange.source import TensorSpec
 
@@ -25,7 +25,7 @@ _SCALES = ("_scale_inv", "_scale")
 
 
 @scheme("fp8", "fbgemm_fp8")
-def fp8(checkpoint: Checkpoint) -> StoredModel:
+def fp8(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every tensor of 8-bit floats."""
     section = checkpoint.section
     size = section.get("weight_block_size")
@@ -34,14 +34,14 @@ def fp8(checkpoint: Checkpoint) -> StoredModel:
         if spec.dtype in _FLOAT8 and not name.endswith(_SCALES):
             weights[name] = _weight(checkpoint, spec, size)
     blocks = f", blocks of {' x '.join(map(str, size))}" if _is_size(size) and size else ""
-    return StoredModel(weights, f"{section['quant_method']}{blocks}")
+    return QuantizedCheckpoint(weights, f"{section['quant_method']}{blocks}")
 
 
 def _is_size(size: Any) -> bool:
     return isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
 
 
-def _weight(checkpoint: Checkpoint, spec: TensorSpec, size: Any) -> StoredWeight:
+def _weight(checkpoint: Checkpoint, spec: TensorSpec, size: Any) -> QuantizedWeight:
     names = [n for end in _SCALES if (n := spec.name + end) in checkpoint.tensors]
     if not names:
         checkpoint.refuse(
@@ -55,7 +55,7 @@ def _weight(checkpoint: Checkpoint, spec: TensorSpec, size: Any) -> StoredWeight
     beside = [n for n in (f"{spec.name.removesuffix('.weight')}.{leaf}" for leaf in ("activation_scale", "input_scale"))
               if n in checkpoint.tensors]  # fmt: skip
     inputs, note = _inputs(checkpoint, size if block.rows != -1 else None, beside, len(spec.shape) == 2)
-    return StoredWeight(
+    return QuantizedWeight(
         spec.shape, (spec.name, scale.name, *beside), fmt, partial(_quantized, spec.name, scale.name, fmt), note=note,
         inputs=inputs,
         input_parts=None if inputs is None or not inputs.static else lambda read: {

@@ -20,7 +20,7 @@ from lowbit.formats import QTensor
 from lowbit.formats.format import Format, Offset
 from lowbit.formats.grids import IntGrid
 from lowbit.interchange.layouts.gptq import unpack_gptq
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import (
     by_group,
     check_shape,
@@ -37,7 +37,7 @@ BY_ORDER = "desc_act put its columns into groups that are not consecutive"
 
 
 @scheme("gptq", "auto-round", "intel/auto-round")
-def gptq(checkpoint: Checkpoint) -> StoredModel:
+def gptq(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every module with a `qweight`."""
     section = checkpoint.section
     if section.get("quant_method") == "gptq":
@@ -56,10 +56,10 @@ def gptq(checkpoint: Checkpoint) -> StoredModel:
     # Of the tensors: the config may say otherwise, and `dynamic` for some.
     found = sorted({w.format.grid.bits for w in weights.values() if w.format and isinstance(w.format.grid, IntGrid)})
     width = " and ".join(map(str, found or [bits]))
-    return StoredModel(weights, f"{section['quant_method']}, {width} bits, {groups}{order}")
+    return QuantizedCheckpoint(weights, f"{section['quant_method']}, {width} bits, {groups}{order}")
 
 
-def _layer(checkpoint: Checkpoint, module: str, version: int) -> StoredWeight:
+def _layer(checkpoint: Checkpoint, module: str, version: int) -> QuantizedWeight:
     settings = _settings(checkpoint, module)
     names = [f"{module}.{leaf}" for leaf in ("qweight", "qzeros", "scales")]
     words, scales = check_type(checkpoint, names[0], torch.int32), checkpoint.spec(names[2])
@@ -86,9 +86,9 @@ def _layer(checkpoint: Checkpoint, module: str, version: int) -> StoredWeight:
     unpacked = partial(_unpacked, checkpoint, names, bits, version)
     if order in parts and checkpoint.flag("desc_act", False, settings) and not in_order(checkpoint, order, size):
         values = partial(_values, checkpoint, unpacked, order)
-        return StoredWeight((out, width), parts, values=values, why=BY_ORDER)
+        return QuantizedWeight((out, width), parts, values=values, why=BY_ORDER)
     read = partial(_quantized, checkpoint, names, unpacked, fmt, order if order in parts else None, size)
-    return StoredWeight((out, width), parts, fmt, read)
+    return QuantizedWeight((out, width), parts, fmt, read)
 
 
 def _settings(checkpoint: Checkpoint, module: str) -> dict[str, Any]:

@@ -9,22 +9,22 @@ from torch import Tensor
 
 from lowbit.formats import Format, Inputs, QTensor
 from lowbit.interchange.checks.section import Packed, check_parts, read_section
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 
 
 @scheme("lowbit")
-def lowbit(checkpoint: Checkpoint) -> StoredModel:
+def lowbit(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every tensor that config.json lists."""
     section = read_section(checkpoint.section, f"{checkpoint.where}/config.json")
     check_parts(section, {n: (s.dtype, s.shape) for n, s in checkpoint.tensors.items()}, checkpoint.where)
     weights = {name: _weight(packed) for name, packed in section.tensors.items()}
-    return StoredModel(weights, f"lowbit, {section.recipe or 'no recipe'}")
+    return QuantizedCheckpoint(weights, f"lowbit, {section.recipe or 'no recipe'}")
 
 
-def _weight(packed: Packed) -> StoredWeight:
+def _weight(packed: Packed) -> QuantizedWeight:
     name, fmt, shape, inputs = packed.name, packed.format, packed.shape, packed.inputs
     quantized = partial(_quantized, name, fmt, shape)
-    return StoredWeight(
+    return QuantizedWeight(
         shape, tuple(f"{name}.{part}" for part in packed.parts()), fmt, quantized, partial(_values, name, quantized, inputs),
         inputs=inputs, input_parts=partial(_beside, name, tuple(packed.input_parts())), transposed=packed.transposed,
     )  # fmt: skip

@@ -9,14 +9,14 @@ from functools import partial
 import torch
 
 from lowbit.formats import Format, QTensor, parse_format
-from lowbit.interchange.readers.quantized import Checkpoint, ReadPart, StoredModel, StoredWeight, scheme
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import check_shape, check_type
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
 @scheme("mxfp4")
-def mxfp4(checkpoint: Checkpoint) -> StoredModel:
+def mxfp4(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     """Every tensor with blocks and scales."""
     fmt = parse_format("mxfp4")
     weights = {}
@@ -31,8 +31,8 @@ def mxfp4(checkpoint: Checkpoint) -> StoredModel:
         check_type(checkpoint, base + _SCALES, torch.uint8, torch.float8_e8m0fnu)
         shape = (*spec.shape[:-2], spec.shape[-2] * fmt.block.cols)
         read = partial(_quantized, name, base + _SCALES, fmt, shape)
-        weights[base] = StoredWeight(shape, (name, base + _SCALES), fmt, read, transposed=len(shape) == 3)
-    return StoredModel(weights, "mxfp4, groups of 32")
+        weights[base] = QuantizedWeight(shape, (name, base + _SCALES), fmt, read, transposed=len(shape) == 3)
+    return QuantizedCheckpoint(weights, "mxfp4, groups of 32")
 
 
 def _quantized(blocks: str, scales: str, fmt: Format, shape: tuple[int, ...], read: ReadPart) -> QTensor:

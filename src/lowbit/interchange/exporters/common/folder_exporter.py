@@ -19,7 +19,7 @@ from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, Target
+from lowbit.interchange.exporters.exporter import Contents, Exporter, Problem, Stored
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
 from lowbit.interchange.files.safetensors_writer import Stored as Spec
@@ -38,7 +38,7 @@ _TABLE = 2.0**-8
 _LOGITS = 3e-2
 
 
-class FolderTarget(Target):
+class FolderExporter(Exporter):
     """Embeddings and heads are written dequantized in 16 bits, as programs that serve want them; kept tensors as they are."""
 
     reader: str  # who reads the folder, for messages
