@@ -64,7 +64,7 @@ def main() -> None:
     model = arguments.folder / "model"
     if not model.exists():
         write_checkpoint(model, arguments.layers)
-    plan = lowbit.planning(model, arguments.recipe)
+    plan = lowbit.plan(model, arguments.recipe)
     command = ["-c", RUN, str(model), str(arguments.folder / "out"), arguments.recipe, str(arguments.limit_gb)]
     peak = in_fresh_process(command)
     size = sum(f.stat().st_size for f in (arguments.folder / "out").glob("*.safetensors*"))

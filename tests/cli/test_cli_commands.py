@@ -73,7 +73,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_quantize_writes_the_planned_bytes_and_says_what_it_did(folder: Path, packed: Path) -> None:
-    plan = lowbit.planning(str(folder), "int4:g32")
+    plan = lowbit.plan(str(folder), "int4:g32")
     assert (packed / "model.safetensors").stat().st_size == plan.output_bytes
     text = run("quantize", folder, "w4", "-o", packed.parent / "said", "--no-card")
     assert "w4 = search@int4:g32" in text and "bits per weight" in text and "lowbit generate" in text
@@ -103,7 +103,7 @@ def test_the_folder_is_named_after_model_and_recipe(model: str, recipe: str, nam
 
 
 def test_plan_in_json_and_for_people(folder: Path) -> None:
-    plan = lowbit.planning(str(folder), "w4", context=1000)
+    plan = lowbit.plan(str(folder), "w4", context=1000)
     data = json.loads(run("plan", folder, "w4", "--context", 1000, "--json"))
     assert data == json.loads(json.dumps(plan.to_json()))
     text = run("plan", folder, "w4", "--context", 1000)

@@ -336,14 +336,14 @@ def test_a_tensor_of_another_shape_is_named_with_its_field(tmp_path: Path) -> No
     whole = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**whole, "vocab_size": 130}))
     with pytest.raises(LowbitError, match=r"vocab_size is 130"):
-        lowbit.planning(tmp_path)
+        lowbit.plan(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(whole))
     tensors = load_file(tmp_path / "model.safetensors")
     flat = copy.copy(tensors)
     flat[NAME] = flat[NAME].reshape(-1).clone()
     save_file(flat, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(LowbitError, match="q_proj"):
-        lowbit.planning(tmp_path)
+        lowbit.plan(tmp_path)
 
 
 def test_a_long_name_of_a_method_is_not_said_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,7 +353,7 @@ def test_a_long_name_of_a_method_is_not_said_in_full(tmp_path: Path, capsys: pyt
         json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "x" * 5000}})
     )
     with pytest.raises(SourceError, match="quant_method is 'xxx") as caught:
-        lowbit.planning(tmp_path / "m", "w8")
+        lowbit.plan(tmp_path / "m", "w8")
     assert len(str(caught.value)) < 500
     with pytest.raises(typer.Exit):
         guard.fail("y" * 5000)
@@ -366,4 +366,4 @@ def test_objects_where_a_class_has_none(wrong: dict[str, Any], tmp_path: Path) -
     config = tmp_path / "m" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **wrong}))
     with pytest.raises(SourceError, match="text model|dtype"):
-        lowbit.planning(tmp_path / "m", "w8")
+        lowbit.plan(tmp_path / "m", "w8")

@@ -119,7 +119,7 @@ def test_which_of_two_sets_of_weights_is_read_is_said(tmp_path: Path, caplog: py
     assert len(source.remarks) == 1 and str(tmp_path) not in source.remarks[0]
     for words in ("two sets of weights", "model.safetensors is read", "model-00001-of-00002.safetensors"):
         assert words in source.remarks[0] and words in caplog.text
-    assert lowbit.planning(tmp_path, "w8").notes == source.remarks
+    assert lowbit.plan(tmp_path, "w8").notes == source.remarks
 
 
 def test_the_index_decides_about_a_stray_shard(tmp_path: Path) -> None:

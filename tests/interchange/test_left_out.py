@@ -34,7 +34,7 @@ def with_prediction_layers(folder: Path) -> int:
 
 def test_layers_for_several_tokens_are_named_in_plan_run_and_card(tmp_path: Path) -> None:
     nbytes = with_prediction_layers(tmp_path / "in")
-    plan = lowbit.planning(tmp_path / "in", "w8")
+    plan = lowbit.plan(tmp_path / "in", "w8")
     (note,) = plan.notes
     for words in ("model.layers.46.*", f"{nbytes:,} bytes", "multi-token prediction"):
         assert words in note

@@ -38,7 +38,7 @@ def test_dense_is_an_ordinary_model(packed_folder: Folder, tmp_path: Path) -> No
     model = lowbit.load(packed_folder("llama-tied", "w8"), kernel="dense")
     assert model.lm_head.weight is model.model.embed_tokens.weight and not hasattr(model.config, "quantization_config")
     model.save_pretrained(tmp_path / "dense")
-    assert lowbit.planning(tmp_path / "dense", "w4").coverage > 0.9  # which lowbit takes for a float model
+    assert lowbit.plan(tmp_path / "dense", "w4").coverage > 0.9  # which lowbit takes for a float model
     half = lowbit.load(packed_folder("llama-tied", "w8"), dtype="bfloat16", kernel="dense")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 

@@ -214,7 +214,7 @@ def test_one_window_is_too_few() -> None:
 
 
 def test_the_plan_counts_the_whole_float_model(float_folder: Path) -> None:
-    without = lowbit.planning(float_folder, "gptq@int4:g16")
-    tuned_plan = lowbit.planning(float_folder, "gptq+distill@int4:g16")
+    without = lowbit.plan(float_folder, "gptq@int4:g16")
+    tuned_plan = lowbit.plan(float_folder, "gptq+distill@int4:g16")
     assert tuned_plan.peak_bytes > 4 * tuned_plan.parameters and tuned_plan.peak_bytes >= without.peak_bytes
     assert tuned_plan.output_bytes == without.output_bytes

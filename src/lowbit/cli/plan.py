@@ -31,7 +31,7 @@ def plan(
     import lowbit
 
     console.quiet()
-    made = lowbit.planning(model, recipe, context=context)
+    made = lowbit.plan(model, recipe, context=context)
     if as_json:
         console.print_json(made.to_json())
     else:

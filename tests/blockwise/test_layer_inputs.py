@@ -110,7 +110,7 @@ def test_settings_that_mean_nothing(settings: str, message: str) -> None:
 
 def test_the_plan_gives_each_layer_its_inputs() -> None:
     recipe = "absmax@int8:channel,a=int8:token,a:*.down_proj=minmax@int8:tensor,a:*.layers.0.self_attn.*=float"
-    plan = lowbit.planning(tiny_model("llama-tied"), recipe)
+    plan = lowbit.plan(tiny_model("llama-tied"), recipe)
     found = {t.name: str(t.inputs) for t in plan.tensors if t.kind == "linear"}
     for name, inputs in found.items():
         first = "None" if ".0.self_attn." in name else "int8:token"
@@ -118,9 +118,9 @@ def test_the_plan_gives_each_layer_its_inputs() -> None:
     assert plan.input_counts() == {"int8:token": 8, "int8:tensor:static": 2}
     assert plan.recipe.needs_calibration == "a=int8:tensor:static"
     with pytest.raises(RecipeError, match="a:\\*.nothing=int8:token matches no tensor"):
-        lowbit.planning(tiny_model("llama-tied"), "absmax@int8:channel,a:*.nothing=int8:token")
+        lowbit.plan(tiny_model("llama-tied"), "absmax@int8:channel,a:*.nothing=int8:token")
     with pytest.raises(RecipeError, match="has no quantized linear layer"):
-        lowbit.planning(tiny_model("llama-tied"), "absmax@int8:channel,a:*embed_tokens=int8:token")
+        lowbit.plan(tiny_model("llama-tied"), "absmax@int8:channel,a:*embed_tokens=int8:token")
 
 
 @pytest.mark.parametrize("transform", ["", "smooth+"])

@@ -32,7 +32,7 @@ def weight_bytes(out: Path) -> int:
 
 @pytest.mark.parametrize("name", TINY)
 def test_bytes_are_exact_for_every_architecture(name: str, tiny_folder: Float, packed_folder: Any) -> None:
-    plan = lowbit.planning(tiny_folder(name), "search@int4:g32")
+    plan = lowbit.plan(tiny_folder(name), "search@int4:g32")
     out = packed_folder(name, "search@int4:g32")
     assert plan.output_bytes == weight_bytes(out)
     assert plan.bits_per_weight == 8 * plan.output_bytes / plan.parameters
@@ -59,7 +59,7 @@ def test_bytes_are_exact_for_every_recipe_type_and_shard_size(
     (dtype, shard), folder, out = case, tmp_path / "float", tmp_path / "out"
     tiny_model("llama").to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    plan = lowbit.planning(folder, recipe, max_shard_bytes=shard)
+    plan = lowbit.plan(folder, recipe, max_shard_bytes=shard)
     lowbit.quantize(folder, recipe, out, max_shard_bytes=shard, samples=2, length=16)
     assert plan.output_bytes == weight_bytes(out)
     assert [s.file for s in plan.shards] == sorted(p.name for p in out.glob("*.safetensors"))
@@ -75,7 +75,7 @@ def test_no_weight_is_read(tiny_folder: Float, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(safetensors_file, "read_tensor", refuse)
     monkeypatch.setattr(folder, "read_tensor", refuse)
     for name in ("llama-tied", "mixtral", "t5"):
-        assert lowbit.planning(tiny_folder(name), "w4").output_bytes > 0
+        assert lowbit.plan(tiny_folder(name), "w4").output_bytes > 0
     with pytest.raises(AssertionError, match="read a tensor"):
         lowbit.quantize(tiny_folder("llama"), "w4")
 
@@ -100,7 +100,7 @@ def test_a_model_of_400_billion_from_headers_alone(tmp_path: Path, monkeypatch: 
     found = SimpleNamespace(files_metadata={"model-00001-of-00001.safetensors": SimpleNamespace(tensors=info)})
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda repo: found)
     monkeypatch.setattr(hub, "snapshot", lambda *args, **kwargs: tmp_path)
-    plan = lowbit.planning("meta-llama/Llama-3.1-405B", "w4", context=131072)
+    plan = lowbit.plan("meta-llama/Llama-3.1-405B", "w4", context=131072)
     assert plan.parameters == 405_853_388_800
     assert plan.bytes_before == 2 * plan.parameters
     linear = sum(t.count for t in plan.tensors if t.kind == "linear")
@@ -193,7 +193,7 @@ def test_kv_cache_of_encoder_decoders_counts_the_decoder() -> None:
 
 
 def test_layer_globs(tiny_folder: Float) -> None:
-    plan = lowbit.planning(tiny_folder("llama"), "absmax@int4:g32,*.layers.0.*=int8:channel,*.down_proj=keep,lm_head=int6:g32,*.layers.0.mlp.down_proj.weight=int2:g32")  # fmt: skip
+    plan = lowbit.plan(tiny_folder("llama"), "absmax@int4:g32,*.layers.0.*=int8:channel,*.down_proj=keep,lm_head=int6:g32,*.layers.0.mlp.down_proj.weight=int2:g32")  # fmt: skip
     became = {t.name: str(t.format) for t in plan.tensors}
     assert became["model.layers.0.self_attn.q_proj.weight"] == "int8:channel"
     assert became["model.layers.1.self_attn.q_proj.weight"] == "int4:g32"
@@ -207,7 +207,7 @@ def test_layer_globs(tiny_folder: Float) -> None:
 @pytest.mark.parametrize("glob", ["*.layers.7.*", "*.donw_proj", "model.embed", "lm_haed.weight"])
 def test_a_glob_that_matches_nothing_is_an_error(glob: str, tiny_folder: Float, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="matches no tensor"):
-        lowbit.planning(tiny_folder("llama"), f"int4:g32,{glob}=keep")
+        lowbit.plan(tiny_folder("llama"), f"int4:g32,{glob}=keep")
     with pytest.raises(RecipeError, match="matches no tensor"):
         lowbit.quantize(tiny_folder("llama"), f"int4:g32,{glob}=keep", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -215,12 +215,12 @@ def test_a_glob_that_matches_nothing_is_an_error(glob: str, tiny_folder: Float, 
 
 def test_a_glob_that_only_matches_what_is_never_quantized_is_an_error(tiny_folder: Float) -> None:
     with pytest.raises(RecipeError, match="input_layernorm"):
-        lowbit.planning(tiny_folder("llama"), "int4:g32,*.input_layernorm=int8:channel")
-    assert lowbit.planning(tiny_folder("llama"), "int4:g32,*.input_layernorm=keep").coverage > 0.9
+        lowbit.plan(tiny_folder("llama"), "int4:g32,*.input_layernorm=int8:channel")
+    assert lowbit.plan(tiny_folder("llama"), "int4:g32,*.input_layernorm=keep").coverage > 0.9
 
 
 def test_a_plan_is_json(tiny_folder: Float) -> None:
-    plan = lowbit.planning(tiny_folder("mixtral"), "w4", context=99)
+    plan = lowbit.plan(tiny_folder("mixtral"), "w4", context=99)
     data = json.loads(json.dumps(plan.to_json()))
     assert data["output_bytes"] == plan.output_bytes == sum(data["files"].values()) and data["context"] == 99
     assert [t["name"] for t in data["tensors"]] == [t.name for t in plan.tensors]
