@@ -196,7 +196,7 @@ def test_nobody_reads_and_somebody_ends_it(model: Path) -> None:
         assert unread.stderr.read() == b"" and unread.wait() == 141
     script = (
         "import os, signal, sys, lowbit\nfrom lowbit.cli import main\ndef end(*a, **k): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "lowbit.planning = end\nsys.argv = ['lowbit', 'plan', 'tiny']\nmain.main()"
+        "lowbit.plan = end\nsys.argv = ['lowbit', 'plan', 'tiny']\nmain.main()"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 143 and ended.stderr.strip() == "terminated"
