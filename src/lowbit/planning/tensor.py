@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lowbit.formats import Format, Inputs
 
 SLAB = 1 << 22  # elements of a weight that are in float32 at a time
+MULTIPLIED = ("linear", "conv1d", "experts")  # kinds of the matrices that inputs are multiplied with, heads apart
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,19 @@ class TensorPlan:
         if self.format is None or not self.transposed:
             return self.shape
         return (*self.shape[:-2], self.shape[-1], self.shape[-2])
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether it is quantized and inputs are multiplied with it, which calibration sees."""
+        return self.format is not None and self.kind in MULTIPLIED
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """[..., out, in], a view of the weight as the module keeps it."""
+        return weight.transpose(-1, -2) if self.transposed else weight
+
+    def as_module(self, rows: Tensor) -> Tensor:
+        """The weight as the module keeps it, contiguous where it is not [..., out, in] there."""
+        return rows.transpose(-1, -2).contiguous() if self.transposed else rows
 
     @property
     def bytes_before(self) -> int:
