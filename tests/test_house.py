@@ -55,3 +55,15 @@ def test_a_workflow_may_do_no_more_than_it_must(path: Path) -> None:
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     assert all("@" in step["uses"] for step in steps if "uses" in step)
     assert all(step["with"]["persist-credentials"] is False for step in steps if "checkout" in step.get("uses", ""))
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_form_is_one_that_github_takes(name: str) -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text("utf-8"))
+    assert form["name"] and form["description"]
+    fields = [part for part in form["body"] if part["type"] != "markdown"]
+    assert fields and all(part["attributes"]["label"] for part in fields)
+    assert len({part["id"] for part in fields}) == len(fields)
+    if name == "bug":
+        (doctor,) = [part for part in fields if "lowbit doctor" in part["attributes"]["description"]]
+        assert doctor["validations"]["required"]
