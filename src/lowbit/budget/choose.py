@@ -18,6 +18,7 @@ from lowbit.budget.allocation import Allocation, Row
 from lowbit.budget.knapsack import choose
 from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
+from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.safetensors_writer import Stored
 from lowbit.interchange.source import Source
@@ -27,10 +28,7 @@ from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import Recipe
 
 # Last words of names that read the same input, which engines (vLLM, llama.cpp and others) store as one matrix.
-SHARE = (
-    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"), ("wi_0", "wi_1"),
-    ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkvz", "in_proj_ba"),
-)  # fmt: skip
+SHARE = tuple(parts for _, parts in TOGETHER)
 # Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
 OVERHEAD = 600_000_000
 _LINEAR = ("linear", "conv1d", "experts")

@@ -12,9 +12,9 @@ import torch
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.exporters.common.published_experts import published
 from lowbit.interchange.exporters.exporter import Contents, Exporter, Mix, Problem, Stored, exporter
-from lowbit.interchange.exporters.gguf import families, rope, vocabulary
-from lowbit.interchange.exporters.gguf.families import family_of
+from lowbit.interchange.exporters.gguf import metadata, rope, vocabulary
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
+from lowbit.interchange.exporters.gguf.metadata import family_of, gguf_of
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
 from lowbit.interchange.exporters.gguf.reading import Reread
 from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of
@@ -47,18 +47,19 @@ class Gguf(Exporter):
         family = family_of(model.config)
         if family is None or model.config is None:
             has = getattr(model.config, "architectures", None) or ["a module without a config"]
-            return [Problem("", f"{has[0]} is not among the models that can be written", families.known_classes())]
-        why = families.refusal(family, model.config.get_text_config())
+            return [Problem("", f"{has[0]} is not among the models that can be written", metadata.known_classes())]
+        why = metadata.refusal(family, model.config.get_text_config())
         problems = [] if why is None else [Problem("", why)]
-        if family.tied and not model.tied:
-            problems.append(Problem("", f"llama.cpp's {family.architecture} always uses the embedding as its head"))
+        known = gguf_of(family)
+        if known.tied and not model.tied:
+            problems.append(Problem("", f"llama.cpp's {known.architecture} always uses the embedding as its head"))
         whole = {p.tensor: p for p in published(model).problems}
         for name, there in names_in_file(family, model).items():
             stored = model.tensors[name]
             if name in whole:
                 problems += _problems(stored) or [whole[name]]  # of a width that the type is not for, that is said
-            elif there is None or not family.reads(there):
-                problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
+            elif there is None or not known.reads(there):
+                problems.append(Problem(name, f"llama.cpp's {known.architecture} has no such tensor"))
             else:
                 problems += _problems(stored)
         return problems
@@ -97,10 +98,10 @@ class Gguf(Exporter):
         if family is None or config is None:
             raise SourceError(f"{contents.label} is not of a family that GGUF can be written for")
         tensors = place(family, contents)
-        writer = gguf.GGUFWriter(out, family.architecture)
+        writer = gguf.GGUFWriter(out, gguf_of(family).architecture)
         try:
             writer.add_type(gguf.GGUFType.MODEL)
-            families.describe(family, writer, config)
+            metadata.describe(family, writer, config)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(_file_type(tensors))
             writer.add_string("lowbit.recipe", contents.recipe)
@@ -136,7 +137,7 @@ class Gguf(Exporter):
         """By transformers' rules where it has them, else by our own."""
         family = family_of(model.contents.config)
         assert family is not None
-        if family.reader == "own":
+        if gguf_of(family).reader == "own":
             return Reread(out, model, place(family, model.contents))
         return GgufSource(out)
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.families.family import Family
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import without_exponent
 from lowbit.interchange.exporters.common.published_experts import Pieces, Stack, number_of, published, without_number
 from lowbit.interchange.exporters.exporter import Contents, Stored
-from lowbit.interchange.exporters.gguf.families import Family
+from lowbit.interchange.exporters.gguf.metadata import gguf_of
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -73,7 +74,7 @@ def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tu
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     assert model.config is not None
-    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
+    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == gguf_of(family).architecture)
     known = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
     together: dict[tuple[str, str], list[tuple[int, Tensor | None]]] = {}
     for name, piece in pieces.by_name.items():
@@ -90,9 +91,10 @@ def _placed(family: Family, model: Contents, stored: Stored, name: str, rows: Te
     config: Any = model.config
     leaf = stored.name.split(".")[-2] if "." in stored.name else stored.name
     heads = 0
-    if leaf in family.interleaved:
+    interleaved = gguf_of(family).interleaved
+    if leaf in interleaved:
         text = config.get_text_config()
-        heads = text.num_attention_heads if leaf == family.interleaved[0] else text.num_key_value_heads
+        heads = text.num_attention_heads if leaf == interleaved[0] else text.num_key_value_heads
     turned = stored.transposed and stored.format is None
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if turned else stored.shape
     if rows is not None:
@@ -105,7 +107,7 @@ def _placed(family: Family, model: Contents, stored: Stored, name: str, rows: Te
     shape = shape[1:] if router and shape[0] == 1 else shape
     kind = "F32" if len(shape) < 2 or router else _FLOATS[stored.dtype]  # ggml multiplies by vectors in float32
     is_norm = len(shape) == 1 and stored.name.endswith("norm.weight")
-    return Placed(stored, name, kind, shape, None, heads, int(family.shifted and is_norm), rows)
+    return Placed(stored, name, kind, shape, None, heads, int(family.plus_one and is_norm), rows)
 
 
 def bytes_in_file(placed: Placed, tensor: Tensor | QTensor) -> Any:
