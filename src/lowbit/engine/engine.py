@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -111,9 +111,9 @@ class Engine:
         how = sampling_of(sampling)
         running = [self.running(i, self._ids(p, raw), max_new_tokens, stop, how) for i, p in enumerate(every)]
         if running:
-            for sequence, piece in self._batch(running, how, batch).run(running):
-                if stream is not None and piece:
-                    stream(piece, sequence.index)
+            for sequence, text in self.run(running, how, self._memory_of(running, batch)):
+                if stream is not None and text:
+                    stream(text, sequence.index)
         results = [sequence.result() for sequence in running]
         return results[0] if alone else results
 
@@ -132,15 +132,13 @@ class Engine:
             raise EngineError(f"a list of {len(every)} prompts; stream answers one, generate(..., stream=...) several")
         how = sampling_of(sampling)
         running = self.running(0, self._ids(every[0], raw), max_new_tokens, stop, how)
-        batch = self._batch([running], how, 1)  # what is wrong is said here, not at the first piece
+        memory = self._memory_of([running], 1)  # what is wrong is said here, not at the first text
 
-        def pieces() -> Generator[str, None, Generated]:
-            for _, piece in batch.run([running]):
-                if piece:
-                    yield piece
+        def texts() -> Generator[str, None, Generated]:
+            yield from (text for _, text in self.run([running], how, memory) if text)
             return running.result()
 
-        return pieces()
+        return texts()
 
     def logits(self, ids: Sequence[int] | Tensor, chunk: int = CHUNK) -> Tensor:
         """float32 [n, vocabulary]: the logits after each of n tokens, read in chunks."""
@@ -172,18 +170,28 @@ class Engine:
         """A conversation with this model. system: what it is told first; the rest are the fields of `Sampling`."""
         return KeptConversation(self, system, sampling_of(sampling))
 
-    def continued(self, running: Running, memory: Memory, sampling: Sampling) -> Iterator[str]:
-        """Go on with one sequence whose keys and values are in place 0 of `memory` up to `running.done`."""
-        running.slot = 0
-        for _, piece in self._on(memory, sampling).run([running]):
-            if piece:
-                yield piece
+    def run(
+        self, sequences: Sequence[Running], sampling: Sampling, memory: Memory, ends: Container[int] | None = None
+    ) -> Iterator[tuple[Running, str]]:
+        """(sequence, new text) as it comes, until each has a reason to end; new ones and such as have keys and values in `memory`.
+
+        ends: tokens that end a text, the model's own when None.
+        """
+        ends = self._eos if ends is None else ends
+        return Batch(self._runner.core, self.forward, memory, sampling, ends, self.shape.is_long).run(sequences)
 
     def running(
-        self, index: int, ids: Sequence[int], limit: int, stop: str | Sequence[str], sampling: Sampling
+        self,
+        index: int,
+        ids: Sequence[int],
+        limit: int,
+        stop: str | Sequence[str],
+        sampling: Sampling,
+        text: bool = True,
     ) -> Running:
-        """A sequence that has not begun."""
-        limit, strings, words = whole_number("max_new_tokens", limit, 1), stop_strings(stop), self._tokenizer
+        """A sequence that has not begun. text: whether its tokens become text, where there is a tokenizer."""
+        limit, strings = whole_number("max_new_tokens", limit, 1), stop_strings(stop)
+        words = self._tokenizer if text else None
         decode: Callable[[Sequence[int]], str] = (lambda ids: "") if words is None else words.decode
         if strings and words is None:
             self.tokenizer  # noqa: B018  raises: stop strings are of text
@@ -195,9 +203,5 @@ class Engine:
     def _ids(self, prompt: Any, raw: bool) -> list[int]:
         return token_ids(prompt, self._tokenizer, raw, self.shape.vocabulary)
 
-    def _batch(self, running: Sequence[Running], sampling: Sampling, batch: int) -> Batch:
-        memory = self.memory(min(batch, len(running)), max(len(r.ids) + r.limit for r in running))
-        return self._on(memory, sampling)
-
-    def _on(self, memory: Memory, sampling: Sampling) -> Batch:
-        return Batch(self._runner.core, self.forward, memory, sampling, self._eos, self.shape.is_long)
+    def _memory_of(self, running: Sequence[Running], batch: int) -> Memory:
+        return self.memory(min(batch, len(running)), max(len(r.ids) + r.limit for r in running))
