@@ -15,6 +15,7 @@ from lowbit.engine.conversation import KeptConversation
 from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
 from lowbit.engine.results import Generated, OnText, Prompt, Sampling
 from lowbit.engine.runner import Description, Lengths, Memory, Piece, Runner
+from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
 from lowbit.engine.shape import Shape
 from lowbit.engine.text_stream import TokenText
 from lowbit.engine.tokenizer import TextTokenizer
@@ -34,19 +35,19 @@ class Engine:
         weights: Weights,
         tokenizer: TextTokenizer | None,
         eos: frozenset[int],
-        activations: str = "exact",
-        cache: str = "int16",
+        activations: str | ActivationFormat = "exact",
+        cache: str | CacheFormat = "int16",
         threads: int | None = None,
         isa: str = "",
     ) -> None:
-        self._runner = Runner(weights, activations, cache, threads, isa)
+        self._runner = Runner(weights, ActivationFormat.of(activations), CacheFormat.of(cache), threads, isa)
         self._tokenizer, self._eos = tokenizer, eos
 
     @staticmethod
     def open(
         model: str | Path | nn.Module,
-        activations: str = "exact",
-        cache: str = "int16",
+        activations: str | ActivationFormat = "exact",
+        cache: str | CacheFormat = "int16",
         threads: int | None = None,
         isa: str = "",
         tokenizer: Any = None,
@@ -54,8 +55,8 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: keys and values as "int16"
-        or "int8", with a scale for each position and head; int16 is finer than float16.
+        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, "int16"
+        or "int8" (see `CacheFormat`), with a scale for each position and head; int16 is finer than float16.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 
@@ -63,6 +64,7 @@ class Engine:
         """
         from lowbit.engine.opening import opened
 
+        activations, cache = ActivationFormat.of(activations), CacheFormat.of(cache)  # before anything large is read
         weights, words, eos = opened(model, tokenizer)
         return Engine(weights, words, eos, activations, cache, threads, isa)
 

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lowbit.engine.build import ACTIVATIONS
 from lowbit.engine.engine import Engine
+from lowbit.engine.runtime_formats import ACTIVATIONS
 from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_llama_cpp, of_module, of_program
