@@ -80,6 +80,9 @@ class Engine:
             raise EngineError("this model came without a tokenizer; give token ids, or tokenizer=... when opening")
         return self._tokenizer
 
+    def __str__(self) -> str:
+        return str(self.describe())
+
     def describe(self) -> Description:
         """How the engine runs and what it takes."""
         return self._runner.describe()

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from lowbit.engine.engine import Engine
+from lowbit.engine.generator import choose
 from lowbit.engine.runtime_formats import ACTIVATIONS
-from lowbit.errors import EngineError, RecipeError, SourceError
+from lowbit.errors import RecipeError, SourceError
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_llama_cpp, of_module, of_program
 from lowbit.measure.environment import environment
@@ -199,12 +199,9 @@ def _row(each: Backend, values: dict[str, list[float]], settings: SpeedSettings,
 def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Backend:
     """The engine with a model, or transformers where the engine does not know it."""
     label = _label(model)
-    try:
-        engine = Engine.open(model, threads=threads, **options)
-    except EngineError as error:
-        if options:
-            raise EngineError(f"{error}; transformers runs it, without {' and '.join(options)}") from None
-        return _in_transformers(model, dtype, f"transformers, not the engine: {error}")
+    engine, reason = choose(model, options, threads=threads)
+    if engine is None:
+        return _in_transformers(model, dtype, f"transformers, not the engine: {reason}")
     again = None if isinstance(model, nn.Module) else {"model": str(model), "threads": threads, **options}
     said = ", ".join(f"{value} {key}" for key, value in options.items())
     return of_engine(engine, f"lowbit {label}" + (f", {said}" if said else ""), again)
