@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from lowbit.blockwise.hidden_states import InputFile
 from lowbit.errors import SourceError
 from lowbit.formats import QTensor
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.plan import Plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.tuning.reconstruct import BlockProblem
 from lowbit.weights.solve import Solved, six_digits
 

@@ -14,7 +14,7 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import arch_or_none, group_transforms
 
 if TYPE_CHECKING:
-    from lowbit.planning.tensor import TensorPlan
+    from lowbit.interchange.tensors import TensorPlan
 from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats
 from lowbit.transforms import Arch, apply_scale, shared_channels

@@ -34,10 +34,10 @@ from lowbit.calibration.data import Calibration
 from lowbit.formats import QTensor
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.kernels.heap import trim
 from lowbit.planning.memory import MICRO_BATCH
 from lowbit.planning.plan import Plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.solvers.stats import Stats
 from lowbit.weights.solve import Solved, solve, solve_group
 

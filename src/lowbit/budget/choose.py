@@ -20,10 +20,9 @@ from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
 from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.files.safetensors_writer import Stored
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Specs, TensorPlan
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import Recipe
 
@@ -258,7 +257,7 @@ def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> li
     return list(groups.values())
 
 
-def _header_bytes(stored: Stored) -> int:
+def _header_bytes(stored: Specs) -> int:
     """About what a tensor takes in the header of a file; what is amiss (digits) the exact plan makes up for."""
     entries = {
         name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**9, 10**9]}
