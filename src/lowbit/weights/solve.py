@@ -148,12 +148,11 @@ def _solve_stacked(
         check_finite(x, plan.name)
     whole = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
     solver, fit = recipe.solver_for(fmt, True), recipe.fit_for(fmt)
-    before = len(stats.trace)
     try:
-        q = solver(whole, fmt, fit, stats)
+        found = solver.solve(whole, fmt, fit, stats)
     except FormatError as problem:
         raise WeightError(f"tensor {plans[0].name!r} does not fit {fmt}: {problem}") from None
-    trace = stats.trace[before] if len(stats.trace) > before else None
+    q, trace = found.weight, found.trace
     dense, out, begin = q.dequantize(), [], 0
     for plan, x in zip(plans, rows):
         part = slice(begin, begin + len(x))
