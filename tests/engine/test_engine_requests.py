@@ -18,6 +18,7 @@ from lowbit import Engine
 from lowbit.engine.batch import Batch, Running
 from lowbit.engine.fallback import Transformers
 from lowbit.engine.results import Sampling
+from lowbit.engine.runtime_formats import CacheFormat
 from lowbit.engine.text_stream import TokenText
 from lowbit.errors import EngineError, LowbitError, RecipeError
 from tiny import save_tiny
@@ -217,3 +218,29 @@ def test_an_interrupted_generation_leaves_the_engine_usable(engine: Engine) -> N
         next(stream)
         stream.close()
     assert engine.generate("the cat", max_new_tokens=12).tokens == right.tokens
+
+
+@pytest.mark.parametrize("text", ["int8", "kv=int8", "k=int8,v=int8", "v=int8,k=int8", CacheFormat("int8", "int8")])
+def test_a_cache_format_has_one_value_however_it_is_written(text: Any, packed_folder: Folder) -> None:
+    assert CacheFormat.of(text) == CacheFormat("int8", "int8") and str(CacheFormat.of(text)) == "int8"
+    engine, wide = (Engine.open(packed_folder("llama", "int4:g32"), threads=1, cache=c) for c in (text, "kv=int16"))
+    assert engine.describe().cache == "int8" and wide.describe().cache == "int16"
+    assert engine.describe().cache_bytes_per_token < wide.describe().cache_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int9", "did you mean 'int8'"),
+        ("k=int8", "one for each"),
+        ("k=int8,k=int8", "one for each"),
+        ("int8,v=int16", "one for each"),
+        ("q=int8", "one for each"),
+        ("", "known: int16, int8"),
+        ("k=int8,v=int16", "keys and values in one format"),
+        (8, "known: int16, int8"),
+    ],
+)
+def test_cache_formats_that_the_engine_does_not_compute(text: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cache=.*" + words):
+        Engine.open(tmp_path / "not even looked for", cache=text)

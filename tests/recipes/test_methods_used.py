@@ -12,7 +12,7 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
-from lowbit.planning.tensor import TensorPlan
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.used import check_used, uses_text
 from lowbit.recipes.recipe import Recipe  # which also announces transforms and tuners
 from lowbit.solvers import Call, Method

@@ -28,8 +28,8 @@ from lowbit.formats import InputQuantizer, QTensor
 from lowbit.interchange.files.folder_writer import FolderWriter, sync
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.plan import Plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.tuning.problem import ModelProblem
 from lowbit.tuning.straight_through import straight_through
 from lowbit.weights.solve import Solved, with_exponent

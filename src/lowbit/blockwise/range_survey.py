@@ -22,9 +22,9 @@ from lowbit.blockwise.walk import Block, BlockWalk
 from lowbit.calibration.data import Calibration
 from lowbit.formats import IntGrid
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.kernels.heap import trim
 from lowbit.planning.plan import Plan, make_plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.activation_rules import InputRule, Survey
 from lowbit.recipes.layer_globs import globs_of
 from lowbit.recipes.recipe import Recipe

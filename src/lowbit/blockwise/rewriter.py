@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.interchange.source import Source
-from lowbit.planning.tensor import TensorPlan
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import arch_or_none, group_transforms
 from lowbit.solvers.ranging import in_range

@@ -18,19 +18,16 @@ from lowbit.budget.allocation import Allocation, Row
 from lowbit.budget.knapsack import choose
 from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
+from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.files.safetensors_writer import Stored
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import MULTIPLIED, Specs, TensorPlan
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
-from lowbit.planning.tensor import MULTIPLIED, TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import Recipe
 
 # Last words of names that read the same input, which engines (vLLM, llama.cpp and others) store as one matrix.
-SHARE = (
-    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"), ("wi_0", "wi_1"),
-    ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkvz", "in_proj_ba"),
-)  # fmt: skip
+SHARE = tuple(parts for _, parts in TOGETHER)
 # Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
 OVERHEAD = 600_000_000
 _WITHIN = 0.01
@@ -259,7 +256,7 @@ def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> li
     return list(groups.values())
 
 
-def _header_bytes(stored: Stored) -> int:
+def _header_bytes(stored: Specs) -> int:
     """About what a tensor takes in the header of a file; what is amiss (digits) the exact plan makes up for."""
     entries = {
         name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**9, 10**9]}

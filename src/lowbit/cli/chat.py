@@ -32,8 +32,7 @@ def chat(
     /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Lines may come from a file or a pipe.
     """
     sampling, stop = how.sampling(), how.stops()
-    with console.stderr().status("loading"):
-        generator = console.generator(model, **how.engine())
+    generator = how.generator(model)
     talk = generator.conversation(system, **sampling)
     if sys.stdin.isatty():
         console.dim(_HELP)

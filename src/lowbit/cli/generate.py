@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli import console
 from lowbit.cli.generation import Generation, show, with_generation
 from lowbit.cli.options import MaxNewTokens, Model
 
@@ -31,8 +30,7 @@ def generate(
     by side and printed one after another.
     """
     sampling, stop = how.sampling(), how.stops()
-    with console.stderr().status("loading"):
-        generator = console.generator(model, **how.engine())
+    generator = how.generator(model)
     alone = len(prompt) == 1
     results = generator.generate(
         prompt, max_new_tokens=max_new_tokens, stop=stop, raw=raw,

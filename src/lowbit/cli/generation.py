@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lowbit.cli import console
 from lowbit.cli.options import CacheType, Threads
 
 _ENGINE = ("activations", "cache", "threads")
@@ -51,9 +52,15 @@ class Generation:
     cache: CacheType = None
     threads: Threads = None
 
-    def engine(self) -> dict[str, Any]:
-        """Arguments of `Engine.open`; None: not given."""
-        return {name: getattr(self, name) for name in _ENGINE}
+    def generator(self, model: str) -> Any:
+        """What generates text with `model`; one dim line on stderr says what it is, and why where it is not the engine."""
+        from lowbit.engine.generator import open_generator
+
+        with console.stderr().status("loading"):
+            options = {name: getattr(self, name) for name in _ENGINE}
+            found = open_generator(model, options, before_transformers=console.quiet, spelled="--{}")
+        console.dim(f"{found}{_too_many(self.threads or 0)}")
+        return found
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling`. RecipeError for what they cannot be, before a model is loaded."""
@@ -92,6 +99,15 @@ def with_generation(command: Callable[..., None]) -> Callable[..., None]:
 
 def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _too_many(threads: int) -> str:
+    """What is to be said of more threads than cores: they wait for each other."""
+    from lowbit.kernels.core import core
+
+    module = core() if threads else None
+    cores = 0 if module is None else module.features()["cores"]
+    return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
 
 
 def show(piece: str) -> None:

@@ -25,12 +25,12 @@ from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.driver import write_folder
 from lowbit.pipeline.options import Options
 from lowbit.planning.kv_cache import kv_cache
 from lowbit.planning.plan import MAX_SHARD, Plan, notes_on
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import KEEP, Recipe
 from lowbit.weights.finite import check_finite, nonfinite

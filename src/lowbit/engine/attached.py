@@ -11,8 +11,8 @@ from torch import nn
 
 from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
+from lowbit.engine.generator import choose
 from lowbit.engine.tokenizer import tokenizer_of
-from lowbit.errors import EngineError
 
 _log = logging.getLogger("lowbit")
 
@@ -39,10 +39,10 @@ class TextOrTensors:
     def generator(self) -> Engine | Transformers:
         """What answers text: the engine, or transformers for a model that the engine does not compute, which is logged."""
         if self._generator is None:
-            try:
-                self._generator = Engine.open(self._model, tokenizer=tokenizer_of(Path(self._folder)))
-            except EngineError as error:
-                self._generator = Transformers(self._model, tokenizer_of(Path(self._folder)), str(error), self._folder)
+            tokenizer = tokenizer_of(Path(self._folder))
+            engine, reason = choose(self._model, {}, tokenizer)
+            self._generator = engine or Transformers(self._model, tokenizer, reason, self._folder)
+            if engine is None:
                 _log.warning("%s", self._generator)
         return self._generator
 

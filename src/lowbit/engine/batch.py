@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -46,6 +46,24 @@ class Running:
         self.done = self.done if long == self.long else 0
         self.long = long
 
+    def push(self, token: int, ends: Container[int]) -> str:
+        """The text that can be shown after one more token, which may be the last: `reason` is why. ends: tokens that end a text."""
+        self.ids.append(token)
+        self.last = perf_counter()
+        self.first = self.first or self.last
+        text = self.text.push(token)
+        if token in ends:
+            self.reason = "eos"
+        elif self.text.stopped:
+            self.reason = "stop"
+        elif self.generated >= self.limit:
+            self.reason = "length"
+        if self.reason:
+            text += self.text.close()
+            if self.text.stopped:  # also by a stop string in what was held back
+                self.reason = "stop"
+        return text
+
     def result(self) -> Generated:
         """What came of it so far."""
         first, last = (t - self.started if t else 0.0 for t in (self.first, self.last))
@@ -68,11 +86,11 @@ class Batch:
         forward: Forward,
         memory: Any,
         sampling: Sampling,
-        eos: frozenset[int],
+        ends: Container[int],
         is_long: Callable[[int], bool] = lambda length: False,
     ) -> None:
         self._core, self._forward, self._memory = core, forward, memory
-        self._sampling, self._eos, self._is_long = sampling, eos, is_long
+        self._sampling, self._ends, self._is_long = sampling, ends, is_long
 
     def run(self, sequences: Sequence[Running]) -> Iterator[tuple[Running, str]]:
         """(sequence, new text) as it comes; a sequence has ended when it has a reason."""
@@ -114,24 +132,9 @@ class Batch:
             logits, sequence.random, sequence.seen, how.temperature, how.top_k, how.top_p, how.min_p,
             how.repetition_penalty,
         )  # fmt: skip
-        sequence.ids.append(token)
-        sequence.last = perf_counter()
-        sequence.first = sequence.first or sequence.last
         if sequence.seen is not None:
             sequence.seen[token] = 1
-        piece: str = sequence.text.push(token)
-        if token in self._eos:
-            sequence.reason = "eos"
-        elif sequence.text.stopped:
-            sequence.reason = "stop"
-        elif sequence.generated >= sequence.limit:
-            sequence.reason = "length"
-        if not sequence.reason:
-            return piece
-        piece += sequence.text.close()
-        if sequence.text.stopped:  # also by a stop string in what was held back
-            sequence.reason = "stop"
-        return piece
+        return sequence.push(token, self._ends)
 
 
 def marks(ids: Sequence[int], vocabulary: int) -> Any:

@@ -78,12 +78,14 @@ class KeptConversation(Conversation):
         limit = _room_for(limit, ids, self._engine.shape.positions)
         memory = self._room(len(ids) + limit)
         running = self._engine.running(0, ids, limit, stop, self._sampling)
+        running.slot = 0
         running.done, running.long = _shared(self._known, ids[:-1]), self._long  # the last is read for its logits
         running.become(self._engine.shape.is_long(len(ids)))
         self.read = len(ids) - running.done
         try:
-            for piece in self._engine.continued(running, memory, self._sampling):
-                show(piece)
+            for _, text in self._engine.run([running], self._sampling, memory):
+                if text:
+                    show(text)
         finally:
             self._known, self._long = running.ids[: running.done], running.long
         return running.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,6 +15,7 @@ from lowbit.engine.conversation import KeptConversation
 from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
 from lowbit.engine.results import Generated, OnText, Prompt, Sampling
 from lowbit.engine.runner import Description, Lengths, Memory, Piece, Runner
+from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
 from lowbit.engine.shape import Shape
 from lowbit.engine.text_stream import TokenText
 from lowbit.engine.tokenizer import TextTokenizer
@@ -34,19 +35,19 @@ class Engine:
         weights: Weights,
         tokenizer: TextTokenizer | None,
         eos: frozenset[int],
-        activations: str = "exact",
-        cache: str = "int16",
+        activations: str | ActivationFormat = "exact",
+        cache: str | CacheFormat = "int16",
         threads: int | None = None,
         isa: str = "",
     ) -> None:
-        self._runner = Runner(weights, activations, cache, threads, isa)
+        self._runner = Runner(weights, ActivationFormat.of(activations), CacheFormat.of(cache), threads, isa)
         self._tokenizer, self._eos = tokenizer, eos
 
     @staticmethod
     def open(
         model: str | Path | nn.Module,
-        activations: str = "exact",
-        cache: str = "int16",
+        activations: str | ActivationFormat = "exact",
+        cache: str | CacheFormat = "int16",
         threads: int | None = None,
         isa: str = "",
         tokenizer: Any = None,
@@ -54,8 +55,8 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: keys and values as "int16"
-        or "int8", with a scale for each position and head; int16 is finer than float16.
+        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, "int16"
+        or "int8" (see `CacheFormat`), with a scale for each position and head; int16 is finer than float16.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 
@@ -63,6 +64,7 @@ class Engine:
         """
         from lowbit.engine.opening import opened
 
+        activations, cache = ActivationFormat.of(activations), CacheFormat.of(cache)  # before anything large is read
         weights, words, eos = opened(model, tokenizer)
         return Engine(weights, words, eos, activations, cache, threads, isa)
 
@@ -77,6 +79,9 @@ class Engine:
         if self._tokenizer is None:
             raise EngineError("this model came without a tokenizer; give token ids, or tokenizer=... when opening")
         return self._tokenizer
+
+    def __str__(self) -> str:
+        return str(self.describe())
 
     def describe(self) -> Description:
         """How the engine runs and what it takes."""
@@ -111,9 +116,9 @@ class Engine:
         how = sampling_of(sampling)
         running = [self.running(i, self._ids(p, raw), max_new_tokens, stop, how) for i, p in enumerate(every)]
         if running:
-            for sequence, piece in self._batch(running, how, batch).run(running):
-                if stream is not None and piece:
-                    stream(piece, sequence.index)
+            for sequence, text in self.run(running, how, self._memory_of(running, batch)):
+                if stream is not None and text:
+                    stream(text, sequence.index)
         results = [sequence.result() for sequence in running]
         return results[0] if alone else results
 
@@ -132,15 +137,13 @@ class Engine:
             raise EngineError(f"a list of {len(every)} prompts; stream answers one, generate(..., stream=...) several")
         how = sampling_of(sampling)
         running = self.running(0, self._ids(every[0], raw), max_new_tokens, stop, how)
-        batch = self._batch([running], how, 1)  # what is wrong is said here, not at the first piece
+        memory = self._memory_of([running], 1)  # what is wrong is said here, not at the first text
 
-        def pieces() -> Generator[str, None, Generated]:
-            for _, piece in batch.run([running]):
-                if piece:
-                    yield piece
+        def texts() -> Generator[str, None, Generated]:
+            yield from (text for _, text in self.run([running], how, memory) if text)
             return running.result()
 
-        return pieces()
+        return texts()
 
     def logits(self, ids: Sequence[int] | Tensor, chunk: int = CHUNK) -> Tensor:
         """float32 [n, vocabulary]: the logits after each of n tokens, read in chunks."""
@@ -172,18 +175,28 @@ class Engine:
         """A conversation with this model. system: what it is told first; the rest are the fields of `Sampling`."""
         return KeptConversation(self, system, sampling_of(sampling))
 
-    def continued(self, running: Running, memory: Memory, sampling: Sampling) -> Iterator[str]:
-        """Go on with one sequence whose keys and values are in place 0 of `memory` up to `running.done`."""
-        running.slot = 0
-        for _, piece in self._on(memory, sampling).run([running]):
-            if piece:
-                yield piece
+    def run(
+        self, sequences: Sequence[Running], sampling: Sampling, memory: Memory, ends: Container[int] | None = None
+    ) -> Iterator[tuple[Running, str]]:
+        """(sequence, new text) as it comes, until each has a reason to end; new ones and such as have keys and values in `memory`.
+
+        ends: tokens that end a text, the model's own when None.
+        """
+        ends = self._eos if ends is None else ends
+        return Batch(self._runner.core, self.forward, memory, sampling, ends, self.shape.is_long).run(sequences)
 
     def running(
-        self, index: int, ids: Sequence[int], limit: int, stop: str | Sequence[str], sampling: Sampling
+        self,
+        index: int,
+        ids: Sequence[int],
+        limit: int,
+        stop: str | Sequence[str],
+        sampling: Sampling,
+        text: bool = True,
     ) -> Running:
-        """A sequence that has not begun."""
-        limit, strings, words = whole_number("max_new_tokens", limit, 1), stop_strings(stop), self._tokenizer
+        """A sequence that has not begun. text: whether its tokens become text, where there is a tokenizer."""
+        limit, strings = whole_number("max_new_tokens", limit, 1), stop_strings(stop)
+        words = self._tokenizer if text else None
         decode: Callable[[Sequence[int]], str] = (lambda ids: "") if words is None else words.decode
         if strings and words is None:
             self.tokenizer  # noqa: B018  raises: stop strings are of text
@@ -195,9 +208,5 @@ class Engine:
     def _ids(self, prompt: Any, raw: bool) -> list[int]:
         return token_ids(prompt, self._tokenizer, raw, self.shape.vocabulary)
 
-    def _batch(self, running: Sequence[Running], sampling: Sampling, batch: int) -> Batch:
-        memory = self.memory(min(batch, len(running)), max(len(r.ids) + r.limit for r in running))
-        return self._on(memory, sampling)
-
-    def _on(self, memory: Memory, sampling: Sampling) -> Batch:
-        return Batch(self._runner.core, self.forward, memory, sampling, self._eos, self.shape.is_long)
+    def _memory_of(self, running: Sequence[Running], batch: int) -> Memory:
+        return self.memory(min(batch, len(running)), max(len(r.ids) + r.limit for r in running))

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowbit.engine.build import ACTIVATIONS, Builder
+from lowbit.engine.build import Builder
 from lowbit.engine.request import known, whole_number
+from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
 from lowbit.engine.shape import shape_of
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
 
-CACHES = ("int16", "int8")
 MOST_THREADS = 1024
 
 Piece = tuple[int, Sequence[int], int]
@@ -92,9 +92,9 @@ class Runner:
     In a child of a process that forked it goes on with threads of its own.
     """
 
-    def __init__(self, weights: Weights, activations: str, cache: str, threads: int | None, isa: str) -> None:
-        known("activations", activations, ACTIVATIONS)
-        known("cache", cache, CACHES)
+    def __init__(
+        self, weights: Weights, activations: ActivationFormat, cache: CacheFormat, threads: int | None, isa: str
+    ) -> None:
         module = core()
         if module is None:
             raise EngineError(f"the engine needs the C++ part of lowbit, which is not there: {why_absent()}")
@@ -109,15 +109,15 @@ class Runner:
         self._threads = threads or int(module.features()["cores"])
         self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
-            self._program = Builder(module, self.shape, weights, activations).build(self._threads)
+            self._program = Builder(module, self.shape, weights, str(activations)).build(self._threads)
         module.give_back()  # packing went through every weight unpacked
 
     def describe(self) -> Description:
         """How it runs and what it takes."""
         program = self._program
-        per_token = self.core.Cache(self._decoder(1), 1, 1, self._cache == "int8").bytes_per_position
+        per_token = self._new_cache(1, 1).bytes_per_position
         return Description(
-            str(self._config["model_type"]), self._isa, self._threads, self._activations, self._cache,
+            str(self._config["model_type"]), self._isa, self._threads, str(self._activations), str(self._cache),
             program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
@@ -131,7 +131,7 @@ class Runner:
                 f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
             )
         try:
-            return Memory(self.core.Cache(self._decoder(1), sequences, positions, self._cache == "int8"), positions)
+            return Memory(self._new_cache(sequences, positions), positions)
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
@@ -179,6 +179,9 @@ class Runner:
                     f"no memory to run {len(ids)} tokens, or for keys and values that int8 does not hold; lower batch or "
                     "max_new_tokens"
                 ) from None
+
+    def _new_cache(self, sequences: int, positions: int) -> Any:
+        return self.core.Cache(self._decoder(1), sequences, positions, **self._cache.core_arguments())
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""

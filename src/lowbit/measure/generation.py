@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.engine.engine import Engine
+from lowbit.engine.results import Sampling
+from lowbit.engine.transformers_loop import generate_tokens
 from lowbit.interchange.hf.running import device_of, evaluating
 
 
 def engine_times(engine: Engine, ids: Sequence[int], sequences: int, new: int) -> list[float]:
     """As `greedy_times`, of `sequences` times the same prompt `ids`, by the engine."""
-    found = list[float]()
+    how, times = Sampling(), [0.0] * new
     start = time.perf_counter()
-    memory = engine.memory(sequences, len(ids) + new)
-    logits = engine.forward(memory, [(i, ids, 0) for i in range(sequences)], range(sequences))
-    while True:
-        tokens = logits.argmax(-1)
-        found.append(time.perf_counter() - start)
-        if len(found) == new:
-            return found
-        pieces = [(i, [int(tokens[i])], len(ids) + len(found) - 1) for i in range(sequences)]
-        logits = engine.forward(memory, pieces, range(sequences))
+    running = [engine.running(i, ids, new, (), how, text=False) for i in range(sequences)]
+    for sequence, _ in engine.run(running, how, engine.memory(sequences, len(ids) + new), ends=()):
+        times[sequence.generated - 1] = sequence.last - start  # that of the last sequence stays
+    return times
 
 
 def greedy_times(model: nn.Module, ids: Tensor, new: int) -> list[float]:
@@ -34,36 +31,22 @@ def greedy_times(model: nn.Module, ids: Tensor, new: int) -> list[float]:
     from transformers import GenerationConfig
 
     device = device_of(model)
-    ids = ids.to(device)
-    clock = _Clock(device)
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new, use_cache=True)
-    with evaluating(model), _plain_generation(model):
-        clock.start()
-        model.generate(  # type: ignore[operator]
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, stopping_criteria=[clock]
-        )
-    return clock.times
+    ids, times = ids.to(device), list[float]()
 
-
-class _Clock:
-    """A stopping criterion that never stops and notes when it was asked: once per new token."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.begin = 0.0
-        self.times: list[float] = []
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    def start(self) -> None:
-        self.begin = self.now()
+    def on_tokens(_: Tensor) -> bool:
+        times.append(now() - start)
+        return False
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.times.append(self.now() - self.begin)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=new, use_cache=True)
+    with evaluating(model), _plain_generation(model):
+        start = now()
+        generate_tokens(model, ids, on_tokens, generation_config=config)
+    return times
 
 
 @contextmanager

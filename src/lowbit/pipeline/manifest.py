@@ -17,7 +17,8 @@ from lowbit.interchange.hf.loadable import check_loadable
 from lowbit.interchange.hf.section import with_guard
 from lowbit.interchange.readers.folder import read_json
 from lowbit.interchange.readers.left_out import to_json
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorSpec
 from lowbit.planning.plan import Plan
 from lowbit.weights.solve import with_exponent
 

@@ -17,10 +17,11 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Inputs
 from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.inventory import Inventory
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.planning.kv_cache import KVCache, kv_cache
 from lowbit.planning.memory import calibrated_working_bytes
-from lowbit.planning.tensor import MULTIPLIED, SLAB, TensorPlan, by_rows, has_inputs
+from lowbit.planning.tensor import SLAB, by_rows, has_inputs
 from lowbit.planning.used import check_used
 from lowbit.recipes.activation_rules import Survey
 from lowbit.recipes.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowbit.errors import RecipeError
-from lowbit.planning.tensor import TensorPlan
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers import Call
 

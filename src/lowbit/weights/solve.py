@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, QTensor
-from lowbit.planning.tensor import SLAB, TensorPlan, by_rows
+from lowbit.interchange.tensors import TensorPlan
+from lowbit.planning.tensor import SLAB, by_rows
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.hessian import quadratic
 from lowbit.solvers.ranging import Lost, in_range, ranged
