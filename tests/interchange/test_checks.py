@@ -18,8 +18,8 @@ from torch import nn
 
 import lowbit
 from lowbit.cli import guard
+from lowbit.engine.expected_shapes import expected
 from lowbit.engine.families import FAMILIES
-from lowbit.engine.fit import expected
 from lowbit.engine.shape import shape_of
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.checks.config import check_config, check_decoder, lacks
