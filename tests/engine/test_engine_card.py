@@ -18,7 +18,7 @@ from lowbit.cli.main import app
 from lowbit.engine import fallback
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError
-from lowbit.measure import api, float_model, generation
+from lowbit.measure import api, float_model, token_times
 from lowbit.measure import backends as backends
 from lowbit.measure.card import Card, CardParts
 from lowbit.measure.interleave import BATCH_PROMPT, SpeedSettings
@@ -152,7 +152,7 @@ def test_quantize_ends_well_when_measuring_does_not(
 
 def test_engine_times_are_one_for_each_token(float_folder: Any) -> None:
     engine, ids = Engine.open(float_folder("llama")), [5, 6, 7]
-    times = generation.engine_times(engine, ids, 2, 5)
+    times = token_times.engine_times(engine, ids, 2, 5)
     assert len(times) == 5 and times == sorted(times) and times[0] > 0
 
 

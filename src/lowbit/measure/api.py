@@ -25,7 +25,6 @@ from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import Built, CompareRow
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import baseline_of, in_faster_types
-from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
@@ -34,6 +33,7 @@ from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, module_bytes
 from lowbit.measure.speed import Speed, measure_speed
 from lowbit.measure.subject import open_subject, plan_parts, type_of
+from lowbit.measure.token_times import torch_threads
 from lowbit.measure.windows import make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.loading import as_dtype, load
@@ -60,11 +60,11 @@ def evaluate(
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
-    """Measure a model, beside the float model it was made from when `against` is given.
+    """Measure a model, and against the float model it was made from when `against` is given.
 
     `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
     (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
-    tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, beside
+    tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, and of
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
     loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.

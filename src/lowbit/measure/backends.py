@@ -12,10 +12,10 @@ from torch import nn
 from lowbit.engine.engine import Engine
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import max_positions
-from lowbit.measure.generation import engine_times, greedy_times
 from lowbit.measure.interleave import Probe, SpeedSettings, Times, rate_probes
 from lowbit.measure.size import module_bytes
 from lowbit.measure.startup import Startup, startup
+from lowbit.measure.token_times import engine_times, greedy_times
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ from lowbit.errors import RecipeError
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_module
 from lowbit.measure.environment import environment
-from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import BENCH, SpeedSettings, fit_settings, interleave
 from lowbit.measure.peers.peer import openers
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
+from lowbit.measure.token_times import torch_threads
 from lowbit.pipeline.loading import as_dtype
 
 PAUSE = 0.3  # seconds before each measurement, where programs that stay loaded are among those measured

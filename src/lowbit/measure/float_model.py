@@ -14,8 +14,8 @@ from torch import nn
 
 from lowbit.interchange.hf.running import max_positions
 from lowbit.measure.backends import Backend, in_transformers, some_ids
-from lowbit.measure.generation import greedy_times, torch_threads
 from lowbit.measure.interleave import BATCH_PROMPT, Probe, SpeedSettings, Times, fit_settings, rate_probes
+from lowbit.measure.token_times import greedy_times, torch_threads
 
 Typed = Callable[[torch.dtype], nn.Module]
 """The model in a type. What it gave before may be the same module and be of that type then."""

@@ -9,7 +9,7 @@ from lowbit.families.family import Config
 from lowbit.interchange.checks.tensors import check_shapes
 
 
-def check_fit(found: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
+def check_model_shapes(found: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
     """SourceError for the first of the tensors `found` whose shape is not the one that the config gives.
 
     EngineError for a model that the engine does not compute.
