@@ -34,9 +34,6 @@ def evaluate(
         card = lowbit.evaluate(
             model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )
-    if as_json:
-        console.print_json(card.to_json())
-    else:
-        from lowbit.report.panel import render_card
+    from lowbit.report.panel import render_card
 
-        console.stdout().print(render_card(card))
+    console.print_result(as_json, card.to_json, lambda width: render_card(card))

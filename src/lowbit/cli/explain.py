@@ -34,12 +34,9 @@ def explain(
 ) -> None:
     """Show each step of the arithmetic: range, scale, zero-point, codes, values, error."""
     found = _explained(what, recipe, rows)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        from lowbit.report.explain_view import render_explanation
+    from lowbit.report.explain_view import render_explanation
 
-        console.stdout().print(render_explanation(found))
+    console.print_result(as_json, found.to_dict, lambda width: render_explanation(found))
 
 
 def _explained(what: str, recipe: str, rows: int) -> Explanation:

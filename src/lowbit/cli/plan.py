@@ -32,11 +32,7 @@ def plan(
 
     console.quiet()
     made = lowbit.plan(model, recipe, context=context)
-    if as_json:
-        console.print_json(made.to_json())
-    else:
-        screen = console.stdout()
-        screen.print(render_plan(made, every=every, width=screen.width))
+    console.print_result(as_json, made.to_json, lambda width: render_plan(made, every=every, width=width))
 
 
 def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
