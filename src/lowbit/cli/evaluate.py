@@ -17,8 +17,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Model,
     against: Annotated[
-        str | None,
-        typer.Option(help="The float model it was made from, to compare with.", show_default=False),
+        str | None, typer.Option(help="The float model it was made from, to compare with.", show_default=False)
     ] = None,
     text: Text = None,
     windows: Windows = None,

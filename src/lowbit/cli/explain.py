@@ -23,9 +23,7 @@ def explain(
     what: Annotated[
         str,
         typer.Argument(
-            help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.',
-            show_default=False,
-            metavar="WHAT",
+            help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.', show_default=False, metavar="WHAT"
         ),
     ],
     recipe: Annotated[str, typer.Argument(help="A preset, a format such as int4:g32, or METHOD@FORMAT.")] = "w4",

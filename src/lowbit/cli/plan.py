@@ -87,10 +87,7 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
         ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
-        (
-            "bits per weight",
-            f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers",
-        ),
+        ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
         ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
     ]
     counts, fallback = plan.input_counts(), plan.recipe.fallback

@@ -189,8 +189,7 @@ def _features() -> tuple[str, ...]:
     except OSError:
         return (torch.backends.cpu.get_cpu_capability().lower(),)
     flags = next(
-        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))),
-        [],
+        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
     )
     return tuple(name for name in _FEATURES if name in flags)
 

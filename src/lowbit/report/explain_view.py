@@ -127,10 +127,7 @@ def _errors(found: Explanation) -> list[tuple[str, str | Text]]:
     lines: list[tuple[str, str | Text]] = [
         ("error", f"mean |e| {mean}   max |e| {most}   rms {rms}"),
         ("relative", f"||x' - x|| / ||x|| = {num(100 * found.relative_error, 4)} %"),
-        (
-            "size",
-            f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})",
-        ),
+        ("size", f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})"),
     ]
     if sum(found.histogram) >= 256:
         lines.append(("before", f"{sparkline(found.histogram)}  {count_text(sum(found.histogram))} values"))

@@ -14,12 +14,7 @@ from lowbit.report.wording import bytes_text
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-VERDICT_COLOURS = {
-    "indistinguishable": "green",
-    "very close": "green",
-    "noticeable": "yellow",
-    "damaged": "red",
-}
+VERDICT_COLOURS = {"indistinguishable": "green", "very close": "green", "noticeable": "yellow", "damaged": "red"}
 ABSENT = "-"
 _SPEEDS = (
     ("decode", "decode", "one sequence"),

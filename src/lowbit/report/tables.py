@@ -43,16 +43,7 @@ _COLUMNS = (
     _Column("quantize s", "quantize_seconds", lambda value: f"{value:.1f}"),
 )
 # What a narrow terminal can do without, the least missed first.
-_EXPENDABLE = (
-    "batch",
-    "prefill",
-    "quantize_seconds",
-    "kl_stderr",
-    "decode_ratio",
-    "linear_bits",
-    "mib",
-    "decode",
-)
+_EXPENDABLE = ("batch", "prefill", "quantize_seconds", "kl_stderr", "decode_ratio", "linear_bits", "mib", "decode")
 
 
 def compare_records(rows: Sequence[CompareRow]) -> list[dict[str, Any]]:
@@ -76,11 +67,7 @@ def _record(row: CompareRow) -> dict[str, Any]:
         return record
     parts, quality, speed = row.card.parts, row.card.quality, row.card.speed
     nbytes = parts.bytes_after if parts.bytes_after is not None else parts.weight_bytes
-    record |= {
-        "bits": parts.bits,
-        "linear_bits": parts.linear_bits,
-        "quantize_seconds": parts.quantize_seconds,
-    }
+    record |= {"bits": parts.bits, "linear_bits": parts.linear_bits, "quantize_seconds": parts.quantize_seconds}
     record["mib"] = None if nbytes is None else nbytes / 2**20
     if quality is not None:
         pairs = {"perplexity": quality.perplexity, "ratio": quality.ratio, "kl": quality.kl_mean}
@@ -120,11 +107,7 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
     expendable = [headings[i] for key in _EXPENDABLE for i, column in enumerate(columns) if column.key == key]
     kept = range(len(columns)) if width is None else fitting(headings, cells, width - fixed - 2, expendable)
     table = Table(
-        box=box.SIMPLE_HEAD,
-        header_style="bold",
-        padding=(0, 1, 0, 0),
-        caption=_caption(rows),
-        caption_justify="left",
+        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), caption=_caption(rows), caption_justify="left"
     )
     table.add_column("recipe", no_wrap=True)
     for index in kept:
