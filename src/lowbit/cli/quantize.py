@@ -49,8 +49,7 @@ def quantize(
     model: Model,
     recipe: Recipe = "w4",
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False),
+        Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
     ] = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
