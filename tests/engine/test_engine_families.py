@@ -95,7 +95,7 @@ def test_int8_activations_and_rounded_levels(packed_folder: Folder) -> None:
 
 
 def test_chunks_change_nothing(packed_folder: Folder) -> None:
-    for name in ("llama", "gemma3_text", "phi3-long"):
+    for name in ("llama", "gemma3_text", "phi3-long", "olmo2"):
         engine, ids = Engine.open(packed_folder(name, "int4:g32"), threads=1), tokens(300)
         whole = engine.logits(ids)
         for chunk in (1, 7, 64, 299):

@@ -19,8 +19,9 @@ from lowbit.errors import LowbitError
 from lowbit.formats import parse_format
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import create, index_json, shards_of
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning import plan as plan_module
-from lowbit.planning.tensor import TensorPlan, by_rows
+from lowbit.planning.tensor import by_rows
 from lowbit.recipes.recipe import Recipe
 from lowbit.weights import solve as solve_module
 from strategies import steady
@@ -34,7 +35,7 @@ import json, resource, sys
 import torch
 torch.set_num_threads(1)
 import lowbit
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.measure.memory import peak_resident
 model, recipe, out, small, limit = sys.argv[1:6]
 lowbit.quantize(small, recipe, out + "-small")  # everything is imported and warm

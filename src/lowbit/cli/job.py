@@ -31,9 +31,7 @@ class CalibrationText:
     chat: bool
 
     def options(self) -> dict[str, Any]:
-        from lowbit.calibration.data import SAMPLES
-
-        return {"calibration": self.calibration, "samples": self.samples or SAMPLES, "chat": self.chat}
+        return {"calibration": self.calibration, "samples": self.samples, "chat": self.chat}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,10 @@ class Job:
         kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
         recipe = budgets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
-        return replace(self, recipe=recipe, ready=prepare(self.model, recipe, kind, kv=kv) if kind else None)
+        # A recipe that looks at no text leaves it to the allocation.
+        text = self.text if recipe.uses_calibration or kv is not None else CalibrationText(None, None, False)
+        ready = prepare(self.model, recipe, kind, kv=kv) if kind else None
+        return replace(self, recipe=recipe, ready=ready, text=text)
 
     @contextmanager
     def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:

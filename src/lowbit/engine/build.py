@@ -116,9 +116,9 @@ class Builder:
         }  # fmt: skip
 
     def _layer(self, i: int) -> dict[str, Any]:
-        s, family = self.shape, self.shape.family
+        s, decoder = self.shape, self.shape.decoder
         norms = {
-            name: self._norm(family.norms[name].format(i=i)) if name in family.norms else None
+            name: self._norm(decoder.norms[name].format(i=i)) if name in decoder.norms else None
             for name in (
                 "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "query_norm", "key_norm",
             )
@@ -126,10 +126,10 @@ class Builder:
         queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
         return {
             **norms,
-            "qkv": self._product([n.format(i=i) for n in family.qkv], s.width, [queries, keys, keys]),
-            "output": self._product([family.output.format(i=i)], queries, [s.width]),
-            "gate_up": self._pair([n.format(i=i) for n in family.gate_up]),
-            "down": self._product([family.down.format(i=i)], s.hidden, [s.width]),
+            "qkv": self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys]),
+            "output": self._product([decoder.output.format(i=i)], queries, [s.width]),
+            "gate_up": self._pair([n.format(i=i) for n in decoder.gate_up]),
+            "down": self._product([decoder.down.format(i=i)], s.hidden, [s.width]),
             "rope": s.rope[i],
             "window": s.window[i],
         }
@@ -235,7 +235,7 @@ class Builder:
         weight = self.weights.vector(f"{name}.weight")
         if weight is None:
             return None
-        return (weight + 1 if self.shape.family.plus_one else weight).numpy()
+        return (weight + 1 if self.shape.plus_one else weight).numpy()
 
     def _same(self, one: str, other: str) -> bool:
         a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))

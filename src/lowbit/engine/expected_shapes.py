@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lowbit.engine.families import Config
 from lowbit.engine.shape import Shape, shape_of
+from lowbit.families.family import Config
 from lowbit.interchange.checks.tensors import check_shapes
 
 
@@ -19,8 +19,9 @@ def check_model_shapes(found: Mapping[str, tuple[int, ...]], config: Config, whe
 
 def expected(shape: Shape) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that the engine reads, those that a model may lack included."""
-    s, family = shape, shape.family
+    s, decoder = shape, shape.decoder
     queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
+    of_heads = (queries, keys) if decoder.norms_of_all_heads else (s.head_dim, s.head_dim)
     wanted = {"model.embed_tokens.weight": (s.vocabulary, s.width), "model.norm.weight": (s.width,)}
     wanted |= {"lm_head.weight": (s.vocabulary, s.width), "lm_head.bias": (s.vocabulary,)}
 
@@ -29,12 +30,12 @@ def expected(shape: Shape) -> dict[str, tuple[int, ...]]:
         wanted[f"{name}.bias"] = (rows,)
 
     for i in range(s.layers):
-        for names, rows in ((family.qkv, (queries, keys, keys)), (family.gate_up, (s.hidden, s.hidden))):
+        for names, rows in ((decoder.qkv, (queries, keys, keys)), (decoder.gate_up, (s.hidden, s.hidden))):
             for name, count in zip(names, rows if len(names) > 1 else (sum(rows),), strict=True):
                 linear(name.format(i=i), count, s.width)
-        linear(family.output.format(i=i), s.width, queries)
-        linear(family.down.format(i=i), s.width, s.hidden)
-        for kind, name in family.norms.items():
-            width = s.head_dim if kind in ("query_norm", "key_norm") else s.width
+        linear(decoder.output.format(i=i), s.width, queries)
+        linear(decoder.down.format(i=i), s.width, s.hidden)
+        for kind, name in decoder.norms.items():
+            width = {"query_norm": of_heads[0], "key_norm": of_heads[1]}.get(kind, s.width)
             wanted[f"{name.format(i=i)}.weight"] = (width,)
     return wanted

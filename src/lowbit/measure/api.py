@@ -172,8 +172,11 @@ def compare(
 
     def build(recipe: str) -> Built:
         start = time.perf_counter()
-        looks = calibration is not None and Recipe.parse(recipe).calibrated().uses_calibration
-        made = quantize(model, recipe, tokenizer=tokenizer, calibration=calibration if looks else None, samples=samples)
+        wanted = Recipe.parse(recipe)
+        looks = calibration is not None and wanted.calibrated().uses_calibration
+        text: dict[str, Any] = {"calibration": calibration} if looks else {}
+        text |= {"samples": samples} if looks or wanted.needs_calibration is not None else {}
+        made = quantize(model, recipe, tokenizer=tokenizer, **text)
         seconds = time.perf_counter() - start
         if on_made is not None:
             on_made(recipe, made)

@@ -10,12 +10,11 @@ import torch
 
 from lowbit.blockwise.block_tuner import hidden
 from lowbit.blockwise.hidden_states import InputFile
-from lowbit.blockwise.rewriter import Rewriter
 
 Run = Callable[[int], Any]  # what the block returns for a micro-batch
 
 
-class BlockJudge:
+class OutputReference:
     """Keeps what a block returns with its float weights on the disk, and measures other weights by it.
 
     Attention, routing and experts are in it as they are computed: a scale that is best for the products of one group may turn
@@ -23,25 +22,20 @@ class BlockJudge:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.targets = InputFile(folder / "judged", torch.float32)
+        self.outputs = InputFile(folder / "reference", torch.float32)
 
-    @staticmethod
-    def of(rewriter: Rewriter, folder: Path) -> BlockJudge | None:
-        """None where no transform chooses."""
-        return BlockJudge(folder) if rewriter.chooses else None
-
-    def aim(self, run: Run, batches: int) -> None:
+    def record(self, run: Run, batches: int) -> None:
         """What the block returns now is what is wanted."""
         for batch in range(batches):
-            self.targets.append(hidden(run(batch)))
+            self.outputs.append(hidden(run(batch)))
 
     def error(self, run: Run, batches: int) -> float:
         """Squared distance of what the block returns now, over the whole text."""
         return sum(
-            float((hidden(run(batch)).float() - self.targets.read(batch)).square().sum(dtype=torch.float64))
+            float((hidden(run(batch)).float() - self.outputs.read(batch)).square().sum(dtype=torch.float64))
             for batch in range(batches)
         )
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Remove the file."""
-        self.targets.remove()
+        self.outputs.remove()

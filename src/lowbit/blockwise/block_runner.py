@@ -1,4 +1,4 @@
-"""Stages: a model cut where its blocks repeat, so that one block at a time has its weights in memory.
+"""Runs one block of a model that is cut where its blocks repeat, so that one block at a time has its weights in memory.
 
 No model list. A chain is a `ModuleList` of blocks that the model calls one after another. To run block i alone, the
 model's own forward is called: finished blocks give back what was saved of the last of them, block i runs, and the
@@ -8,7 +8,7 @@ the model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,10 +29,10 @@ class LeaveForward(BaseException):
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlockPlace:
     """Block `index` of the chain `chain` (the name of its ModuleList), with the name of the block itself.
 
-    The whole model is the one stage with an empty name, where nothing repeats. `OUTSIDE` is what lies around the chains.
+    Where nothing repeats, the whole model is the one block, with an empty name.
     """
 
     chain: str
@@ -44,20 +44,17 @@ class Stage:
         return not self.name or tensor.startswith(self.name + ".")
 
 
-OUTSIDE = Stage("", -1, "")
-
-
-def stages_of(model: nn.Module) -> list[Stage]:
+def blocks_of(model: nn.Module) -> list[BlockPlace]:
     """The blocks of every outermost ModuleList that holds matrices, in order; else the model as one."""
-    stages: list[Stage] = []
+    found: list[BlockPlace] = []
     taken: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(t + ".") for t in taken):
             continue
         if len(module) and all(any(p.dim() >= 2 for p in block.parameters()) for block in module):
             taken.append(name)
-            stages += [Stage(name, i, f"{name}.{i}") for i in range(len(module))]
-    return stages or [Stage("", 0, "")]
+            found += [BlockPlace(name, i, f"{name}.{i}") for i in range(len(module))]
+    return found or [BlockPlace("", 0, "")]
 
 
 class Saved:
@@ -89,37 +86,39 @@ def forwards_replaced(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator
                 module.forward = own  # type: ignore[method-assign]
 
 
-class StagedModel:
-    """Runs one stage of a model whose other stages have no weights."""
+class BlockRunner:
+    """Runs one block of a model whose other blocks have no weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.stages = stages_of(model)
-        self.blocks = {stage: model.get_submodule(stage.name) for stage in self.stages}
+        self.places = blocks_of(model)
+        self._modules = {place: model.get_submodule(place.name) for place in self.places}
 
     def run(
-        self, stage: Stage, inputs: dict[str, Tensor], before: dict[str, Any], tensors: dict[str, Tensor] | None = None
-    ) -> Any:
+        self, place: BlockPlace | None, inputs: dict[str, Tensor], before: Mapping[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> Any:  # fmt: skip
         """What the block returns for `inputs` of the model. `before`: by chain, what its last finished block returned.
 
-        Of OUTSIDE, what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
+        `place` None: what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
         names. SourceError when the model never calls the block.
         """
         replaced: dict[nn.Module, Callable[..., Any]] = {}
-        if stage.chain:
-            original = self.blocks[stage].forward
-            replaced[self.blocks[stage]] = lambda *a, **k: _leave(original(*a, **k))
-        for other, module in self.blocks.items():
-            if other.chain in before and (other.chain != stage.chain or other.index < stage.index):
+        if place is not None and place.chain:
+            original = self._modules[place].forward
+            replaced[self._modules[place]] = lambda *a, **k: _leave(original(*a, **k))
+        for other, module in self._modules.items():
+            behind = place is None or other.chain != place.chain or other.index < place.index
+            if other.chain in before and behind:
                 replaced[module] = lambda *a, _given=before[other.chain], **k: _given
         try:
             with forwards_replaced(replaced):
-                found = functional_call(self.model, tensors, (), inputs) if tensors else self.model(**inputs)
-            if not stage.chain:
+                found = functional_call(self.model, dict(tensors), (), inputs) if tensors else self.model(**inputs)
+            if place is None or not place.chain:
                 return found
         except LeaveForward as left:
             return left.value
-        raise SourceError(f"{type(self.model).__name__} does not call {stage.name} when it reads text")
+        raise SourceError(f"{type(self.model).__name__} does not call {place.name} when it reads text")
 
 
 def _leave(value: Any) -> Any:
