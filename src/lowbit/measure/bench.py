@@ -7,7 +7,6 @@ best of them counts.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from lowbit.engine.runtime_formats import ACTIVATIONS
 from lowbit.errors import RecipeError
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_module
-from lowbit.measure.environment import environment
+from lowbit.measure.environment import environment, usable_cores
 from lowbit.measure.interleave import BENCH, SpeedSettings, fit_settings, interleave
 from lowbit.measure.peers.peer import openers
 from lowbit.measure.quality import Progress
@@ -215,6 +214,4 @@ def _label(model: Model) -> str:
 
 def _cores() -> int:
     module = core()
-    if module is not None:
-        return int(module.features()["cores"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() if module is None else int(module.features()["cores"])

@@ -22,7 +22,8 @@ from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
-from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
+from lowbit.report.layout import fitted_table
+from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
 if TYPE_CHECKING:
@@ -188,9 +189,7 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
 
     `width` in characters: columns that matter less are left out until the table fits.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     head = Text.assemble((found.label, "bold"), f"  {found.model_class}, ")
@@ -205,12 +204,7 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     measured = _FLOAT if found.quantized is None else _PACKED
     headings = ["tensor", "shape", "kind", "stored as", *measured, "bytes", "share"]
     rows = [_row(group, found.quantized is None) for group in groups]
-    kept = fitting(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in kept:
-        table.add_column(headings[i], justify="left" if i < 4 else "right", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(row[i] for i in kept))
+    table = fitted_table(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"), left=headings[:4])
     elements: list[RenderableType] = [head, table]
     if found.quantized is None:
         elements.append(_standing_out(found.tensors))
