@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.engine.packers import Packers
+from lowbit.engine.packing import PackingPool
 from lowbit.engine.shape import Rotation, Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
@@ -84,7 +84,7 @@ class Builder:
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
-        with Packers(threads) as self._packers:
+        with PackingPool(threads) as self._packers:
             self._describe()
             self.program.model = self._packers.done(self.program.model)
             self.program.nbytes = self._packers.nbytes
@@ -116,9 +116,9 @@ class Builder:
         }  # fmt: skip
 
     def _layer(self, i: int) -> dict[str, Any]:
-        s, family = self.shape, self.shape.family
+        s, decoder = self.shape, self.shape.decoder
         norms = {
-            name: self._norm(family.norms[name].format(i=i)) if name in family.norms else None
+            name: self._norm(decoder.norms[name].format(i=i)) if name in decoder.norms else None
             for name in (
                 "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "query_norm", "key_norm",
             )
@@ -126,10 +126,10 @@ class Builder:
         queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
         return {
             **norms,
-            "qkv": self._product([n.format(i=i) for n in family.qkv], s.width, [queries, keys, keys]),
-            "output": self._product([family.output.format(i=i)], queries, [s.width]),
-            "gate_up": self._pair([n.format(i=i) for n in family.gate_up]),
-            "down": self._product([family.down.format(i=i)], s.hidden, [s.width]),
+            "qkv": self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys]),
+            "output": self._product([decoder.output.format(i=i)], queries, [s.width]),
+            "gate_up": self._pair([n.format(i=i) for n in decoder.gate_up]),
+            "down": self._product([decoder.down.format(i=i)], s.hidden, [s.width]),
             "rope": s.rope[i],
             "window": s.window[i],
         }
@@ -235,7 +235,7 @@ class Builder:
         weight = self.weights.vector(f"{name}.weight")
         if weight is None:
             return None
-        return (weight + 1 if self.shape.family.plus_one else weight).numpy()
+        return (weight + 1 if self.shape.plus_one else weight).numpy()
 
     def _same(self, one: str, other: str) -> bool:
         a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))
