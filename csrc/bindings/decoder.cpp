@@ -88,8 +88,9 @@ void check(const Model& m) {
         require(paired == layer.gate_up.parts[0].weight->paired, "one weight for gate and up is a pair");
         require(paired ? layer.gate_up.width == layer.down.cols : layer.gate_up.width == 2 * layer.down.cols,
                 "gate and up are what down reads");
-        for (const Buffer<float>* norm : {&layer.query_norm, &layer.key_norm})
-            require(norm->size() == 0 || static_cast<int>(norm->size()) == m.head_dim, "norms of heads are head_dim wide");
+        for (const auto& [norm, width] : {std::pair{&layer.query_norm, m.query_width()}, {&layer.key_norm, m.key_width()}})
+            require(norm->size() == 0 || static_cast<int>(norm->size()) == m.head_dim || static_cast<int>(norm->size()) == width,
+                    "norms of queries and keys are as wide as a head, or as all of them");
     }
     for (const Rope& rope : m.ropes)
         require(2 * static_cast<int>(rope.inverse_frequency.size()) <= m.head_dim, "a rotation turns at most a head");

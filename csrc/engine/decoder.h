@@ -92,6 +92,7 @@ class Decoder {
     void read_head(Member& member, const Tokens& tokens, float* logits);
     void multiply(const Span& span, const Product& product, const RowSource& row, float* y, std::int64_t stride, Gate gate,
                   const float* residual, const Product* next);
+    void norm_together(const Span& span, const Layer& layer);
     void rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache);
     void attend(const Span& span, int index, const Tokens& tokens, Cache& cache);
     const float* attended(const Span& span, int row, float* out) const;

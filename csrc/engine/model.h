@@ -39,7 +39,7 @@ struct Product {
 struct Layer {
     Buffer<float> attention_norm, mlp_norm;            // before; empty: none
     Buffer<float> attention_post_norm, mlp_post_norm;  // of what is added to the residual; empty: none
-    Buffer<float> query_norm, key_norm;                // [head_dim], or empty
+    Buffer<float> query_norm, key_norm;                // [head_dim], or of all heads together, or empty
     Product qkv, output, gate_up, down;
     int rope = 0;    // which table of frequencies; -1: none
     int window = 0;  // positions that a token sees; 0: all

@@ -17,7 +17,8 @@ from lowbit.families.config_facts import ConfigFacts
 
 FACTS = {name: family.config for name, family in families().items() if family.decoder}
 ONE = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2-sliding", "qwen3": "qwen3", "smollm3": "smollm3",
-       "granite": "granite", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "phi3": "phi3"}  # fmt: skip
+       "granite": "granite", "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "phi3": "phi3",
+       "olmo2": "olmo2", "olmo3": "olmo3"}  # fmt: skip
 
 
 def test_every_family_has_its_facts_and_its_test() -> None:

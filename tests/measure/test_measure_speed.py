@@ -6,9 +6,9 @@ from measure_models import tiny_bert, tiny_llama, tiny_t5
 
 from lowbit.measure import backends as backends
 from lowbit.measure.backends import Backend
-from lowbit.measure.generation import greedy_times
 from lowbit.measure.interleave import BATCH_PROMPT
 from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, measure_speed
+from lowbit.measure.token_times import greedy_times
 
 FEW = SpeedSettings(prompt=12, new=6, prefill=20, batch=3, batch_length=14, repeats=2)
 

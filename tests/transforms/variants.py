@@ -41,6 +41,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         architectures=["GraniteForCausalLM"], embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.6,
         logits_scaling=2.5, **_ROPE,
     ),
+    "olmo2": lambda: transformers.Olmo2Config(architectures=["Olmo2ForCausalLM"], **_ROPE),
+    "olmo3": lambda: transformers.Olmo3Config(architectures=["Olmo3ForCausalLM"], **_ROPE),
     "phi-relu": _like("phi", hidden_act="relu", qk_layernorm=True),
     "gpt2-relu": _like("gpt2", activation_function="relu"),
     "gpt-neox-sequential": _like("gpt-neox", use_parallel_residual=False, tie_word_embeddings=True),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.generation import Generation, show, with_generation
+from lowbit.cli.generation_options import Generation, show, with_generation
 from lowbit.cli.options import MaxNewTokens, Model
 
 _HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.cli import console, targets
+from lowbit.cli import budgets, console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ class Job:
 
         kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
-        recipe = targets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
+        recipe = budgets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
         # A recipe that looks at no text leaves it to the allocation.
         text = self.text if recipe.uses_calibration or kv is not None else CalibrationText(None, None, False)
         ready = prepare(self.model, recipe, kind, kv=kv) if kind else None
@@ -106,8 +106,8 @@ class Job:
                 if self.ready is None:
                     quantized = lowbit.quantize(self.model, self.recipe, out, **options)
                 else:
-                    straight = quantized_as(self.model, self.ready, out, keep=keep, **options)
-                    quantized, exported = kept.enter_context(straight)
+                    writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
+                    quantized, exported = kept.enter_context(writing)
             yield Made(quantized, exported, time.perf_counter() - start, peak_resident())
 
 

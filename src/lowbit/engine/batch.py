@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.engine.results import Generated, Sampling
-from lowbit.engine.text_stream import TokenText
+from lowbit.engine.detokenizer import AnswerText
+from lowbit.engine.generation import Generated, Sampling
 
 CHUNK = 512  # tokens of prompts in one forward
 
@@ -21,7 +21,7 @@ class Running:
 
     index: int
     ids: list[int]
-    text: TokenText
+    text: AnswerText
     limit: int  # of generated tokens
     random: Any = None
     seen: Any = None  # uint8 [vocabulary], for the repetition penalty
@@ -74,28 +74,28 @@ Forward = Callable[[Any, Sequence[tuple[int, Sequence[int], int]], Sequence[int]
 
 
 class Batch:
-    """Runs sequences until each has ended. At most as many at a time as the memory has places; others wait.
+    """Runs sequences until each has ended. At most as many at a time as the KV cache has slots; others wait.
 
-    forward(memory, [(place, ids, position), ...], wanted, lengths) -> float32 [len(wanted), vocabulary]: the logits after
-    the last token of those pieces that are wanted; lengths are those of the texts. is_long: see `Shape`.
+    forward(cache, [(slot, ids, position), ...], wanted, lengths) -> float32 [len(wanted), vocabulary]: the logits after
+    the last token of those chunks that are wanted; lengths are those of the texts. is_long: see `Shape`.
     """
 
     def __init__(
         self,
         core: Any,
         forward: Forward,
-        memory: Any,
+        cache: Any,
         sampling: Sampling,
         ends: Container[int],
         is_long: Callable[[int], bool] = lambda length: False,
     ) -> None:
-        self._core, self._forward, self._memory = core, forward, memory
+        self._core, self._forward, self._cache = core, forward, cache
         self._sampling, self._ends, self._is_long = sampling, ends, is_long
 
     def run(self, sequences: Sequence[Running]) -> Iterator[tuple[Running, str]]:
         """(sequence, new text) as it comes; a sequence has ended when it has a reason."""
         waiting, active = list(sequences), list[Running]()
-        free = [p for p in range(self._memory.sequences) if p not in {s.slot for s in sequences}][::-1]
+        free = [p for p in range(self._cache.sequences) if p not in {s.slot for s in sequences}][::-1]
         while waiting or active:
             while waiting and (free or waiting[0].slot >= 0):
                 sequence = waiting.pop(0)
@@ -108,7 +108,7 @@ class Batch:
 
     def _step(self, active: Sequence[Running]) -> list[tuple[Running, Any]]:
         """One forward; the sequences whose tokens it finished, and their logits."""
-        left, pieces = CHUNK, list[tuple[Running, int]]()
+        left, chunks = CHUNK, list[tuple[Running, int]]()
         for sequence in active:
             sequence.become(self._is_long(len(sequence.ids)))
         # Decoding first: each takes one token, and nobody waits for another's prompt longer than a chunk.
@@ -117,14 +117,14 @@ class Batch:
             if len(sequence.ids) - sequence.done == 1:
                 count = 1
             if count > 0:
-                pieces.append((sequence, count))
+                chunks.append((sequence, count))
                 left -= count
-        given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in pieces]
-        wanted = [i for i, (s, n) in enumerate(pieces) if s.done + n == len(s.ids)]
-        logits = self._forward(self._memory, given, wanted, [len(s.ids) for s, _ in pieces])
-        for sequence, count in pieces:
+        given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in chunks]
+        wanted = [i for i, (s, n) in enumerate(chunks) if s.done + n == len(s.ids)]
+        logits = self._forward(self._cache, given, wanted, [len(s.ids) for s, _ in chunks])
+        for sequence, count in chunks:
             sequence.done += count
-        return [(pieces[i][0], logits[row]) for row, i in enumerate(wanted)]
+        return [(chunks[i][0], logits[row]) for row, i in enumerate(wanted)]
 
     def _pick(self, sequence: Running, logits: Any) -> str:
         how = self._sampling

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.engine.packers import Packers
+from lowbit.engine.packing import PackingPool
 from lowbit.engine.shape import Rotation, Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
@@ -84,7 +84,7 @@ class Builder:
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
-        with Packers(threads) as self._packers:
+        with PackingPool(threads) as self._packers:
             self._describe()
             self.program.model = self._packers.done(self.program.model)
             self.program.nbytes = self._packers.nbytes

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.engine.arguments import sampling_of, split_prompts, stop_strings, token_ids, whole_number
 from lowbit.engine.batch import Running
 from lowbit.engine.conversation import PlainConversation
-from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
-from lowbit.engine.results import Generated, OnText, Sampling
-from lowbit.engine.text_stream import TokenText
+from lowbit.engine.detokenizer import AnswerText
+from lowbit.engine.generation import Generated, OnText, Sampling
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.engine.transformers_loop import generate_tokens
 from lowbit.errors import EngineError, SourceError
@@ -64,7 +64,7 @@ class Transformers:
         **sampling: Any,
     ) -> Any:
         """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch."""
-        alone, every = split(prompts)
+        alone, every = split_prompts(prompts)
         limit, strings, how = (
             whole_number("max_new_tokens", max_new_tokens, 1),
             stop_strings(stop),
@@ -97,7 +97,7 @@ class Transformers:
     def _one(
         self, index: int, ids: list[int], limit: int, stop: list[str], stream: OnText | None, how: Sampling
     ) -> Generated:
-        running = Running(index, list(ids), TokenText(self.tokenizer.decode, stop), limit)
+        running = Running(index, list(ids), AnswerText(self.tokenizer.decode, stop), limit)
 
         def on_tokens(tokens: Tensor) -> bool:
             if not running.reason:

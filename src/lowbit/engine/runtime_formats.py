@@ -1,4 +1,4 @@
-"""Formats that are chosen when a model is opened, beside those of its weights: of activations and of the KV cache.
+"""Formats that are chosen when a model is opened, not stored with its weights: those of activations and of the KV cache.
 
 Each is a small value with a text form, made at the front door (`--cache int8`, `Engine.open(cache="int8")`) and handed down as it is to
 where the kernels' arguments are made of it. What the engine does not compute is refused there, with what it does.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowbit.engine.request import known
+from lowbit.engine.arguments import one_of
 from lowbit.errors import RecipeError
 
 ACTIVATIONS = ("exact", "int8")
@@ -27,7 +27,7 @@ class ActivationFormat:
     name: str = "exact"
 
     def __post_init__(self) -> None:
-        known("activations", self.name, ACTIVATIONS)
+        one_of("activations", self.name, ACTIVATIONS)
 
     @staticmethod
     def of(given: str | ActivationFormat) -> ActivationFormat:
@@ -51,7 +51,7 @@ class CacheFormat:
 
     def __post_init__(self) -> None:
         for name in (self.keys, self.values):
-            known("cache", name, CACHES)
+            one_of("cache", name, CACHES)
         if self.keys != self.values:
             raise RecipeError(f"cache={str(self)!r}; the engine stores keys and values in one format, such as kv=int8")
 

@@ -70,6 +70,7 @@ class Decoder:
     qkv, gate_up  the weights that read one input, or the one that holds them stacked
     norms         our name -> the tensor, of those that a layer has: `PRE_NORMS`, `HEAD_NORMS`, and `attention_post_norm` and
                   `mlp_post_norm` between a part and the residual stream
+    norms_of_all_heads  norms of queries and keys weigh all heads as one row, not each by itself
     values        config -> values of `lowbit.engine.shape.Shape` that are not those of Llama
     given         fields whose default is the class's own and not every family's: where one is absent the class is asked
     """
@@ -82,6 +83,7 @@ class Decoder:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
+    norms_of_all_heads: bool = False
     values: Callable[[Config], dict[str, Any]] = lambda config: {}
     given: tuple[str, ...] = ()
 

@@ -25,7 +25,6 @@ from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import Built, CompareRow
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import baseline_of, in_faster_types
-from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
@@ -34,6 +33,7 @@ from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, module_bytes
 from lowbit.measure.speed import Speed, measure_speed
 from lowbit.measure.subject import open_subject, plan_parts, type_of
+from lowbit.measure.token_times import torch_threads
 from lowbit.measure.windows import make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.loading import as_dtype, load
@@ -60,11 +60,11 @@ def evaluate(
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
-    """Measure a model, beside the float model it was made from when `against` is given.
+    """Measure a model, and against the float model it was made from when `against` is given.
 
     `model`: a folder that lowbit wrote, a float model by any of its names, a module, or what `quantize` returned
     (which knows its float model). `text`: a file, strings, a dataset id; None is the offline default. `speed`: also
-    tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, beside
+    tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, and of
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
     loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.
@@ -155,11 +155,8 @@ def compare(
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
     sees each before it is measured, `on_row` after.
     """
-    if isinstance(recipes, str):
-        recipes = [recipes]
+    names = _names(recipes, calibration is not None)
     source = open_source(model, tokenizer=tokenizer)
-    data_free = [name for name in PRESETS if Recipe.parse(name).needs_calibration is None]
-    names = [str(recipe) for recipe in recipes] if recipes else data_free if calibration is None else list(PRESETS)
     run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
     base = source.load_float(run)
     tok = source.tokenizer()
@@ -198,6 +195,15 @@ def compare(
         names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=progress, on_row=on_row
     )
     return list(rows)
+
+
+def _names(recipes: Sequence[str] | None, calibrated: bool) -> list[str]:
+    """The recipes to compare: those given, else every preset that can do with the text that there is."""
+    if isinstance(recipes, str):
+        return [recipes]
+    if recipes:
+        return [str(recipe) for recipe in recipes]
+    return [name for name in PRESETS if calibrated or Recipe.parse(name).needs_calibration is None]
 
 
 def _settings(speed: bool | SpeedSettings) -> SpeedSettings | None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.engine.attached import TextOrTensors
 from lowbit.engine.fallback import answering_type
+from lowbit.engine.generate_method import GenerateMethod
 from lowbit.engine.generator import choose
 from lowbit.interchange.readers.folder import load_config, quantization_method
 from lowbit.measure.backends import Backend, in_transformers, of_engine
@@ -21,7 +21,7 @@ def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: An
     module: the same model in transformers; when `model` is a name it is cast to the type that `generate` loads it in. A
     module is the engine's only if `lowbit.load` made it. SourceError for a model that generates no text.
     """
-    if isinstance(model, nn.Module) and not isinstance(getattr(model, "generate", None), TextOrTensors):
+    if isinstance(model, nn.Module) and not isinstance(getattr(model, "generate", None), GenerateMethod):
         return in_transformers(model)
     engine, reason = choose(model, {}, tokenizer)
     if engine is not None:

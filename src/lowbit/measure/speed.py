@@ -20,9 +20,9 @@ from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.measure.backends import Backend, in_transformers
-from lowbit.measure.generation import torch_threads
 from lowbit.measure.interleave import STANDARD, SpeedSettings, fit_settings, interleave
 from lowbit.measure.quality import Progress
+from lowbit.measure.token_times import torch_threads
 
 SHORT = SpeedSettings(new=16, batch=0, seconds=15)
 

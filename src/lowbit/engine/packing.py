@@ -12,7 +12,7 @@ from lowbit.errors import EngineError
 _MOST = 4  # threads: memory is no faster for more
 
 
-class Packers:
+class PackingPool:
     """Packs in `threads` threads; as many weights again may wait, so that few are unpacked at once. A context manager.
 
     Reading stays with the thread that asks: the C library keeps what a thread of its own frees, and packed memory comes
@@ -21,10 +21,10 @@ class Packers:
 
     def __init__(self, threads: int) -> None:
         count = min(threads, _MOST)
-        self._pool, self._room = ThreadPoolExecutor(count), BoundedSemaphore(2 * count)
+        self._pool, self._slots = ThreadPoolExecutor(count), BoundedSemaphore(2 * count)
         self._begun: list[Future[Any]] = []
 
-    def __enter__(self) -> Packers:
+    def __enter__(self) -> PackingPool:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -32,9 +32,9 @@ class Packers:
 
     def start(self, pack: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """What `pack(*arguments)` will have given."""
-        self._room.acquire()
+        self._slots.acquire()
         future = self._pool.submit(_said, pack, *arguments)
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._slots.release())
         self._begun.append(future)
         return future
 

@@ -17,7 +17,7 @@ from lowbit.engine.tokenizer import tokenizer_of
 _log = logging.getLogger("lowbit")
 
 
-class TextOrTensors:
+class GenerateMethod:
     """Stands in the place of the bound method `model.generate`.
 
     `model.generate("text", ...)` or with a list of texts is `Engine.generate`, with the same options, on an engine that

@@ -79,9 +79,9 @@ class Generated:
 
 
 class OnText(Protocol):
-    """Called with each new piece of text and the number of its prompt."""
+    """Called with each new text and the number of its prompt."""
 
-    def __call__(self, piece: str, index: int) -> object: ...
+    def __call__(self, text: str, index: int) -> object: ...
 
 
 Prompt = str | Sequence[int]

@@ -1,4 +1,4 @@
-"""What is asked of a generator, checked before anything runs: for the engine and for transformers alike."""
+"""The arguments of `generate`, checked before anything runs: for the engine and for transformers alike."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from lowbit.engine.results import Sampling
+from lowbit.engine.generation import Sampling
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.errors import EngineError, RecipeError, nearest
 
 
-def split(prompts: Any) -> tuple[bool, list[Any]]:
+def split_prompts(prompts: Any) -> tuple[bool, list[Any]]:
     """(whether it is one prompt, the prompts): text, or token ids in any sequence, or a list of such."""
     if isinstance(prompts, str):
         return True, [prompts]
@@ -48,11 +48,11 @@ def token_ids(prompt: Any, tokenizer: TextTokenizer | None, raw: bool, vocabular
 def stop_strings(stop: Any) -> list[str]:
     """The strings that end an answer; none for None. RecipeError for what would never end one."""
     if stop is not None and not isinstance(stop, (str, list, tuple, set, frozenset)):
-        raise RecipeError(f"stop={stop!r} ends no answer; give a piece of text, or a list of such")
+        raise RecipeError(f"stop={stop!r} ends no answer; give a text, or a list of such")
     strings = [stop] if isinstance(stop, str) else list(stop or ())
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise RecipeError(f"stop={string!r} ends no answer; give a piece of text")
+            raise RecipeError(f"stop={string!r} ends no answer; give a text")
     return strings
 
 
@@ -78,7 +78,7 @@ def whole_number(what: str, value: Any, least: int, most: int | None = None) -> 
     return found
 
 
-def known(what: str, value: str, names: Sequence[str]) -> None:
+def one_of(what: str, value: str, names: Sequence[str]) -> None:
     """RecipeError unless `value` is one of these."""
     if value not in names:
         raise RecipeError(f"{what}={value!r}{nearest(str(value), names)} (known: {', '.join(names)})")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.engine.engine import Engine
-from lowbit.engine.results import Sampling
+from lowbit.engine.generation import Sampling
 from lowbit.engine.transformers_loop import generate_tokens
 from lowbit.interchange.hf.running import device_of, evaluating
 
@@ -21,7 +21,7 @@ def engine_times(engine: Engine, ids: Sequence[int], sequences: int, new: int) -
     how, times = Sampling(), [0.0] * new
     start = time.perf_counter()
     running = [engine.running(i, ids, new, (), how, text=False) for i in range(sequences)]
-    for sequence, _ in engine.run(running, how, engine.memory(sequences, len(ids) + new), ends=()):
+    for sequence, _ in engine.run(running, how, engine.kv_cache(sequences, len(ids) + new), ends=()):
         times[sequence.generated - 1] = sequence.last - start  # that of the last sequence stays
     return times
 

@@ -1,4 +1,4 @@
-"""Targets of `lowbit quantize`: a format for each layer, told before the work begins."""
+"""The size, bits, divergence or memory that `lowbit quantize` is to meet: a format for each layer, shown before the work begins."""
 
 from __future__ import annotations
 

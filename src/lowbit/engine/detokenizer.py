@@ -8,8 +8,8 @@ _HALF = "\ufffd"  # what a decoder puts for bytes that are no character, or not 
 _WINDOW = 64
 
 
-class TextStream:
-    """Tokens in, text out, such that the pieces joined are what decoding all tokens at once gives.
+class Detokenizer:
+    """Tokens in, text out, such that the texts joined are what decoding all tokens at once gives.
 
     A character may be spread over tokens, and what a token looks like may depend on the one before it; so a window of
     the last tokens is decoded again, and what is new in it is given out, except what may still become a character.
@@ -25,13 +25,13 @@ class TextStream:
         self._window.append(token)
         text = self._decode(self._window)
         whole = text.rstrip(_HALF)
-        piece, self._given = whole[self._given :], max(self._given, len(whole))
+        new, self._given = whole[self._given :], max(self._given, len(whole))
         # The window starts anew with one token of context, which must make sense alone.
         if len(self._window) > _WINDOW and len(whole) == len(text):
             context = self._decode(self._window[-1:])
             if context and _HALF not in context:
                 self._window, self._given = self._window[-1:], len(context)
-        return piece
+        return new
 
     def close(self) -> str:
         """What was held back and never became a character."""
@@ -46,9 +46,9 @@ class StopStrings:
         self._held = ""
         self.found = False
 
-    def push(self, piece: str) -> str:
+    def push(self, new: str) -> str:
         """What of the text so far can be shown."""
-        text = self._held + piece
+        text = self._held + new
         ends = [i for i in (text.find(s) for s in self._stop) if i >= 0]
         if ends:
             self.found, self._held = True, ""
@@ -63,11 +63,11 @@ class StopStrings:
         return held
 
 
-class TokenText:
+class AnswerText:
     """Both together: the text of one sequence as its tokens come."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
-        self._stream, self._stop = TextStream(decode), StopStrings(stop)
+        self._stream, self._stop = Detokenizer(decode), StopStrings(stop)
         self.text = ""
 
     @property
@@ -80,12 +80,12 @@ class TokenText:
         return "" if self.stopped else self._shown(self._stop.push(self._stream.push(token)))
 
     def close(self) -> str:
-        """The rest, when no more tokens come."""
+        """What is still held back, when no more tokens come."""
         if self.stopped:
             return ""
-        piece = self._stop.push(self._stream.close())
-        return self._shown(piece if self.stopped else piece + self._stop.close())
+        last = self._stop.push(self._stream.close())
+        return self._shown(last if self.stopped else last + self._stop.close())
 
-    def _shown(self, piece: str) -> str:
-        self.text += piece
-        return piece
+    def _shown(self, new: str) -> str:
+        self.text += new
+        return new

@@ -64,7 +64,7 @@ class Generation:
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling`. RecipeError for what they cannot be, before a model is loaded."""
-        from lowbit.engine.request import sampling_of
+        from lowbit.engine.arguments import sampling_of
 
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop")}
         sampling_of(found)
@@ -72,7 +72,7 @@ class Generation:
 
     def stops(self) -> list[str]:
         """The strings that end an answer, as a shell cannot easily write them. RecipeError for empty ones."""
-        from lowbit.engine.request import stop_strings
+        from lowbit.engine.arguments import stop_strings
 
         return stop_strings([re.sub(r"\\([nt\\])", lambda m: _ESCAPES[m[1]], text) for text in self.stop or ()])
 
@@ -110,7 +110,7 @@ def _too_many(threads: int) -> str:
     return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
 
 
-def show(piece: str) -> None:
-    """A piece of an answer, at once."""
-    sys.stdout.write(piece)
+def show(text: str) -> None:
+    """New text of an answer, at once."""
+    sys.stdout.write(text)
     sys.stdout.flush()

@@ -138,7 +138,7 @@ def test_a_conversation_reads_only_what_is_new(chat_folder: Path) -> None:
         assert talk.messages[-1]["content"] == found.text
     talk.reset()
     assert [m["role"] for m in talk.messages] == ["system"]
-    long = talk.ask("the cat " * 130, max_new_tokens=1000)  # grows its memory, ends where the positions do
+    long = talk.ask("the cat " * 130, max_new_tokens=1000)  # grows its cache, ends where the positions do
     assert long.prompt_tokens + len(long.tokens) <= 1024
 
 
@@ -148,8 +148,8 @@ def test_an_interrupted_answer_stays(chat_folder: Path) -> None:
     engine = Engine.open(chat_folder, threads=1)
     talk, shown = engine.conversation(), list[str]()
 
-    def stop(piece: str) -> None:
-        shown.append(piece)
+    def stop(text: str) -> None:
+        shown.append(text)
         if len(shown) == 3:
             raise KeyboardInterrupt
 
@@ -191,8 +191,8 @@ def test_load_gives_generate_for_text(chat_folder: Path, tmp_path: Path, caplog:
     assert dense.generate("the cat", max_new_tokens=1).tokens == right.tokens[:1]
 
 
-def _keep(shown: list[tuple[str, int]], piece: str, index: int) -> None:
-    shown.append((piece, index))
+def _keep(shown: list[tuple[str, int]], text: str, index: int) -> None:
+    shown.append((text, index))
 
 
 def test_load_of_other_architectures_says_so(tmp_path: Path, caplog: Any) -> None:

@@ -9,7 +9,7 @@ from lowbit.families.family import Config
 from lowbit.interchange.checks.tensors import check_shapes
 
 
-def check_fit(found: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
+def check_model_shapes(found: Mapping[str, tuple[int, ...]], config: Config, where: str) -> None:
     """SourceError for the first of the tensors `found` whose shape is not the one that the config gives.
 
     EngineError for a model that the engine does not compute.
@@ -21,6 +21,7 @@ def expected(shape: Shape) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that the engine reads, those that a model may lack included."""
     s, decoder = shape, shape.decoder
     queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
+    of_heads = (queries, keys) if decoder.norms_of_all_heads else (s.head_dim, s.head_dim)
     wanted = {"model.embed_tokens.weight": (s.vocabulary, s.width), "model.norm.weight": (s.width,)}
     wanted |= {"lm_head.weight": (s.vocabulary, s.width), "lm_head.bias": (s.vocabulary,)}
 
@@ -35,6 +36,6 @@ def expected(shape: Shape) -> dict[str, tuple[int, ...]]:
         linear(decoder.output.format(i=i), s.width, queries)
         linear(decoder.down.format(i=i), s.width, s.hidden)
         for kind, name in decoder.norms.items():
-            width = s.head_dim if kind in ("query_norm", "key_norm") else s.width
+            width = {"query_norm": of_heads[0], "key_norm": of_heads[1]}.get(kind, s.width)
             wanted[f"{name.format(i=i)}.weight"] = (width,)
     return wanted
