@@ -24,7 +24,7 @@ from lowbit.weights.solve import with_exponent
 
 
 def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the quantized weights; all that a reader needs beside the files.
+    """What config.json says of the quantized weights; all that a reader needs next to the files.
 
     `facts` by tensor name, as `solved_facts` has them: formats have the exponents that values asked for. Before the work
     there are none, and formats are the planned ones.
