@@ -32,7 +32,7 @@ PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((RO
 # What these say of the code is of the day on which they were written.
 PAST = (ROOT / "CHANGELOG.md", *(ROOT / "benchmarks" / "results").iterdir())
 PRESENT = [page for page in PAGES if page not in PAST]
-CODE = (".py", ".pyi", ".h", ".cpp", ".inl", ".cmake")
+CODE = (".py", ".pyi", ".h", ".cpp", ".inl", ".def", ".cmake")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
