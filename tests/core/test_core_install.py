@@ -55,7 +55,8 @@ def test_it_installs_without_a_compiler_and_says_so(sdist: Path, tmp_path: Path)
     with zipfile.ZipFile(built) as archive:
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
-    assert "lowbit/engine/engine.py" in names and not [n for n in names if n.endswith((".so", ".pyd", ".cpp"))]
+    assert {"lowbit/engine/engine.py", "lowbit/py.typed"} <= set(names)
+    assert not [n for n in names if n.endswith((".so", ".pyd", ".cpp"))]
     code = "import lowbit; from lowbit.kernels.core import why_absent; print(lowbit.__file__); print(why_absent())"
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,

@@ -21,18 +21,12 @@ def program(weights: Weights, threads: int) -> Program:
     return Builder(core(), shape_of(weights.config), weights, "int8").build(threads)
 
 
-def rows(found: Any) -> Iterator[Any]:
-    """Every row of every weight of a program, in its order."""
-    if isinstance(found, dict):
-        for value in found.values():
-            yield from rows(value)
-    elif isinstance(found, list):
-        for value in found:
-            yield from rows(value)
-    elif hasattr(found, "unpack_row"):
-        row = np.empty(found.cols, dtype=np.float32)
-        for i in range(found.rows):
-            found.unpack_row(i, row)
+def rows(model: Any) -> Iterator[Any]:
+    """Every row of every weight of a model, in its order."""
+    for weight in model.weights:
+        row = np.empty(weight.cols, dtype=np.float32)
+        for i in range(weight.rows):
+            weight.unpack_row(i, row)
             yield row.copy()
 
 

@@ -231,7 +231,7 @@ def test_smollm2_is_never_in_memory_as_a_whole(smollm2_file: Path) -> None:
     code = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 source = open_source(sys.argv[1])
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

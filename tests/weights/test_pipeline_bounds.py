@@ -34,7 +34,7 @@ import json, resource, sys
 import torch
 torch.set_num_threads(1)
 import lowbit
-from lowbit.interchange.source import open_source
+from lowbit.interchange.opening import open_source
 from lowbit.measure.memory import peak_resident
 model, recipe, out, small, limit = sys.argv[1:6]
 lowbit.quantize(small, recipe, out + "-small")  # everything is imported and warm

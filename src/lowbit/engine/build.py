@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowbit.engine.packers import Packers
-from lowbit.engine.shape import Rotation, Shape
+from lowbit.engine.shape import Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
 from lowbit.formats import IntGrid, QTensor
 from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, rest_of, why_not
 
+if TYPE_CHECKING:
+    from lowbit import _core
+
 ACTIVATIONS = ("exact", "int8")
+
+T = TypeVar("T")
+Later = Callable[[], T]
 
 
 @dataclass
@@ -29,35 +35,33 @@ class Program:
     levels were rounded to fit (see `kernels.layout`).
     """
 
-    model: dict[str, Any]
+    model: _core.ModelSpec | None = None
     nbytes: int = 0
     lookup_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
-    def with_rotations(self, rotations: Sequence[Rotation]) -> dict[str, Any]:
-        """`model` with these rotations."""
-        ropes = [
-            {"inverse_frequency": r.inverse_frequency, "factor": r.factor, "interleaved": r.interleaved}
-            for r in rotations
-        ]
-        return {**self.model, "ropes": ropes}
-
 
 @dataclass(frozen=True, eq=False)
 class _Input:
-    """How activations are rounded before a weight: the arguments of the core; segment 0: as suits the weight."""
+    """How activations are rounded before a weight: the core's `ActivationSpec`; segment 0: as suits the weight."""
 
-    planes: int = 2
-    whole: bool = False
-    fixed: float = 0.0
+    bits: int = 15
+    per_token: bool = False
+    static_scale: float = 0.0
     divisor: Tensor | None = None
     segment: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:
         divisor = None if self.divisor is None else self.divisor.numpy().tobytes()
-        return self.planes, self.whole, self.fixed, divisor, self.segment
+        return self.bits, self.per_token, self.static_scale, divisor, self.segment
+
+    def spec(self, core: Any) -> _core.ActivationSpec:
+        return core.ActivationSpec(
+            bits=self.bits, per_token=self.per_token, static_scale=self.static_scale,
+            divisor=None if self.divisor is None else self.divisor.numpy(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,56 +70,62 @@ class _Source:
 
     value: Codes | Floats
     inputs: _Input
-    rest: Codes | None = None
+    residual: Codes | None = None
 
     def part(self, start: int, stop: int) -> _Source:
         """Some of its rows."""
-        rest = None if self.rest is None else self.rest.part(start, stop)
-        return _Source(self.value.part(start, stop), self.inputs, rest)
+        residual = None if self.residual is None else self.residual.part(start, stop)
+        return _Source(self.value.part(start, stop), self.inputs, residual)
 
 
 class Builder:
-    """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8"."""
+    """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8".
+
+    Weights are packed while the next ones are read. So what describes a piece of the model is made later, by the function that
+    the methods here return, which waits for its weights.
+    """
+
+    if TYPE_CHECKING:
+        from lowbit import _core as core  # so that arguments are checked
+    else:
+        core: Any
 
     def __init__(self, core: Any, shape: Shape, weights: Weights, activations: str = "exact") -> None:
-        self.core, self.shape, self.weights = core, shape, weights
-        self.planes = {"exact": 2, "int8": 1}[activations]
-        self.program = Program({})
+        if not TYPE_CHECKING:
+            self.core = core
+        self.shape, self.weights = shape, weights
+        self.bits = {"exact": 15, "int8": 8}[activations]
+        self.program = Program()
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
         with Packers(threads) as self._packers:
-            self._describe()
-            self.program.model = self._packers.done(self.program.model)
+            self.program.model = self._model()()
             self.program.nbytes = self._packers.nbytes
         return self.program
 
-    def _describe(self) -> None:
+    def _model(self) -> Later[_core.ModelSpec]:
         s = self.shape
         embedding = self._source("model.embed_tokens", whole=True)
         tied = self.weights.find("lm_head.weight") is None or self._same("lm_head", "model.embed_tokens")
         packed = self._pack([embedding.value])
         if tied:
-            head = self._part(packed, None, embedding.inputs, 0, self.weights.vector("lm_head.bias"))
+            bias = self.weights.vector("lm_head.bias")
+            head = self._projection(s.width, s.vocabulary, [self._part(packed, None, embedding.inputs, 0, bias)])
         else:
-            (head,) = self._product(["lm_head"], s.width, [s.vocabulary])["parts"]
+            head = self._product(["lm_head"], s.width, [s.vocabulary])
         self.program.lookup_bytes = 0 if tied else packed.result().nbytes
-        self.program.model = {
-            "width": s.width, "heads": s.heads, "key_heads": s.key_heads, "head_dim": s.head_dim,
-            "vocabulary": s.vocabulary, "epsilon": s.epsilon, "attention_scale": s.attention_scale,
-            "attention_soft_cap": s.attention_soft_cap, "logit_soft_cap": s.logit_soft_cap,
-            "logit_scale": s.logit_scale, "embedding_scale": s.embedding_scale, "residual_scale": s.residual_scale,
-            "gate": s.gate,
-            "embedding": packed,
-            "final_norm": self._norm("model.norm"),
-            "head": {
-                "cols": s.width, "width": s.vocabulary,
-                "parts": [head],
-            },
-            "layers": [self._layer(i) for i in range(s.layers)],
-        }  # fmt: skip
+        norm = self._norm("model.norm")
+        layers = [self._layer(i) for i in range(s.layers)]
+        return lambda: self.core.ModelSpec(
+            width=s.width, heads=s.heads, key_heads=s.key_heads, head_dim=s.head_dim, vocabulary=s.vocabulary,
+            epsilon=s.epsilon, attention_scale=s.attention_scale, attention_soft_cap=s.attention_soft_cap,
+            logit_soft_cap=s.logit_soft_cap, logit_scale=s.logit_scale, embedding_scale=s.embedding_scale,
+            residual_scale=s.residual_scale, gate=getattr(self.core.Gate, s.gate), embedding=packed.result(),
+            final_norm=norm, head=head(), layers=[layer() for layer in layers],
+        )  # fmt: skip
 
-    def _layer(self, i: int) -> dict[str, Any]:
+    def _layer(self, i: int) -> Later[_core.LayerSpec]:
         s, decoder = self.shape, self.shape.decoder
         norms = {
             name: self._norm(decoder.norms[name].format(i=i)) if name in decoder.norms else None
@@ -124,17 +134,16 @@ class Builder:
             )
         }  # fmt: skip
         queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
-        return {
-            **norms,
-            "qkv": self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys]),
-            "output": self._product([decoder.output.format(i=i)], queries, [s.width]),
-            "gate_up": self._pair([n.format(i=i) for n in decoder.gate_up]),
-            "down": self._product([decoder.down.format(i=i)], s.hidden, [s.width]),
-            "rope": s.rope[i],
-            "window": s.window[i],
-        }
+        qkv = self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys])
+        output = self._product([decoder.output.format(i=i)], queries, [s.width])
+        gate_up = self._pair([n.format(i=i) for n in decoder.gate_up])
+        down = self._product([decoder.down.format(i=i)], s.hidden, [s.width])
+        return lambda: self.core.LayerSpec(
+            **norms, qkv=qkv(), output=output(), mlp=self.core.MlpSpec(gate_up=gate_up(), down=down()),
+            rope=s.rope[i], window=s.window[i],
+        )  # fmt: skip
 
-    def _product(self, names: list[str], cols: int, widths: list[int]) -> dict[str, Any]:
+    def _product(self, names: list[str], cols: int, widths: list[int]) -> Later[_core.ProjectionSpec]:
         """Weights that read one input, one after another; packed as one where they can be."""
         found = [self._source(name) for name in names]
         biases = [self.weights.vector(f"{name}.bias") for name in names]
@@ -146,9 +155,9 @@ class Builder:
         else:
             offsets = [sum(rows[:i]) for i in range(len(rows))]
             parts = [self._packed([s], o, b) for s, o, b in zip(found, offsets, biases, strict=True)]
-        return {"cols": cols, "width": sum(widths), "parts": parts}
+        return self._projection(cols, sum(widths), parts)
 
-    def _pair(self, names: list[str]) -> dict[str, Any]:
+    def _pair(self, names: list[str]) -> Later[_core.ProjectionSpec]:
         """Gate and up: as a pair whose products meet in registers, or one after the other."""
         s = self.shape
         if len(names) == 1:
@@ -160,50 +169,51 @@ class Builder:
             found = [self._source(name) for name in names]
             biases = [self.weights.vector(f"{name}.bias") for name in names]
         # A pair meets before anything can be added to it.
-        if _alike(found, paired=True) and found[0].rest is None:
-            return {
-                "cols": s.width,
-                "width": s.hidden,
-                "parts": [self._packed(found, 0, _alternated(biases), paired=True)],
-            }
+        if _alike(found, paired=True) and found[0].residual is None:
+            return self._projection(s.width, s.hidden, [self._packed(found, 0, _alternated(biases), paired=True)])
         parts = [self._packed([f], o, b) for f, o, b in zip(found, (0, s.hidden), biases, strict=True)]
-        return {"cols": s.width, "width": 2 * s.hidden, "parts": parts}
+        return self._projection(s.width, 2 * s.hidden, parts)
 
-    def _packed(self, sources: list[_Source], offset: int, bias: Tensor | None, paired: bool = False) -> dict[str, Any]:
-        """A part of a product: weights alike, packed as one, and what is added to them."""
-        inputs, rests = sources[0].inputs, [s.rest for s in sources if s.rest is not None]
+    def _projection(self, cols: int, width: int, parts: list[Later[_core.PartSpec]]) -> Later[_core.ProjectionSpec]:
+        return lambda: self.core.ProjectionSpec(cols=cols, width=width, parts=[part() for part in parts])
+
+    def _packed(
+        self, sources: list[_Source], offset: int, bias: Tensor | None, paired: bool = False
+    ) -> Later[_core.PartSpec]:
+        """A part of a projection: weights alike, packed as one, and what is added to them."""
+        inputs, residuals = sources[0].inputs, [s.residual for s in sources if s.residual is not None]
         weight = self._pack([s.value for s in sources], inputs, paired)
-        rest = self._pack(rests, inputs) if rests else None
-        return self._part(weight, rest, inputs, offset, bias)
+        residual = self._pack(residuals, inputs) if residuals else None
+        return self._part(weight, residual, inputs, offset, bias)
 
     def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Future[Any]:
         return self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
 
-    @staticmethod
-    def _part(weight: Any, rest: Any, inputs: _Input, offset: int, bias: Tensor | None) -> dict[str, Any]:
-        return {
-            "weight": weight, "rest": rest, "planes": inputs.planes, "whole": inputs.whole, "fixed": inputs.fixed, "offset": offset,
-            "divisor": None if inputs.divisor is None else inputs.divisor.numpy(),
-            "bias": None if bias is None else bias.numpy(),
-        }  # fmt: skip
+    def _part(
+        self, weight: Future[Any], residual: Future[Any] | None, inputs: _Input, offset: int, bias: Tensor | None
+    ) -> Later[_core.PartSpec]:
+        return lambda: self.core.PartSpec(
+            weight=weight.result(), residual=residual and residual.result(), activations=inputs.spec(self.core),
+            bias=None if bias is None else bias.numpy(), offset=offset,
+        )  # fmt: skip
 
     def _source(self, name: str, whole: bool = False) -> _Source:
         """A weight as the kernels read it. whole: nothing can be added to it, as to one whose rows are looked up."""
         found = self.weights.get(f"{name}.weight")
         if not isinstance(found.value, QTensor):
-            return _Source(Floats(as_float(found.value)), _Input(self.planes))
+            return _Source(Floats(as_float(found.value)), _Input(self.bits))
         inputs, reason = self._input(name, found), why_not(found.value)
         if reason is None:
             codes = codes_of(found.value)
             if not codes.rounded:
                 return _Source(codes, inputs)
-            if inputs.planes == 1:
+            if inputs.bits == 8:
                 self.program.rounded.append(name)
                 return _Source(codes, inputs)
             # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
-            rest = None if whole else rest_of(found.value, codes)
-            if rest is not None:
-                return _Source(codes, inputs, rest)
+            residual = None if whole else rest_of(found.value, codes)
+            if residual is not None:
+                return _Source(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
         self.program.expanded[name] = reason
         return _Source(Floats(_halved(found.value)), inputs)
@@ -211,25 +221,25 @@ class Builder:
     def _input(self, name: str, found: Found) -> _Input:
         quantizer = found.inputs
         if quantizer is None:
-            return _Input(self.planes)
+            return _Input(self.bits)
         inputs, fmt = quantizer.inputs, quantizer.inputs.format
         divisor = quantizer.divisor
         if fmt is None:
-            return _Input(self.planes, divisor=divisor)
+            return _Input(self.bits, divisor=divisor)
         symmetric = isinstance(fmt.grid, IntGrid) and fmt.grid.bits == 8 and fmt.grid.signed and fmt.offset is None
         if not symmetric or fmt.scale != "fp32" or inputs.outliers is not None or fmt.block.rows not in (1, -1):
             raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds them to symmetric int8")
         if inputs.static:
             if quantizer.scale is None or quantizer.scale.numel() != 1:
                 raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
-            return _Input(1, fixed=float(quantizer.scale), divisor=divisor)
+            return _Input(8, static_scale=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
             raise EngineError(
                 f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static"
             )
         if fmt.block.cols == -1:
-            return _Input(1, whole=True, divisor=divisor)
-        return _Input(1, divisor=divisor, segment=fmt.block.cols)
+            return _Input(8, per_token=True, divisor=divisor)
+        return _Input(8, divisor=divisor, segment=fmt.block.cols)
 
     def _norm(self, name: str) -> Any:
         weight = self.weights.vector(f"{name}.weight")
@@ -259,7 +269,7 @@ def _halved(q: QTensor) -> Tensor:
 
 def _alike(found: list[_Source], paired: bool) -> bool:
     """Whether these can be packed as one."""
-    same = len({s.inputs.key for s in found}) == 1 and len({s.rest is None for s in found}) == 1
+    same = len({s.inputs.key for s in found}) == 1 and len({s.residual is None for s in found}) == 1
     return same and can_join([s.value for s in found], paired)  # type: ignore[arg-type]
 
 

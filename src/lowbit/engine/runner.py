@@ -189,8 +189,11 @@ class Runner:
         """The decoder for texts of `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
         long, process = self.shape.is_long(positions), self._process()
         if long not in process.decoders:
-            rotations = shape_of(self._config, positions).rotations
-            process.decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), process.pool, self._isa)
+            ropes = [
+                self.core.RopeSpec(inverse_frequency=r.inverse_frequency, factor=r.factor, interleaved=r.interleaved)
+                for r in shape_of(self._config, positions).rotations
+            ]
+            process.decoders[long] = self.core.Decoder(self._program.model, ropes, process.pool, self._isa)
         return process.decoders[long]
 
 
