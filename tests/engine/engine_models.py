@@ -18,6 +18,7 @@ _BASE = {
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _ROPE = {"rope_theta": 10000.0}
+_MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LONG = {"short_factor": [1.0 + 0.1 * i for i in range(4)], "long_factor": [2.0 + i for i in range(4)]}
 
 # name -> (config class, values that are not those above)
@@ -61,6 +62,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "sliding_attention": {**_ROPE, "rope_type": "default"},
         "full_attention": {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {
+        **_MIXTURE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3_moe-shares": ("Qwen3Moe", {**_MIXTURE, "norm_topk_prob": False, "decoder_sparse_step": 2, "num_experts_per_tok": 1}),
     "granite": ("Granite", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.11, "residual_multiplier": 0.6, "logits_scaling": 2.5}),
 }  # fmt: skip
