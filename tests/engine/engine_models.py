@@ -65,6 +65,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {
         **_MIXTURE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "qwen3_moe-shares": ("Qwen3Moe", {**_MIXTURE, "norm_topk_prob": False, "decoder_sparse_step": 2, "num_experts_per_tok": 1}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
     "granite": ("Granite", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.11, "residual_multiplier": 0.6, "logits_scaling": 2.5}),
 }  # fmt: skip
@@ -74,7 +75,7 @@ def build_model(name: str, seed: int = 0, **changed: Any) -> Any:
     """The model `name`, its weights random, its norms near one, its biases not zero. changed: fields of its config."""
     kind, values = MODELS[name]
     values = {**_BASE, **values, **changed}
-    if kind in ("Phi3", "Qwen2", "Granite", "SmolLM3"):  # heads are hidden / heads wide there
+    if kind in ("Phi3", "Qwen2", "Granite", "SmolLM3", "Olmoe"):  # heads are hidden / heads wide there
         values["hidden_size"] = values["num_attention_heads"] * values.pop("head_dim") // (2 if kind == "Phi3" else 1)
     architecture = {"Gemma3Text": "Gemma3"}.get(kind, kind) + "ForCausalLM"
     config = getattr(transformers, f"{kind}Config")(architectures=[architecture], **values)
