@@ -33,13 +33,14 @@ class Program:
     """What `lowbit._core.Decoder` takes, and what had to be changed of the weights on the way.
 
     nbytes: of all packed weights, of which `lookup_bytes` belong to an embedding that is no head, of which a token reads
-    one row. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
+    one row, and `idle_bytes` to experts that a token does not take. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
     levels were rounded to fit (see `kernels.layout`).
     """
 
     model: _core.ModelSpec | None = None
     nbytes: int = 0
     lookup_bytes: int = 0
+    idle_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
@@ -62,6 +63,7 @@ class Builder:
         self.shape, self.weights = shape, weights
         self.bits = {"exact": 15, "int8": 8}[activations]
         self.program = Program()
+        self._packed_so_far: list[Future[Any]] = []
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
@@ -129,6 +131,7 @@ class Builder:
                 stacks.append(self._read(name, found))
         wanted = (hidden, hidden, s.width)
         mlps: list[Later[_core.MlpSpec]] = []
+        before = len(self._packed_so_far)
         for e in range(s.experts):
             if stacks:
                 both, down = stacks
@@ -146,9 +149,16 @@ class Builder:
             mlps.append(
                 self._mlp(self._pair(three[:2], [None, None], hidden), self._projection(hidden, s.width, parts))
             )
-        return lambda: self.core.ExpertsSpec(
-            router=routing(), experts=[mlp() for mlp in mlps], top_k=s.top_k, normalized=s.normalized
-        )
+        packed = self._packed_so_far[before:]
+
+        def made() -> _core.ExpertsSpec:
+            nbytes = sum(weight.result().nbytes for weight in packed)
+            self.program.idle_bytes += nbytes * (s.experts - s.top_k) // s.experts
+            return self.core.ExpertsSpec(
+                router=routing(), experts=[mlp() for mlp in mlps], top_k=s.top_k, normalized=s.normalized
+            )
+
+        return made
 
     def _product(self, names: list[str], cols: int, widths: list[int]) -> Later[_core.ProjectionSpec]:
         """Weights that read one input, one after another; packed as one where they can be."""
@@ -198,7 +208,9 @@ class Builder:
         return self._part(weight, residual, inputs, offset, bias)
 
     def _pack(self, sources: list[Any], inputs: Inputs | None = None, paired: bool = False) -> Future[Any]:
-        return self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
+        started = self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
+        self._packed_so_far.append(started)
+        return started
 
     def _part(
         self, weight: Future[Any], residual: Future[Any] | None, inputs: Inputs, offset: int, bias: Tensor | None
