@@ -18,7 +18,7 @@ from torch import nn
 
 import lowbit
 from lowbit.cli import guard
-from lowbit.engine.fit import expected
+from lowbit.engine.expected_shapes import expected
 from lowbit.engine.shape import shape_of
 from lowbit.errors import LowbitError, SourceError
 from lowbit.families import families

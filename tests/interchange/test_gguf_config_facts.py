@@ -17,13 +17,14 @@ from config_changes import changes
 from lowbit.errors import SourceError
 from lowbit.families import families
 from lowbit.families.config_facts import NEUTRAL
-from lowbit.interchange.exporters.exporter import Contents, Stored, exporter_named
+from lowbit.interchange.exporters.exporter import exporter_named
 from lowbit.interchange.exporters.gguf import metadata
 from lowbit.interchange.exporters.gguf.layout import bytes_in_file, place
 from lowbit.interchange.exporters.gguf.metadata import config_facts, gguf_of
 from lowbit.interchange.exporters.gguf.rope import rope_factors
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.gguf.rope import llama3_divisors, scaling_of
+from lowbit.interchange.tensors import Contents, TensorPlan
 
 FACTS = {name: config_facts(family) for name, family in families().items() if family.gguf}
 MODELS = {**FAMILY_MODELS, **MOE_MODELS}
@@ -49,7 +50,9 @@ def logits(model: Any) -> Any:
 def contents_of(model: Any) -> tuple[Any, Contents]:
     source = open_source(model)
     params = source.inventory.params
-    tensors = {n: Stored(n, s.shape, params[n].kind, s.dtype, params[n].transposed) for n, s in source.tensors.items()}
+    tensors = {
+        n: TensorPlan(n, s.shape, params[n].kind, s.dtype, params[n].transposed) for n, s in source.tensors.items()
+    }
     return source, Contents("model", "", model.config, tensors, source.inventory.tied)
 
 
@@ -66,7 +69,7 @@ def write_float(model: Any, file: Path, **extra: Any) -> None:
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     writer.add_token_list([f"t{i}" for i in range(model.config.vocab_size)])
     for placed in place(family, contents):
-        writer.add_tensor(placed.name, np.ascontiguousarray(bytes_in_file(placed, source.read(placed.stored.name))))
+        writer.add_tensor(placed.name, np.ascontiguousarray(bytes_in_file(placed, source.read(placed.tensor.name))))
     factors = rope_factors(model.config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())

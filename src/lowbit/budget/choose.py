@@ -20,10 +20,9 @@ from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
 from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.files.safetensors_writer import Stored
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import MULTIPLIED, Specs, TensorPlan
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import Recipe
 
@@ -31,7 +30,6 @@ from lowbit.recipes.recipe import Recipe
 SHARE = tuple(parts for _, parts in TOGETHER)
 # Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
 OVERHEAD = 600_000_000
-_LINEAR = ("linear", "conv1d", "experts")
 _WITHIN = 0.01
 
 
@@ -68,7 +66,7 @@ def allocation(
     Sizes and bits are met from below, within 1 % in any model of a few dozen layers; where layers are too few for that
     the best below the target is taken. `recipe` gives method and embeddings, and its layer globs are kept:
     what they decide is not allocated, but counted. `embeddings` allocates embeddings and heads too. `share`: last words
-    of names beside one another that get one format. Sizes are text such as "80MB" or bytes.
+    of neighbouring names that get one format. Sizes are text such as "80MB" or bytes.
     RecipeError when the target cannot be met, with the nearest one that can.
     """
     targets = {"target_size": target_size, "target_bits": target_bits, "target_kl": target_kl, "fit_memory": fit_memory}
@@ -117,7 +115,7 @@ class _Problem:
         self.context, self.max_shard_bytes = context, max_shard_bytes
         self.embeddings = embeddings
         tensors = make_plan(source, recipe).tensors
-        kinds = _LINEAR + (("embedding", "head") if embeddings else ())
+        kinds = MULTIPLIED + (("embedding", "head") if embeddings else ())
         self.tensors = {t.name: t for t in tensors}
         self.kinds = {n: p.kind for n, p in source.inventory.params.items() if p.keep is None}
         self.options = [parse_format(text) for text in sensitivity.candidates]
@@ -158,53 +156,53 @@ class _Problem:
         for group, pick in zip(self.groups, picks):
             for t in group:
                 chosen[t.name] = self.options[pick]
-                if t.kind in _LINEAR:
+                if t.kind in MULTIPLIED:
                     weights[self.options[pick]] += t.count
         calls = [call for call in (self.recipe.fit, self.recipe.solver) if call is not None]
         served = [f for f in weights if all(call.method.declines(f) is None for call in calls)]
         base = max(served, key=lambda f: weights[f], default=self.recipe.format)
         return with_layers(self.recipe, chosen, self.kinds, base)
 
-    def within_bytes(self, target: int, beside: int = 0, at_most: bool = False) -> Allocation:
-        """Files of at most `target - beside` bytes; a target beyond all candidates is an error unless `at_most`."""
-        room = target - beside
+    def within_bytes(self, target: int, reserved: int = 0, at_most: bool = False) -> Allocation:
+        """Files of at most `target - reserved` bytes; a target beyond all candidates is an error unless `at_most`."""
+        limit = target - reserved
         uniform = [self.uniform(f) for f in self.options]
         exact = [self.plan(picks).output_bytes for picks in uniform]
         # What files hold beyond the sizes that are summed here: fixed tensors, and the digits of offsets, which no
         # sum knows. So the least of it is tried, and what is too large gives way until the exact plan fits.
         fixed = min(size - sum(s[p[0]] for s in self.sizes) for size, p in zip(exact, uniform))
         known = min(
-            ((sum(k[p[0]] for k in self.kl), p) for size, p in zip(exact, uniform) if size <= room),
+            ((sum(k[p[0]] for k in self.kl), p) for size, p in zip(exact, uniform) if size <= limit),
             default=(math.inf, None),
         )
         bound, picks, plan = None, known[1], None
-        while (found := choose(self.kl, self.sizes, room - fixed)) is not None:
+        while (found := choose(self.kl, self.sizes, limit - fixed)) is not None:
             bound = found.bound if bound is None else bound
             if found.value >= known[0]:
                 break
             plan = self.plan(found.picks)
-            if plan.output_bytes <= room:
+            if plan.output_bytes <= limit:
                 picks = found.picks
                 break
-            fixed += plan.output_bytes - room
+            fixed += plan.output_bytes - limit
         if picks is None:
             least = self.plan(tuple(min(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
             raise RecipeError(
                 f"{_size(target)} is too little: the smallest that the candidates make of {self.source.label} is "
-                f"{_size(least + beside)}" + (f", {_size(beside)} of it beside the weights" if beside else "")
+                f"{_size(least + reserved)}" + (f", {_size(reserved)} of it beside the weights" if reserved else "")
             )
         plan = self.plan(picks)
         if not at_most and plan.output_bytes < (1 - _WITHIN) * target:
             largest = self.plan(tuple(max(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
             if largest < (1 - _WITHIN) * target:
                 raise RecipeError(_too_much(_size(target), _size(largest)))
-        return self._allocation(plan, picks, bound, room)
+        return self._allocation(plan, picks, bound, limit)
 
     def within_bits(self, target: float) -> Allocation:
         """Linear layers of at most `target` bits per weight, kept ones counted as they are."""
         if self.embeddings:
             raise RecipeError("target_bits counts linear layers only; leave embeddings out, or give a target_size")
-        linear = [t for t in self.tensors.values() if t.kind in _LINEAR]
+        linear = [t for t in self.tensors.values() if t.kind in MULTIPLIED]
         count, free = sum(t.count for t in linear), {t.name for g in self.groups for t in g}
         fixed = sum(t.bytes_after for t in linear if t.name not in free)
         found = choose(self.kl, self.data, math.floor(target * count / 8 * (1 + 1e-12)) - fixed)
@@ -238,18 +236,18 @@ class _Problem:
                 rows.append(Row(t.name, t.kind, t.count, t.format, bits, kl, t.name not in free))
         return rows
 
-    def _allocation(self, plan: Plan, picks: Sequence[int], bound: float | None, room: int | None) -> Allocation:
+    def _allocation(self, plan: Plan, picks: Sequence[int], bound: float | None, limit: int | None) -> Allocation:
         """The result; `bound`: the least KL that any choice could have, None where KL was not what was minimised."""
         rows, value = tuple(self._rows(plan)), sum(k[c] for k, c in zip(self.kl, picks))
         for group, pick in zip(self.groups, picks):  # the globs must say what was chosen
             for t in group:
                 assert plan.recipe.format_for(t.name, t.kind) == self.options[pick], t.name
         gap = 0.0 if bound is None else max(0.0, value - bound)
-        return Allocation(plan.recipe, plan, rows, sum(r.kl or 0.0 for r in rows), gap, room)
+        return Allocation(plan.recipe, plan, rows, sum(r.kl or 0.0 for r in rows), gap, limit)
 
 
 def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> list[list[TensorPlan]]:
-    """Tensors that get one format: those beside one another whose last words are in one entry of `share`."""
+    """Tensors that get one format: neighbours whose last words are in one entry of `share`."""
     entry = {word: i for i, words in enumerate(share) for word in words}
     groups: dict[tuple[str, int | str], list[TensorPlan]] = {}
     for t in tensors:
@@ -258,7 +256,7 @@ def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> li
     return list(groups.values())
 
 
-def _header_bytes(stored: Stored) -> int:
+def _header_bytes(stored: Specs) -> int:
     """About what a tensor takes in the header of a file; what is amiss (digits) the exact plan makes up for."""
     entries = {
         name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**9, 10**9]}

@@ -32,8 +32,4 @@ def inspect(
         source = open_source(model)
         with console.bytes_bar("reading") as progress:
             found = inspect_source(source, progress)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        screen = console.stdout()
-        screen.print(render_inspection(found, every=every, width=screen.width))
+    console.print_result(as_json, found.to_dict, lambda width: render_inspection(found, every=every, width=width))

@@ -10,9 +10,7 @@ import typer
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, .gguf file, or smollm2.", show_default=False)]
 Recipe = Annotated[
     str,
-    typer.Argument(
-        help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
-    ),
+    typer.Argument(help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file."),
 ]
 As = Annotated[
     str,
@@ -20,7 +18,7 @@ As = Annotated[
         "--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False
     ),
 ]
-StraightAs = Annotated[
+QuantizeAs = Annotated[
     str | None,
     typer.Option(
         "--as",
@@ -38,12 +36,11 @@ Text = Annotated[
     ),
 ]
 Windows = Annotated[
-    int | None,
-    typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False),
+    int | None, typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False)
 ]
 FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second beside the float model.")]
+Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second, also of the float model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Calibration = Annotated[
     str | None,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli import console, targets
-from lowbit.cli.export import told
+from lowbit.cli import budgets, console
+from lowbit.cli.export import summary
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Made
 from lowbit.cli.options import (
@@ -23,10 +23,10 @@ from lowbit.cli.options import (
     FitMemory,
     Json,
     Model,
+    QuantizeAs,
     Recipe,
     Samples,
     SensitivityFile,
-    StraightAs,
     TargetBits,
     TargetKL,
     TargetSize,
@@ -49,10 +49,9 @@ def quantize(
     model: Model,
     recipe: Recipe = "w4",
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False),
+        Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
     ] = None,
-    target_format: StraightAs = None,
+    target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
         typer.Option("--keep", help="With --as: also keep lowbit's folder, under this name.", show_default=False),
@@ -76,7 +75,7 @@ def quantize(
     """Quantize MODEL, read it back, and measure what that cost."""
     from lowbit.errors import RecipeError
 
-    target = targets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
+    target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
     if kv is not None and target_format is None:
@@ -90,7 +89,7 @@ def quantize(
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
-    screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(job.recipe.title)}")
+    screen.print(f"[bold]{console.escaped(model)}[/bold]  {console.escaped(job.recipe.title)}")
     kept = None
     if target:
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
@@ -129,7 +128,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.steps("windows") as (told, progress):
+        with console.steps("windows") as (say, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
@@ -138,14 +137,14 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
                 speed=SHORT,
                 prompt=_PROMPT,
                 progress=progress,
-                told=told,
+                told=say,
             )
     except KeyboardInterrupt as error:
         error.add_note("the result is written and whole; only its card is missing")
         raise
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
-        console.stderr().print(f"not measured: {kind}{_escaped(str(error))}")
+        console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")
         return None
     return replace(card, parts=replace(card.parts, quantize_seconds=made.seconds, quantize_peak=made.peak_bytes))
 
@@ -170,16 +169,17 @@ def _written(made: Made, out: Path) -> str:
     from lowbit.report.wording import bytes_text
 
     said = "".join(
-        f"\n{_escaped(line)}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
+        f"\n{console.escaped(line)}"
+        for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
     )
     if made.exported is not None:
-        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{said}"
+        return f"{console.escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
-    inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
+    inputs = f"\ninputs: {console.escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
-        f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
+        f"{console.escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
         f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
     )
 
@@ -207,9 +207,3 @@ def _trial(made: Any, out: Path) -> str:
 
 def _totals(plan: Any) -> dict[str, Any]:
     return {key: value for key, value in plan.to_json().items() if key != "tensors"}
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.kernel_weights import Inputs, KernelWeight, alike, alternated, halved, joined
-from lowbit.engine.packers import Packers
+from lowbit.engine.packing import PackingPool
 from lowbit.engine.shape import Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
@@ -67,7 +67,7 @@ class Builder:
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
-        with Packers(threads) as self._packers:
+        with PackingPool(threads) as self._packers:
             self.program.model = self._model()()
             self.program.nbytes = self._packers.nbytes
         return self.program

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.engine.expected_shapes import check_model_shapes
 from lowbit.engine.files import generation_of, quantization_method, read_config
-from lowbit.engine.fit import check_fit
 from lowbit.engine.shape import known
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
@@ -42,7 +42,7 @@ def _of_folder(folder: Path, tokenizer: Any) -> Opened:
         config = _normalized(folder)
     check_decoder(config, str(folder / "config.json"))
     weights = FolderWeights(folder, config)
-    check_fit(weights.shapes(), config, str(folder))
+    check_model_shapes(weights.shapes(), config, str(folder))
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
     return weights, words, end_tokens(generation_of(folder), config, words)
 

@@ -20,10 +20,7 @@ PRE_NORMS: Mapping[str, str] = {
     "attention_norm": f"{LAYER}input_layernorm",
     "mlp_norm": f"{LAYER}post_attention_layernorm",
 }
-HEAD_NORMS: Mapping[str, str] = {
-    "query_norm": f"{LAYER}self_attn.q_norm",
-    "key_norm": f"{LAYER}self_attn.k_norm",
-}
+HEAD_NORMS: Mapping[str, str] = {"query_norm": f"{LAYER}self_attn.q_norm", "key_norm": f"{LAYER}self_attn.k_norm"}
 
 
 @dataclass(frozen=True)

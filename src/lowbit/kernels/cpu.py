@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor
 from lowbit.kernels.core import core, why_absent
-from lowbit.kernels.dispatch import Kernel
+from lowbit.kernels.kernel import Kernel
 from lowbit.kernels.layout import codes_of, pack, rest_of, why_not
 from lowbit.kernels.thread_pool import team
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lowbit.measure.markdown import markdown_table
+
 if TYPE_CHECKING:
     from lowbit.measure.bench import Bench, BenchRow
 
@@ -48,7 +50,7 @@ def caption(bench: Bench) -> str:
     """What the figures are."""
     s, rounds = bench.settings, len(bench.rows[0].values["decode"])
     text = (
-        f"Tokens per second, medians of {rounds} round{'s' * (rounds != 1)} in which all took turns; {bench.threads} "
+        f"Tokens per second, medians of {rounds} interleaved round{'s' * (rounds != 1)}; {bench.threads} "
         f"thread{'s' * (bench.threads != 1)} each. decode: {s.new} tokens after {s.prompt}."
     )
     if any("batch" in row.values for row in bench.rows):
@@ -73,9 +75,9 @@ def markdown_bench(bench: Bench) -> str:
     """The same as Markdown."""
     shown = columns(bench)
     lines = [
-        "| " + " | ".join(name for name, _ in shown) + " |",
-        "| --- |" + " --: |" * (len(shown) - 1),
-        *("| " + " | ".join(text(row).replace("|", "\\|") for _, text in shown) + " |" for row in bench.rows),
+        *markdown_table(
+            [name for name, _ in shown], [[text(row) for _, text in shown] for row in bench.rows], ("program",)
+        ),
         *(["", *notes(bench)] if notes(bench) else []),
         "",
         f"{caption(bench)} {bench.machine}.",

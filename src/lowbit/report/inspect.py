@@ -22,7 +22,8 @@ from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
-from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
+from lowbit.report.layout import fitted_table
+from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
 if TYPE_CHECKING:
@@ -90,25 +91,25 @@ class Inspection:
 
 
 def moments(values: Tensor) -> Moments:
-    """Statistics of a tensor of any float type, in float64 by pieces of bounded size."""
+    """Statistics of a tensor of any float type, in float64 by chunks of bounded size."""
     flat = values.reshape(-1)
 
     def each() -> Iterator[Tensor]:
-        for piece in flat.split(_CHUNK):
-            finite = piece[piece.isfinite()].to(torch.float64)
+        for chunk in flat.split(_CHUNK):
+            finite = chunk[chunk.isfinite()].to(torch.float64)
             if finite.numel():
                 yield finite
 
     count, total, low, high = 0, 0.0, math.inf, -math.inf
-    for piece in each():
-        count, total = count + piece.numel(), total + float(piece.sum())
-        low, high = min(low, float(piece.min())), max(high, float(piece.max()))
+    for chunk in each():
+        count, total = count + chunk.numel(), total + float(chunk.sum())
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     bad = flat.numel() - count
     if not count:
         return Moments(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, bad)
     mean, second, fourth = total / count, 0.0, 0.0
-    for piece in each():
-        square = (piece - mean).square_()
+    for chunk in each():
+        square = (chunk - mean).square_()
         second, fourth = second + float(square.sum()), fourth + float(square.square_().sum())
     variance = second / count
     std, peak = math.sqrt(variance), max(abs(low), abs(high))
@@ -188,9 +189,7 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
 
     `width` in characters: columns that matter less are left out until the table fits.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     head = Text.assemble((found.label, "bold"), f"  {found.model_class}, ")
@@ -205,16 +204,11 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     measured = _FLOAT if found.quantized is None else _PACKED
     headings = ["tensor", "shape", "kind", "stored as", *measured, "bytes", "share"]
     rows = [_row(group, found.quantized is None) for group in groups]
-    kept = fitting(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in kept:
-        table.add_column(headings[i], justify="left" if i < 4 else "right", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(row[i] for i in kept))
-    pieces: list[RenderableType] = [head, table]
+    table = fitted_table(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"), left=headings[:4])
+    elements: list[RenderableType] = [head, table]
     if found.quantized is None:
-        pieces.append(_standing_out(found.tensors))
-    return Group(*pieces)
+        elements.append(_standing_out(found.tensors))
+    return Group(*elements)
 
 
 _FLOAT = ("min", "max", "std", "max/std", "kurtosis")
