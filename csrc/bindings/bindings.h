@@ -9,6 +9,7 @@ namespace nb = nanobind;
 
 void bind_features(nb::module_ &m);
 void bind_weights(nb::module_ &m);
+void bind_model(nb::module_ &m);
 void bind_decoder(nb::module_ &m);
 void bind_limits(nb::module_ &m);
 

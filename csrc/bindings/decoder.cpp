@@ -5,7 +5,6 @@
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
-#include <map>
 #include <optional>
 
 #include "bindings/arrays.h"
@@ -15,118 +14,6 @@
 
 namespace lowbit {
 namespace {
-
-template <class T>
-T get(const nb::dict& values, const char* key) {
-    return nb::cast<T>(values[key]);
-}
-
-Gate gate_of(const std::string& name) {
-    static const std::map<std::string, Gate> known = {
-        {"silu", Gate::silu}, {"gelu_tanh", Gate::gelu_tanh}, {"gelu", Gate::gelu}};
-    const auto found = known.find(name);
-    require(found != known.end(), "no gate " + name + "; there are silu, gelu_tanh and gelu");
-    return found->second;
-}
-
-Product product_of(const nb::dict& values) {
-    Product product;
-    product.cols = get<int>(values, "cols");
-    product.width = get<int>(values, "width");
-    for (const nb::handle item : nb::cast<nb::list>(values["parts"])) {
-        const auto from = nb::cast<nb::dict>(item);
-        Part part;
-        part.weight = get<Weight>(from, "weight").linear;
-        if (!from["rest"].is_none()) part.rest = get<Weight>(from, "rest").linear;
-        part.input.planes = get<int>(from, "planes");
-        part.input.whole = get<bool>(from, "whole");
-        part.input.fixed = get<float>(from, "fixed");
-        if (!from["divisor"].is_none()) {
-            const auto divisor = get<Array<float, 1>>(from, "divisor");
-            part.input.divisor.assign(divisor.data(), divisor.data() + divisor.shape(0));
-        }
-        part.bias = vector_of(from["bias"]);
-        part.offset = get<int>(from, "offset");
-        require(part.weight->cols == product.cols, "weights of a product have the width of its input");
-        require(part.input.planes == 1 || part.input.planes == 2, "activations have one plane of 8 bits, or two");
-        require(!part.rest || fits(*part.weight, *part.rest), "the rest of a weight has its shape, and its segments; a pair has none");
-        product.parts.push_back(std::move(part));
-    }
-    require(!product.parts.empty() && product.parts.size() <= 3, "a product has one to three parts");
-    return product;
-}
-
-Layer layer_of(const nb::dict& values) {
-    Layer layer;
-    layer.attention_norm = vector_of(values["attention_norm"]);
-    layer.mlp_norm = vector_of(values["mlp_norm"]);
-    layer.attention_post_norm = vector_of(values["attention_post_norm"]);
-    layer.mlp_post_norm = vector_of(values["mlp_post_norm"]);
-    layer.query_norm = vector_of(values["query_norm"]);
-    layer.key_norm = vector_of(values["key_norm"]);
-    layer.qkv = product_of(get<nb::dict>(values, "qkv"));
-    layer.output = product_of(get<nb::dict>(values, "output"));
-    layer.gate_up = product_of(get<nb::dict>(values, "gate_up"));
-    layer.down = product_of(get<nb::dict>(values, "down"));
-    layer.rope = get<int>(values, "rope");
-    layer.window = get<int>(values, "window");
-    return layer;
-}
-
-void check(const Model& m) {
-    require(m.heads > 0 && m.key_heads > 0 && m.heads % m.key_heads == 0, "heads are a multiple of key heads");
-    require(m.head_dim > 0 && m.head_dim % kTile == 0 && m.head_dim <= 512, "head_dim is a multiple of 16 up to 512");
-    require(m.embedding->cols == m.width && m.embedding->rows >= m.vocabulary, "the embedding is [vocabulary, width]");
-    require(m.head.cols == m.width && m.head.width == m.vocabulary, "the head is [vocabulary, width]");
-    for (const Layer& layer : m.layers) {
-        require(layer.rope < static_cast<int>(m.ropes.size()), "no such table of rotations");
-        require(layer.qkv.cols == m.width && layer.gate_up.cols == m.width, "a layer reads what the model is wide");
-        require(layer.qkv.width == m.query_width() + 2 * m.key_width(), "q, k and v have the width of their heads");
-        require(layer.output.cols == m.query_width() && layer.output.width == m.width, "the output has the model's width");
-        require(layer.down.width == m.width, "down has the model's width");
-        const bool paired = layer.gate_up.parts.size() == 1;
-        require(paired == layer.gate_up.parts[0].weight->paired, "one weight for gate and up is a pair");
-        require(paired ? layer.gate_up.width == layer.down.cols : layer.gate_up.width == 2 * layer.down.cols,
-                "gate and up are what down reads");
-        for (const auto& [norm, width] : {std::pair{&layer.query_norm, m.query_width()}, {&layer.key_norm, m.key_width()}})
-            require(norm->size() == 0 || static_cast<int>(norm->size()) == m.head_dim || static_cast<int>(norm->size()) == width,
-                    "norms of queries and keys are as wide as a head, or as all of them");
-    }
-    for (const Rope& rope : m.ropes)
-        require(2 * static_cast<int>(rope.inverse_frequency.size()) <= m.head_dim, "a rotation turns at most a head");
-}
-
-Model model_of(const nb::dict& values) {
-    Model m;
-    m.width = get<int>(values, "width");
-    m.heads = get<int>(values, "heads");
-    m.key_heads = get<int>(values, "key_heads");
-    m.head_dim = get<int>(values, "head_dim");
-    m.vocabulary = get<int>(values, "vocabulary");
-    m.epsilon = get<float>(values, "epsilon");
-    m.attention_scale = get<float>(values, "attention_scale");
-    m.attention_soft_cap = get<float>(values, "attention_soft_cap");
-    m.logit_soft_cap = get<float>(values, "logit_soft_cap");
-    m.logit_scale = get<float>(values, "logit_scale");
-    m.embedding_scale = get<float>(values, "embedding_scale");
-    m.residual_scale = get<float>(values, "residual_scale");
-    m.gate = gate_of(get<std::string>(values, "gate"));
-    for (const nb::handle item : get<nb::list>(values, "ropes")) {
-        const auto from = nb::cast<nb::dict>(item);
-        const auto frequency = get<Array<float, 1>>(from, "inverse_frequency");
-        Rope rope;
-        rope.inverse_frequency.assign(frequency.data(), frequency.data() + frequency.shape(0));
-        rope.factor = get<float>(from, "factor");
-        rope.interleaved = get<bool>(from, "interleaved");
-        m.ropes.push_back(std::move(rope));
-    }
-    for (const nb::handle item : get<nb::list>(values, "layers")) m.layers.push_back(layer_of(nb::cast<nb::dict>(item)));
-    m.embedding = get<Weight>(values, "embedding").linear;
-    m.final_norm = vector_of(values["final_norm"]);
-    m.head = product_of(get<nb::dict>(values, "head"));
-    check(m);
-    return m;
-}
 
 // Runs Python's handlers of signals, such as that of Ctrl-C, while a forward goes on: now and then, as it takes the
 // interpreter from other threads. Python runs them in its main thread only, so no other asks.
@@ -195,7 +82,7 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Cache>(m, "Cache", "Keys and values of several sequences.")
         .def("__init__",
              [](Cache* self, const Decoder& decoder, int sequences, int capacity, bool int8) {
-                 const Model& model = decoder.model();
+                 const ModelSpec& model = decoder.model();
                  new (self) Cache(static_cast<int>(model.layers.size()), model.key_heads, model.head_dim, sequences, capacity, int8);
              },
              nb::arg("decoder"), nb::arg("sequences"), nb::arg("capacity"), nb::arg("int8") = false)
@@ -204,12 +91,13 @@ void bind_decoder(nb::module_& m) {
         .def_prop_ro("bytes_per_position", &Cache::bytes_per_position);
     nb::class_<Decoder>(m, "Decoder", "A model of the Llama family. One forward at a time.")
         .def("__init__",
-             [](Decoder* self, const nb::dict& model, std::shared_ptr<Pool> pool, const std::string& isa) {
-                 const Kernels* kernels = kernels_for(isa);
-                 require(kernels != nullptr, "no kernels for " + isa + " on this processor; isas() names those that run here");
-                 new (self) Decoder(std::make_shared<Model>(model_of(model)), std::move(pool), *kernels);
+             [](Decoder* self, std::shared_ptr<ModelSpec> model, const std::vector<RopeSpec>& ropes, std::shared_ptr<Pool> pool,
+                const std::string& isa) {
+                 check(*model, ropes);
+                 new (self) Decoder(std::move(model), ropes, std::move(pool), checked_kernels(isa));
              },
-             nb::arg("model"), nb::arg("pool"), nb::arg("isa") = "")
+             nb::arg("model"), nb::arg("ropes"), nb::arg("pool"), nb::arg("isa") = "",
+             "ropes: those that the layers of the model name by index.")
         .def("forward", &forward, nb::arg("cache"), nb::arg("ids").noconvert(), nb::arg("sequence").noconvert(),
              nb::arg("position").noconvert(), nb::arg("wanted").noconvert(), nb::arg("logits").noconvert(),
              "Runs tokens (int32: ids, their sequences and positions) and writes the logits [len(wanted), vocabulary] of the "

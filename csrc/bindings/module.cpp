@@ -5,6 +5,7 @@ NB_MODULE(_core, m) {
     m.attr("version") = LOWBIT_VERSION;
     lowbit::bind_features(m);
     lowbit::bind_weights(m);
+    lowbit::bind_model(m);
     lowbit::bind_decoder(m);
     lowbit::bind_limits(m);
 }

@@ -126,19 +126,21 @@ void multiply_arrays(Multiplier& self, const Factor& factor, const Array<float, 
     self.linear(factor, Value::f32, x.data(), static_cast<int>(x.shape(0)), bias ? bias->data() : nullptr, y.data());
 }
 
-void make_factor(Factor* self, const Weight& weight, int planes, bool whole, float fixed, const std::optional<Array<float, 1>>& divisor,
-                 const std::optional<Weight>& rest) {
+void make_activations(ActivationSpec* self, int bits, bool per_token, float static_scale, const Vector& divisor) {
+    require(bits == 8 || bits == 15, "activations have 8 bits or 15");
+    require(static_scale >= 0, "a static scale is positive, or 0 where scales are found");
+    new (self) ActivationSpec{bits, per_token, static_scale, floats_of(divisor)};
+}
+
+void make_factor(Factor* self, const Weight& weight, const std::optional<ActivationSpec>& activations,
+                 const std::optional<Weight>& residual) {
     const Linear& w = *weight.linear;
+    Factor factor{weight.linear, residual ? residual->linear : nullptr, activations.value_or(ActivationSpec{})};
+    const std::vector<float>& divisor = factor.activations.divisor;
     require(!w.paired, "a pair is multiplied by the decoder only");
-    require(planes == 1 || planes == 2, "activations have one plane of 8 bits, or two");
-    require(!divisor || static_cast<int>(divisor->shape(0)) == w.cols, "a divisor for each column");
-    require(!divisor || !is_float(w.code), "float weights take no divisor");
-    require(!rest || fits(w, *rest->linear), "the rest of a weight has its shape, and its segments");
-    Factor factor{weight.linear, rest ? rest->linear : nullptr, {}};
-    factor.input.planes = planes;
-    factor.input.whole = whole;
-    factor.input.fixed = fixed;
-    if (divisor) factor.input.divisor.assign(divisor->data(), divisor->data() + divisor->shape(0));
+    require(divisor.empty() || static_cast<int>(divisor.size()) == w.cols, "a divisor for each column");
+    require(divisor.empty() || !is_float(w.code), "float weights take no divisor");
+    require(!residual || fits(w, *residual->linear), "a residual weight has the weight's shape, and its segments");
     new (self) Factor(std::move(factor));
 }
 
@@ -161,6 +163,7 @@ void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
+    using namespace nb::literals;
     m.def("give_back", &give_back, "Gives freed memory that the C library keeps back to the system, where it can.");
     nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
         .def("__init__", &make_pool, nb::arg("threads"), nb::arg("openmp").none() = nb::none(),
@@ -186,20 +189,22 @@ void bind_weights(nb::module_& m) {
     m.def("pack_floats", &pack_floats, nb::arg("type"), nb::arg("sources"), nb::arg("paired") = false,
           "Packs values [rows, cols] of type 'f32', 'f16' or 'bf16' (given as 16-bit integers) one after another.");
     nb::enum_<Value>(m, "Value", "A type of activations.").value("f32", Value::f32).value("f16", Value::f16).value("bf16", Value::bf16);
+    nb::class_<ActivationSpec>(m, "ActivationSpec", "How the activations in front of a weight are rounded.")
+        .def("__init__", &make_activations, nb::kw_only(), "bits"_a = 15, "per_token"_a = false, "static_scale"_a = 0.0f,
+             "divisor"_a.none() = nb::none(),
+             "bits: 8; or 15, as good as not rounded. per_token: one scale for a token, not for each segment. static_scale: the "
+             "scale of all tokens, 0 where it is found. divisor float32 [cols]: x / divisor comes first.");
     nb::class_<Factor>(m, "Factor", "A weight and what becomes of its input.")
-        .def("__init__", &make_factor, nb::arg("weight"), nb::arg("planes") = 2, nb::arg("whole") = false, nb::arg("fixed") = 0.0f,
-             nb::arg("divisor").none() = nb::none(), nb::arg("rest").none() = nb::none(),
-             "planes: 1, activations of 8 bits; 2, of 15. whole: one scale for each row of x, not for each segment. fixed: "
-             "the scale of all, 0 where it is found. divisor [cols]: x / divisor comes first. rest: a second weight, added.")
+        .def("__init__", &make_factor, nb::arg("weight"), nb::arg("activations").none() = nb::none(),
+             nb::arg("residual").none() = nb::none(),
+             "activations: 15 bits when None. residual: a second weight, added: what rounding the first one's levels left.")
         .def_prop_ro("nbytes", [](const Factor& f) {
-            return f.weight->data.bytes() + (f.rest ? f.rest->data.bytes() : 0);
+            return f.weight->data.bytes() + (f.residual ? f.residual->data.bytes() : 0);
         });
     nb::class_<Multiplier>(m, "Multiplier", "Multiplies with packed weights; several callers wait for each other.")
         .def("__init__",
              [](Multiplier* self, std::shared_ptr<Pool> pool, const std::string& isa) {
-                 const Kernels* kernels = kernels_for(isa);
-                 require(kernels != nullptr, "no kernels for " + isa + " on this processor; isas() names those that run here");
-                 new (self) Multiplier(std::move(pool), *kernels);
+                 new (self) Multiplier(std::move(pool), checked_kernels(isa));
              },
              nb::arg("pool"), nb::arg("isa") = "")
         .def_prop_ro("isa", [](const Multiplier& self) { return self.kernels().name; })

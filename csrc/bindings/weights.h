@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "engine/model.h"
+#include "kernels/linear.h"
 
 namespace lowbit {
 
@@ -10,11 +10,5 @@ namespace lowbit {
 struct Weight {
     std::shared_ptr<const Linear> linear;
 };
-
-// Whether one weight can be added to another: rows of activations are rounded once for both.
-inline bool fits(const Linear& weight, const Linear& rest) {
-    return rest.rows == weight.rows && rest.cols == weight.cols && rest.padded_cols == weight.padded_cols &&
-           rest.segment == weight.segment && !weight.paired && !rest.paired;
-}
 
 }  // namespace lowbit

@@ -17,21 +17,27 @@ constexpr int kEven = 48;           // rows of whole blocks, of products and of 
 constexpr int kSpans = 0;           // the counter of spans
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
 
-// Columns of padded results: whole tiles, so that rows begin at cache lines.
-int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
-
 }  // namespace
 
-Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels)
-    : model_(std::move(model)), pool_(std::move(pool)), kernels_(kernels) {
-    const Model& m = *model_;
+Decoder::Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<Pool> pool,
+                 const Kernels& kernels)
+    : model_(std::move(model)), ropes_(std::move(ropes)), pool_(std::move(pool)), kernels_(kernels) {
+    const ModelSpec& m = *model_;
     qkv_width_ = padded(m.query_width() + 2 * m.key_width());
-    for (const Layer& layer : m.layers) {
-        mlp_columns_ = std::max(mlp_columns_, padded(layer.gate_up.width));
-        hidden_ = std::max({hidden_, layer.qkv.cols, layer.output.cols, layer.gate_up.cols, layer.down.cols});
+    const auto fit = [&](const MlpSpec& mlp) {
+        mlp_columns_ = std::max(mlp_columns_, padded(mlp.gate_up.width));
+        hidden_ = std::max({hidden_, mlp.gate_up.cols, mlp.down.cols});
+    };
+    for (const auto& layer : m.layers) {
+        hidden_ = std::max({hidden_, layer->qkv.cols, layer->output.cols});
+        if (layer->mlp) fit(*layer->mlp);
+        if (!layer->experts) continue;
+        for (const auto& expert : layer->experts->experts) fit(*expert);
+        experts_ = std::max(experts_, static_cast<int>(layer->experts->experts.size()));
+        top_k_ = std::max(top_k_, layer->experts->top_k);
     }
     hidden_ = padded(std::max(hidden_, m.width));
-    angles_.resize(m.ropes.size());
+    angles_.resize(ropes_.size());
     query_rows_ = std::max(kQueryRows, m.heads / m.key_heads);
     own_.resize(pool_->threads());
     for (Own& own : own_) {
@@ -45,11 +51,11 @@ Decoder::Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool,
 }
 
 void Decoder::prepare(int count, int wanted, int longest) {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     const std::size_t n = count;
     x_.reserve(n * padded(m.width));
     qkv_.reserve(n * qkv_width_);
-    for (std::size_t i = 0; i < m.ropes.size(); ++i) angles_[i].reserve(n * 2 * m.ropes[i].inverse_frequency.size());
+    for (std::size_t i = 0; i < ropes_.size(); ++i) angles_[i].reserve(n * 2 * ropes_[i].inverse_frequency.size());
     // Where there are fewer queries than threads can share, the pieces are shared too.
     const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads;
     chunks_ = shares < 4 * pool_->threads() ? (longest + kPiece - 1) / kPiece : 1;
@@ -61,6 +67,13 @@ void Decoder::prepare(int count, int wanted, int longest) {
         scratch.part_max.reserve(rows * chunks_ * m.heads);
         scratch.part_sum.reserve(rows * chunks_ * m.heads);
         scratch.normed.reserve(rows * hidden_);
+        if (experts_ == 0) return;
+        scratch.routing.logits.reserve(rows * padded(experts_));
+        scratch.routing.chosen.reserve(rows * top_k_);
+        scratch.routing.share.reserve(rows * top_k_);
+        scratch.routing.slots.reserve(rows * top_k_);
+        scratch.routing.begin.reserve(experts_ + 2);
+        scratch.routing.results.reserve(rows * padded(m.width));
     };
     if (alone_.empty()) reserve(together_, n);
     int longest_span = 0;
@@ -72,9 +85,11 @@ void Decoder::prepare(int count, int wanted, int longest) {
 }
 
 // A thread that takes some tokens through a layer by itself finds what it wrote in its own cache, and waits for others once
-// a layer. Wider models leave no room there for enough rows, and their weights would be read too often.
+// a layer. Wider models leave no room there for enough rows, and their weights would be read too often, as those of experts
+// would, of which each is for some tokens only.
 void Decoder::divide(int count) {
     alone_.clear();
+    if (experts_ > 0) return;
     const int threads = pool_->threads();
     const int most = static_cast<int>(std::min<std::int64_t>(kOwnBytes / (std::int64_t{4} * mlp_columns_), 96));
     if (most < kOwnRows || count < threads * kOwnRows) return;
@@ -94,7 +109,7 @@ void Decoder::divide(int count) {
 }
 
 bool Decoder::forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted) {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     items_.clear();
     const int together = std::max(1, query_rows_ / (m.heads / m.key_heads));
     int longest = 0;
@@ -124,7 +139,7 @@ void Decoder::look(Member& member) {
 }
 
 void Decoder::embed(Member& member, const Tokens& tokens) {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     member.share(0, tokens.count, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t t = begin; t < end; ++t) {
             float* row = x_.data() + t * padded(m.width);
@@ -132,15 +147,15 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
             if (m.embedding_scale != 1) {
                 for (int i = 0; i < m.width; ++i) row[i] *= m.embedding_scale;
             }
-            for (std::size_t i = 0; i < m.ropes.size(); ++i) {
-                const auto& frequencies = m.ropes[i].inverse_frequency;
+            for (std::size_t i = 0; i < ropes_.size(); ++i) {
+                const auto& frequencies = ropes_[i].inverse_frequency;
                 float* angles = angles_[i].data() + t * 2 * frequencies.size();
                 for (std::size_t j = 0; j < frequencies.size(); ++j) {
                     // The angle in float32, as models are trained with it.
                     const float angle = static_cast<float>(tokens.position[t]) * frequencies[j];
-                    angles[j] = static_cast<float>(std::cos(static_cast<double>(angle))) * m.ropes[i].factor;
+                    angles[j] = static_cast<float>(std::cos(static_cast<double>(angle))) * ropes_[i].factor;
                     angles[frequencies.size() + j] =
-                        static_cast<float>(std::sin(static_cast<double>(angle))) * m.ropes[i].factor;
+                        static_cast<float>(std::sin(static_cast<double>(angle))) * ropes_[i].factor;
                 }
             }
         }
@@ -150,7 +165,7 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
 
 // x += norm(added)
 void Decoder::add_normed(const Span& span, const Buffer<float>& norm) {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     span.member.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             float *x = x_.data() + (span.first + i) * padded(m.width), *added = span.scratch.added.data() + i * padded(m.width);
@@ -163,7 +178,7 @@ void Decoder::add_normed(const Span& span, const Buffer<float>& norm) {
 
 // Row `row` of the residual stream, normed.
 const float* Decoder::normed(const Buffer<float>& norm, std::int64_t row, float* out) const {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     const float* x = x_.data() + row * padded(m.width);
     if (norm.size() == 0) return x;
     kernels_.rms_norm(x, norm.data(), m.width, m.epsilon, out);
@@ -171,41 +186,39 @@ const float* Decoder::normed(const Buffer<float>& norm, std::int64_t row, float*
 }
 
 void Decoder::before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache) {
-    const Layer& layer = model_->layers[index];
+    const LayerSpec& layer = *model_->layers[index];
     multiply(span, layer.qkv, [&](int i, float* out) { return normed(layer.attention_norm, span.first + i, out); },
              qkv_.data() + std::int64_t{span.first} * qkv_width_, qkv_width_, Gate::none, nullptr, &layer.output);
     rotate_and_append(span, index, tokens, cache);
 }
 
 void Decoder::attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache) {
-    const Model& m = *model_;
-    const Layer& layer = m.layers[index];
+    const ModelSpec& m = *model_;
+    const LayerSpec& layer = *m.layers[index];
     const int stride = padded(m.width);
     float* x = x_.data() + std::int64_t{span.first} * stride;
-    // Added to the residual stream at once, unless something happens to it before.
-    const auto add = [&](const Product& product, const Buffer<float>& norm, const RowSource& row, const Product* next) {
-        const bool plain = norm.size() == 0 && m.residual_scale == 1;
-        multiply(span, product, row, plain ? x : span.scratch.added.data(), stride, Gate::none, plain ? x : nullptr, next);
-        if (!plain) add_normed(span, norm);
-    };
+    // Results are added to the residual stream at once, unless something happens to them before.
+    const auto at_once = [&](const Buffer<float>& norm) { return norm.size() == 0 && m.residual_scale == 1; };
 
     attend(span, index, tokens, cache);
-    add(layer.output, layer.attention_post_norm, [&](int i, float* out) { return attended(span, i, out); },
-        &layer.gate_up);
-    multiply(span, layer.gate_up, [&](int i, float* out) { return normed(layer.mlp_norm, span.first + i, out); },
-             span.scratch.mlp.data(), mlp_columns_, m.gate, nullptr, &layer.down);
-    const bool paired = layer.gate_up.parts.size() == 1;
-    add(layer.down, layer.mlp_post_norm, [&](int i, float* out) -> const float* {
-        const float* row = span.scratch.mlp.data() + std::int64_t{i} * mlp_columns_;
-        if (paired) return row;
-        std::memcpy(out, row, sizeof(float) * layer.down.cols);
-        kernels_.gate(m.gate, out, row + layer.gate_up.parts[1].offset, layer.down.cols);
-        return out;
-    }, index + 1 < static_cast<int>(m.layers.size()) ? &m.layers[index + 1].qkv : &m.head);
+    const bool plain = at_once(layer.attention_post_norm);
+    multiply(span, layer.output, [&](int i, float* out) { return attended(span, i, out); }, plain ? x : span.scratch.added.data(),
+             stride, Gate::none, plain ? x : nullptr, layer.mlp ? &layer.mlp->gate_up : &layer.experts->router);
+    if (!plain) add_normed(span, layer.attention_post_norm);
+
+    const ProjectionSpec* next = index + 1 < static_cast<int>(m.layers.size()) ? &m.layers[index + 1]->qkv : &m.head;
+    const auto row = [&](int i, float* out) { return normed(layer.mlp_norm, span.first + i, out); };
+    const bool dense = layer.mlp != nullptr, plain_mlp = dense && at_once(layer.mlp_post_norm);
+    if (dense) {
+        run_mlp(span, *layer.mlp, row, plain_mlp ? x : span.scratch.added.data(), plain_mlp ? x : nullptr, next);
+    } else {
+        run_experts(span, *layer.experts, row, next);
+    }
+    if (!plain_mlp) add_normed(span, layer.mlp_post_norm);
 }
 
 void Decoder::read_head(Member& member, const Tokens& tokens, float* logits) {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     if (tokens.wanted_count == 0) return;
     const Span span{member, together_, 0, tokens.wanted_count, 0, 0};
     multiply(span, m.head, [&](int i, float* out) { return normed(m.final_norm, tokens.wanted[i], out); }, logits,

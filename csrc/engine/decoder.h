@@ -36,9 +36,12 @@ struct RowsBuffer {
     void shape(const Linear& weight, int planes, int count);
 };
 
+// Columns of padded results: whole tiles, so that rows begin at cache lines.
+constexpr int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
+
 class Decoder {
  public:
-    Decoder(std::shared_ptr<const Model> model, std::shared_ptr<Pool> pool, const Kernels& kernels);
+    Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<Pool> pool, const Kernels& kernels);
 
     // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions. interrupted: asked again and
     // again by the thread that called, while more than one token is run; once it says so the rest is left out, and the result
@@ -46,7 +49,7 @@ class Decoder {
     // std::bad_alloc where there is no memory, with the same consequences.
     bool forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted);
 
-    const Model& model() const { return *model_; }
+    const ModelSpec& model() const { return *model_; }
 
  private:
     // Positions of one piece: attention is always joined from pieces that begin at multiples of this.
@@ -56,10 +59,20 @@ class Decoder {
         int token, count;
     };
 
+    // Which experts the rows of a span take. A slot is a row and one of its `top_k` experts.
+    struct Routing {
+        Buffer<float> logits;       // [rows, experts], then probabilities
+        Buffer<int> chosen;         // [rows, top_k]
+        Buffer<float> share;        // [rows, top_k]
+        Buffer<int> slots, begin;   // by expert; those of expert e from begin[e] to begin[e + 1]
+        Buffer<float> results;      // [rows of one expert, width]
+    };
+
     // What the rows of a span need between two products.
     struct Scratch {
         std::vector<RowsBuffer> rows;  // one for each kind of input of a product
         Buffer<float> mlp, added, normed;
+        Routing routing;
         Buffer<float> part_out, part_max, part_sum;
     };
 
@@ -90,20 +103,26 @@ class Decoder {
     void before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache);
     void attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache);
     void read_head(Member& member, const Tokens& tokens, float* logits);
-    void multiply(const Span& span, const Product& product, const RowSource& row, float* y, std::int64_t stride, Gate gate,
-                  const float* residual, const Product* next);
-    void norm_together(const Span& span, const Layer& layer);
+    void multiply(const Span& span, const ProjectionSpec& product, const RowSource& row, float* y, std::int64_t stride, Gate gate,
+                  const float* residual, const ProjectionSpec* next);
+    void run_mlp(const Span& span, const MlpSpec& mlp, const RowSource& row, float* y, const float* residual,
+                 const ProjectionSpec* next);
+    void route(const Span& span, const ExpertsSpec& mixture, const RowSource& row);
+    void run_experts(const Span& span, const ExpertsSpec& mixture, const RowSource& row, const ProjectionSpec* next);
+    void norm_together(const Span& span, const LayerSpec& layer);
     void rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache);
     void attend(const Span& span, int index, const Tokens& tokens, Cache& cache);
     const float* attended(const Span& span, int row, float* out) const;
     const float* normed(const Buffer<float>& norm, std::int64_t row, float* out) const;
     void add_normed(const Span& span, const Buffer<float>& norm);
-    void rotate(const Rope& rope, const float* angles, float* head) const;
+    void rotate(const RopeSpec& rope, const float* angles, float* head) const;
 
-    std::shared_ptr<const Model> model_;
+    std::shared_ptr<const ModelSpec> model_;
+    const std::vector<RopeSpec> ropes_;
     std::shared_ptr<Pool> pool_;
     const Kernels& kernels_;
     int qkv_width_ = 0, hidden_ = 0, mlp_columns_ = 0, query_rows_ = 0;
+    int experts_ = 0, top_k_ = 0;  // the most that a layer has
 
     // Of the forward at hand.
     std::vector<Item> items_;

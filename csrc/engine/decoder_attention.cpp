@@ -37,7 +37,7 @@ struct Attended {
 
 }  // namespace
 
-void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
+void Decoder::rotate(const RopeSpec& rope, const float* angles, float* head) const {
     const int half = static_cast<int>(rope.inverse_frequency.size());
     if (!rope.interleaved) return kernels_.rotate(head, angles, half);
     for (int i = 0; i < half; ++i) {
@@ -49,8 +49,8 @@ void Decoder::rotate(const Rope& rope, const float* angles, float* head) const {
 }
 
 // Norms that weigh the queries of all heads as one row, and the keys. A single head is left to `rotate_and_append`.
-void Decoder::norm_together(const Span& span, const Layer& layer) {
-    const Model& m = *model_;
+void Decoder::norm_together(const Span& span, const LayerSpec& layer) {
+    const ModelSpec& m = *model_;
     const auto wide = [&](const Buffer<float>& norm) { return static_cast<int>(norm.size()) > m.head_dim; };
     if (!wide(layer.query_norm) && !wide(layer.key_norm)) return;
     span.member.share(1, std::int64_t{span.count} * 2, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -65,8 +65,8 @@ void Decoder::norm_together(const Span& span, const Layer& layer) {
 }
 
 void Decoder::rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache) {
-    const Model& m = *model_;
-    const Layer& layer = m.layers[index];
+    const ModelSpec& m = *model_;
+    const LayerSpec& layer = *m.layers[index];
     AttentionShape shape;
     shape.head_dim = m.head_dim;
     shape.int8 = cache.int8();
@@ -80,7 +80,7 @@ void Decoder::rotate_and_append(const Span& span, int index, const Tokens& token
             const Buffer<float>& norm = key_head < 0 ? layer.query_norm : layer.key_norm;
             if (static_cast<int>(norm.size()) == m.head_dim) kernels_.rms_norm(head, norm.data(), m.head_dim, m.epsilon, head);
             if (layer.rope >= 0) {
-                const Rope& rope = m.ropes[layer.rope];
+                const RopeSpec& rope = ropes_[layer.rope];
                 rotate(rope, angles_[layer.rope].data() + t * 2 * rope.inverse_frequency.size(), head);
             }
             if (key_head >= 0) {
@@ -96,8 +96,8 @@ void Decoder::rotate_and_append(const Span& span, int index, const Tokens& token
 }
 
 void Decoder::attend(const Span& span, int index, const Tokens& tokens, Cache& cache) {
-    const Model& m = *model_;
-    const Layer& layer = m.layers[index];
+    const ModelSpec& m = *model_;
+    const LayerSpec& layer = *m.layers[index];
     Own& own = own_[span.member.index()];
     Scratch& scratch = span.scratch;
     AttentionShape shape;
@@ -156,7 +156,7 @@ void Decoder::attend(const Span& span, int index, const Tokens& tokens, Cache& c
 
 // What all heads of a token attended to, its pieces joined: out [heads, head_dim].
 const float* Decoder::attended(const Span& span, int row, float* out) const {
-    const Model& m = *model_;
+    const ModelSpec& m = *model_;
     const Scratch& scratch = span.scratch;
     for (int h = 0; h < m.heads; ++h) {
         float* head = out + h * m.head_dim;

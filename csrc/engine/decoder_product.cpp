@@ -55,8 +55,8 @@ void RowsBuffer::shape(const Linear& weight, int planes, int count) {
 
 // y = product of what row(i, scratch) gives for each of `count` rows. One row is prepared by every thread for itself,
 // which is cheaper than waiting for another; several are shared. Ends at a barrier. next: the product after this.
-void Decoder::multiply(const Span& span, const Product& product, const RowSource& row, float* y, std::int64_t stride,
-                       Gate gate, const float* residual, const Product* next) {
+void Decoder::multiply(const Span& span, const ProjectionSpec& product, const RowSource& row, float* y, std::int64_t stride,
+                       Gate gate, const float* residual, const ProjectionSpec* next) {
     Member& member = span.member;
     Own& own = own_[member.index()];
     const int count = span.count;
@@ -66,12 +66,12 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
     const std::size_t parts = product.parts.size();
     std::size_t kind_of[8], representative[8], kinds = 0;
     for (std::size_t i = 0; i < parts; ++i) {
-        const Part& part = product.parts[i];
+        const PartSpec& part = *product.parts[i];
         std::size_t kind = 0;
         for (; kind < kinds; ++kind) {
-            const Part& other = product.parts[representative[kind]];
+            const PartSpec& other = *product.parts[representative[kind]];
             if (other.weight->segment == part.weight->segment && other.weight->padded_cols == part.weight->padded_cols &&
-                other.weight->zero == part.weight->zero && other.input == part.input)
+                other.weight->zero == part.weight->zero && other.activations == part.activations)
                 break;
         }
         if (kind == kinds) representative[kinds++] = i;
@@ -80,28 +80,28 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
     if (alone || member.count() == 1 || member.index() == 0) {
         if (buffers.size() < kinds) buffers.resize(kinds);
         for (std::size_t kind = 0; kind < kinds; ++kind) {
-            const Part& part = product.parts[representative[kind]];
-            buffers[kind].shape(*part.weight, part.input.planes, count);
+            const PartSpec& part = *product.parts[representative[kind]];
+            buffers[kind].shape(*part.weight, part.activations.bits == 8 ? 1 : 2, count);
         }
     }
     if (!alone) member.barrier();
 
     const bool keeps = std::any_of(product.parts.begin(), product.parts.end(),
-                                   [](const Part& part) { return is_float(part.weight->code); });
+                                   [](const auto& part) { return is_float(part->weight->code); });
     const auto prepare_row = [&](std::int64_t i, float* scratch, float* kept) {
         const float* values = row.get(row.self, static_cast<int>(i), scratch);
         if (keeps && values != kept) std::memcpy(kept, values, sizeof(float) * product.cols);
         for (std::size_t kind = 0; kind < kinds; ++kind) {
-            const Part& part = product.parts[representative[kind]];
+            const PartSpec& part = *product.parts[representative[kind]];
             if (is_float(part.weight->code)) continue;
             const float* from = values;
-            if (!part.input.divisor.empty()) {
+            if (!part.activations.divisor.empty()) {
                 float* divided = scratch + hidden_;
-                for (int k = 0; k < product.cols; ++k) divided[k] = values[k] / part.input.divisor[k];
+                for (int k = 0; k < product.cols; ++k) divided[k] = values[k] / part.activations.divisor[k];
                 from = divided;
             }
-            kernels_.quantize(from, product.cols, buffers[kind].rows, static_cast<int>(i), part.input.fixed,
-                              part.input.whole);
+            kernels_.quantize(from, product.cols, buffers[kind].rows, static_cast<int>(i), part.activations.static_scale,
+                              part.activations.per_token);
         }
     };
     const float* values = own.row.data();
@@ -117,7 +117,7 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
 
     const int blocks = (count + kRowBlock - 1) / kRowBlock;
     for (std::size_t i = 0; i < parts; ++i) {
-        const Part& part = product.parts[i];
+        const PartSpec& part = *product.parts[i];
         const Linear& w = *part.weight;
         Rows rows = buffers[kind_of[i]].rows;
         rows.values = values;
@@ -130,10 +130,10 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
         const auto run = [&](std::int64_t first, std::int64_t last, int m0, int m1) {
             const int t0 = static_cast<int>(2 * first), t1 = std::min(static_cast<int>(2 * last), w.tiles());
             kernels_.linear(w, rows, m0, m1, t0, t1, e, y + part.offset, stride);
-            if (!part.rest) return;
+            if (!part.residual) return;
             Epilogue more;
             more.residual = y + part.offset;
-            kernels_.linear(*part.rest, rows, m0, m1, t0, t1, more, y + part.offset, stride);
+            kernels_.linear(*part.residual, rows, m0, m1, t0, t1, more, y + part.offset, stride);
         };
         // A loop has a counter of its own until the next barrier; a product has at most three parts.
         const int counter = 1 + static_cast<int>(i) % 3;
@@ -154,7 +154,7 @@ void Decoder::multiply(const Span& span, const Product& product, const RowSource
             }
         });
     }
-    if (alone && next != nullptr) fetch_ahead(*next->parts.front().weight, member);
+    if (alone && next != nullptr) fetch_ahead(*next->parts.front()->weight, member);
     member.barrier();
 }
 

@@ -1,4 +1,4 @@
-// A decoder of the Llama family as plain numbers and packed weights.
+// The description of a decoder: plain numbers and packed weights, as Python gives them (bindings/model.cpp).
 #pragma once
 
 #include <cstdint>
@@ -11,47 +11,66 @@
 namespace lowbit {
 
 // How the activations in front of a weight are rounded.
-struct Input {
-    int planes = 2;     // 1: 8 bits. 2: 15 bits, which stands for activations that are not rounded
-    bool whole = false;  // one scale a token, not one a token and segment
-    float fixed = 0;     // > 0: the scale of all tokens, found on calibration text
+struct ActivationSpec {
+    int bits = 15;              // 8; or 15, which stands for activations that are not rounded
+    bool per_token = false;     // one scale for a token, instead of one for each of its segments
+    float static_scale = 0;     // > 0: the scale of all tokens, found on calibration text
     std::vector<float> divisor;  // [cols], or empty: x / divisor comes first (SmoothQuant)
 
-    bool operator==(const Input&) const = default;
+    bool operator==(const ActivationSpec&) const = default;
 };
 
-// A weight in its place: columns of the result from `offset` on.
-struct Part {
+// A packed weight in its place in a projection: columns of the result from `offset` on.
+struct PartSpec {
     std::shared_ptr<const Linear> weight;
-    std::shared_ptr<const Linear> rest;  // a second weight that is added, or none: what rounding the first one's table left
-    Input input;
+    std::shared_ptr<const Linear> residual;  // or none: a second weight that is added, what rounding the first one's table left
+    ActivationSpec activations;
     Buffer<float> bias;  // whole tiles, or empty
     int offset = 0;
 };
 
-// Weights that multiply the same activations: q, k and v, or gate and up, or one alone.
-struct Product {
-    std::vector<Part> parts;
+// Weights that multiply the same activations: q, k and v; gate and up; or one alone.
+struct ProjectionSpec {
+    std::vector<std::shared_ptr<const PartSpec>> parts;
     int cols = 0;   // of the input
     int width = 0;  // of the result
 };
 
-struct Layer {
+// down(act(gate(x)) * up(x))
+struct MlpSpec {
+    ProjectionSpec gate_up, down;
+
+    bool paired() const { return gate_up.parts.size() == 1; }  // gate and up are one weight, whose result is down's input
+};
+
+// A sparse mixture of MLPs (Shazeer et al. 2017): a token takes the `top_k` experts that its router finds most probable, and
+// their results are added, each times its probability.
+struct ExpertsSpec {
+    ProjectionSpec router;  // logits of the experts
+    std::vector<std::shared_ptr<const MlpSpec>> experts;
+    int top_k = 1;
+    bool normalized = true;  // the probabilities of a token's experts are divided by their sum
+};
+
+struct LayerSpec {
     Buffer<float> attention_norm, mlp_norm;            // before; empty: none
-    Buffer<float> attention_post_norm, mlp_post_norm;  // of what is added to the residual; empty: none
+    Buffer<float> attention_post_norm, mlp_post_norm;  // of what is added to the residual stream; empty: none
     Buffer<float> query_norm, key_norm;                // [head_dim], or of all heads together, or empty
-    Product qkv, output, gate_up, down;
-    int rope = 0;    // which table of frequencies; -1: none
+    ProjectionSpec qkv, output;
+    std::shared_ptr<const MlpSpec> mlp;          // this or
+    std::shared_ptr<const ExpertsSpec> experts;  // that
+    int rope = 0;    // which of the decoder's tables of frequencies; -1: none
     int window = 0;  // positions that a token sees; 0: all
 };
 
-struct Rope {
+// Rotary positions (Su et al. 2021).
+struct RopeSpec {
     std::vector<float> inverse_frequency;  // [rotary / 2]
     float factor = 1;                      // of cosines and sines
     bool interleaved = false;              // pairs (0, 1), (2, 3), ... instead of (i, i + rotary / 2)
 };
 
-struct Model {
+struct ModelSpec {
     int width = 0;
     int heads = 0;
     int key_heads = 0;
@@ -65,14 +84,21 @@ struct Model {
     float embedding_scale = 1;
     float residual_scale = 1;
     Gate gate = Gate::silu;
-    std::vector<Rope> ropes;
-    std::vector<Layer> layers;
+    std::vector<std::shared_ptr<const LayerSpec>> layers;
     std::shared_ptr<const Linear> embedding;
     Buffer<float> final_norm;
-    Product head;
+    ProjectionSpec head;
 
     int query_width() const { return heads * head_dim; }
     int key_width() const { return key_heads * head_dim; }
 };
+
+// std::invalid_argument where the parts of a model do not fit together. Nothing that passes lets the decoder read or write
+// outside of its memory.
+void check(const PartSpec& part);
+void check(const ProjectionSpec& projection);
+void check(const MlpSpec& mlp);
+void check(const ExpertsSpec& experts);
+void check(const ModelSpec& model, const std::vector<RopeSpec>& ropes);
 
 }  // namespace lowbit

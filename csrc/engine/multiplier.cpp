@@ -56,9 +56,9 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
     if (count == 0) return;
     const std::lock_guard one(callers_);
     const Linear& w = *factor.weight;
-    const Input& input = factor.input;
+    const ActivationSpec& activations = factor.activations;
     const bool floats = is_float(w.code), plain = type == Value::f32;
-    rows_.shape(w, input.planes, count);
+    rows_.shape(w, activations.bits == 8 ? 1 : 2, count);
     Rows& rows = rows_.rows;
     rows.values = static_cast<const float*>(x);
     rows.stride = w.cols;
@@ -82,11 +82,11 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
     // Row `i` as float32, divided.
     const auto row_of = [&](Member& member, std::int64_t i) {
         const void* from = at(type, x, i * w.cols);
-        if (plain && input.divisor.empty()) return static_cast<const float*>(from);
+        if (plain && activations.divisor.empty()) return static_cast<const float*>(from);
         Buffer<float>& own = rows_of_thread_[member.index()];
         own.reserve(w.cols);
         to_floats(type, from, w.cols, own.data());
-        for (std::size_t k = 0; k < input.divisor.size(); ++k) own[k] /= input.divisor[k];
+        for (std::size_t k = 0; k < activations.divisor.size(); ++k) own[k] /= activations.divisor[k];
         return static_cast<const float*>(own.data());
     };
     const int blocks = (count + kRowBlock - 1) / kRowBlock, pairs = (w.tiles() + 1) / 2;
@@ -97,7 +97,7 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
                     if (floats) {
                         to_floats(type, at(type, x, i * w.cols), w.cols, values_.data() + i * w.cols);
                     } else {
-                        kernels_.quantize(row_of(member, i), w.cols, rows, static_cast<int>(i), input.fixed, input.whole);
+                        kernels_.quantize(row_of(member, i), w.cols, rows, static_cast<int>(i), activations.static_scale, activations.per_token);
                     }
                 }
             });
@@ -110,7 +110,7 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
                 const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
                 const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);
                 kernels_.linear(w, rows, m0, m1, t0, t1, first, results, w.rows);
-                if (factor.rest) kernels_.linear(*factor.rest, rows, m0, m1, t0, t1, second, results, w.rows);
+                if (factor.residual) kernels_.linear(*factor.residual, rows, m0, m1, t0, t1, second, results, w.rows);
                 if (plain) continue;
                 const int begin_column = t0 * kTile, columns = std::min(t1 * kTile, w.rows) - begin_column;
                 for (std::int64_t m = m0; m < m1; ++m) {

@@ -13,11 +13,11 @@ namespace lowbit {
 // The type of activations, bias and result.
 enum class Value : std::uint8_t { f32, f16, bf16 };
 
-// A weight, and what becomes of its input. `rest`: a second weight of the same layout that is added to the first, which
+// A weight, and what becomes of its input. `residual`: a second weight of the same layout that is added to the first, which
 // is how levels that 8 bits do not hold are held by 16.
 struct Factor {
-    std::shared_ptr<const Linear> weight, rest;
-    Input input;
+    std::shared_ptr<const Linear> weight, residual;
+    ActivationSpec activations;
 };
 
 class Multiplier {

@@ -49,6 +49,12 @@ struct Linear {
     const std::uint8_t* minima(int t) const { return scales(t) + groups() * scale_bytes(); }
 };
 
+// Whether one weight can be added to another: rows of activations are rounded once for both.
+inline bool fits(const Linear& weight, const Linear& residual) {
+    return residual.rows == weight.rows && residual.cols == weight.cols && residual.padded_cols == weight.padded_cols &&
+           residual.segment == weight.segment && !weight.paired && !residual.paired;
+}
+
 // Rows of activations in 8 bits, x ~= scale * q; or in 15 bits as two planes, x ~= scale * (128 q0 + q1).
 // The scale belongs to a row and a segment of columns. Beside a value of ten thousands 15 bits leave nothing of those near
 // one, and weights may make up for the difference: what rounding left of such a segment is kept in two planes more.

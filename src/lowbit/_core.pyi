@@ -53,15 +53,14 @@ def pack(
 ) -> Weight: ...
 def pack_floats(type: str, sources: Sequence[Any], paired: bool = False) -> Weight: ...
 
+class ActivationSpec:
+    def __init__(
+        self, *, bits: int = 15, per_token: bool = False, static_scale: float = 0.0, divisor: Any | None = None
+    ) -> None: ...
+
 class Factor:
     def __init__(
-        self,
-        weight: Weight,
-        planes: int = 2,
-        whole: bool = False,
-        fixed: float = 0.0,
-        divisor: Any | None = None,
-        rest: Weight | None = None,
+        self, weight: Weight, activations: ActivationSpec | None = None, residual: Weight | None = None
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -73,8 +72,79 @@ class Multiplier:
     def linear(self, factor: Factor, x: Any, y: Any, bias: Any | None = None) -> None: ...
     def linear_at(self, factor: Factor, x: int, rows: int, y: int, type: Value, bias: int = 0) -> None: ...
 
+class Gate(Enum):
+    silu = ...
+    gelu_tanh = ...
+    gelu = ...
+
+class PartSpec:
+    def __init__(
+        self,
+        *,
+        weight: Weight,
+        residual: Weight | None = None,
+        activations: ActivationSpec,
+        bias: Any | None = None,
+        offset: int = 0,
+    ) -> None: ...
+
+class ProjectionSpec:
+    def __init__(self, *, cols: int, width: int, parts: Sequence[PartSpec]) -> None: ...
+
+class MlpSpec:
+    def __init__(self, *, gate_up: ProjectionSpec, down: ProjectionSpec) -> None: ...
+
+class ExpertsSpec:
+    def __init__(self, *, router: ProjectionSpec, experts: Sequence[MlpSpec], top_k: int, normalized: bool) -> None: ...
+
+class LayerSpec:
+    def __init__(
+        self,
+        *,
+        qkv: ProjectionSpec,
+        output: ProjectionSpec,
+        mlp: MlpSpec | None = None,
+        experts: ExpertsSpec | None = None,
+        attention_norm: Any | None = None,
+        mlp_norm: Any | None = None,
+        attention_post_norm: Any | None = None,
+        mlp_post_norm: Any | None = None,
+        query_norm: Any | None = None,
+        key_norm: Any | None = None,
+        rope: int,
+        window: int,
+    ) -> None: ...
+
+class RopeSpec:
+    def __init__(self, *, inverse_frequency: Any, factor: float = 1.0, interleaved: bool = False) -> None: ...
+
+class ModelSpec:
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        key_heads: int,
+        head_dim: int,
+        vocabulary: int,
+        epsilon: float,
+        attention_scale: float,
+        attention_soft_cap: float = 0.0,
+        logit_soft_cap: float = 0.0,
+        logit_scale: float = 1.0,
+        embedding_scale: float = 1.0,
+        residual_scale: float = 1.0,
+        gate: Gate,
+        embedding: Weight,
+        final_norm: Any | None,
+        head: ProjectionSpec,
+        layers: Sequence[LayerSpec],
+    ) -> None: ...
+    @property
+    def weights(self) -> list[Weight]: ...
+
 class Decoder:
-    def __init__(self, model: dict[str, Any], pool: Pool, isa: str = "") -> None: ...
+    def __init__(self, model: ModelSpec, ropes: Sequence[RopeSpec], pool: Pool, isa: str = "") -> None: ...
     def forward(self, cache: Cache, ids: Any, sequence: Any, position: Any, wanted: Any, logits: Any) -> None: ...
 
 class Cache:

@@ -42,16 +42,15 @@ def close(found: Any, right: Any, bound: float, *what: object) -> None:
     assert error <= bound, (error, *what)
 
 
-def steps(x: Any, segment: int, planes: int, whole: bool = False, fixed: float = 0.0) -> Any:
+def steps(x: Any, segment: int, bits: int, per_token: bool = False, static_scale: float = 0.0) -> Any:
     """The step by which each of x [rows, cols] is rounded, as kernels/linear.h says."""
-    if fixed:
-        return np.full_like(x, fixed)
-    ends = [(0, x.shape[1])] if whole else [(k, k + segment) for k in range(0, x.shape[1], segment)]
+    if static_scale:
+        return np.full_like(x, static_scale)
+    ends = [(0, x.shape[1])] if per_token else [(k, k + segment) for k in range(0, x.shape[1], segment)]
     peaks = [np.abs(x[:, a:b]).max(1, keepdims=True) for a, b in ends]
     widths = [min(b, x.shape[1]) - a for a, b in ends]
-    return (
-        np.concatenate([np.repeat(p, w, 1) for p, w in zip(peaks, widths, strict=True)], 1) / (127, 16256)[planes - 1]
-    )
+    reach = {8: 127, 15: 16256}[bits]
+    return np.concatenate([np.repeat(p, w, 1) for p, w in zip(peaks, widths, strict=True)], 1) / reach
 
 
 def rounded(found: Any, x: Any, step: Any, values: Any, bias: Any, *what: object) -> None:
@@ -102,26 +101,26 @@ def kernels(core: Any) -> None:
             close(row, values[r], 1e-5, kind, group)
         refused(weight.unpack_row, shape[0], row)
         refused(weight.unpack_row, 0, np.empty(shape[1] + 1, np.float32))
-        for isa, planes in itertools.product(core.isas(), (1, 2)):
-            multiplier, rows = core.Multiplier(pool, isa), ROWS[(n + planes) % len(ROWS)]
-            begin("inputs", kind, group, minimum, wide, planes)
+        for isa, bits in itertools.product(core.isas(), (8, 15)):
+            multiplier, rows = core.Multiplier(pool, isa), ROWS[(n + 1 + bits // 15) % len(ROWS)]
+            begin("inputs", kind, group, minimum, wide, bits)
             x, bias = (rng.normal(size=s).astype(np.float32) for s in ((rows, shape[1]), (shape[0],)))
             divisor = rng.uniform(0.5, 2, shape[1]).astype(np.float32)
             y = np.empty((rows, shape[0]), np.float32)
             for options, inputs in (
                 ({}, x),
-                ({"whole": True}, x),
-                ({"fixed": 0.05}, x),
+                ({"per_token": True}, x),
+                ({"static_scale": 0.05}, x),
                 ({"divisor": divisor}, x / divisor),
             ):
-                if "fixed" in options and planes == 2:
+                if "static_scale" in options and bits == 15:
                     continue
-                factor = core.Factor(weight, planes, **options)
+                factor = core.Factor(weight, core.ActivationSpec(bits=bits, **options))
                 multiplier.linear(factor, x, y, bias)
                 given = {k: v for k, v in options.items() if k != "divisor"}
-                step = steps(inputs, weight.segment, planes, **given)
-                rounded(y, inputs, step, values, bias, kind, group, isa, planes, options)
-            multiplier.linear(core.Factor(weight, planes), x[:0], y[:0])
+                step = steps(inputs, weight.segment, bits, **given)
+                rounded(y, inputs, step, values, bias, kind, group, isa, bits, options)
+            multiplier.linear(core.Factor(weight, core.ActivationSpec(bits=bits)), x[:0], y[:0])
             refused(multiplier.linear, core.Factor(weight), x[:, 1:].copy(), y)
             refused(multiplier.linear, core.Factor(weight), x, y, bias[1:].copy())
     floats(core, pool)
@@ -156,7 +155,7 @@ def sums(core: Any, pool: Any) -> None:
     x = rng.normal(size=(9, 192)).astype(np.float32)
     for isa in core.isas():
         multiplier, y = core.Multiplier(pool, isa), np.empty((9, 33), np.float32)
-        factor = core.Factor(one, rest=two)
+        factor = core.Factor(one, residual=two)
         multiplier.linear(factor, x, y)
         close(y, x @ (first + second).T, 3e-4, isa)
         halves, out = x.astype(np.float16), np.empty((9, 33), np.float16)
@@ -164,8 +163,9 @@ def sums(core: Any, pool: Any) -> None:
         close(out.astype(np.float64), halves.astype(np.float64) @ (first + second).T, 2e-3, isa)
         brain = (x.view(np.uint32) >> 16).astype(np.uint16)
         multiplier.linear_at(factor, brain.ctypes.data, 9, out.ctypes.data, core.Value.bf16, 0)
-    refused(core.Factor, one, rest=packed(core, "u4", 17, 80, 0, False, False)[0])
-    refused(core.Factor, one, planes=3)
+    refused(core.Factor, one, residual=packed(core, "u4", 17, 80, 0, False, False)[0])
+    refused(core.ActivationSpec, bits=3)
+    refused(core.ActivationSpec, bit=8)
 
 
 def spread(core: Any) -> None:
@@ -202,9 +202,9 @@ def spread_cache(core: Any, where: str, isa: str) -> None:
     """Large in keys and small in queries, or the other way round, or large in values: the function is the same."""
     found = {}
     for big in (1.0, 2.0**13, 2.0**20):
-        built = model(core, "f32", 4, 2, 32, False, (where, big))
+        built, ropes = model(core, "f32", 4, 2, 32, False, (where, big))
         for int8, chunk in itertools.product((False, True), (1, 7, 90)):
-            one = core.Decoder(built, core.Pool(1), isa)
+            one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(1), isa)
             cache, logits = core.Cache(one, 2, 90, int8), np.zeros((2, built["vocabulary"]), np.float32)
             for first in range(0, 90, chunk):
                 run(one, cache, [range(first, min(first + chunk, 90)), range(first, min(first + chunk, 70))], logits)
@@ -239,9 +239,7 @@ def joined(core: Any) -> None:
         refused(core.pack, bits, 0, 0, [(np.full((rows, 32), code, np.uint8), np.ones((rows, 1), np.float32), None)])
 
 
-def product(
-    core: Any, kind: str, cols: int, widths: list[int], paired: bool = False, factors: Any = None
-) -> dict[str, Any]:
+def projection(core: Any, kind: str, cols: int, widths: list[int], paired: bool = False, factors: Any = None) -> Any:
     """Weights that read one input: a pair, or parts one after another. factors: of the float weights, for each part."""
 
     def weight(sources: list[Any]) -> Any:
@@ -258,25 +256,22 @@ def product(
     factors = [np.ones((1, 1))] * len(widths) if factors is None else factors  # [rows, 1] or [1, columns]
     if kind.startswith("f"):
         sources = [(s * f).astype(np.float32) for s, f in zip(sources, factors, strict=True)]
-    shared = {"rest": None, "planes": 2, "whole": False, "fixed": 0.0, "divisor": None}
+    exact = core.ActivationSpec()
     if paired:
-        return {
-            "cols": cols,
-            "width": widths[0],
-            "parts": [{**shared, "weight": weight(sources), "bias": None, "offset": 0}],
-        }
+        part = core.PartSpec(weight=weight(sources), activations=exact)
+        return core.ProjectionSpec(cols=cols, width=widths[0], parts=[part])
     offsets = np.cumsum([0, *widths])
     parts = [
-        {
-            **shared,
-            "weight": weight([s]),
-            "rest": weight([s * 0.1]) if kind == "table4" else None,
-            "bias": (rng.normal(size=len(s)) * (f[:, 0] if f.shape[1] == 1 else 1)).astype(np.float32),
-            "offset": int(o),
-        }
+        core.PartSpec(
+            weight=weight([s]),
+            residual=weight([s * 0.1]) if kind == "table4" else None,
+            activations=exact,
+            bias=(rng.normal(size=len(s)) * (f[:, 0] if f.shape[1] == 1 else 1)).astype(np.float32),
+            offset=int(o),
+        )
         for s, o, f in zip(sources, offsets, factors, strict=False)
     ]
-    return {"cols": cols, "width": sum(widths), "parts": parts}
+    return core.ProjectionSpec(cols=cols, width=sum(widths), parts=parts)
 
 
 def scaled(where: str, big: float, heads: int, key_heads: int, head_dim: int) -> tuple[Any, Any]:
@@ -293,8 +288,11 @@ def scaled(where: str, big: float, heads: int, key_heads: int, head_dim: int) ->
 
 def model(
     core: Any, kind: str, heads: int, key_heads: int, head_dim: int, odd: bool, large: tuple[str, float] = ("keys", 1.0)
-) -> dict[str, Any]:
-    """A decoder of two layers with everything that a family may have, or as little as possible. large: see `scaled`."""
+) -> tuple[dict[str, Any], list[Any]]:
+    """What a `ModelSpec` of two layers takes, with everything that a family may have or as little as possible; its ropes.
+
+    large: see `scaled`.
+    """
     begin("model", kind, heads, key_heads, head_dim, odd)
     width, hidden = (80, 104) if odd else (64, 96)
     vocabulary = VOCABULARY[odd]
@@ -303,49 +301,54 @@ def model(
     def norm(n: int) -> Any:
         return rng.uniform(0.5, 1.5, n).astype(np.float32)
 
-    def layer(i: int) -> dict[str, Any]:
-        return {
-            "attention_norm": norm(width), "mlp_norm": norm(width),
-            "attention_post_norm": norm(width) if odd else None, "mlp_post_norm": norm(width) if odd else None,
-            "query_norm": norm(head_dim) if odd else None, "key_norm": norm(head_dim) if odd else None,
-            "qkv": product(core, kind, width, [heads * head_dim, key_heads * head_dim, key_heads * head_dim], factors=inside),
-            "output": product(core, kind, heads * head_dim, [width], factors=after),
-            "gate_up": product(core, kind, width, [hidden] * 2, paired=not odd),
-            "down": product(core, kind, hidden, [width]),
-            "rope": -1 if odd and i else 0, "window": 20 if odd and i else 0,
-        }  # fmt: skip
+    def mlp() -> Any:
+        return core.MlpSpec(
+            gate_up=projection(core, kind, width, [hidden] * 2, paired=not odd),
+            down=projection(core, kind, hidden, [width]),
+        )
+
+    def experts() -> Any:
+        return core.ExpertsSpec(
+            router=projection(core, "f32", width, [5]),
+            experts=[mlp() for _ in range(5)],
+            top_k=2,
+            normalized=heads == 3,
+        )
+
+    def layer(i: int) -> Any:
+        across = odd and i  # norms of all heads together
+        return core.LayerSpec(
+            attention_norm=norm(width), mlp_norm=norm(width),
+            attention_post_norm=norm(width) if odd else None, mlp_post_norm=norm(width) if odd else None,
+            query_norm=norm(head_dim * (heads if across else 1)) if odd else None,
+            key_norm=norm(head_dim * (key_heads if across else 1)) if odd else None,
+            qkv=projection(core, kind, width, [heads * head_dim, key_heads * head_dim, key_heads * head_dim], factors=inside),
+            output=projection(core, kind, heads * head_dim, [width], factors=after),
+            **({"experts": experts()} if odd and i else {"mlp": mlp()}),
+            rope=-1 if odd and i else 0, window=20 if odd and i else 0,
+        )  # fmt: skip
 
     frequency = (100.0 ** -np.linspace(0, 1, head_dim // 4 if odd else head_dim // 2)).astype(np.float32)
     table = core.pack_floats("f32", [rng.normal(size=(vocabulary, width)).astype(np.float32)])
-    head = {
-        "rest": None,
-        "planes": 2,
-        "whole": False,
-        "fixed": 0.0,
-        "divisor": None,
-        "weight": table,
-        "bias": None,
-        "offset": 0,
-    }
+    head = core.PartSpec(weight=table, activations=core.ActivationSpec())
     return {
         "width": width, "heads": heads, "key_heads": key_heads, "head_dim": head_dim, "vocabulary": vocabulary,
         "epsilon": 1e-5, "attention_scale": head_dim**-0.5, "attention_soft_cap": 30.0 if odd else 0.0,
         "logit_soft_cap": 20.0 if odd else 0.0, "logit_scale": 1.0, "embedding_scale": 2.0 if odd else 1.0,
-        "residual_scale": 0.5 if odd else 1.0, "gate": "gelu_tanh" if odd else "silu", "embedding": table,
-        "final_norm": norm(width), "head": {"cols": width, "width": vocabulary, "parts": [head]},
-        "ropes": [{"inverse_frequency": frequency, "factor": 1.0, "interleaved": odd}],
+        "residual_scale": 0.5 if odd else 1.0, "gate": core.Gate.gelu_tanh if odd else core.Gate.silu, "embedding": table,
+        "final_norm": norm(width), "head": core.ProjectionSpec(cols=width, width=vocabulary, parts=[head]),
         "layers": [layer(i) for i in range(2)],
-    }  # fmt: skip
+    }, [core.RopeSpec(inverse_frequency=frequency, interleaved=odd)]  # fmt: skip
 
 
 def decoder(core: Any) -> None:
     for kind, heads, key_heads, head_dim, odd in (
         ("u4", 4, 2, 16, False), ("table4", 6, 1, 32, True), ("f32", 3, 3, 48, True), ("u4", 8, 8, 16, True),
     ):  # fmt: skip
-        built = model(core, kind, heads, key_heads, head_dim, odd)
+        built, ropes = model(core, kind, heads, key_heads, head_dim, odd)
         lengths, found = (70, 1, 530 if heads == 4 else 129, 17), {}
         for isa, threads, int8 in itertools.product(core.isas(), (1, 3), (False, True)):
-            one = core.Decoder(built, core.Pool(threads), isa)
+            one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(threads), isa)
             cache = core.Cache(one, len(lengths), max(lengths) + 1, int8)
             logits = np.zeros((len(lengths), built["vocabulary"]), np.float32)
             for first, last in ((0, 0.6), (0.6, 1.0)):
@@ -360,8 +363,12 @@ def decoder(core: Any) -> None:
                 given = (np.array([v], np.int32) for v in (5, sequence, position, wanted))
                 refused(one.forward, cache, *given, logits[:1].copy())
         close(found[True], found[False], 0.1, "int8 cache")
-        broken = {**built, "heads": heads + 1}
-        refused(core.Decoder, broken, core.Pool(1))
+        for change in ({"heads": heads + 1}, {"head_dim": head_dim + 8}, {"final_norm": np.ones(9, np.float32)}):
+            refused(core.Decoder, core.ModelSpec(**built | change), ropes, core.Pool(1))
+        refused(core.Decoder, core.ModelSpec(**built), [], core.Pool(1))
+        refused(core.ModelSpec, **built, head_dims=head_dim)
+        del built["head"]
+        refused(core.ModelSpec, **built)
         refused(core.Cache, one, 0, 5)
 
 
@@ -389,7 +396,8 @@ def interrupted(core: Any) -> None:
 
     signal.signal(signal.SIGALRM, handler)
     for kind, odd, threads, every in itertools.product(("u4", "f32"), (False, True), (1, 3), (0.06, 0.09)):
-        one = core.Decoder(model(core, kind, 4, 2, 16, odd), core.Pool(threads))
+        built, ropes = model(core, kind, 4, 2, 16, odd)
+        one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(threads))
         cache = core.Cache(one, 8, 2500)
         logits = np.zeros((8, VOCABULARY[odd]), np.float32)
         run(one, cache, [range(100)] * 8, logits)

@@ -90,7 +90,8 @@ def bases(node: ast.ClassDef) -> set[str]:
 
 def parameters(node: ast.FunctionDef) -> tuple[list[str], list[object]]:
     """(names, defaults)"""
-    return [a.arg for a in node.args.args], [ast.literal_eval(default) for default in node.args.defaults]
+    given = [default for default in [*node.args.defaults, *node.args.kw_defaults] if default is not None]
+    return [a.arg for a in [*node.args.args, *node.args.kwonlyargs]], [ast.literal_eval(default) for default in given]
 
 
 def real_parameters(function: object) -> tuple[list[str], list[object]]:

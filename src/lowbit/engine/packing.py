@@ -43,14 +43,6 @@ class PackingPool:
         """Bytes of everything that was packed."""
         return sum(future.result().nbytes for future in self._begun)
 
-    def done(self, model: Any) -> Any:
-        """`model`, dicts and lists of anything, with what was packed in its place. EngineError for what could not be."""
-        if isinstance(model, Future):
-            return model.result()
-        if isinstance(model, dict):
-            return {key: self.done(value) for key, value in model.items()}
-        return [self.done(value) for value in model] if isinstance(model, list) else model
-
 
 def _said(pack: Callable[..., Any], *arguments: Any) -> Any:
     try:

@@ -53,7 +53,7 @@ class Description:
     """Of an engine: how it runs and what it takes.
 
     packed_bytes: of all weights; bytes_per_token: of those that one token reads, which are all but an embedding that is
-    not the head as well. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
+    not the head as well and the experts that it does not take. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
     packed, with the reason; they are float16. rounded: weights whose levels had to be rounded to fit a table, which only
     happens with activations "int8".
     """
@@ -118,7 +118,7 @@ class Runner:
         per_token = self._new_cache(1, 1).bytes_per_position
         return Description(
             str(self._config["model_type"]), self._isa, self._threads, str(self._activations), str(self._cache),
-            program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
+            program.nbytes, program.nbytes - program.lookup_bytes - program.idle_bytes, per_token, self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
 
@@ -192,8 +192,11 @@ class Runner:
         """The decoder for texts of `positions`. LongRoPE has other frequencies for long ones; weights are shared."""
         long, process = self.shape.is_long(positions), self._process()
         if long not in process.decoders:
-            rotations = shape_of(self._config, positions).rotations
-            process.decoders[long] = self.core.Decoder(self._program.with_rotations(rotations), process.pool, self._isa)
+            ropes = [
+                self.core.RopeSpec(inverse_frequency=r.inverse_frequency, factor=r.factor, interleaved=r.interleaved)
+                for r in shape_of(self._config, positions).rotations
+            ]
+            process.decoders[long] = self.core.Decoder(self._program.model, ropes, process.pool, self._isa)
         return process.decoders[long]
 
 

@@ -75,19 +75,22 @@ class Packed(Kernel):
         module: Any = core()
         inputs = None if quantizer is None else quantizer.inputs
         fmt = None if inputs is None else inputs.format
-        whole = fmt is not None and (fmt.block.cols == -1 or fmt.block.cols >= q.shape[1])
-        segment = 0 if fmt is None or whole else fmt.block.cols
-        fixed, divisor = 0.0, None
+        per_token = fmt is not None and (fmt.block.cols == -1 or fmt.block.cols >= q.shape[1])
+        segment = 0 if fmt is None or per_token else fmt.block.cols
+        static_scale, divisor = 0.0, None
         if quantizer is not None and quantizer.scale is not None:
             # 0 would mean a scale for each token; one that is 0 makes all inputs 0, as the least one does.
-            fixed = max(float(quantizer.scale.item()), 1e-38)
+            static_scale = max(float(quantizer.scale.item()), 1e-38)
         if quantizer is not None and quantizer.divisor is not None:
             divisor = quantizer.divisor.detach().contiguous().numpy()
         codes = codes_of(q)
-        rest = rest_of(q, codes)
+        residual = rest_of(q, codes)
+        activations = module.ActivationSpec(
+            bits=15 if fmt is None else 8, per_token=per_token, static_scale=static_scale, divisor=divisor
+        )
         factor = module.Factor(
-            pack(module, [codes], segment=segment), planes=2 if fmt is None else 1, whole=whole, fixed=fixed,
-            divisor=divisor, rest=None if rest is None else pack(module, [rest], segment=segment),
+            pack(module, [codes], segment=segment), activations,
+            residual=None if residual is None else pack(module, [residual], segment=segment),
         )  # fmt: skip
         values = {dtype: getattr(module.Value, name) for dtype, name in _TYPES.items()}
         return _Form(factor, q.shape[0], q.shape[1], inputs, values)
