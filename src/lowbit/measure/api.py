@@ -20,8 +20,9 @@ from lowbit.calibration.data import SAMPLES
 from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, RecipeError, SourceError
 from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.files.settings import is_ours
+from lowbit.interchange.hf.loading import load_tokenizer
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.readers.folder import load_tokenizer, quantization_method
 from lowbit.interchange.readers.module import ModuleSource
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
@@ -282,7 +283,7 @@ def _subject(
         parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
         return model, parts, given
     path = Path(model)
-    if path.is_dir() and quantization_method(path) == "lowbit":
+    if is_ours(path):
         module = load(path, dtype=dtype or torch.float32)
         return module, folder_parts(path, module), given or (lambda: load_tokenizer(path, str(path)))
     source = open_source(model, tokenizer=tokenizer)

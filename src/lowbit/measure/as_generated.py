@@ -12,7 +12,8 @@ from lowbit.engine.attached import TextOrTensors
 from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import answering_type
 from lowbit.errors import EngineError
-from lowbit.interchange.readers.folder import load_config, quantization_method
+from lowbit.interchange.files.settings import is_ours
+from lowbit.interchange.hf.loading import load_config
 from lowbit.measure.backends import Backend, in_transformers, of_engine
 
 
@@ -41,6 +42,6 @@ def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: An
 def _loaded_as(name: str | Path) -> torch.dtype:
     """The type in which transformers loads a folder that lowbit wrote; float models are loaded in float32."""
     path = Path(name)
-    if not (path.is_dir() and quantization_method(path) == "lowbit"):
+    if not is_ours(path):
         return torch.float32
     return answering_type(load_config(path))

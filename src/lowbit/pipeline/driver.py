@@ -21,11 +21,11 @@ from lowbit.blockwise.run import STATES, CalibratedRun
 from lowbit.calibration.data import Calibration
 from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf import configs as older_readers
 from lowbit.interchange.hf.loadable import check_loadable
 from lowbit.interchange.hf.section import with_guard
 from lowbit.interchange.progress import Progress
-from lowbit.interchange.readers.folder import read_json
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
