@@ -21,12 +21,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""
+    from lowbit.interchange.files.settings import is_ours
     from lowbit.interchange.opening import open_source
-    from lowbit.interchange.readers.folder import quantization_method
     from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
 
     console.quiet()
-    if Path(model).is_dir() and quantization_method(model) == "lowbit":
+    if is_ours(model):
         found = inspect_quantized(Path(model))
     else:
         source = open_source(model)

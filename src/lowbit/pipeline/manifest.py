@@ -12,10 +12,10 @@ import torch
 
 import lowbit
 from lowbit.calibration.data import Calibration
+from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf import configs as older_readers
 from lowbit.interchange.hf.loadable import check_loadable
 from lowbit.interchange.hf.section import with_guard
-from lowbit.interchange.readers.folder import read_json
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.files.safetensors_reader import read_header
+from lowbit.interchange.files.settings import read_config
+from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.progress import Progress
-from lowbit.interchange.readers.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
 from lowbit.report.layout import fitted_table
@@ -139,19 +139,18 @@ def inspect_quantized(folder: Path) -> Inspection:
     config = read_config(folder)
     section = read_section(config.get("quantization_config"), str(folder / "config.json"))
     table = section.tensors
-    files = {file: read_header(file).entries for file in weight_files(folder)}
-    stored = {name: (e.dtype, e.shape) for entries in files.values() for name, e in entries.items()}
+    entries = {name: entry for name, (_, entry) in entries_of(folder).items()}
+    stored = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     check_parts(section, stored, str(folder))
     check_layers(config, stored, str(folder / "config.json"))
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[tuple[int, ...], str]] = {}
-    say_remarks(str(folder), remarks_on(folder, list(files)))
-    for entries in files.values():
-        for name, entry in entries.items():
-            owner = next((t for t in _prefixes(name) if t in table), name)
-            sizes[owner] = sizes.get(owner, 0) + entry.nbytes
-            if owner not in table:
-                kept[owner] = (entry.shape, str(entry.dtype).removeprefix("torch."))
+    say_remarks(str(folder), remarks_on(folder))
+    for name, entry in entries.items():
+        owner = next((t for t in _prefixes(name) if t in table), name)
+        sizes[owner] = sizes.get(owner, 0) + entry.nbytes
+        if owner not in table:
+            kept[owner] = (entry.shape, str(entry.dtype).removeprefix("torch."))
     total = max(1, sum(sizes.values()))
     facts = []
     for name, nbytes in sizes.items():
