@@ -18,6 +18,7 @@ from lowbit.engine.shape import shape_of
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
+from lowbit.kernels.heap import trim
 
 CACHES = ("int16", "int8")
 MOST_THREADS = 1024
@@ -82,7 +83,7 @@ class _Process:
     """
 
     def __init__(self, core: Any, threads: int) -> None:
-        self.pool, self.lock = core.Pool(threads), Lock()
+        self.pool, self.lock = core.ThreadPool(threads), Lock()
         self.decoders: dict[bool, Any] = {}
 
 
@@ -110,12 +111,12 @@ class Runner:
         self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
             self._program = Builder(module, self.shape, weights, activations).build(self._threads)
-        module.give_back()  # packing went through every weight unpacked
+        trim()  # packing went through every weight unpacked
 
     def describe(self) -> Description:
         """How it runs and what it takes."""
         program = self._program
-        per_token = self.core.Cache(self._decoder(1), 1, 1, self._cache == "int8").bytes_per_position
+        per_token = self.core.KVCache(self._decoder(1), 1, 1, self._cache).bytes_per_position
         return Description(
             str(self._config["model_type"]), self._isa, self._threads, self._activations, self._cache,
             program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
@@ -131,7 +132,7 @@ class Runner:
                 f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
             )
         try:
-            return Memory(self.core.Cache(self._decoder(1), sequences, positions, self._cache == "int8"), positions)
+            return Memory(self.core.KVCache(self._decoder(1), sequences, positions, self._cache), positions)
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "

@@ -161,7 +161,7 @@ def bench(
         found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
         found += [of_program(name, command) for name, command in (programs or {}).items()]
         module = core()
-        machine = None if module is None else _Machine(module.Pool(count))
+        machine = None if module is None else _Machine(module.ThreadPool(count))
         fitted = fit_settings(settings, [each.positions for each in found])
         try:
             if programs and fitted != STANDARD:
