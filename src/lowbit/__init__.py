@@ -12,8 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from lowbit import _hook
-
-__version__ = "0.1.0"
+from lowbit.version import __version__ as __version__
 
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {

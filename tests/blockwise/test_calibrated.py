@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
+from lowbit.blockwise.block_runner import BlockPlace, blocks_of
 from lowbit.blockwise.groups import Group
-from lowbit.blockwise.precision import Settings
-from lowbit.blockwise.run import CalibratedRun, micro_batches
-from lowbit.blockwise.stages import Stage, stages_of
+from lowbit.blockwise.quantizing import BlockwiseQuantizer
+from lowbit.blockwise.walk import BlockWalk, micro_batches
 from lowbit.calibration.data import load_calibration
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.opening import open_source
@@ -30,7 +30,7 @@ from tiers import mostly_nightly
 from tiny import TINY, VOCAB, save_tiny, tiny_model
 
 RECIPE = "gptq@int4:g16"
-EXACT = Settings(autocast=False)
+EXACT = torch.float32  # products
 
 
 def token_ids(count: int = 12, length: int = 24, seed: int = 0) -> list[Tensor]:
@@ -106,12 +106,12 @@ def test_statistics_are_those_of_the_whole_model_with_what_is_quantized_so_far(
             shadow.get_parameter(solved.plan.name).data.copy_(solved.qtensor().dequantize())
         return found
 
-    from lowbit.blockwise import run as calibrated
+    from lowbit.blockwise import quantizing as calibrated
 
     original = calibrated.solve_group
     monkeypatch.setattr(calibrated, "solve_group", watch)
     calibration = load_calibration(ids, None, source, samples=4)
-    list(CalibratedRun(plan, source, calibration, tmp_path, EXACT).results())
+    list(BlockwiseQuantizer(plan, source, calibration, tmp_path, EXACT).results())
     assert len(checked) == sum(
         t.format is not None and t.kind == "linear" for t in plan.tensors if "lm_head" not in t.name
     )
@@ -120,15 +120,15 @@ def test_statistics_are_those_of_the_whole_model_with_what_is_quantized_so_far(
 def test_weights_that_read_one_input_share_their_statistics() -> None:
     model = tiny_model("llama")
     calls: list[list[str]] = []
-    run = CalibratedRun.__dict__["_statistics"]
+    run = BlockwiseQuantizer._statistics
 
-    def spy(self: CalibratedRun, *args: Any) -> Iterator[tuple[Group, Any]]:
+    def spy(self: BlockwiseQuantizer, *args: Any) -> Iterator[tuple[Group, Any]]:
         for group, stats in run(self, *args):
             calls.append([n.split(".")[-2] for n in group.members])
             yield group, stats
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CalibratedRun, "_statistics", spy)
+        patch.setattr(BlockwiseQuantizer, "_statistics", spy)
         lowbit.quantize(model, RECIPE, calibration=token_ids(2))
     assert calls == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
 
@@ -141,11 +141,11 @@ def test_experts_have_their_own_statistics_and_lean_on_the_others_when_they_saw_
     assert not any(x.note for x in many.report.layers if "experts.gate_up" in x.name)
 
 
-def test_where_nothing_repeats_the_model_is_one_stage() -> None:
-    assert stages_of(nn.Sequential(nn.Linear(4, 4))) == [Stage("", 0, "")]
-    chains = [s.chain for s in stages_of(tiny_model("t5"))]
+def test_where_nothing_repeats_the_model_is_one_block() -> None:
+    assert blocks_of(nn.Sequential(nn.Linear(4, 4))) == [BlockPlace("", 0, "")]
+    chains = [s.chain for s in blocks_of(tiny_model("t5"))]
     assert chains == ["encoder.block"] * 2 + ["decoder.block"] * 2
-    assert [s.name for s in stages_of(tiny_model("mixtral"))] == ["model.layers.0", "model.layers.1"]
+    assert [s.name for s in blocks_of(tiny_model("mixtral"))] == ["model.layers.0", "model.layers.1"]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -186,22 +186,24 @@ def test_a_run_killed_after_any_tensor_resumes_to_the_same_bytes(
         assert not (tmp_path / f"killed{stop}.partial").exists()
 
 
-def test_a_finished_stage_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_block_is_not_visited_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("llama-tied", tmp_path / "float")
-    stages: list[int] = []
-    stage = CalibratedRun._stage
+    visited: list[int] = []
+    blocks = BlockWalk.blocks
 
-    def spy(self: CalibratedRun, i: int, *args: Any) -> Any:
-        stages.append(i)
-        if stages == [0, 1]:
-            raise KeyboardInterrupt
-        yield from stage(self, i, *args)
+    def spy(self: BlockWalk) -> Any:
+        for block in blocks(self):
+            assert block.place_in_model is not None
+            visited.append(block.place_in_model.index)
+            if visited == [0, 1]:
+                raise KeyboardInterrupt
+            yield block
 
-    monkeypatch.setattr(CalibratedRun, "_stage", spy)
+    monkeypatch.setattr(BlockWalk, "blocks", spy)
     with pytest.raises(KeyboardInterrupt):
         lowbit.quantize(tmp_path / "float", RECIPE, tmp_path / "out", calibration=token_ids(4))
     lowbit.quantize(tmp_path / "float", RECIPE, tmp_path / "out", calibration=token_ids(4))
-    assert stages == [0, 1, 1]
+    assert visited == [0, 1, 1]
 
 
 def test_another_text_does_not_continue_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +263,7 @@ def test_in_memory_and_by_files_agree(tmp_path: Path) -> None:
 
 def test_windows_are_stacked_only_with_their_like() -> None:
     ids = [torch.arange(n) for n in (500, 500, 500, 7, 7, 3000)]
-    shapes = [tuple(b.shape) for b in micro_batches(load_calibration(ids, None, _Bare(), samples=6))]  # type: ignore[arg-type]
+    shapes = [tuple(b.shape) for b in micro_batches(load_calibration(ids, None, _Bare(), samples=6).ids)]  # type: ignore[arg-type]
     assert shapes == [(2, 500), (1, 500), (2, 7), (1, 3000)]
 
 
@@ -296,7 +298,7 @@ RECIPES = [RECIPE, "qronos@int4:g16", "smooth+gptq@int8:channel,a=minmax@int8:te
 @pytest.mark.parametrize(
     ("recipe", "name"), mostly_nightly(RECIPES, ["llama", "t5", "gpt2"], every=lambda r, n: n == r % 3 or r == 0)
 )
-def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_attention_changes_no_byte(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.blockwise.attention_cache import AttentionCache
 
     if recipe.startswith("smooth") and name == "t5":
@@ -317,7 +319,7 @@ def test_remembered_attention_changes_no_byte(recipe: str, name: str, monkeypatc
     monkeypatch.setattr(AttentionCache, "result", count)
     with_memory = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
     fewer, computed["count"] = computed["count"], 0
-    monkeypatch.setattr(AttentionCache, "touched", lambda self, n: setattr(self, "_final", False))
+    monkeypatch.setattr(AttentionCache, "depends_on", lambda self, n: setattr(self, "_valid", False))
     without = parts(lowbit.quantize(tiny_model(name), recipe, calibration=token_ids(4)))
     assert all(torch.equal(with_memory[k], without[k]) for k in without)
     assert fewer < computed["count"] or name == "t5"  # its attention is spelled out

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.interchange.readers.folder import read_json
-from lowbit.measure.api import folder_parts
+from lowbit.measure.subject import folder_parts
 from tiny import save_tiny
 
 TEXT = "the man in the rain and another thing in the train ran on and on " * 60

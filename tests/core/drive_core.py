@@ -205,7 +205,10 @@ def spread_cache(core: Any, where: str, isa: str) -> None:
         built, ropes = model(core, "f32", 4, 2, 32, False, (where, big))
         for int8, chunk in itertools.product((False, True), (1, 7, 90)):
             one = core.Decoder(core.ModelSpec(**built), ropes, core.ThreadPool(1), isa)
-            cache, logits = core.KVCache(one, 2, 90, "int8" if int8 else "int16"), np.zeros((2, built["vocabulary"]), np.float32)
+            cache, logits = (
+                core.KVCache(one, 2, 90, "int8" if int8 else "int16"),
+                np.zeros((2, built["vocabulary"]), np.float32),
+            )
             for first in range(0, 90, chunk):
                 run(one, cache, [range(first, min(first + chunk, 90)), range(first, min(first + chunk, 70))], logits)
             right = found.setdefault((int8, big), logits)

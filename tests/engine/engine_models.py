@@ -55,6 +55,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-long": ("Phi3", {
         "original_max_position_embeddings": 128,
         "rope_parameters": {**_ROPE, "rope_type": "longrope", "partial_rotary_factor": 0.5, **_LONG}}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-one-key": ("Olmo2", {"num_key_value_heads": 1, "attention_bias": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 20, "num_hidden_layers": 4, "rope_parameters": {
+        "sliding_attention": {**_ROPE, "rope_type": "default"},
+        "full_attention": {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}}),
     "granite": ("Granite", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.11, "residual_multiplier": 0.6, "logits_scaling": 2.5}),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""bench: who takes turns with what, what figures are made of, what is refused. Never how fast anything is."""
+"""bench: what is measured in which order, what figures are made of, what is refused. Never how fast anything is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from lowbit.measure import backends as backends
 from lowbit.measure import bench as module
 from lowbit.measure.backends import Backend
 from lowbit.measure.bench import Bench, BenchRow, Limits
-from lowbit.measure.interleave import SpeedSettings, take_turns
+from lowbit.measure.interleave import SpeedSettings, interleave
+from lowbit.measure.peers.line_program import run_by_lines
 from lowbit.measure.startup import Startup, startup
 from tiny import save_tiny
 
@@ -67,7 +68,7 @@ def gguf(tmp_path: Path) -> Path:
     return tmp_path / "tiny.gguf"
 
 
-def test_everyone_takes_a_turn_at_one_figure_before_the_next_and_the_first_round_is_thrown_away() -> None:
+def test_every_program_is_measured_on_one_figure_before_the_next_and_the_first_round_is_thrown_away() -> None:
     record: list[str] = []
 
     def probe(name: str) -> Any:
@@ -79,7 +80,7 @@ def test_everyone_takes_a_turn_at_one_figure_before_the_next_and_the_first_round
 
     programs = [{"decode": probe("a d"), "prefill": probe("a p")}, {"decode": probe("b d")}]
     moved: list[tuple[int, int]] = []
-    found = take_turns(programs, 2, lambda *at: moved.append(at), lambda: record.append("machine"))
+    found = interleave(programs, 2, lambda *at: moved.append(at), lambda: record.append("machine"))
     assert record == ["machine", "a d", "b d", "a p"] * 3
     assert found == [{"decode": [6.0, 10.0], "prefill": [8.0, 12.0]}, {"decode": [7.0, 11.0]}]
     assert moved == [(i, 9) for i in range(1, 10)]
@@ -88,12 +89,12 @@ def test_everyone_takes_a_turn_at_one_figure_before_the_next_and_the_first_round
 def test_figures_are_made_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([9.0, 9.0, 1.0, 10.0, 3.0, 30.0, 2.0, 20.0])
 
-    def contestant(*_: Any) -> Backend:
+    def opened(*_: Any) -> Backend:
         return Backend(
             "a", lambda s: {name: lambda: next(values) for name in ("decode", "prefill")}, 100, lambda n: n * 7 + 2, 40
         )
 
-    monkeypatch.setattr(module, "_contestant", contestant)
+    monkeypatch.setattr(module, "_engine_or_transformers", opened)
     limits = {"read_bytes_per_second": 1000.0, "int8_products_per_second": 288.0}
     seen = iter([{key: value * k for key, value in limits.items()} for k in (0.5, 1.0, 0.1, 0.7)])
     monkeypatch.setattr(module._Machine, "look", lambda self: self.found.append(next(seen)))
@@ -228,7 +229,7 @@ def peer(tmp_path: Path, *answers: str) -> str:
 
 
 def test_a_program_is_asked_line_by_line(tmp_path: Path) -> None:
-    found = backends.of_program("peer", peer(tmp_path, "10.5", "20", "nan", "words"))
+    found = run_by_lines("peer", peer(tmp_path, "10.5", "20", "nan", "words"))
     probes = found.probes(SpeedSettings())
     assert (probes["decode"](), probes["prefill"]()) == (10.5, 20.0)
     for said in ("nan", "words"):
@@ -236,9 +237,9 @@ def test_a_program_is_asked_line_by_line(tmp_path: Path) -> None:
             probes["batch"]()
     found.close()
     with pytest.raises(LowbitError, match="before it said 'ready'"):
-        backends.of_program("peer", f"{sys.executable} -c pass")
+        run_by_lines("peer", f"{sys.executable} -c pass")
     with pytest.raises(LowbitError, match="cannot be run"):
-        backends.of_program("peer", str(tmp_path / "none"))
+        run_by_lines("peer", str(tmp_path / "none"))
     wrong = CliRunner().invoke(app, ["bench", "x", "--program", "nothing"])
     assert wrong.exit_code == 2 and "NAME=COMMAND" in wrong.stderr
 

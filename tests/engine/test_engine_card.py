@@ -18,10 +18,10 @@ from lowbit.cli.main import app
 from lowbit.engine import fallback
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError
-from lowbit.measure import api, float_model, generation
+from lowbit.measure import api, float_model, token_times
 from lowbit.measure import backends as backends
 from lowbit.measure.card import Card, CardParts
-from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.interleave import BATCH_PROMPT, SpeedSettings
 from lowbit.measure.speed import Rates, Speed, measure_speed
 from lowbit.measure.startup import Startup
 from lowbit.report.panel import card_lines
@@ -152,7 +152,7 @@ def test_quantize_ends_well_when_measuring_does_not(
 
 def test_engine_times_are_one_for_each_token(float_folder: Any) -> None:
     engine, ids = Engine.open(float_folder("llama")), [5, 6, 7]
-    times = generation.engine_times(engine, ids, 2, 5)
+    times = token_times.engine_times(engine, ids, 2, 5)
     assert len(times) == 5 and times == sorted(times) and times[0] > 0
 
 
@@ -168,14 +168,14 @@ def test_each_figure_in_its_faster_type(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(float_model, "greedy_times", times)
     model: Any = build_model("llama")
-    rival = float_model.in_faster_types(model.to, FEW)
-    assert rival.name == "transformers, bfloat16 for decode, float32 for prefill and batch"
+    baseline = float_model.in_faster_types(model.to, FEW)
+    assert baseline.name == "transformers, bfloat16 for decode, float32 for prefill and batch"
     asked.clear()
-    found = measure_speed(rival, settings=FEW)
+    found = measure_speed(baseline, settings=FEW)
     assert found.model is not None
     assert (found.model.decode, found.model.prefill) == (pytest.approx(1 / 0.1), pytest.approx(1 / 0.1))
     half, whole = torch.bfloat16, torch.float32
-    assert asked == 2 * [(half, FEW.prompt), (whole, FEW.prefill), (whole, backends.WORDS)]
+    assert asked == 2 * [(half, FEW.prompt), (whole, FEW.prefill), (whole, BATCH_PROMPT)]
 
 
 def test_a_folder_answers_in_no_type_that_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from lowbit import Engine
 from lowbit.cli.main import app
-from lowbit.engine.results import Generated
+from lowbit.engine.generation import Generated
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core
 from tiny import save_tiny
@@ -135,7 +135,7 @@ def test_streams_that_are_closed_or_do_not_know_every_character(folder: Path) ->
     for shut in (">&-", "2>&-"):
         done = subprocess.run(["sh", "-c", f'exec "$@" {shut}', "sh", *words], capture_output=True, text=True)
         assert done.returncode == 0 and "Traceback" not in done.stderr
-    show = "from lowbit.cli import console, generation; console.prepare_streams(); generation.show('\u00e9\U0001f389!')"
+    show = "from lowbit.cli import console, generation_options; console.prepare_streams(); generation_options.show('\u00e9\U0001f389!')"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", show], capture_output=True, env=env, check=True)
     assert done.stdout == b"??!"
@@ -178,8 +178,8 @@ def test_chat_stops_an_answer_and_goes_on(folder: Path, monkeypatch: pytest.Monk
 
     count, write = iter(range(1000)), chat.show
 
-    def interrupted(piece: str) -> None:
-        write(piece)
+    def interrupted(text: str) -> None:
+        write(text)
         if next(count) == 2:
             raise KeyboardInterrupt
 

@@ -95,7 +95,7 @@ def test_int8_activations_and_rounded_levels(packed_folder: Folder) -> None:
 
 
 def test_chunks_change_nothing(packed_folder: Folder) -> None:
-    for name in ("llama", "gemma3_text", "phi3-long"):
+    for name in ("llama", "gemma3_text", "phi3-long", "olmo2"):
         engine, ids = Engine.open(packed_folder(name, "int4:g32"), threads=1), tokens(300)
         whole = engine.logits(ids)
         for chunk in (1, 7, 64, 299):
@@ -104,16 +104,16 @@ def test_chunks_change_nothing(packed_folder: Folder) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_long_contexts_are_shared_by_threads(name: str, packed_folder: Folder) -> None:
-    """Above 512 positions one token's attention is cut into pieces that are joined."""
+    """Above 512 positions one token's attention is cut into splits that are joined."""
     folder = packed_folder(name, "int4:g32")
     ids = tokens(1000)
     right = reference(loaded(folder), ids)
     for threads in (1, 2):
         engine = Engine.open(folder, threads=threads)
         assert apart(engine.logits(ids), right) < EXACT
-        memory = engine.memory(1, 1000)
-        engine.forward(memory, [(0, ids[:999], 0)], [])
-        last = engine.forward(memory, [(0, ids[999:], 999)], [0])
+        cache = engine.kv_cache(1, 1000)
+        engine.forward(cache, [(0, ids[:999], 0)], [])
+        last = engine.forward(cache, [(0, ids[999:], 999)], [0])
         assert apart(torch.from_numpy(last), right[-1:]) < EXACT
 
 
@@ -126,15 +126,15 @@ def test_logits_depend_on_the_sequence_alone(name: str, cache: str, packed_folde
 
     def last(engine: Engine, chosen: list[int], cut: int) -> dict[int, Any]:
         """After each prompt, read in two parts side by side with the others chosen, and one more token."""
-        memory = engine.memory(len(chosen), 1001)
-        pieces = [(place, prompts[i][:-cut], 0) for place, i in enumerate(chosen) if len(prompts[i]) > cut]
-        engine.forward(memory, pieces, [])
-        rest = [(place, prompts[i][-cut:], max(len(prompts[i]) - cut, 0)) for place, i in enumerate(chosen)]
-        one = engine.forward(memory, rest, range(len(chosen))).copy()
+        cache = engine.kv_cache(len(chosen), 1001)
+        chunks = [(slot, prompts[i][:-cut], 0) for slot, i in enumerate(chosen) if len(prompts[i]) > cut]
+        engine.forward(cache, chunks, [])
+        rest = [(slot, prompts[i][-cut:], max(len(prompts[i]) - cut, 0)) for slot, i in enumerate(chosen)]
+        one = engine.forward(cache, rest, range(len(chosen))).copy()
         more = engine.forward(
-            memory, [(place, [7], len(prompts[i])) for place, i in enumerate(chosen)], range(len(chosen))
+            cache, [(slot, [7], len(prompts[i])) for slot, i in enumerate(chosen)], range(len(chosen))
         )
-        return {i: (one[place], more[place]) for place, i in enumerate(chosen)}
+        return {i: (one[slot], more[slot]) for slot, i in enumerate(chosen)}
 
     for threads in (1, 2, 3):
         engine = Engine.open(folder, threads=threads, cache=cache)

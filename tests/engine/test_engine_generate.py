@@ -16,7 +16,7 @@ from engine_models import build_model, tokens
 
 import lowbit
 from lowbit import Engine
-from lowbit.engine.text_stream import StopStrings, TextStream, TokenText
+from lowbit.engine.detokenizer import AnswerText, Detokenizer, StopStrings
 from lowbit.errors import EngineError, RecipeError
 from lowbit.kernels.core import core
 
@@ -105,13 +105,13 @@ def test_every_end_counts_by_whatever_name_and_program(float_folder: Any, tmp_pa
 
 
 def test_streams_are_the_text(engine: Engine) -> None:
-    pieces: dict[int, str] = {0: "", 1: ""}
+    texts: dict[int, str] = {0: "", 1: ""}
 
-    def keep(piece: str, index: int) -> None:
-        pieces[index] += piece
+    def keep(text: str, index: int) -> None:
+        texts[index] += text
 
     results = engine.generate(["the cat", "a hen"], max_new_tokens=30, stream=keep)
-    assert [pieces[0], pieces[1]] == [r.text for r in results]
+    assert [texts[0], texts[1]] == [r.text for r in results]
     assert "".join(engine.stream("the cat", max_new_tokens=30)) == results[0].text
 
 
@@ -193,13 +193,13 @@ def byte_decode(ids: Any) -> str:
 
 def test_only_whole_characters_are_given_out() -> None:
     text = "naïve 日本語 🙂 end" * 20
-    stream = TextStream(byte_decode)
-    pieces = [stream.push(byte) for byte in text.encode()]
-    assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces) and stream.close() == ""
-    cut = TextStream(byte_decode)
+    stream = Detokenizer(byte_decode)
+    texts = [stream.push(byte) for byte in text.encode()]
+    assert "".join(texts) == text and not any("\ufffd" in p for p in texts) and stream.close() == ""
+    cut = Detokenizer(byte_decode)
     shown = "".join(cut.push(b) for b in "ab€".encode()[:-1])
     assert shown == "ab" and cut.close() == "\ufffd"
-    broken = TextStream(byte_decode)
+    broken = Detokenizer(byte_decode)
     assert "".join(broken.push(b) for b in b"a\xff\xffb") == "a\ufffd\ufffdb"
 
 
@@ -211,7 +211,7 @@ def test_stop_strings_across_tokens() -> None:
     assert unfinished.push("a<en") + unfinished.close() == "a<en" and not unfinished.found
     overlap = StopStrings(["aab"])
     assert "".join(overlap.push(c) for c in "xaaab") == "xa" and overlap.found
-    both = TokenText(byte_decode, ["é"])
+    both = AnswerText(byte_decode, ["é"])
     assert "".join(both.push(b) for b in b"caf") + both.push(0xC3) + both.push(0xA9) == "caf" and both.stopped
 
 

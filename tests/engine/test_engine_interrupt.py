@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from lowbit import Engine
-from lowbit.engine.results import Sampling
+from lowbit.engine.generation import Sampling
 from tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that signal")
@@ -63,29 +63,29 @@ def ctrl_c(*_: Any) -> None:
 def test_a_forward_ends_before_its_logits_and_the_next_is_as_ever(folder: Path, threads: int) -> None:
     engine = Engine.open(folder, threads=threads)
     right = engine.generate(LONG[:700], max_new_tokens=20).tokens
-    memory = engine.memory(1, POSITIONS)
-    known = engine.forward(memory, [(0, LONG[:64], 0)], [0]).copy()
+    cache = engine.kv_cache(1, POSITIONS)
+    known = engine.forward(cache, [(0, LONG[:64], 0)], [0]).copy()
     with pytest.raises(KeyboardInterrupt), ringing(ctrl_c):
         while True:  # once, unless the machine is very fast
-            memory.logits(1, VOCABULARY)[:] = UNTOUCHED
-            engine.forward(memory, [(0, LONG[64:], 64)], [0])
-    assert (memory.logits(1, VOCABULARY) == UNTOUCHED).all()
-    # What was in the memory before is still there, and the tokens that were interrupted can be run again.
-    again = engine.forward(memory, [(0, LONG[64:200], 64)], [0])
-    fresh = engine.memory(1, 200)
+            cache.logits(1, VOCABULARY)[:] = UNTOUCHED
+            engine.forward(cache, [(0, LONG[64:], 64)], [0])
+    assert (cache.logits(1, VOCABULARY) == UNTOUCHED).all()
+    # What was in the cache before is still there, and the tokens that were interrupted can be run again.
+    again = engine.forward(cache, [(0, LONG[64:200], 64)], [0])
+    fresh = engine.kv_cache(1, 200)
     engine.forward(fresh, [(0, LONG[:64], 0)], [])
     np.testing.assert_array_equal(again, engine.forward(fresh, [(0, LONG[64:200], 64)], [0]))
-    np.testing.assert_array_equal(engine.forward(engine.memory(1, 64), [(0, LONG[:64], 0)], [0]), known)
+    np.testing.assert_array_equal(engine.forward(engine.kv_cache(1, 64), [(0, LONG[:64], 0)], [0]), known)
     assert engine.generate(LONG[:700], max_new_tokens=20).tokens == right
 
 
 def test_a_handler_that_returns_is_run_and_changes_nothing(folder: Path) -> None:
     engine, rung = Engine.open(folder), list[int]()
     ids = LONG[:2500]
-    right = engine.forward(engine.memory(1, POSITIONS), [(0, ids, 0)], [0]).copy()
+    right = engine.forward(engine.kv_cache(1, POSITIONS), [(0, ids, 0)], [0]).copy()
     with ringing(lambda *_: rung.append(1)):
         while not rung:
-            found = engine.forward(engine.memory(1, POSITIONS), [(0, ids, 0)], [0])
+            found = engine.forward(engine.kv_cache(1, POSITIONS), [(0, ids, 0)], [0])
     np.testing.assert_array_equal(found, right)
 
 
@@ -119,9 +119,9 @@ def test_another_thread_is_not_interrupted(folder: Path) -> None:
     """Python runs handlers in its main thread, whose wait they end; the forward of the other is whole."""
     engine, found = Engine.open(folder), list[Any]()
     ids = LONG[:2500]
-    right = engine.forward(engine.memory(1, POSITIONS), [(0, ids, 0)], [0]).copy()
+    right = engine.forward(engine.kv_cache(1, POSITIONS), [(0, ids, 0)], [0]).copy()
     worker = threading.Thread(
-        target=lambda: found.append(engine.forward(engine.memory(1, POSITIONS), [(0, ids, 0)], [0]).copy())
+        target=lambda: found.append(engine.forward(engine.kv_cache(1, POSITIONS), [(0, ids, 0)], [0]).copy())
     )
     with pytest.raises(KeyboardInterrupt), ringing(ctrl_c):
         worker.start()

@@ -16,9 +16,10 @@ from engine_models import tokens
 
 from lowbit import Engine
 from lowbit.engine.batch import Batch, Running
+from lowbit.engine.detokenizer import AnswerText
 from lowbit.engine.fallback import Transformers
-from lowbit.engine.results import Sampling
-from lowbit.engine.text_stream import TokenText
+from lowbit.engine.generation import Sampling
+from lowbit.engine.runtime_formats import CacheFormat
 from lowbit.errors import EngineError, LowbitError, RecipeError
 from tiny import save_tiny
 
@@ -129,12 +130,12 @@ def test_a_stream_says_what_is_wrong_at_once_and_takes_one_prompt(engine: Engine
         engine.generate("the", batch=0)
     with pytest.raises(RecipeError, match="chunk=0"):
         engine.logits([3], chunk=0)
-    pieces, stream = "", engine.stream("the cat", max_new_tokens=5)
+    text, stream = "", engine.stream("the cat", max_new_tokens=5)
     try:
         while True:
-            pieces += next(stream)
+            text += next(stream)
     except StopIteration as end:
-        assert end.value.text == pieces and len(end.value.tokens) == 5
+        assert end.value.text == text and len(end.value.tokens) == 5
 
 
 @pytest.mark.parametrize("threads", [0, -3, 1.5, 100_000])
@@ -164,16 +165,16 @@ def test_a_stop_string_in_what_was_held_back_is_the_reason() -> None:
 
     picks = iter([ord("a"), 0xC3])
     core = SimpleNamespace(sample=lambda *rest: next(picks))
-    sequence = Running(0, [65], TokenText(decode, ["a\ufffd"]), 2)
+    sequence = Running(0, [65], AnswerText(decode, ["a\ufffd"]), 2)
     batch = Batch(
         core,
-        lambda memory, pieces, wanted, lengths: [None] * len(wanted),
+        lambda cache, chunks, wanted, lengths: [None] * len(wanted),
         SimpleNamespace(sequences=1),
         Sampling(),
         frozenset(),
     )
-    pieces = [piece for _, piece in batch.run([sequence])]
-    assert sequence.result().text == "".join(pieces) == "" and sequence.reason == "stop"
+    texts = [text for _, text in batch.run([sequence])]
+    assert sequence.result().text == "".join(texts) == "" and sequence.reason == "stop"
 
 
 def test_configs_of_unreleased_versions_and_folders_that_hold_nothing(packed_folder: Folder, tmp_path: Path) -> None:
@@ -201,13 +202,13 @@ def test_seeds_of_numpy_and_no_stop(engine: Engine) -> None:
 @pytest.mark.parametrize("size", [(0, 8), (-1, 8), (1, 0), (1.5, 8), (1, "8")])
 def test_memory_that_cannot_be(engine: Engine, size: tuple[Any, Any]) -> None:
     with pytest.raises(RecipeError, match="(sequences|positions)="):
-        engine.memory(*size)
+        engine.kv_cache(*size)
 
 
 def test_an_interrupted_generation_leaves_the_engine_usable(engine: Engine) -> None:
     right = engine.generate("the cat", max_new_tokens=12)
 
-    def interrupt(piece: str, index: int) -> None:
+    def interrupt(text: str, index: int) -> None:
         raise KeyboardInterrupt
 
     for _ in range(3):
@@ -217,3 +218,29 @@ def test_an_interrupted_generation_leaves_the_engine_usable(engine: Engine) -> N
         next(stream)
         stream.close()
     assert engine.generate("the cat", max_new_tokens=12).tokens == right.tokens
+
+
+@pytest.mark.parametrize("text", ["int8", "kv=int8", "k=int8,v=int8", "v=int8,k=int8", CacheFormat("int8", "int8")])
+def test_a_cache_format_has_one_value_however_it_is_written(text: Any, packed_folder: Folder) -> None:
+    assert CacheFormat.of(text) == CacheFormat("int8", "int8") and str(CacheFormat.of(text)) == "int8"
+    engine, wide = (Engine.open(packed_folder("llama", "int4:g32"), threads=1, cache=c) for c in (text, "kv=int16"))
+    assert engine.describe().cache == "int8" and wide.describe().cache == "int16"
+    assert engine.describe().cache_bytes_per_token < wide.describe().cache_bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int9", "did you mean 'int8'"),
+        ("k=int8", "one for each"),
+        ("k=int8,k=int8", "one for each"),
+        ("int8,v=int16", "one for each"),
+        ("q=int8", "one for each"),
+        ("", "known: int16, int8"),
+        ("k=int8,v=int16", "keys and values in one format"),
+        (8, "known: int16, int8"),
+    ],
+)
+def test_cache_formats_that_the_engine_does_not_compute(text: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cache=.*" + words):
+        Engine.open(tmp_path / "not even looked for", cache=text)

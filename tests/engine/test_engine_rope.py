@@ -9,7 +9,7 @@ import torch
 from engine_models import MODELS, apart, build_model, reference, save_model, tokens
 
 from lowbit import Engine
-from lowbit.engine.results import Sampling
+from lowbit.engine.generation import Sampling
 
 THETA = {"rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -86,15 +86,16 @@ def test_logits_of_chunks_know_how_long_the_text_is(growing: tuple[Any, Engine])
             assert apart(engine.logits(ids, chunk=chunk), reference(model, ids)) < 2e-3, (length, chunk)
 
 
-def test_a_kept_memory_is_read_again_where_a_text_becomes_long_or_short(growing: tuple[Any, Engine]) -> None:
+def test_a_kept_cache_is_read_again_where_a_text_becomes_long_or_short(growing: tuple[Any, Engine]) -> None:
     model, engine = growing
-    memory = engine.memory(1, 400)
+    cache = engine.kv_cache(1, 400)
     kept, was_long = 0, False
     for length in (100, 120, 150, 90):  # turns of a conversation; the last has begun anew
         ids = tokens(160, 1)[:length]
         running = engine.running(0, ids, 12, (), Sampling())
+        running.slot = 0
         running.done, running.long = min(kept, length - 1), was_long
-        list(engine.continued(running, memory, Sampling()))
+        list(engine.run([running], Sampling(), cache))
         assert running.ids[length:] == greedy(model, ids, 12), length
         kept, was_long = length, running.long
 

@@ -94,11 +94,11 @@ def test_words_and_template(packed: Path) -> None:
         assert ours.encode(text, special=False) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
-def test_text_pieces_joined_are_the_text(packed: Path) -> None:
+def test_texts_of_a_stream_joined_are_the_text(packed: Path) -> None:
     engine = Engine.open(packed)
     for prompt in ("Write about cats with many emoji 🙂🙃 and umlauts äöü.", "日本語で答えてください。"):
-        pieces = list(engine.stream(prompt, max_new_tokens=150, temperature=1.0, seed=1))
+        texts = list(engine.stream(prompt, max_new_tokens=150, temperature=1.0, seed=1))
         found = engine.generate(prompt, max_new_tokens=150, temperature=1.0, seed=1)
-        assert "".join(pieces) == found.text and "\ufffd" not in "".join(pieces[:-1])
+        assert "".join(texts) == found.text and "\ufffd" not in "".join(texts[:-1])
         kept = [t for t in found.tokens if t != 2]
         assert found.text == engine.tokenizer.decode(kept)

@@ -28,6 +28,7 @@ FAMILY_MODELS: dict[str, Callable[[], Any]] = {
     "gemma": _made("GemmaConfig", "GemmaForCausalLM", **_GEMMA),
     "gemma2": _made("Gemma2Config", "Gemma2ForCausalLM", query_pre_attn_scalar=8, sliding_window=16, **_GEMMA),
     "gemma3": _made("Gemma3TextConfig", "Gemma3ForCausalLM", query_pre_attn_scalar=8, sliding_window=16, **_GEMMA),
+    "olmo2": _made("Olmo2Config", "Olmo2ForCausalLM", **_ROPE),
     "phi3": _made("Phi3Config", "Phi3ForCausalLM", **_ROPE),
 }
 

@@ -12,21 +12,22 @@ from hypothesis import strategies as st
 from lowbit.errors import FormatError
 from lowbit.formats import parse_format, parse_inputs
 from lowbit.interchange.exporters.common.folder_exporter import FolderExporter
-from lowbit.interchange.exporters.exporter import Contents, Stored, exporters
+from lowbit.interchange.exporters.exporter import exporters
+from lowbit.interchange.tensors import Contents, TensorPlan
 from tiny import TINY
 
 NAMES = ("awq", "gptq", "vllm")
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
-def layer(name: str, fmt: str | None, inputs: str | None = None, shape: tuple[int, ...] = (64, 256)) -> Stored:
-    return Stored(
+def layer(name: str, fmt: str | None, inputs: str | None = None, shape: tuple[int, ...] = (64, 256)) -> TensorPlan:
+    return TensorPlan(
         f"model.layers.0.{name}.weight", shape, "linear", torch.float32, False,
-        None if fmt is None else parse_format(fmt), None if inputs is None else parse_inputs(inputs),
+        None if fmt is None else parse_format(fmt), inputs=None if inputs is None else parse_inputs(inputs),
     )  # fmt: skip
 
 
-def model(*layers: Stored) -> Contents:
+def model(*layers: TensorPlan) -> Contents:
     return Contents("m", "", TINY["llama"](), {t.name: t for t in layers}, {})
 
 
@@ -125,8 +126,8 @@ def test_gptq_says_once_whether_there_are_zero_points() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_stacks_that_transformers_saves_whole_are_refused(name: str) -> None:
     fmt = parse_format("int4:g32")
-    odd = Stored("mlp.experts.up", (4, 64, 64), "experts", torch.float32, False, fmt)
+    odd = TensorPlan("mlp.experts.up", (4, 64, 64), "experts", torch.float32, False, fmt)
     (found,) = folder_exporter(name).check(model(layer("mlp.up_proj", "int4:g32"), odd))
     assert found.tensor == odd.name and "experts as one tensor" in found.reason
-    conv = Stored("h.0.c_fc.weight", (64, 64), "conv1d", torch.float32, True, fmt)
+    conv = TensorPlan("h.0.c_fc.weight", (64, 64), "conv1d", torch.float32, True, fmt)
     assert folder_exporter(name).check(model(layer("mlp.up_proj", "int4:g32"), conv)) == []

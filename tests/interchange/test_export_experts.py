@@ -20,7 +20,7 @@ from lowbit.errors import ExportError
 from lowbit.formats import QTensor, parse_format
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published, without_number
 from lowbit.interchange.exporters.exporter import exporter_named
-from lowbit.interchange.exporters.gguf.families import family_of, refusal
+from lowbit.interchange.exporters.gguf.metadata import family_of, refusal
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
 RECIPES = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli.export import told
+from lowbit.cli.export import summary
 from lowbit.cli.main import app
 from lowbit.errors import ExportError
 from lowbit.interchange.opening import open_source
@@ -191,7 +191,7 @@ def test_what_is_not_equal_is_named(llama: Path, tmp_path: Path) -> None:
     lowbit.quantize(llama, "int4:g32", tmp_path / "w4")
     made = lowbit.export(tmp_path / "w4", "vllm", tmp_path / "out")
     assert made.unequal == ("model.embed_tokens.weight",)
-    assert "every weight equal but model.embed_tokens.weight, within" in told(made)
+    assert "every weight equal but model.embed_tokens.weight, within" in summary(made)
 
 
 def test_what_a_killed_run_left_goes_with_the_next(llama: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from lowbit.formats import QTensor, parse_format, parse_inputs
 from lowbit.interchange.exporters.awq import Awq
 from lowbit.interchange.exporters.compressed_tensors.activations import pack_inputs
-from lowbit.interchange.exporters.exporter import Contents, Stored
 from lowbit.interchange.exporters.gptq import Gptq
 from lowbit.interchange.exporters.vllm import SCHEMES, Vllm
+from lowbit.interchange.tensors import Contents, TensorPlan
 from lowbit.pipeline.api import quantize_tensor
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -23,9 +23,9 @@ def weight(rows: int, width: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 0.1
 
 
-def stored(fmt: str, shape: tuple[int, ...], inputs: str | None = None) -> Stored:
+def stored(fmt: str, shape: tuple[int, ...], inputs: str | None = None) -> TensorPlan:
     parsed = None if inputs is None else parse_inputs(inputs)
-    return Stored("layers.0.up.weight", shape, "linear", torch.float32, False, parse_format(fmt), parsed)
+    return TensorPlan("layers.0.up.weight", shape, "linear", torch.float32, False, parse_format(fmt), inputs=parsed)
 
 
 class NoInputs:

@@ -15,15 +15,18 @@ from moe_models import MOE_MODELS
 
 from config_changes import changes
 from lowbit.errors import SourceError
+from lowbit.families import families
 from lowbit.families.config_facts import NEUTRAL
-from lowbit.interchange.exporters.exporter import Contents, Stored, exporter_named
-from lowbit.interchange.exporters.gguf import families
-from lowbit.interchange.exporters.gguf.config_facts import FACTS
+from lowbit.interchange.exporters.exporter import exporter_named
+from lowbit.interchange.exporters.gguf import metadata
 from lowbit.interchange.exporters.gguf.layout import bytes_in_file, place
+from lowbit.interchange.exporters.gguf.metadata import config_facts, gguf_of
 from lowbit.interchange.exporters.gguf.rope import rope_factors
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.gguf.rope import llama3_divisors, scaling_of
+from lowbit.interchange.tensors import Contents, TensorPlan
 
+FACTS = {name: config_facts(family) for name, family in families().items() if family.gguf}
 MODELS = {**FAMILY_MODELS, **MOE_MODELS}
 KINDS = {MODELS[name]().model_type: name for name in reversed(MODELS)}
 IDS = torch.arange(3, 63)[None] % 128
@@ -47,24 +50,26 @@ def logits(model: Any) -> Any:
 def contents_of(model: Any) -> tuple[Any, Contents]:
     source = open_source(model)
     params = source.inventory.params
-    tensors = {n: Stored(n, s.shape, params[n].kind, s.dtype, params[n].transposed) for n, s in source.tensors.items()}
+    tensors = {
+        n: TensorPlan(n, s.shape, params[n].kind, s.dtype, params[n].transposed) for n, s in source.tensors.items()
+    }
     return source, Contents("model", "", model.config, tensors, source.inventory.tied)
 
 
 def write_float(model: Any, file: Path, **extra: Any) -> None:
     """The model in float32 as the exporter lays it out, with `extra` keys of its architecture."""
     source, contents = contents_of(model)
-    family = families.family_of(model.config)
+    family = metadata.family_of(model.config)
     assert family is not None
-    writer = gguf.GGUFWriter(file, family.architecture)
-    families.describe(family, writer, model.config)
+    writer = gguf.GGUFWriter(file, gguf_of(family).architecture)
+    metadata.describe(family, writer, model.config)
     for key, value in extra.items():
-        name = f"{family.architecture}.{key.replace('__', '.')}"
+        name = f"{gguf_of(family).architecture}.{key.replace('__', '.')}"
         writer.kv_data[0].pop(name, None)
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     writer.add_token_list([f"t{i}" for i in range(model.config.vocab_size)])
     for placed in place(family, contents):
-        writer.add_tensor(placed.name, np.ascontiguousarray(bytes_in_file(placed, source.read(placed.stored.name))))
+        writer.add_tensor(placed.name, np.ascontiguousarray(bytes_in_file(placed, source.read(placed.tensor.name))))
     factors = rope_factors(model.config)
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
@@ -80,14 +85,14 @@ def test_every_family_has_its_facts() -> None:
 
 @pytest.mark.parametrize("kind", FACTS)
 def test_every_field_of_the_class_is_listed(kind: str) -> None:
-    """A field that a new transformers brings is to be added to `exporters/gguf/config_facts.py`: read, fixed, or neutral."""
+    """A field that a new transformers brings is to be added to the file of its family: read, fixed, or neutral."""
     assert not [name for name in transformers.CONFIG_MAPPING[kind]().to_dict() if name not in FACTS[kind]]
 
 
 @pytest.mark.parametrize("kind", FACTS)
 def test_every_changed_field_is_written_and_read_or_refused(kind: str, tmp_path: Path) -> None:
     base = MODELS[KINDS[kind]]()
-    family, target = families.family_of(base), exporter_named("gguf")
+    family, target = metadata.family_of(base), exporter_named("gguf")
     assert family is not None
     carried, refused = set[str](), set[str]()
     for name, value in changes(base):
@@ -105,13 +110,13 @@ def test_every_changed_field_is_written_and_read_or_refused(kind: str, tmp_path:
             known = name in said or "positions" in said or "scales its attention" in said or "llama.cpp" in said
             assert known, (name, value, said)
             refused.add(name)
-        elif family.reader == "whole":
+        elif gguf_of(family).reader == "whole":
             file = tmp_path / "model.gguf"
             write_float(model, file)
             read = logits(open_source(file).load_float())
             assert float((read - right).norm() / right.norm()) < 0.02, (name, value)
             carried.add(name)
-    assert refused and (len(carried) > 5 or family.reader == "own"), (refused, carried)
+    assert refused and (len(carried) > 5 or gguf_of(family).reader == "own"), (refused, carried)
 
 
 ROPES = {

@@ -14,7 +14,7 @@ import lowbit
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.published import Published
 from lowbit.interchange.inventory import meta_model, tied_names
-from lowbit.interchange.source import TensorSpec
+from lowbit.interchange.tensors import TensorSpec
 from tiny import tiny_model
 
 BERT: dict[str, Any] = {

@@ -9,7 +9,7 @@ from measure_models import perturbed, tiny_llama
 from lowbit.calibration.text import load_text
 from lowbit.errors import EngineError, RecipeError
 from lowbit.measure.card import CardParts
-from lowbit.measure.compare import CompareRow, compare
+from lowbit.measure.compare import Built, CompareRow, compare
 from lowbit.measure.quality import measure_quality
 from lowbit.measure.speed import SpeedSettings
 from lowbit.measure.windows import make_windows
@@ -22,7 +22,7 @@ BASE = CardParts("tiny", "float32", parameters=1000, bytes_after=4000)
 def build(recipe):
     if recipe not in NOISE:
         raise RecipeError(f"unknown recipe {recipe!r}")
-    return perturbed(tiny_llama(), NOISE[recipe]), CardParts("tiny", recipe, parameters=1000, bytes_after=500)
+    return Built(perturbed(tiny_llama(), NOISE[recipe]), CardParts("tiny", recipe, parameters=1000, bytes_after=500))
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,13 @@ def test_speed_beside_the_base(windows):
 
 
 def test_a_program_that_does_not_run_costs_the_speed_and_nothing_else(windows):
-    def program(model):
+    def backend():
         raise EngineError("out of order")
 
-    rows = compare(["little"], build, tiny_llama(), BASE, windows, speed=SpeedSettings(), program=program)
+    def broken(recipe):
+        return build(recipe)._replace(backend=backend)
+
+    rows = compare(["little"], broken, tiny_llama(), BASE, windows, speed=SpeedSettings())
     assert rows[1].card.quality is not None and rows[1].card.speed.skipped == "out of order"
     assert rows[0].card.speed is None and "speed by" not in markdown_compare(rows)
 

@@ -5,9 +5,10 @@ import torch
 from measure_models import tiny_bert, tiny_llama, tiny_t5
 
 from lowbit.measure import backends as backends
-from lowbit.measure.backends import WORDS, Backend
-from lowbit.measure.generation import greedy_times
+from lowbit.measure.backends import Backend
+from lowbit.measure.interleave import BATCH_PROMPT
 from lowbit.measure.speed import Rates, Speed, SpeedSettings, fit_settings, measure_speed
+from lowbit.measure.token_times import greedy_times
 
 FEW = SpeedSettings(prompt=12, new=6, prefill=20, batch=3, batch_length=14, repeats=2)
 
@@ -26,12 +27,12 @@ def recorded(model, record, name):
     return model
 
 
-def test_models_take_turns_with_the_same_work():
+def test_models_do_the_same_work_in_interleaved_rounds():
     record: list = []
     model, base = (recorded(tiny_llama(), record, name) for name in "AB")
     found = measure_speed(model, base=base, settings=FEW)
-    turn = [((1, 12), 6), ((1, 20), 1), ((3, WORDS), 14 - WORDS)]
-    assert record == 3 * [(name, shape, new) for shape, new in turn for name in "BA"]
+    work = [((1, 12), 6), ((1, 20), 1), ((3, BATCH_PROMPT), 14 - BATCH_PROMPT)]
+    assert record == 3 * [(name, shape, new) for shape, new in work for name in "BA"]
     assert found.settings == FEW
     for rates in (found.model, found.base):
         assert rates.decode > 0 and rates.prefill > 0 and rates.batch > 0
@@ -39,15 +40,15 @@ def test_models_take_turns_with_the_same_work():
 
 
 def test_rates_from_a_known_clock(monkeypatch):
-    """Each token takes 0.5 s after a first one of 2 s; turn after turn the machine slows down."""
-    turns = iter([100.0] * 3 + [1.0] * 3 + [2.0] * 3 + [4.0] * 3)  # warm-up, then three turns of three
+    """Each token takes 0.5 s after a first one of 2 s; round after round the machine slows down."""
+    slower = iter([100.0] * 3 + [1.0] * 3 + [2.0] * 3 + [4.0] * 3)  # warm-up, then three rounds of three
 
     def times(model, ids, new):
-        slow = next(turns)
+        slow = next(slower)
         return [slow * (2.0 + 0.5 * i) for i in range(new)]
 
     monkeypatch.setattr(backends, "greedy_times", times)
-    settings = SpeedSettings(prompt=12, new=5, prefill=20, batch=3, batch_length=WORDS + 4, repeats=3)
+    settings = SpeedSettings(prompt=12, new=5, prefill=20, batch=3, batch_length=BATCH_PROMPT + 4, repeats=3)
     found = measure_speed(tiny_llama(), settings=settings)
     assert found.base is None and found.ratio("decode") is None
     assert found.model == Rates(decode=2.0 / 2, prefill=20 / 2.0 / 2, batch=3 * 4 / (2.0 + 3 * 0.5) / 2)

@@ -195,8 +195,8 @@ def test_damping_grows_until_a_singular_matrix_can_be_factorized() -> None:
     builder = StatsBuilder(64)
     builder.add(torch.ones(3, 64))  # rank one
     stats = builder.stats()
-    q = solved("gptq", weight, "int4:g32", stats, damp=0.0)
-    assert stats.trace[-1].damp > 0 and bool(q.dequantize().isfinite().all())
+    found = Call("gptq", (("damp", 0.0),)).solve(weight, parse_format("int4:g32"), Call("search"), stats)
+    assert found.trace is not None and found.trace.damp > 0 and bool(found.weight.dequantize().isfinite().all())
     empty_stats = StatsBuilder(64).stats()
     nothing = solved("gptq", weight, "int4:g32", empty_stats, polish=0)
     assert (nothing.dequantize() - weight).norm() < 0.15 * weight.norm()
@@ -215,9 +215,8 @@ def test_channels_that_were_always_zero_round_to_nearest() -> None:
 
 def test_the_trace_tells_round_to_nearest_from_the_result() -> None:
     weight, _, stats = problem()
-    solved("gptq", weight, "int4:g32", stats)
-    trace = stats.trace[-1]
-    assert 0 < trace.end < trace.start and trace.damp == 0.01
+    trace = Call("gptq").solve(weight, parse_format("int4:g32"), Call("search"), stats).trace
+    assert trace is not None and 0 < trace.end < trace.start and trace.damp == 0.01
 
 
 def test_statistics_are_means_over_tokens_and_scale_by_algebra() -> None:

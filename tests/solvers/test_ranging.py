@@ -9,7 +9,7 @@ from torch import Tensor
 import lowbit
 from lowbit.errors import FormatError
 from lowbit.formats import QTensor, encode, parse_format
-from lowbit.planning.tensor import TensorPlan
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats, StatsBuilder

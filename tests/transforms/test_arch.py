@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from variants import FAMILIES, family_source, random_source
 
 from lowbit.errors import TransformError
+from lowbit.families import families
+from lowbit.families.family import Between, Graph
 from lowbit.interchange.opening import open_source
-from lowbit.transforms import families, layouts
+from lowbit.transforms import layouts
 from lowbit.transforms.arch import Link, arch_of, shared_channels
 from lowbit.transforms.check import check_family, check_function, tiny_config
-from lowbit.transforms.families import Between
 from lowbit.transforms.fold import fold
 from lowbit.transforms.rotate import rotate
 from tiny import TINY
@@ -32,11 +34,10 @@ def test_a_module_without_a_config_is_refused() -> None:
 
 
 def test_a_tensor_without_a_place_in_the_facts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    without = dataclasses.replace(families.LLAMA, inside=())
-    monkeypatch.setitem(families.FAMILIES, "qwen3", without)
+    monkeypatch.setitem(families(), "qwen3", families()["llama"])
     with pytest.raises(TransformError, match=r"self_attn\.[qk]_norm\.weight' \(4 such tensors\) has no place"):
         fold(family_source("qwen3"))
-    monkeypatch.setitem(families.FAMILIES, "gpt2", families.LLAMA)
+    monkeypatch.setitem(families(), "gpt2", families()["llama"])
     with pytest.raises(TransformError, match=r"do not fit: there is no 'model\.layers"):
         fold(family_source("gpt2"))
 
@@ -48,16 +49,40 @@ def test_norms_on_the_stream_are_refused() -> None:
         fold(random_source(config))
 
 
+POST_NORMS = tuple(f"model.layers.{{i}}.post_{part}_layernorm" for part in ("attention", "feedforward"))
+
+
+def changed(name: str, **facts: Any) -> Graph:
+    graph = families()[name].channels
+    assert graph is not None
+    return dataclasses.replace(graph, **facts)
+
+
 WRONG = {
     "a norm that multiplies by its weight": ("gemma", {"plus_one": False}, "fold"),
     "a norm that multiplies by one more": ("llama", {"plus_one": True}, "fold"),
-    "LayerNorm taken for RMSNorm": ("phi", {"kind": "rms"}, "rotate"),
+    "LayerNorm taken for RMSNorm": ("phi", {"norm": "rms"}, "rotate"),
     "values in the wrong rows": (
         "gpt-neox",
-        {"between": (dataclasses.replace(families.GPT_NEOX.between[0], layout="stacked"),)},
+        {
+            "graph": changed(
+                "gpt_neox",
+                between=(
+                    Between(
+                        "gpt_neox.layers.{i}.attention.query_key_value",
+                        "gpt_neox.layers.{i}.attention.dense",
+                        "stacked",
+                    ),
+                ),
+            )
+        },
         "rotate",
     ),
-    "post norms that are not there": ("gemma2", {"post_norms": (), "inside": families.GEMMA2.post_norms}, "rotate"),
+    "post norms that are not there": (
+        "gemma2",
+        {"graph": changed("gemma2", post_norms=(), inside=POST_NORMS)},
+        "rotate",
+    ),
 }
 
 
@@ -66,7 +91,7 @@ def test_a_wrong_fact_changes_the_logits(what: str, monkeypatch: pytest.MonkeyPa
     name, change, transform = WRONG[what]
     source = family_source(name)
     model_type = str(source.config.model_type)  # type: ignore[union-attr]
-    monkeypatch.setitem(families.FAMILIES, model_type, dataclasses.replace(families.FAMILIES[model_type], **change))
+    monkeypatch.setitem(families(), model_type, dataclasses.replace(families()[model_type], **change))
     with pytest.raises(TransformError, match=f"changes the function of .*{model_type}"):
         check_function(source, {"fold": fold, "rotate": rotate}[transform](source))
 
@@ -131,7 +156,8 @@ def test_a_family_can_be_checked_by_its_config_alone(name: str) -> None:
     small = tiny_config(config)
     assert small.num_hidden_layers == 2 and small.hidden_size == 32
     assert check_family(config, fold, head=1) < 1e-10
-    assert check_family(config, rotate, r1=0 if "gemma2" in name or "gemma3" in name else 1) < 1e-10
+    graph = families()[config.model_type].channels
+    assert graph is not None and check_family(config, rotate, r1=0 if graph.post_norms else 1) < 1e-10
 
 
 def test_a_family_of_full_size_is_checked_on_a_tiny_model() -> None:
@@ -144,9 +170,6 @@ def test_a_family_of_full_size_is_checked_on_a_tiny_model() -> None:
     assert check_family(config, rotate) < 1e-10 and config.hidden_size == 8192
 
 
-def test_facts_name_each_type_once() -> None:
-    listed = [t for family in vars(families).values() if isinstance(family, families.Family) for t in family.types]
-    assert len(listed) == len(set(listed)) and set(listed) == set(families.FAMILIES)
-    assert all(
-        b.layout in layouts.LAYOUTS for f in families.FAMILIES.values() for b in f.between if isinstance(b, Between)
-    )
+def test_facts_name_layouts_that_there_are() -> None:
+    graphs = [family.channels for family in families().values()]
+    assert all(link.layout in layouts.LAYOUTS for graph in graphs if graph for link in graph.between)

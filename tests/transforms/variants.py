@@ -37,6 +37,12 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "phi3": lambda: transformers.Phi3Config(architectures=["Phi3ForCausalLM"], **_ROPE),
     "smollm3": lambda: transformers.SmolLM3Config(architectures=["SmolLM3ForCausalLM"], **_ROPE),
+    "granite": lambda: transformers.GraniteConfig(
+        architectures=["GraniteForCausalLM"], embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.6,
+        logits_scaling=2.5, **_ROPE,
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(architectures=["Olmo2ForCausalLM"], **_ROPE),
+    "olmo3": lambda: transformers.Olmo3Config(architectures=["Olmo3ForCausalLM"], **_ROPE),
     "phi-relu": _like("phi", hidden_act="relu", qk_layernorm=True),
     "gpt2-relu": _like("gpt2", activation_function="relu"),
     "gpt-neox-sequential": _like("gpt-neox", use_parallel_residual=False, tie_word_embeddings=True),

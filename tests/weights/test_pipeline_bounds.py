@@ -19,8 +19,9 @@ from lowbit.errors import LowbitError
 from lowbit.formats import parse_format
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import create, index_json, shards_of
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning import plan as plan_module
-from lowbit.planning.tensor import TensorPlan, by_rows
+from lowbit.planning.tensor import by_rows
 from lowbit.recipes.recipe import Recipe
 from lowbit.weights import solve as solve_module
 from strategies import steady

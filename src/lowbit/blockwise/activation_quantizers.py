@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from lowbit.blockwise.capture import OnInput
 from lowbit.blockwise.groups import Group
 from lowbit.formats import Format, InputQuantizer, Inputs
 from lowbit.planning.plan import Plan
 from lowbit.solvers.ranges.estimator import RangeEstimator, RangeMethod
+from lowbit.tuning.straight_through import straight_through
 
 
 class ActivationQuantizers:
     """Divisors, estimators of static ranges and the quantizers made of them, by weight."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, divisors: Mapping[str, Tensor] | None = None) -> None:
+        """`divisors` [K]: what the inputs of a weight are divided by while running."""
         self.inputs = {t.name: t.inputs for t in plan.tensors if t.inputs is not None}
         self.width = {t.name: t.stored_shape[-1] for t in plan.tensors if t.inputs is not None}
         self.methods = {name: plan.recipe.rule_for(name).range or RangeMethod() for name in self.inputs}
-        self.divisors: dict[str, Tensor] = {}
+        self.divisors = {name: divisor.to(torch.float32) for name, divisor in (divisors or {}).items()}
         self.estimators: dict[tuple[str, Inputs, RangeMethod], RangeEstimator] = {}
         self.scales: dict[str, dict[str, Tensor]] = {}
         self.observed: dict[str, set[tuple[str, Inputs, RangeMethod]]] = {}
@@ -37,7 +40,7 @@ class ActivationQuantizers:
         return (group.first, inputs, self.methods[name]) if inputs is not None and inputs.static else None
 
     def rounded(self, name: str, x: Tensor) -> Tensor | None:
-        """What the weight is multiplied with instead of `x`; None: `x` itself. Until its range is settled, a static input
+        """What the weight is multiplied with instead of `x`; None: `x` itself. Until its range is known, a static input
         stays float."""
         inputs, keys = self.inputs.get(name), self.observed.get(name, set())
         if inputs is None and not keys:
@@ -59,23 +62,24 @@ class ActivationQuantizers:
             kept = self.rounded(name, x)
         if kept is None or kept is x:
             return None
-        plain = self.divided(name, x)
-        return plain + (kept - plain).detach()
+        return straight_through(self.divided(name, x), kept)
+
+    def rounding(self, on_input: Callable[[str, int | None, Tensor], object] | None = None) -> OnInput:
+        """What makes an `InputCapture` multiply with `rounded`; `on_input` sees the same."""
+
+        def both(name: str, expert: int | None, x: Tensor) -> Tensor | None:
+            kept = self.rounded(name, x)
+            if on_input is not None:
+                on_input(name, expert, x if kept is None else kept)
+            return kept
+
+        return both
 
     def divided(self, name: str, x: Tensor) -> Tensor:
         """x / d of this weight, where its input is divided while running; in the type of x."""
         return (x.to(torch.float32) / self.divisors[name]).to(x.dtype) if name in self.divisors else x
 
-    def divide(self, group: Group, scale: Tensor) -> None:
-        """The input of these weights is divided by `scale` [K]."""
-        self.divisors |= dict.fromkeys(group.members, scale.to(torch.float32))
-
-    def undivide(self, group: Group) -> None:
-        """The input of these weights is divided by nothing."""
-        for name in group.members:
-            self.divisors.pop(name, None)
-
-    def settle(self, group: Group) -> None:
+    def fix_ranges(self, group: Group) -> None:
         """Everything was seen: static scales from now on; members of a group share one input, and so one scale."""
         for name in group.members:
             key = self._key(group, name)
@@ -84,7 +88,7 @@ class ActivationQuantizers:
         self.observed.pop(group.first, None)
 
     def parts(self, name: str, prefix: str | None = None) -> dict[str, Tensor]:
-        """What is stored beside the weight, by the name in the file."""
+        """What is stored of the inputs with the weight, by the name in the file."""
         inputs = self.inputs.get(name)
         if inputs is None:
             return {}
@@ -94,7 +98,7 @@ class ActivationQuantizers:
         start = f"{name}." if prefix is None else prefix
         return {start + part: value for part, value in found.items()}
 
-    def unseen(self, name: str) -> dict[str, Tensor]:
+    def parts_unseen(self, name: str) -> dict[str, Tensor]:
         """The parts of a weight that no text reached: nothing is known of its range, so 1 stands for it."""
         inputs = self.inputs.get(name)
         if inputs is None:

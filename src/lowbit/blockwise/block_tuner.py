@@ -15,7 +15,6 @@ from lowbit.blockwise.hidden_states import InputFile
 from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.planning.plan import Plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.tuning.reconstruct import BlockProblem
 from lowbit.weights.solve import Solved, six_digits
 
@@ -43,24 +42,28 @@ class BlockTuner:
         """A new block."""
         self.targets = InputFile(self.path, torch.float32)
 
-    def aim(self, output: Any) -> None:
+    def record(self, output: Any) -> None:
         """What the block is to return for the next micro-batch."""
         self.targets.append(hidden(output))
 
-    def tune(self, done: Mapping[str, Solved], floats: Mapping[str, Tensor], run: Run) -> dict[str, Solved]:
+    def remove(self) -> None:
+        """The block is done: remove the file."""
+        self.targets.remove()
+
+    def tune(self, solved: Mapping[str, Solved], floats: Mapping[str, Tensor], run: Run) -> dict[str, Solved]:
         """The weights of the block with other codes and scales, where that lowers its error; the rest as they were.
 
         `floats`: the weights as the source stores them.
         """
         weights: dict[str, QTensor] = {}
-        for name, solved in done.items():
-            q = solved.qtensor()
+        for name, one in solved.items():
+            q = one.qtensor()
             if q is not None:
                 weights[name] = q
-        plans = {name: done[name].plan for name in weights}
+        plans = {name: solved[name].plan for name in weights}
         problem = BlockProblem(
             weights,
-            {name: _transposed(floats[name].float(), plans[name]) for name in weights},
+            {name: plans[name].as_rows(floats[name].float()).contiguous() for name in weights},
             frozenset(name for name, t in plans.items() if t.transposed),
             lambda tensors, batch: hidden(run(tensors, batch)),
             self.targets.read,
@@ -69,12 +72,12 @@ class BlockTuner:
         )
         tuned = self.call.method.function(problem, **dict(self.call.options))
         before, after = (six_digits(e) for e in tuned.facts["error"])
-        out = dict(done)
+        out = dict(solved)
         for name in weights if not tuned.weights else ():
             note = f"{self.call.name}: nothing better than an error of the block's output of {before:.4g}"
-            out[name] = replace(done[name], note=_joined(done[name].note, note))
+            out[name] = replace(solved[name], note=_joined(solved[name].note, note))
         for name, q in tuned.weights.items():
-            own = done[name]
+            own = solved[name]
             error = (q.dequantize() - problem.floats[name]).norm() / problem.floats[name].norm().clamp_min(1e-30)
             parts = {f"{name}.{part}": tensor.contiguous() for part, tensor in q.parts().items()}
             note = f"{self.call.name}: error of the block's output {before:.4g} -> {after:.4g}"
@@ -95,7 +98,3 @@ def hidden(output: Any) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf.reshape(-1, leaf.shape[-1])
     raise SourceError(f"a block returns {type(output).__name__} without a tensor, so that it cannot be reconstructed")
-
-
-def _transposed(weight: Tensor, plan: TensorPlan) -> Tensor:
-    return weight.transpose(-1, -2).contiguous() if plan.transposed else weight

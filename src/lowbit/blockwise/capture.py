@@ -18,7 +18,8 @@ from lowbit.blockwise.attention_cache import AttentionCache
 from lowbit.blockwise.causal_attention import attention
 
 # Called with (name of the weight, expert or None, input [..., K]); what it returns takes the input's place.
-Seen = Callable[[str, "int | None", Tensor], "Tensor | None"]
+OnInput = Callable[[str, "int | None", Tensor], "Tensor | None"]
+OnOutput = Callable[[str, "int | None", Tensor], None]
 
 # Products: where the input stands and where the weight, among the positional arguments or by name.
 _PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
@@ -36,15 +37,15 @@ _PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
 
 
 class InputCapture(TorchFunctionMode):
-    """Watches `weights` (name -> parameter, 2-D or 3-D stacks of experts) and calls `seen` at each product."""
+    """Watches `weights` (name -> parameter, 2-D or 3-D stacks of experts) and calls `on_input` at each product."""
 
     def __init__(
-        self, weights: Mapping[str, Tensor], seen: Seen, made: Callable[[str, int | None, Tensor], None] | None = None,
-        remembered: AttentionCache | None = None,
+        self, weights: Mapping[str, Tensor], on_input: OnInput, on_output: OnOutput | None = None,
+        attention_cache: AttentionCache | None = None,
     ) -> None:  # fmt: skip
-        """`made` is called with what each product gave; `remembered` answers for attention."""
+        """`on_output` is called with what each product gave; `attention_cache` answers for attention."""
         super().__init__()
-        self.seen, self.made, self.remembered = seen, made, remembered
+        self.on_input, self.on_output, self.attention_cache = on_input, on_output, attention_cache
         self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
 
     def __torch_function__(
@@ -58,18 +59,18 @@ class InputCapture(TorchFunctionMode):
             found = self._find(weight)
             if found is not None:
                 x = args[at] if len(args) > at else kwargs[name]
-                other = self._watch(*found, x)
+                other = self._multiplied(*found, x)
                 if len(args) > at:
                     args = (*args[:at], other, *args[at + 1 :])
                 else:
                     kwargs[name] = other
         if func is F.scaled_dot_product_attention:
             func = attention
-        if self.remembered is not None and func is attention:
-            return self.remembered.result(lambda: func(*args, **kwargs))
+        if self.attention_cache is not None and func is attention:
+            return self.attention_cache.result(lambda: func(*args, **kwargs))
         result = func(*args, **kwargs)
-        if found is not None and self.made is not None:
-            self.made(*found, result)
+        if found is not None and self.on_output is not None:
+            self.on_output(*found, result)
         return result
 
     def _find(self, weight: Any) -> tuple[str, int | None] | None:
@@ -85,16 +86,16 @@ class InputCapture(TorchFunctionMode):
             return name, -1  # a batched product of all experts at once
         return name, (weight.storage_offset() - whole.storage_offset()) // (whole.shape[1] * whole.shape[2])
 
-    def _watch(self, name: str, expert: int | None, x: Tensor) -> Tensor:
-        if self.remembered is not None:
-            self.remembered.touched(name)
+    def _multiplied(self, name: str, expert: int | None, x: Tensor) -> Tensor:
+        if self.attention_cache is not None:
+            self.attention_cache.depends_on(name)
         if expert == -1:
-            parts = [self._seen(name, e, part) for e, part in enumerate(x)]
+            parts = [self._replaced(name, e, part) for e, part in enumerate(x)]
             changed = any(new is not old for new, old in zip(parts, x))
             return torch.stack(parts) if changed else x
-        return self._seen(name, expert, x)
+        return self._replaced(name, expert, x)
 
-    def _seen(self, name: str, expert: int | None, x: Tensor) -> Tensor:
+    def _replaced(self, name: str, expert: int | None, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            other = self.seen(name, expert, x)
+            other = self.on_input(name, expert, x)
         return x if other is None else other

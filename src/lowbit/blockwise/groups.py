@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lowbit.blockwise.block_runner import LeaveForward
 from lowbit.blockwise.capture import InputCapture
-from lowbit.blockwise.stages import LeaveForward
 from lowbit.solvers.stats import Stats, StatsBuilder
 
 
@@ -30,16 +30,16 @@ Pass = list[Group]
 
 
 def find_passes(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Pass]:
-    """The groups of a block, by running it once; groups of the same place in different experts form one pass_.
+    """The groups of a block, by running it once; groups of the same place in different experts form one pass.
 
     Weights whose input is the same tensor share a group. `prefix`: the block's name, after which numbers are experts';
-    None: numbers mean nothing, each group is a pass_ of its own.
+    None: numbers mean nothing, each group is a pass of its own.
     """
     groups: dict[str, Group] = {}
     by_input: dict[Any, Group] = {}
     alive: list[Tensor] = []  # inputs, so that no other gets the same memory
 
-    def seen(name: str, expert: int | None, x: Tensor) -> None:
+    def on_input(name: str, expert: int | None, x: Tensor) -> None:
         alive.append(x)
         key = (x.data_ptr(), tuple(x.shape), x.stride()) if expert is None else name
         if name in groups:
@@ -51,39 +51,40 @@ def find_passes(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: s
         group.members.append(name)
         groups[name] = group
 
-    with InputCapture(weights, seen):
+    with InputCapture(weights, on_input):
         run()
     passes: dict[str, Pass] = {}
     for group in by_input.values():
-        rest = group.first if prefix is None else group.first[len(prefix) :]
-        place = rest if prefix is None else re.sub(r"\d+", "#", rest)
-        passes.setdefault(place, []).append(group)
+        role = group.first if prefix is None else re.sub(r"\d+", "#", group.first[len(prefix) :])
+        passes.setdefault(role, []).append(group)
     return list(passes.values())
 
 
 class Collector:
-    """Gathers the statistics of one pass_; experts of a stack each have their own.
+    """Gathers the statistics of one pass; experts of a stack each have their own.
 
     `half`: see StatsBuilder. `stop`: leave the forward as soon as nothing more can come.
     """
 
-    def __init__(self, pass_: Pass, half: bool = False, stop: bool = True) -> None:
+    def __init__(self, pass_: Sequence[Group], half: bool = False, stop: bool = True) -> None:
         self.first = {group.first: group for group in pass_}
         self.half = half
         self.enough = pass_[0].calls if stop and len(pass_) == 1 else 0
         self.builders: dict[tuple[str, int | None], StatsBuilder] = {}
-        self.token_weights: Mapping[str, Tensor] = {}
-        self.begin({})
+        self.begin()
 
     def wants(self, name: str) -> bool:
         """Whether the inputs of this weight are gathered."""
         return name in self.first
 
-    def begin(self, x_float: Mapping[str, Tensor]) -> None:
-        """A new micro-batch, with the float model's inputs [tokens, K] where they are compared."""
-        self.calls, self.x_float = 0, x_float
+    def begin(
+        self, x_float: Mapping[str, Tensor] | None = None, token_weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """A new micro-batch, with the float model's inputs [tokens, K] where they are compared, and with the weights of its
+        tokens [tokens] where these differ."""
+        self.calls, self.x_float, self.token_weights = 0, x_float or {}, token_weights or {}
 
-    def seen(self, name: str, expert: int | None, x: Tensor) -> None:
+    def on_input(self, name: str, expert: int | None, x: Tensor) -> None:
         """Add an input; leaves the forward when nothing more can come."""
         if name not in self.first:
             return

@@ -1,4 +1,4 @@
-"""Hidden states between stages: files, so that memory holds one micro-batch and a killed run goes on from them."""
+"""Hidden states between blocks: files, so that memory holds one micro-batch and a killed run goes on from them."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
-from lowbit.blockwise.stages import Saved
+from lowbit.blockwise.block_runner import Saved
 from lowbit.interchange.files.folder_writer import sync
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 class HiddenStates:
-    """What every stage returned, by stream and micro-batch: `folder/<stage>/<stream>-<batch>.safetensors`.
+    """What every block returned, by stream and micro-batch: `folder/<block>/<stream>-<batch>.safetensors`.
 
-    A stage's folder gets its name when all its files are on the disk, so a folder that is there is whole.
+    A block's folder gets its name when all its files are on the disk, so a folder that is there is whole.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def has(self, stage: int) -> bool:
-        """Whether all that stage `stage` returned is here."""
-        return self._final(stage).is_dir()
+    def has(self, block: int) -> bool:
+        """Whether all that block `block` returned is here."""
+        return self._final(block).is_dir()
 
-    def save(self, stage: int, stream: str, batch: int, value: Any) -> None:
-        """Keep what a stage returned for one micro-batch; it counts once `commit` was called."""
+    def save(self, block: int, stream: str, batch: int, value: Any) -> None:
+        """Keep what a block returned for one micro-batch; it counts once `commit` was called."""
         saved = Saved(value)
-        room = self._fresh(stage)
-        room.mkdir(exist_ok=True)
+        folder = self._fresh(block)
+        folder.mkdir(exist_ok=True)
         tensors = {key: t.detach().contiguous().clone() for key, t in saved.tensors.items()}
         facts = {
             "spec": treespec_dumps(saved.spec),
             "others": json.dumps([o if isinstance(o, _PLAIN) else None for o in saved.others]),
         }
-        path = room / f"{stream}-{batch:04d}.safetensors"
+        path = folder / f"{stream}-{batch:04d}.safetensors"
         save_file(tensors, path, metadata=facts)
         sync(path)
 
-    def commit(self, stage: int) -> None:
-        """Everything of the stage is saved: give its folder the name that counts."""
-        shutil.rmtree(self._final(stage), ignore_errors=True)
-        sync(self._fresh(stage))
-        os.rename(self._fresh(stage), self._final(stage))
+    def commit(self, block: int) -> None:
+        """Everything of the block is saved: give its folder the name that counts."""
+        shutil.rmtree(self._final(block), ignore_errors=True)
+        sync(self._fresh(block))
+        os.rename(self._fresh(block), self._final(block))
         sync(self.folder)
 
-    def load(self, stage: int, stream: str, batch: int) -> Any:
+    def load(self, block: int, stream: str, batch: int) -> Any:
         """What `save` kept, in fresh memory."""
-        with safe_open(self._final(stage) / f"{stream}-{batch:04d}.safetensors", framework="pt") as file:
+        with safe_open(self._final(block) / f"{stream}-{batch:04d}.safetensors", framework="pt") as file:
             facts = file.metadata()
             tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         spec: TreeSpec = treespec_loads(facts["spec"])
@@ -65,19 +65,19 @@ class HiddenStates:
         saved.spec, saved.others, saved.tensors = spec, json.loads(facts["others"]), tensors
         return saved.value(tensors)
 
-    def drop(self, stage: int) -> None:
+    def drop(self, block: int) -> None:
         """Remove what is not needed any more."""
-        shutil.rmtree(self._final(stage), ignore_errors=True)
+        shutil.rmtree(self._final(block), ignore_errors=True)
 
     def clear(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _final(self, stage: int) -> Path:
-        return self.folder / f"{stage:05d}"
+    def _final(self, block: int) -> Path:
+        return self.folder / f"{block:05d}"
 
-    def _fresh(self, stage: int) -> Path:
-        return self.folder / f"{stage:05d}.new"
+    def _fresh(self, block: int) -> Path:
+        return self.folder / f"{block:05d}.new"
 
 
 class TensorFile:

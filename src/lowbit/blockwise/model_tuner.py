@@ -18,19 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 
+from lowbit.blockwise.block_runner import model_inputs
 from lowbit.blockwise.capture import InputCapture
-from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.precision import products_in
 from lowbit.blockwise.skeleton import Skeleton
-from lowbit.blockwise.stages import model_inputs
 from lowbit.calibration.data import Calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import InputQuantizer, QTensor
 from lowbit.interchange.files.folder_writer import FolderWriter, sync
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.plan import Plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.tuning.problem import ModelProblem
+from lowbit.tuning.straight_through import straight_through
 from lowbit.weights.solve import Solved, with_exponent
 
 _FILE = "tuned.safetensors"
@@ -38,7 +39,7 @@ Read = Callable[[str], Tensor]  # a stored tensor by its name in the file
 
 
 def tune_folder(
-    plan: Plan, source: Source, calibration: Calibration, writer: FolderWriter, settings: Settings, progress: Progress | None
+    plan: Plan, source: Source, calibration: Calibration, writer: FolderWriter, dtype: torch.dtype, progress: Progress | None
 ) -> None:  # fmt: skip
     """Tune what `writer` has on the disk, all of it solved; resumes. Nothing when the recipe has no such tuner."""
     if plan.recipe.tuner_of("model") is None:
@@ -49,7 +50,7 @@ def tune_folder(
         if any("tuned" in entry for entry in writer.journal.values()):
             return  # all of it was in its place when the file was removed
         exponents = {name: int(entry.get("exponent", 0)) for name, entry in writer.journal.items()}
-        changed, facts = tune(plan, source, calibration, writer.read, settings, progress, exponents)
+        changed, facts = tune(plan, source, calibration, writer.read, dtype, progress, exponents)
         fresh = path.with_name(_FILE + ".new")
         save_file(changed, fresh, metadata={"facts": json.dumps(facts, sort_keys=True)})
         sync(fresh)
@@ -69,7 +70,7 @@ def tune_folder(
 
 
 def tune_solved(
-    plan: Plan, source: Source, calibration: Calibration, solved: list[tuple[Solved, str]], settings: Settings,
+    plan: Plan, source: Source, calibration: Calibration, solved: list[tuple[Solved, str]], dtype: torch.dtype,
     progress: Progress | None,
 ) -> list[tuple[Solved, str]]:  # fmt: skip
     """The same for results in memory."""
@@ -77,7 +78,7 @@ def tune_solved(
         return solved
     stored = {part: tensor for s, _ in solved for part, tensor in s.stored.items()}
     exponents = {s.plan.name: s.exponent for s, _ in solved}
-    changed, facts = tune(plan, source, calibration, stored.__getitem__, settings, progress, exponents)
+    changed, facts = tune(plan, source, calibration, stored.__getitem__, dtype, progress, exponents)
     out = []
     for i, (s, digest) in enumerate(solved):
         mine = {part: changed[part] for part in s.stored if part in changed}
@@ -88,7 +89,7 @@ def tune_solved(
 
 
 def tune(
-    plan: Plan, source: Source, calibration: Calibration, read: Read, settings: Settings, progress: Progress | None,
+    plan: Plan, source: Source, calibration: Calibration, read: Read, dtype: torch.dtype, progress: Progress | None,
     exponents: Mapping[str, int],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
     """(stored tensors that changed by their names in the file, what the tuner says of its work). `exponents`: of the
@@ -101,7 +102,7 @@ def tune(
         if progress is not None:
             progress(f"{call.name}, step {done + 1} of {of}", total, total)
 
-    pair = _Pair(plan, source, read, settings, exponents)
+    pair = _Pair(plan, source, read, dtype, exponents)
     problem = pair.problem(calibration.ids, say)
     tuned = call.method.function(problem, **dict(call.options))
     changed: dict[str, Tensor] = dict(tuned.vectors)
@@ -116,9 +117,9 @@ class _Pair:
     """The float model and, with other tensors, the quantized one: one module for both."""
 
     def __init__(
-        self, plan: Plan, source: Source, read: Read, settings: Settings, exponents: Mapping[str, int]
+        self, plan: Plan, source: Source, read: Read, dtype: torch.dtype, exponents: Mapping[str, int]
     ) -> None:
-        self.plan, self.read, self.settings, self.exponents = plan, read, settings, exponents
+        self.plan, self.read, self.dtype, self.exponents = plan, read, dtype, exponents
         self.live = Skeleton(source, plan.tied)
         self.known = [t for t in plan.tensors if t.name not in source.extra]
         for t in self.known:
@@ -131,9 +132,8 @@ class _Pair:
 
     def problem(self, windows: tuple[Tensor, ...], say: Callable[[int, int], None]) -> ModelProblem:
         weights = {t.name: self._qtensor(t) for t in self.known if t.format is not None}
-        fast = torch.bfloat16 if self.settings.autocast else torch.float32
         # Embeddings stay float32: with them the sums between blocks would be in bfloat16 too.
-        dtypes = {t.name: fast for t in self.known if t.kind in ("linear", "conv1d", "head")}
+        dtypes = {t.name: self.dtype for t in self.known if t.kind in ("linear", "conv1d", "head")}
         return ModelProblem(
             weights,
             frozenset(t.name for t in self.known if t.transposed),
@@ -146,18 +146,21 @@ class _Pair:
         )
 
     def teacher(self, ids: Tensor) -> Tensor:
-        with self.settings.context():
+        with products_in(self.dtype):
             return _logits(self.live.module(**model_inputs(self.live.module, ids)))
 
     def student(self, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
         module = self.live.module
         watched = {name: tensors[name] for name in self.rounding}
-        with self.settings.context(), InputCapture(watched, self._rounded):
+        with products_in(self.dtype), InputCapture(watched, self._rounded):
             return _logits(functional_call(module, {**self.others, **tensors}, (), model_inputs(module, ids)))
 
     def _rounded(self, name: str, expert: int | None, x: Tensor) -> Tensor:
         """Inputs in few bits; gradients pass as if they were not rounded."""
-        return _Straight.apply(x, self.rounding[name])
+        quantizer = self.rounding[name]
+        with torch.no_grad():
+            rounded = quantizer.round(x)
+        return straight_through(x if quantizer.divisor is None else quantizer.divide(x).to(x.dtype), rounded)
 
     def _qtensor(self, t: TensorPlan) -> QTensor:
         assert t.format is not None
@@ -165,21 +168,6 @@ class _Pair:
         fmt = with_exponent(t.format, self.exponents.get(t.name, 0))
         assert fmt is not None
         return QTensor.from_parts(fmt, t.stored_shape, parts)
-
-
-class _Straight(torch.autograd.Function):
-    """An input rounded as it is stored. With a divisor the result is for weights that are multiplied by it, and so is
-    the gradient divided."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, quantizer: InputQuantizer) -> Tensor:
-        ctx.divisor = quantizer.divisor
-        return quantizer.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
-        return (g if ctx.divisor is None else (g / ctx.divisor).to(g.dtype)), None
 
 
 def _is_vector(t: TensorPlan) -> bool:

@@ -7,7 +7,7 @@ get the recipe's fallback, as layer globs of an ordinary recipe; so planned byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 from lowbit.blockwise.activation_quantizers import ActivationQuantizers
-from lowbit.blockwise.capture import InputCapture
-from lowbit.blockwise.groups import find_passes
-from lowbit.blockwise.precision import Settings
 from lowbit.blockwise.rewriter import Rewriter
-from lowbit.blockwise.run import QUANT, CalibratedRun
-from lowbit.blockwise.stages import OUTSIDE, Stage
+from lowbit.blockwise.scaling import scale_inputs
+from lowbit.blockwise.walk import Block, BlockWalk
 from lowbit.calibration.data import Calibration
 from lowbit.formats import IntGrid
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.kernels.heap import trim
 from lowbit.planning.plan import Plan, make_plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.activation_rules import InputRule, Survey
 from lowbit.recipes.layer_globs import globs_of
 from lowbit.recipes.recipe import Recipe
@@ -35,10 +32,11 @@ from lowbit.solvers import Call
 
 WINDOWS = 8  # explosions are of single tokens that every text has, such as the first; spread evenly over the text
 BOUNDLESS = 1e30
+OnBlock = Callable[[str], None]
 _DIGITS = 4  # of a ratio: fewer than the order of additions changes
 
 
-def judged(plan: Plan) -> list[str]:
+def may_fall_back(plan: Plan) -> list[str]:
     """Weights whose static inputs may fall back: integers, and static by `a=` rather than by a glob of their own."""
     recipe = plan.recipe
     if recipe.fallback is None:
@@ -56,17 +54,18 @@ def _static(t: TensorPlan) -> bool:
 
 
 def survey(
-    plan: Plan, source: Source, calibration: Calibration, room: Path, settings: Settings, key: str = "",
-    told: Callable[[str], None] = lambda name: None,
+    plan: Plan, source: Source, calibration: Calibration, folder: Path, dtype: torch.dtype, key: str = "",
+    on_block: OnBlock = lambda name: None,
 ) -> Survey:  # fmt: skip
-    """Largest to typical input of every judged weight, seen through the recipe's transforms; `room`: a folder for states.
+    """Largest to typical input of every weight that may fall back, seen through the recipe's transforms.
 
-    `key` is kept with it: what it depends on. `told` is given the name of each block before it is run.
+    `folder`: of what blocks return. `dtype`: in which products are computed. `key` is kept with it: what it depends on.
+    `on_block` is given the name of each block before it is looked at.
     """
     assert plan.recipe.fallback is not None
-    found = _SurveyRun(plan, source, _some(calibration), room, settings).ratios(told)
+    found = _ratios(plan, source, _some(calibration), folder, dtype, on_block)
     trim()
-    ratios = {name: float(f"{found[name]:.{_DIGITS}g}") for name in judged(plan) if name in found}
+    ratios = {name: float(f"{found[name]:.{_DIGITS}g}") for name in may_fall_back(plan) if name in found}
     return Survey(key, plan.recipe.fallback.over, ratios)
 
 
@@ -82,14 +81,14 @@ def with_survey(plan: Plan, source: Source, found: Survey) -> Plan:
     return replace(plan, survey=found)
 
 
-def recalled(head: Mapping[str, Any], key: str) -> Survey | None:
+def survey_in(head: Mapping[str, Any], key: str) -> Survey | None:
     """The survey that the journal of an unfinished run holds, if it depends on the same."""
     found = head.get("survey")
     return Survey(**found) if isinstance(found, dict) and found.get("key") == key else None
 
 
-def remembered(found: Survey | None) -> dict[str, Any]:
-    """What `recalled` reads."""
+def survey_entry(found: Survey | None) -> dict[str, Any]:
+    """What `survey_in` reads."""
     return {} if found is None else {"survey": asdict(found)}
 
 
@@ -99,68 +98,41 @@ def _some(calibration: Calibration) -> Calibration:
     return replace(calibration, ids=tuple(calibration.ids[i * count // taken] for i in range(taken)))
 
 
-class _SurveyRun(CalibratedRun):
-    """The calibrated driver with nothing quantized: blocks are rewritten, run once, and looked at."""
+def _ratios(
+    plan: Plan, source: Source, calibration: Calibration, folder: Path, dtype: torch.dtype, on_block: OnBlock
+) -> dict[str, float]:
+    """Of each weight that may fall back and that the text reaches: largest |x| / root mean square of the median token.
 
-    def __init__(self, plan: Plan, source: Source, calibration: Calibration, folder: Path, settings: Settings) -> None:
-        plain = replace(plan, recipe=replace(plan.recipe, tuner=None, weighting=None, solver=None))
-        super().__init__(plain, source, calibration, folder, settings)
-        self.rewriter = Rewriter.of(source, _cheap(plan.recipe))
-        self.judged = set(judged(plan))
+    A visitor of the walk that quantizes nothing: blocks are scaled as they will be, run once, and looked at.
+    """
+    walk = BlockWalk(plan, source, calibration.ids, folder, dtype)
+    walk.place_outside()
+    rewriter, names = Rewriter.of(source, _cheap(plan.recipe)), set(may_fall_back(plan))
+    found: dict[str, float] = {}
+    for block in walk.blocks():
+        if block.returns or names.intersection(block.weights):
+            on_block(block.name)
+            found |= _ratios_of(block, plan, rewriter, names)
+    return found
 
-    @torch.no_grad()
-    def ratios(self, told: Callable[[str], None]) -> dict[str, float]:
-        """Of each judged weight that the text reaches: largest |x| / root mean square of the median token."""
-        inside = {t for t in self.tensors for stage in self.stages if stage.owns(t)}
-        around = [t for t in self.tensors if t not in inside]
-        later = self.around = [t for t in around if self._multiplies(t)]
-        for name in around:
-            if self.tensors[name].kind != "head" or later:
-                self.live.place(name, self.source.read(name))
-        found: dict[str, float] = {}
-        for i, stage in enumerate(self.stages):
-            names = [t for t in self.tensors if stage.owns(t)]
-            if i and not later:
-                self._drop_embeddings(i, stage, names)
-            told(stage.name)
-            found |= self._look(i, stage, names)
-            self.states.commit(i)
-            if i and self.stages[i - 1].chain == stage.chain:
-                self.states.drop(i - 1)
-            for name in names:
-                self.live.place(name, None)
-        return found | (self._look(len(self.stages), OUTSIDE, later) if self.judged & set(later) else {})
 
-    def _look(self, i: int, stage: Stage, names: Iterable[str]) -> dict[str, float]:
-        weights = {name: self.source.read(name) for name in names}
-        for name, weight in weights.items():
-            self.live.place(name, weight)
-        multiplied = [name for name in weights if self._multiplies(name)]
-        watched = {name: self.live.get(name) for name in multiplied}
-        passes = find_passes(watched, lambda: self._run(i, stage, 0, QUANT), stage.name or None) if watched else []
-        stored = ActivationQuantizers(self.plan)
-        if self.rewriter is not None:
-            self._rewrite(i, stage, passes, weights, stored)
-        groups = {group.first: group for pass_ in passes for group in pass_ if self.judged & set(group.members)}
-        spreads = {first: Spread() for first in groups}
+@torch.no_grad()
+def _ratios_of(block: Block, plan: Plan, rewriter: Rewriter | None, names: set[str]) -> dict[str, float]:
+    passes = block.passes()
+    activations = ActivationQuantizers(plan, scale_inputs(block, passes, plan, rewriter).divisors)
+    groups = [group for pass_ in passes for group in pass_ if names.intersection(group.members)]
+    spreads = {group.first: Spread() for group in groups}
 
-        def seen(name: str, expert: int | None, x: Tensor) -> Tensor:
-            x = stored.divided(name, x)
-            if name in spreads:
-                spreads[name].add(x)
-            return x
+    def on_input(name: str, expert: int | None, x: Tensor) -> Tensor:
+        x = activations.divided(name, x)
+        if name in spreads:
+            spreads[name].add(x)
+        return x
 
-        for batch in range(len(self.batches)):
-            with InputCapture({name: self.live.get(name) for name in multiplied}, seen):
-                out = self._run(i, stage, batch, QUANT)
-            if stage is not OUTSIDE:
-                self.states.save(i, QUANT, batch, out)
-        return {
-            name: spreads[first].ratio()
-            for first, group in groups.items()
-            for name in group.members
-            if name in self.judged
-        }
+    for batch in range(block.batches):
+        with block.capture(on_input):
+            block.save(batch, block.run(batch))
+    return {name: spreads[group.first].ratio() for group in groups for name in group.members if name in names}
 
 
 class Spread:

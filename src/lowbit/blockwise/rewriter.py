@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lowbit.formats import Format
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import arch_or_none, group_transforms
-
-if TYPE_CHECKING:
-    from lowbit.planning.tensor import TensorPlan
 from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats
 from lowbit.transforms import Arch, apply_scale, shared_channels
@@ -35,44 +32,38 @@ class Rewriter:
         return Rewriter(source, recipe, arch_or_none(source, recipe)) if calls else None
 
     def scale(
-        self,
-        names: list[str],
-        tensors: Mapping[str, Tensor],
-        stats: Stats,
-        fmt: Format,
-        transposed: bool,
-        divides: bool,
+        self, names: Sequence[str], tensors: Mapping[str, Tensor], stats: Stats, first: TensorPlan, while_running: bool
     ) -> tuple[dict[str, Tensor], Tensor] | None:
         """New tensors and the scale of the input that `names` share; None where nothing can take the division.
 
-        `tensors`: all of the block's, as the source stores them. `divides`: the input can be divided while running.
+        `tensors`: all of the block's, as the source stores them. `first`: the plan of the first of `names`, whose format and
+        layout all have. `while_running`: the input can be divided while the model runs.
         """
-        point = None if self.arch is None else self.arch.point_for(names)
-        if point is None and not divides:
+        assert first.format is not None
+        point = None if self.arch is None else self.arch.point_for(list(names))
+        if point is None and not while_running:
             return None
         if point is not None and not all(name in tensors for name in (*point.producers, *point.consumers)):
             return None  # its producer lies in another block, and is written already
         shared = None if point is None else shared_channels(point)
-        weights = [tensors[n].transpose(-1, -2).float() if transposed else tensors[n].float() for n in names]
+        scaled, weights = dict(tensors), [first.as_rows(tensors[n]).float() for n in names]
         total: Tensor | None = None
-        done = dict(tensors)
         for call in group_transforms(self.recipe):
-            found = call.method.function(weights, stats, self._rounded(fmt), shared, **dict(call.options))
-            touched = names if point is None else [*point.producers, *point.consumers]
+            found = call.method.function(weights, stats, self._rounded(first.format), shared, **dict(call.options))
             if self.arch is None or point is None:
-                axis = -2 if transposed else -1
                 applied, new = found.scale, {}
                 for name in names:
-                    shape = [1] * done[name].dim()
-                    shape[axis] = -1
-                    new[name] = (done[name].double() * applied.double().view(shape)).to(done[name].dtype)
+                    shape = [1] * scaled[name].dim()
+                    shape[-2 if first.transposed else -1] = -1
+                    new[name] = (scaled[name].double() * applied.double().view(shape)).to(scaled[name].dtype)
             else:
-                new, applied = apply_scale(self.arch, point, {n: done[n] for n in touched}, found.scale)
-            done |= new
+                involved = {n: scaled[n] for n in (*point.producers, *point.consumers)}
+                new, applied = apply_scale(self.arch, point, involved, found.scale)
+            scaled |= new
             stats = stats.scaled(applied)
-            weights = [done[n].transpose(-1, -2).float() if transposed else done[n].float() for n in names]
+            weights = [first.as_rows(scaled[n]).float() for n in names]
             total = applied if total is None else total * applied
-        return (done, total) if total is not None else None
+        return (scaled, total) if total is not None else None
 
     @property
     def chooses(self) -> bool:
@@ -84,11 +75,10 @@ class Rewriter:
         """A weight rounded by the recipe's data-free solver, as the model has it; itself where it is kept."""
         if plan.format is None:
             return weight
-        turned = weight.transpose(-1, -2) if plan.transposed else weight
-        fmt = in_range(turned, plan.format)
+        rows = plan.as_rows(weight)
+        fmt = in_range(rows, plan.format)
         solver, fit = self.recipe.solver_for(fmt), self.recipe.fit_for(fmt)
-        dense: Tensor = solver(turned.float().contiguous(), fmt, fit, None).dequantize()
-        return dense.transpose(-1, -2).contiguous() if plan.transposed else dense
+        return plan.as_module(solver.solve(rows.float().contiguous(), fmt, fit, None).weight.dequantize())
 
     def _rounded(self, fmt: Format) -> Callable[[Tensor, Stats], Tensor]:
         solver, fit = self.recipe.solver_for(fmt), self.recipe.fit_for(fmt)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lowbit.blockwise.stages import forwards_replaced
+from lowbit.blockwise.block_runner import forwards_replaced
 from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.inventory import meta_model

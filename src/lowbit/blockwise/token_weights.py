@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.blockwise.precision import Settings
+from lowbit.blockwise.precision import products_in
 from lowbit.interchange.files.folder_writer import sync
 from lowbit.interchange.source import Source
 from lowbit.kernels.heap import trim
@@ -28,7 +28,8 @@ class TokenWeights:
 
     @staticmethod
     def of(
-        call: Call | None, source: Source, names: Sequence[str], batches: Sequence[Tensor], folder: Path, settings: Settings
+        call: Call | None, source: Source, names: Sequence[str], batches: Sequence[Tensor], folder: Path,
+        dtype: torch.dtype,
     ) -> TokenWeights:  # fmt: skip
         """Those that the recipe's weighting gives, from the file where a run before this one left them."""
         if call is None:
@@ -38,7 +39,7 @@ class TokenWeights:
             model = source.load_float(torch.float32)
             for config in (model.config, model.config.get_text_config()):  # type: ignore[operator,union-attr]
                 config.use_cache = False
-            found = call.method.function(model, names, batches, settings.context(), **dict(call.options))
+            found = call.method.function(model, names, batches, products_in(dtype), **dict(call.options))
             tensors = {f"{name}/{i}": w.half() for name, parts in found.items() for i, w in enumerate(parts)}
             del model, found
             trim()

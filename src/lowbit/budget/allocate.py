@@ -6,17 +6,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lowbit.blockwise.precision import Settings
 from lowbit.budget.allocation import Allocation
 from lowbit.budget.choose import allocation
 from lowbit.budget.fisher import text_digest
 from lowbit.budget.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
-from lowbit.calibration.data import LENGTH, SAMPLES, SELF, Calibration, load_calibration
+from lowbit.calibration.data import SELF, Calibration, load_calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
@@ -29,8 +30,8 @@ def allocate(
     *,
     calibration: Any = None,
     sensitivity: str | Path | Sensitivity | None = None,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
+    samples: int | None = None,
+    length: int | None = None,
     chat: bool = False,
     candidates: tuple[str, ...] = CANDIDATES,
     tokenizer: Any = None,
@@ -48,34 +49,38 @@ def allocate(
     """
     source = open_source(model, tokenizer=tokenizer)
     wanted = Recipe.of(recipe).calibrated()
-    found = _sensitivity(source, sensitivity, calibration, samples, length, chat, candidates, progress)
+    text = {"source": calibration, "samples": samples, "length": length, "chat": chat}
+    if isinstance(sensitivity, Sensitivity):
+        if any(text.values()):
+            raise RecipeError(
+                "the sensitivity is given, so that no text is looked at; leave calibration and its options out"
+            )
+        return allocation(source, sensitivity, wanted, **target)
+    with nullcontext() if sensitivity is None else claimed(sensitivity):
+        found = _measured_or_read(source, sensitivity, text, candidates, progress)
     return allocation(source, found, wanted, **target)
 
 
-def _sensitivity(
-    source: Source, given: str | Path | Sensitivity | None, calibration: Any, samples: int, length: int, chat: bool,
-    candidates: tuple[str, ...], progress: Progress | None,
-) -> Sensitivity:  # fmt: skip
-    if isinstance(given, Sensitivity):
-        return given
-    with nullcontext() if given is None else claimed(given):
-        return _measured_or_read(source, given, calibration, samples, length, chat, candidates, progress)
-
-
 def _measured_or_read(
-    source: Source, given: str | Path | None, calibration: Any, samples: int, length: int, chat: bool,
-    candidates: tuple[str, ...], progress: Progress | None,
-) -> Sensitivity:  # fmt: skip
-    known = Sensitivity.load(given) if given is not None and Path(given).exists() else None
-    if known is not None and (calibration is None or calibration == SELF):
-        return _same(known, given, candidates, None)
-    text = load_calibration(calibration, None, source, samples=samples, length=length, chat=chat)
+    source: Source,
+    path: str | Path | None,
+    text: dict[str, Any],
+    candidates: tuple[str, ...],
+    progress: Progress | None,
+) -> Sensitivity:
+    """What the file `path` holds, else measured on `text` (arguments of `load_calibration`) and kept there."""
+    known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
+    if known is not None and (text["source"] is None or text["source"] == SELF):
+        return _same(known, path, candidates, None)
+    calibration = load_calibration(tokenizer=None, model=source, **text)
     if known is not None:
-        return _same(known, given, candidates, text)
-    autocast = Settings.of_this_machine().autocast
-    found = measure_sensitivity(source, text.ids, candidates, autocast=autocast, progress=progress, frame=text.frame)
-    if given is not None:
-        found.save(given)
+        return _same(known, path, candidates, calibration)
+    found = measure_sensitivity(
+        source, calibration.ids, candidates, autocast=fast_dtype() != torch.float32, progress=progress,
+        frame=calibration.frame,
+    )  # fmt: skip
+    if path is not None:
+        found.save(path)
     return found
 
 

@@ -18,22 +18,18 @@ from lowbit.budget.allocation import Allocation, Row
 from lowbit.budget.knapsack import choose
 from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
+from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.files.safetensors_writer import Stored
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import MULTIPLIED, Specs, TensorPlan
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import Recipe
 
 # Last words of names that read the same input, which engines (vLLM, llama.cpp and others) store as one matrix.
-SHARE = (
-    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"), ("wi_0", "wi_1"),
-    ("q_a_proj", "kv_a_proj_with_mqa"), ("in_proj_qkvz", "in_proj_ba"),
-)  # fmt: skip
+SHARE = tuple(parts for _, parts in TOGETHER)
 # Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
 OVERHEAD = 600_000_000
-_LINEAR = ("linear", "conv1d", "experts")
 _WITHIN = 0.01
 
 
@@ -119,7 +115,7 @@ class _Problem:
         self.context, self.max_shard_bytes = context, max_shard_bytes
         self.embeddings = embeddings
         tensors = make_plan(source, recipe).tensors
-        kinds = _LINEAR + (("embedding", "head") if embeddings else ())
+        kinds = MULTIPLIED + (("embedding", "head") if embeddings else ())
         self.tensors = {t.name: t for t in tensors}
         self.kinds = {n: p.kind for n, p in source.inventory.params.items() if p.keep is None}
         self.options = [parse_format(text) for text in sensitivity.candidates]
@@ -160,7 +156,7 @@ class _Problem:
         for group, pick in zip(self.groups, picks):
             for t in group:
                 chosen[t.name] = self.options[pick]
-                if t.kind in _LINEAR:
+                if t.kind in MULTIPLIED:
                     weights[self.options[pick]] += t.count
         calls = [call for call in (self.recipe.fit, self.recipe.solver) if call is not None]
         served = [f for f in weights if all(call.method.declines(f) is None for call in calls)]
@@ -206,7 +202,7 @@ class _Problem:
         """Linear layers of at most `target` bits per weight, kept ones counted as they are."""
         if self.embeddings:
             raise RecipeError("target_bits counts linear layers only; leave embeddings out, or give a target_size")
-        linear = [t for t in self.tensors.values() if t.kind in _LINEAR]
+        linear = [t for t in self.tensors.values() if t.kind in MULTIPLIED]
         count, free = sum(t.count for t in linear), {t.name for g in self.groups for t in g}
         fixed = sum(t.bytes_after for t in linear if t.name not in free)
         found = choose(self.kl, self.data, math.floor(target * count / 8 * (1 + 1e-12)) - fixed)
@@ -260,7 +256,7 @@ def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> li
     return list(groups.values())
 
 
-def _header_bytes(stored: Stored) -> int:
+def _header_bytes(stored: Specs) -> int:
     """About what a tensor takes in the header of a file; what is amiss (digits) the exact plan makes up for."""
     entries = {
         name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**9, 10**9]}

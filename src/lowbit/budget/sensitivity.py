@@ -37,7 +37,8 @@ from lowbit.errors import OutputError, RecipeError, SourceError, nearest
 from lowbit.formats import Format, QTensor, encode, parse_format, stores
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
-from lowbit.planning.tensor import SLAB, TensorPlan, by_rows
+from lowbit.interchange.tensors import TensorPlan
+from lowbit.planning.tensor import SLAB, by_rows
 from lowbit.recipes.recipe import EMBED, Recipe
 from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.ranging import in_range

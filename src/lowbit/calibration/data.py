@@ -68,12 +68,12 @@ def load_calibration(
     tokenizer: Any,
     model: nn.Module | Source,
     *,
-    samples: int = SAMPLES,
-    length: int = LENGTH,
+    samples: int | None = None,
+    length: int | None = None,
     chat: bool = False,
     seed: int = 0,
 ) -> Calibration:
-    """`samples` windows of `length` tokens to calibrate `model` on, fewer where the text has no more.
+    """`samples` windows (None: SAMPLES) of `length` tokens (None: LENGTH) to calibrate `model` on, fewer where the text has no more.
 
     source     a file of text or of records, a list of strings, conversations or records, or a Hugging Face dataset id (its
                "train" split): the whole text is tokenised once without special tokens and cut into windows that do not
@@ -88,6 +88,8 @@ def load_calibration(
     Windows are no longer than the positions of the model. The same arguments give the same ids. TextError
     when the source cannot be read, fills no window, or does not fit the model's vocabulary.
     """
+    samples = SAMPLES if samples is None else samples
+    length = LENGTH if length is None else length
     if samples < 1:
         raise TextError(f"{samples} calibration samples were asked for: use 1 or more")
     if length < 2:

@@ -22,14 +22,16 @@ def bench(
     ],
     beside: Annotated[
         list[str] | None,
-        typer.Option(help="A model that transformers runs, taking turns; may be given again.", show_default=False),
+        typer.Option(
+            help="A model that transformers runs, in the same rounds; may be given again.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="What transformers computes in: float32 or bfloat16.", show_default="float32")
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option(help="A file for llama.cpp, taking turns; may be given again.", show_default=False),
+        typer.Option(help="A file for llama.cpp, in the same rounds; may be given again.", show_default=False),
     ] = None,
     llama_bench: Annotated[
         str | None, typer.Option(help="llama.cpp's llama-bench.", show_default="the one on the PATH")
@@ -48,14 +50,14 @@ def bench(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model answers here, beside others and beside what this machine can do at best.
+    """Measure how fast a model answers here, compared with others and with what this machine can do at best.
 
-    Everyone takes turns in every round: decode, prefill, a batch of 20, and the first token of a fresh process.
+    Every round measures each program once: decode, prefill, a batch of 20, and the first token of a fresh process.
     """
     import lowbit
 
     console.quiet()
-    with console.count_bar("measuring", "turns") as progress:
+    with console.count_bar("measuring", "runs") as progress:
         found = lowbit.bench(
             models, beside=beside or None, dtype=dtype, gguf=gguf or (), llama_bench=llama_bench,
             programs=named(program or []), activations=activations or None,

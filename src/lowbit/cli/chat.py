@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.generation import Generation, show, with_generation
+from lowbit.cli.generation_options import Generation, show, with_generation
 from lowbit.cli.options import MaxNewTokens, Model
 
 _HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
@@ -32,8 +32,7 @@ def chat(
     /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Lines may come from a file or a pipe.
     """
     sampling, stop = how.sampling(), how.stops()
-    with console.stderr().status("loading"):
-        generator = console.generator(model, **how.engine())
+    generator = how.generator(model)
     talk = generator.conversation(system, **sampling)
     if sys.stdin.isatty():
         console.dim(_HELP)

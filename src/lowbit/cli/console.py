@@ -79,38 +79,6 @@ def quiet() -> None:
         log.setLevel(logging.INFO)
 
 
-def generator(model: str, **options: Any) -> Any:
-    """What generates text with this model; one dim line on stderr says whether it is the engine or transformers."""
-    from lowbit.engine.engine import Engine
-    from lowbit.errors import EngineError
-
-    given = {key: value for key, value in options.items() if value is not None}
-    try:
-        found: Any = Engine.open(model, **given)
-        said = str(found.describe()) + _too_many(given.get("threads") or 0)
-    except EngineError as error:
-        if given:
-            raise EngineError(
-                f"{error}; transformers runs it, without {' and '.join('--' + key for key in given)}"
-            ) from None
-        quiet()
-        from lowbit.engine.fallback import Transformers
-
-        found = Transformers.open(model, str(error))
-        said = str(found)
-    dim(said)
-    return found
-
-
-def _too_many(threads: int) -> str:
-    """What is to be said of more threads than cores: they wait for each other."""
-    from lowbit.kernels.core import core
-
-    module = core()
-    cores = 0 if module is None else module.features()["cores"]
-    return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
-
-
 def dim(text: str) -> None:
     """One quiet line on stderr."""
     from rich.markup import escape

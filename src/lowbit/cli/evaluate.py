@@ -26,13 +26,13 @@ def evaluate(
     speed: Speed = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: perplexity, and beside its float model also KL divergence, agreement and speed."""
+    """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed."""
     import lowbit
 
     console.quiet()
-    with console.steps("windows") as (told, progress):
+    with console.steps("windows") as (say, progress):
         card = lowbit.evaluate(
-            model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=told
+            model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )
     if as_json:
         console.print_json(card.to_json())

@@ -53,10 +53,10 @@ def export(
     if as_json:
         console.print_json(made.to_json())
     else:
-        console.stdout().print(told(made), markup=False)
+        console.stdout().print(summary(made), markup=False)
 
 
-def told(made: Exported) -> str:
+def summary(made: Exported) -> str:
     """One line on what was written and how it compared, then what else people should know."""
     from lowbit.report.wording import bytes_text
 

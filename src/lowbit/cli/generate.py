@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli import console
-from lowbit.cli.generation import Generation, show, with_generation
+from lowbit.cli.generation_options import Generation, show, with_generation
 from lowbit.cli.options import MaxNewTokens, Model
 
 
@@ -31,11 +30,10 @@ def generate(
     by side and printed one after another.
     """
     sampling, stop = how.sampling(), how.stops()
-    with console.stderr().status("loading"):
-        generator = console.generator(model, **how.engine())
+    generator = how.generator(model)
     alone = len(prompt) == 1
     results = generator.generate(
         prompt, max_new_tokens=max_new_tokens, stop=stop, raw=raw,
-        stream=(lambda piece, index: show(piece)) if alone else None, **sampling,
+        stream=(lambda text, index: show(text)) if alone else None, **sampling,
     )  # fmt: skip
     sys.stdout.write("\n" if alone else "\n\n".join(r.text for r in results) + "\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.cli import console, targets
+from lowbit.cli import budgets, console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,9 +31,7 @@ class CalibrationText:
     chat: bool
 
     def options(self) -> dict[str, Any]:
-        from lowbit.calibration.data import SAMPLES
-
-        return {"calibration": self.calibration, "samples": self.samples or SAMPLES, "chat": self.chat}
+        return {"calibration": self.calibration, "samples": self.samples, "chat": self.chat}
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,11 @@ class Job:
 
         kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
-        recipe = targets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
-        return replace(self, recipe=recipe, ready=prepare(self.model, recipe, kind, kv=kv) if kind else None)
+        recipe = budgets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
+        # A recipe that looks at no text leaves it to the allocation.
+        text = self.text if recipe.uses_calibration or kv is not None else CalibrationText(None, None, False)
+        ready = prepare(self.model, recipe, kind, kv=kv) if kind else None
+        return replace(self, recipe=recipe, ready=ready, text=text)
 
     @contextmanager
     def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:
@@ -104,8 +105,8 @@ class Job:
                 if self.ready is None:
                     quantized = lowbit.quantize(self.model, self.recipe, out, **options)
                 else:
-                    straight = quantized_as(self.model, self.ready, out, keep=keep, **options)
-                    quantized, exported = kept.enter_context(straight)
+                    writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
+                    quantized, exported = kept.enter_context(writing)
             yield Made(quantized, exported, time.perf_counter() - start, peak_resident())
 
 

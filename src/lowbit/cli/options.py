@@ -20,7 +20,7 @@ As = Annotated[
         "--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False
     ),
 ]
-StraightAs = Annotated[
+QuantizeAs = Annotated[
     str | None,
     typer.Option(
         "--as",
@@ -43,7 +43,7 @@ Windows = Annotated[
 ]
 FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second beside the float model.")]
+Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second, also of the float model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 Calibration = Annotated[
     str | None,

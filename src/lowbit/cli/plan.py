@@ -12,8 +12,8 @@ from lowbit.cli.options import Json, Model, Recipe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from lowbit.interchange.tensors import TensorPlan
     from lowbit.planning.plan import Plan
-    from lowbit.planning.tensor import TensorPlan
 
 
 def register(app: typer.Typer) -> None:

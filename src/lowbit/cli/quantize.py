@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli import console, targets
-from lowbit.cli.export import told
+from lowbit.cli import budgets, console
+from lowbit.cli.export import summary
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Made
 from lowbit.cli.options import (
@@ -23,10 +23,10 @@ from lowbit.cli.options import (
     FitMemory,
     Json,
     Model,
+    QuantizeAs,
     Recipe,
     Samples,
     SensitivityFile,
-    StraightAs,
     TargetBits,
     TargetKL,
     TargetSize,
@@ -52,7 +52,7 @@ def quantize(
         Path | None,
         typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False),
     ] = None,
-    target_format: StraightAs = None,
+    target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
         typer.Option("--keep", help="With --as: also keep lowbit's folder, under this name.", show_default=False),
@@ -76,7 +76,7 @@ def quantize(
     """Quantize MODEL, read it back, and measure what that cost."""
     from lowbit.errors import RecipeError
 
-    target = targets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
+    target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
     if kv is not None and target_format is None:
@@ -129,7 +129,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.steps("windows") as (told, progress):
+        with console.steps("windows") as (say, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
@@ -138,7 +138,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
                 speed=SHORT,
                 prompt=_PROMPT,
                 progress=progress,
-                told=told,
+                told=say,
             )
     except KeyboardInterrupt as error:
         error.add_note("the result is written and whole; only its card is missing")
@@ -173,7 +173,7 @@ def _written(made: Made, out: Path) -> str:
         f"\n{_escaped(line)}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
     )
     if made.exported is not None:
-        return f"{_escaped(told(made.exported))}, in {made.seconds:.1f} s{said}"
+        return f"{_escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges

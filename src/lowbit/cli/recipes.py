@@ -64,7 +64,7 @@ def recipes(as_json: Json = False) -> None:
         "A recipe is a preset, a format (int4:g32), METHOD@FORMAT, or any of these with settings:\n"
         "  search@int4:g32,embed=int6:g64,*.down_proj=int8:channel,*.layers.0.*=keep\n"
         "Inputs of linear layers in few bits: a= for all, a:GLOB= for some; static ranges name an estimator, and layers whose\n"
-        f"range explodes on the text fall back to dynamic ones (fallback={FALLBACK}:over={FALLBACK.over:g} unless told; never):\n"
+        f"range explodes on the text fall back to dynamic ones (fallback={FALLBACK}:over={FALLBACK.over:g} unless given; never):\n"
         "  smooth+search@int8:channel,a=minmax@int8:tensor,a:*.down_proj=int8:g64,a:*.layers.0.*=float\n"
         f"Estimators of ranges: {ranges}",
         markup=False,

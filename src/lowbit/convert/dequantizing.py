@@ -30,10 +30,10 @@ from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.left_out import to_json
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan, TensorSpec
 from lowbit.pipeline.loading import as_dtype
 from lowbit.planning.plan import MAX_SHARD, notes_on
-from lowbit.planning.tensor import TensorPlan
 
 
 @dataclass(frozen=True)

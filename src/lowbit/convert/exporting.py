@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
-from lowbit.interchange.exporters.exporter import Contents, Exporter, Problem, exporter_named, exporters
+from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder, sync
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Contents
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
@@ -285,21 +286,13 @@ def check_free(out: Path, kind: Exporter, overwrite: bool, contents: Contents) -
         raise OutputError(f"{out} is a file; give a folder")
     if _taken(out) and not overwrite:
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
-        size, wanted = sum(file.stat().st_size for file in files), _bytes_of(contents)
+        size, wanted = sum(f.stat().st_size for f in files), sum(t.bytes_after for t in contents.tensors.values())
         if not files or abs(size - wanted) > wanted // 2 + _BESIDE:
             raise _exists(out)
 
 
 def _taken(out: Path) -> bool:
     return out.exists() and (out.is_file() or any(out.iterdir()))
-
-
-def _bytes_of(contents: Contents) -> int:
-    """Bytes of weights, about."""
-    return sum(
-        int(math.prod(t.shape) * (8 * t.dtype.itemsize if t.format is None else t.format.bits_per_weight(t.shape)) / 8)
-        for t in contents.tensors.values()
-    )
 
 
 def _exists(out: Path) -> OutputError:

@@ -25,11 +25,12 @@ from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.driver import write_folder
+from lowbit.pipeline.options import Options
 from lowbit.planning.kv_cache import kv_cache
 from lowbit.planning.plan import MAX_SHARD, Plan, notes_on
-from lowbit.planning.tensor import TensorPlan
 from lowbit.recipes.layer_globs import with_layers
 from lowbit.recipes.recipe import KEEP, Recipe
 from lowbit.weights.finite import check_finite, nonfinite
@@ -56,10 +57,8 @@ def import_model(
     source = open_source(model, tokenizer=tokenizer)
     plan = import_plan(source, rest, max_shard_bytes)
     with claimed(out):
-        report = write_folder(plan, source, out, overwrite=overwrite, solved=_results(plan, source, progress))
-    made = Quantized(plan, report, source)
-    made.folder = Path(out)
-    return made
+        report = write_folder(plan, source, out, Options(overwrite=overwrite), solved=_results(plan, source, progress))
+    return Quantized(plan, report, source, Path(out))
 
 
 def import_plan(source: Source, rest: str | Format = KEEP, max_shard_bytes: int = MAX_SHARD) -> Plan:

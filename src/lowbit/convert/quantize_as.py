@@ -17,13 +17,14 @@ from lowbit.calibration.data import SELF, load_calibration
 from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, written
 from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.exporters.exporter import Contents, Exporter, Stored, exporter_named
+from lowbit.interchange.exporters.exporter import Exporter, exporter_named
 from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.files.folder_writer import MANIFEST, check_apart
 from lowbit.interchange.files.places import TakenError, remove_folder
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Contents, TensorPlan
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.layer_globs import globs_of, with_layers
@@ -147,11 +148,7 @@ def work_folder(out: Path) -> Path:
 
 def contents_of(plan: Plan, source: Source) -> Contents:
     """A plan as exporters see it, before anything is quantized."""
-    tensors = {
-        t.name: Stored(t.name, t.stored_shape, t.kind, t.dtype, t.transposed, t.format, t.inputs)  # type: ignore[arg-type]
-        for t in plan.tensors
-    }
-    return Contents(plan.label, str(plan.recipe), source.config, tensors, plan.tied)
+    return Contents(plan.label, str(plan.recipe), source.config, {t.name: t for t in plan.tensors}, plan.tied)
 
 
 def recipe_for(kind: Exporter, text: str | Recipe, source: Source, calibrated: bool = False) -> Recipe:
@@ -185,7 +182,7 @@ def floats_of(source: Source) -> Contents:
     """A float model as exporters see it: every tensor kept."""
     params = source.inventory.params
     tensors = {
-        name: Stored(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
+        name: TensorPlan(name, spec.shape, params[name].kind, spec.dtype, params[name].transposed)
         for name, spec in source.tensors.items()
     }
     return Contents(source.label, "", source.config, tensors, dict(source.inventory.tied))

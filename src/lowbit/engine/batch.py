@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from lowbit.engine.results import Generated, Sampling
-from lowbit.engine.text_stream import TokenText
+from lowbit.engine.detokenizer import AnswerText
+from lowbit.engine.generation import Generated, Sampling
 
 CHUNK = 512  # tokens of prompts in one forward
 
@@ -21,7 +21,7 @@ class Running:
 
     index: int
     ids: list[int]
-    text: TokenText
+    text: AnswerText
     limit: int  # of generated tokens
     random: Any = None
     seen: Any = None  # uint8 [vocabulary], for the repetition penalty
@@ -46,6 +46,24 @@ class Running:
         self.done = self.done if long == self.long else 0
         self.long = long
 
+    def push(self, token: int, ends: Container[int]) -> str:
+        """The text that can be shown after one more token, which may be the last: `reason` is why. ends: tokens that end a text."""
+        self.ids.append(token)
+        self.last = perf_counter()
+        self.first = self.first or self.last
+        text = self.text.push(token)
+        if token in ends:
+            self.reason = "eos"
+        elif self.text.stopped:
+            self.reason = "stop"
+        elif self.generated >= self.limit:
+            self.reason = "length"
+        if self.reason:
+            text += self.text.close()
+            if self.text.stopped:  # also by a stop string in what was held back
+                self.reason = "stop"
+        return text
+
     def result(self) -> Generated:
         """What came of it so far."""
         first, last = (t - self.started if t else 0.0 for t in (self.first, self.last))
@@ -56,28 +74,28 @@ Forward = Callable[[Any, Sequence[tuple[int, Sequence[int], int]], Sequence[int]
 
 
 class Batch:
-    """Runs sequences until each has ended. At most as many at a time as the memory has places; others wait.
+    """Runs sequences until each has ended. At most as many at a time as the KV cache has slots; others wait.
 
-    forward(memory, [(place, ids, position), ...], wanted, lengths) -> float32 [len(wanted), vocabulary]: the logits after
-    the last token of those pieces that are wanted; lengths are those of the texts. is_long: see `Shape`.
+    forward(cache, [(slot, ids, position), ...], wanted, lengths) -> float32 [len(wanted), vocabulary]: the logits after
+    the last token of those chunks that are wanted; lengths are those of the texts. is_long: see `Shape`.
     """
 
     def __init__(
         self,
         core: Any,
         forward: Forward,
-        memory: Any,
+        cache: Any,
         sampling: Sampling,
-        eos: frozenset[int],
+        ends: Container[int],
         is_long: Callable[[int], bool] = lambda length: False,
     ) -> None:
-        self._core, self._forward, self._memory = core, forward, memory
-        self._sampling, self._eos, self._is_long = sampling, eos, is_long
+        self._core, self._forward, self._cache = core, forward, cache
+        self._sampling, self._ends, self._is_long = sampling, ends, is_long
 
     def run(self, sequences: Sequence[Running]) -> Iterator[tuple[Running, str]]:
         """(sequence, new text) as it comes; a sequence has ended when it has a reason."""
         waiting, active = list(sequences), list[Running]()
-        free = [p for p in range(self._memory.sequences) if p not in {s.slot for s in sequences}][::-1]
+        free = [p for p in range(self._cache.sequences) if p not in {s.slot for s in sequences}][::-1]
         while waiting or active:
             while waiting and (free or waiting[0].slot >= 0):
                 sequence = waiting.pop(0)
@@ -90,7 +108,7 @@ class Batch:
 
     def _step(self, active: Sequence[Running]) -> list[tuple[Running, Any]]:
         """One forward; the sequences whose tokens it finished, and their logits."""
-        left, pieces = CHUNK, list[tuple[Running, int]]()
+        left, chunks = CHUNK, list[tuple[Running, int]]()
         for sequence in active:
             sequence.become(self._is_long(len(sequence.ids)))
         # Decoding first: each takes one token, and nobody waits for another's prompt longer than a chunk.
@@ -99,14 +117,14 @@ class Batch:
             if len(sequence.ids) - sequence.done == 1:
                 count = 1
             if count > 0:
-                pieces.append((sequence, count))
+                chunks.append((sequence, count))
                 left -= count
-        given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in pieces]
-        wanted = [i for i, (s, n) in enumerate(pieces) if s.done + n == len(s.ids)]
-        logits = self._forward(self._memory, given, wanted, [len(s.ids) for s, _ in pieces])
-        for sequence, count in pieces:
+        given = [(s.slot, s.ids[s.done : s.done + n], s.done) for s, n in chunks]
+        wanted = [i for i, (s, n) in enumerate(chunks) if s.done + n == len(s.ids)]
+        logits = self._forward(self._cache, given, wanted, [len(s.ids) for s, _ in chunks])
+        for sequence, count in chunks:
             sequence.done += count
-        return [(pieces[i][0], logits[row]) for row, i in enumerate(wanted)]
+        return [(chunks[i][0], logits[row]) for row, i in enumerate(wanted)]
 
     def _pick(self, sequence: Running, logits: Any) -> str:
         how = self._sampling
@@ -114,24 +132,9 @@ class Batch:
             logits, sequence.random, sequence.seen, how.temperature, how.top_k, how.top_p, how.min_p,
             how.repetition_penalty,
         )  # fmt: skip
-        sequence.ids.append(token)
-        sequence.last = perf_counter()
-        sequence.first = sequence.first or sequence.last
         if sequence.seen is not None:
             sequence.seen[token] = 1
-        piece: str = sequence.text.push(token)
-        if token in self._eos:
-            sequence.reason = "eos"
-        elif sequence.text.stopped:
-            sequence.reason = "stop"
-        elif sequence.generated >= sequence.limit:
-            sequence.reason = "length"
-        if not sequence.reason:
-            return piece
-        piece += sequence.text.close()
-        if sequence.text.stopped:  # also by a stop string in what was held back
-            sequence.reason = "stop"
-        return piece
+        return sequence.push(token, self._ends)
 
 
 def marks(ids: Sequence[int], vocabulary: int) -> Any:

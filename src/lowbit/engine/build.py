@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.engine.packers import Packers
+from lowbit.engine.packing import PackingPool
 from lowbit.engine.shape import Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
 from lowbit.formats import IntGrid, QTensor
-from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, rest_of, why_not
+from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, residual_of, why_not
 
 if TYPE_CHECKING:
-    from lowbit import _core
+    import lowbit._core as _core
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -86,7 +86,7 @@ class Builder:
     """
 
     if TYPE_CHECKING:
-        from lowbit import _core as core  # so that arguments are checked
+        import lowbit._core as core  # so that arguments are checked
     else:
         core: Any
 
@@ -99,7 +99,7 @@ class Builder:
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
-        with Packers(threads) as self._packers:
+        with PackingPool(threads) as self._packers:
             self.program.model = self._model()()
             self.program.nbytes = self._packers.nbytes
         return self.program
@@ -126,18 +126,18 @@ class Builder:
         )  # fmt: skip
 
     def _layer(self, i: int) -> Later[_core.LayerSpec]:
-        s, family = self.shape, self.shape.family
+        s, decoder = self.shape, self.shape.decoder
         norms = {
-            name: self._norm(family.norms[name].format(i=i)) if name in family.norms else None
+            name: self._norm(decoder.norms[name].format(i=i)) if name in decoder.norms else None
             for name in (
                 "attention_norm", "mlp_norm", "attention_post_norm", "mlp_post_norm", "query_norm", "key_norm",
             )
         }  # fmt: skip
         queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
-        qkv = self._product([n.format(i=i) for n in family.qkv], s.width, [queries, keys, keys])
-        output = self._product([family.output.format(i=i)], queries, [s.width])
-        gate_up = self._pair([n.format(i=i) for n in family.gate_up])
-        down = self._product([family.down.format(i=i)], s.hidden, [s.width])
+        qkv = self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys])
+        output = self._product([decoder.output.format(i=i)], queries, [s.width])
+        gate_up = self._pair([n.format(i=i) for n in decoder.gate_up])
+        down = self._product([decoder.down.format(i=i)], s.hidden, [s.width])
         return lambda: self.core.LayerSpec(
             **norms, qkv=qkv(), output=output(), mlp=self.core.MlpSpec(gate_up=gate_up(), down=down()),
             rope=s.rope[i], window=s.window[i],
@@ -211,7 +211,7 @@ class Builder:
                 self.program.rounded.append(name)
                 return _Source(codes, inputs)
             # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
-            residual = None if whole else rest_of(found.value, codes)
+            residual = None if whole else residual_of(found.value, codes)
             if residual is not None:
                 return _Source(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
@@ -245,7 +245,7 @@ class Builder:
         weight = self.weights.vector(f"{name}.weight")
         if weight is None:
             return None
-        return (weight + 1 if self.shape.family.plus_one else weight).numpy()
+        return (weight + 1 if self.shape.plus_one else weight).numpy()
 
     def _same(self, one: str, other: str) -> bool:
         a, b = (self.weights.get(f"{n}.weight").value for n in (one, other))

@@ -6,22 +6,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from lowbit.engine.arguments import whole_number
 from lowbit.engine.chat_template import Message
-from lowbit.engine.request import whole_number
-from lowbit.engine.results import Generated, Sampling
+from lowbit.engine.generation import Generated, Sampling
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.errors import EngineError
 
 if TYPE_CHECKING:
     from lowbit.engine.engine import Engine
     from lowbit.engine.fallback import Transformers
-    from lowbit.engine.runner import Memory
+    from lowbit.engine.runner import KVCache
 
 _FIRST = 1024  # positions that a conversation begins with
 
 
 class Conversation(ABC):
-    """Turns of a user and a model. system: what the model is told first."""
+    """Turns of a user and a model. system: the system message, before all others."""
 
     def __init__(self, tokenizer: TextTokenizer, system: str | None) -> None:
         if not tokenizer.has_template:
@@ -37,18 +37,18 @@ class Conversation(ABC):
     def ask(
         self,
         text: str,
-        show: Callable[[str], object] = lambda piece: None,
+        show: Callable[[str], object] = lambda text: None,
         max_new_tokens: int = 1024,
         stop: Sequence[str] = (),
     ) -> Generated:
-        """The answer; `show` is called with its pieces as they come. When interrupted, what was said so far stays."""
+        """The answer; `show` is called with its text as it comes. When interrupted, what was said so far stays."""
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self._tokenizer.encode(self._tokenizer.chat(messages), special=False)
         said: list[str] = []
 
-        def keep(piece: str) -> None:
-            said.append(piece)
-            show(piece)
+        def keep(new: str) -> None:
+            said.append(new)
+            show(new)
 
         try:
             return self._answer(ids, keep, max_new_tokens, stop)
@@ -60,7 +60,7 @@ class Conversation(ABC):
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated: ...
 
 
-class KeptConversation(Conversation):
+class CachedConversation(Conversation):
     """With an engine: tokens that a text shares with what was read before are not read again, whatever the template does.
 
     read: how many tokens of its prompt the last turn did read.
@@ -69,34 +69,36 @@ class KeptConversation(Conversation):
     def __init__(self, engine: Engine, system: str | None, sampling: Sampling) -> None:
         super().__init__(engine.tokenizer, system)
         self._engine, self._sampling = engine, sampling
-        self._memory: Memory | None = None
+        self._cache: KVCache | None = None
         self._known: list[int] = []  # the tokens that have keys and values
         self._long = False  # which are those of a long text
         self.read = 0
 
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
-        limit = _room_for(limit, ids, self._engine.shape.positions)
-        memory = self._room(len(ids) + limit)
+        limit = _positions_left(limit, ids, self._engine.shape.positions)
+        cache = self._cache_for(len(ids) + limit)
         running = self._engine.running(0, ids, limit, stop, self._sampling)
+        running.slot = 0
         running.done, running.long = _shared(self._known, ids[:-1]), self._long  # the last is read for its logits
         running.become(self._engine.shape.is_long(len(ids)))
         self.read = len(ids) - running.done
         try:
-            for piece in self._engine.continued(running, memory, self._sampling):
-                show(piece)
+            for _, text in self._engine.run([running], self._sampling, cache):
+                if text:
+                    show(text)
         finally:
             self._known, self._long = running.ids[: running.done], running.long
         return running.result()
 
-    def _room(self, positions: int) -> Memory:
-        """Memory for so many positions, the old one where it is enough; it grows by doubling."""
-        if self._memory is None or self._memory.positions < positions:
+    def _cache_for(self, positions: int) -> KVCache:
+        """A KV cache of so many positions, the old one where it is enough; it grows by doubling."""
+        if self._cache is None or self._cache.positions < positions:
             wanted = _FIRST
             while wanted < positions:
                 wanted *= 2
-            self._memory = self._engine.memory(1, max(positions, min(wanted, self._engine.shape.positions)))
+            self._cache = self._engine.kv_cache(1, max(positions, min(wanted, self._engine.shape.positions)))
             self._known = []
-        return self._memory
+        return self._cache
 
 
 class PlainConversation(Conversation):
@@ -108,21 +110,21 @@ class PlainConversation(Conversation):
 
     def _answer(self, ids: list[int], show: Callable[[str], object], limit: int, stop: Sequence[str]) -> Generated:
         most = self._generator.positions
-        limit = limit if most is None else _room_for(limit, ids, most)
+        limit = limit if most is None else _positions_left(limit, ids, most)
         found: Generated = self._generator.generate(
-            [ids], max_new_tokens=limit, stop=stop, stream=lambda piece, index: show(piece), **vars(self._sampling)
+            [ids], max_new_tokens=limit, stop=stop, stream=lambda new, index: show(new), **vars(self._sampling)
         )[0]
         return found
 
 
-def _room_for(limit: int, ids: Sequence[int], positions: int) -> int:
-    """How many tokens an answer may have. EngineError when there is room for none."""
-    room = positions - len(ids)
-    if room < 1:
+def _positions_left(limit: int, ids: Sequence[int], positions: int) -> int:
+    """How many tokens an answer may have. EngineError where no position is left."""
+    left = positions - len(ids)
+    if left < 1:
         raise EngineError(
             f"the conversation has {len(ids)} tokens, and this model {positions} positions; begin anew with /reset"
         )
-    return min(whole_number("max_new_tokens", limit, 1), room)
+    return min(whole_number("max_new_tokens", limit, 1), left)
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from time import perf_counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lowbit.engine.arguments import sampling_of, split_prompts, stop_strings, token_ids, whole_number
+from lowbit.engine.batch import Running
 from lowbit.engine.conversation import PlainConversation
-from lowbit.engine.request import sampling_of, split, stop_strings, token_ids, whole_number
-from lowbit.engine.results import Generated, OnText, Sampling
-from lowbit.engine.text_stream import TokenText
+from lowbit.engine.detokenizer import AnswerText
+from lowbit.engine.generation import Generated, OnText, Sampling
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
+from lowbit.engine.transformers_loop import generate_tokens
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.hf.calls import asking
@@ -62,7 +64,7 @@ class Transformers:
         **sampling: Any,
     ) -> Any:
         """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch."""
-        alone, every = split(prompts)
+        alone, every = split_prompts(prompts)
         limit, strings, how = (
             whole_number("max_new_tokens", max_new_tokens, 1),
             stop_strings(stop),
@@ -95,23 +97,23 @@ class Transformers:
     def _one(
         self, index: int, ids: list[int], limit: int, stop: list[str], stream: OnText | None, how: Sampling
     ) -> Generated:
-        from transformers import StoppingCriteriaList
+        running = Running(index, list(ids), AnswerText(self.tokenizer.decode, stop), limit)
 
-        watch = _watch(TokenText(self.tokenizer.decode, stop), index, stream)
+        def on_tokens(tokens: Tensor) -> bool:
+            if not running.reason:
+                text = running.push(int(tokens[0]), self.ends)
+                if stream is not None and text:
+                    stream(text, index)
+            return bool(running.reason)
+
         given = torch.tensor([ids], device=self.model.device)  # type: ignore[arg-type]
-        torch.manual_seed((how.seed + index) % 2**64)
         broken = asking("transformers", self.label, "generate text with it", "check the fields of its config")
-        with broken, torch.inference_mode():
-            type(self.model).generate(  # type: ignore[attr-defined]
-                self.model, given, attention_mask=torch.ones_like(given), max_new_tokens=limit, streamer=watch,
-                stopping_criteria=StoppingCriteriaList([watch.criterion]), pad_token_id=self._pad(),
+        with broken, torch.inference_mode(), _seeded((how.seed + index) % 2**64, given.device):
+            generate_tokens(
+                self.model, given, on_tokens, max_new_tokens=limit, pad_token_id=self._pad(),
                 eos_token_id=sorted(self.ends) or None, **_options(how),
             )  # fmt: skip
-        tokens = watch.tokens
-        reason = "stop" if watch.text.stopped else "eos" if tokens and tokens[-1] in self.ends else "length"
-        return Generated(
-            watch.text.text, tokens, len(ids), reason, watch.first - watch.started, watch.last - watch.started
-        )
+        return running.result()
 
     def _pad(self) -> Any:
         found = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
@@ -135,40 +137,9 @@ def _options(how: Sampling) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _watch(text: TokenText, index: int, stream: OnText | None) -> Any:
-    from transformers import StoppingCriteria
-    from transformers.generation.streamers import BaseStreamer
-
-    class Criterion(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
-            return torch.full((input_ids.shape[0],), watch.text.stopped, device=input_ids.device, dtype=torch.bool)
-
-    class Watch(BaseStreamer):
-        """Sees tokens as they come: the prompt first, which is not text of the answer."""
-
-        def __init__(self) -> None:
-            self.text, self.criterion = text, Criterion()
-            self.tokens: list[int] = []
-            self.started, self.first, self.last, self._prompt = perf_counter(), 0.0, 0.0, True
-
-        def put(self, value: Any) -> None:
-            if self._prompt:
-                self._prompt = False
-                return
-            if self.text.stopped:  # transformers may look at its criteria one token late
-                return
-            self.last = perf_counter()
-            self.first = self.first or self.last
-            for token in value.reshape(-1).tolist():
-                self.tokens.append(token)
-                self._show(self.text.push(token))
-
-        def end(self) -> None:
-            self._show(self.text.close())
-
-        def _show(self, piece: str) -> None:
-            if stream is not None and piece:
-                stream(piece, index)
-
-    watch = Watch()
-    return watch
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's random numbers, which transformers draws from, begin at `seed`, and go on as before when all is done."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

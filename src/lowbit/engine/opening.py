@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.engine.families import FAMILIES
+from lowbit.engine.expected_shapes import check_model_shapes
 from lowbit.engine.files import generation_of, quantization_method, read_config
-from lowbit.engine.fit import check_fit
+from lowbit.engine.shape import known
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
@@ -42,7 +42,7 @@ def _of_folder(folder: Path, tokenizer: Any) -> Opened:
         config = _normalized(folder)
     check_decoder(config, str(folder / "config.json"))
     weights = FolderWeights(folder, config)
-    check_fit(weights.shapes(), config, str(folder))
+    check_model_shapes(weights.shapes(), config, str(folder))
     words = tokenizer_of(folder) if tokenizer is None else _given(tokenizer)
     return weights, words, end_tokens(generation_of(folder), config, words)
 
@@ -79,9 +79,8 @@ def _of_source(name: str, tokenizer: Any) -> Opened:
 
 def refuse(config: Mapping[str, Any]) -> None:
     """EngineError for a model whose type or purpose the engine does not know, before anything large is read."""
-    kind, classes = str(config.get("model_type")), config.get("architectures") or []
-    if kind not in FAMILIES:
-        raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
+    known(config)
+    classes = config.get("architectures") or []
     if classes and not any(str(c).endswith("ForCausalLM") for c in classes):
         raise EngineError(f"the engine generates text, and this is a {classes[0]}")
 

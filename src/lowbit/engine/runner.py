@@ -1,4 +1,4 @@
-"""Tokens in, logits out: the packed program of a model, the decoders that run it, and memory for keys and values."""
+"""Tokens in, logits out: the packed program of a model, the decoders that run it, and the KV cache."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from lowbit.engine.build import ACTIVATIONS, Builder
-from lowbit.engine.request import known, whole_number
+from lowbit.engine.arguments import one_of, whole_number
+from lowbit.engine.build import Builder
+from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
 from lowbit.engine.shape import shape_of
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.heap import trim
 
-CACHES = ("int16", "int8")
 MOST_THREADS = 1024
 
-Piece = tuple[int, Sequence[int], int]
-"""Tokens of one sequence: its place in the memory, their ids, the position of the first."""
+Chunk = tuple[int, Sequence[int], int]
+"""Tokens of one sequence: its slot in the KV cache, their ids, the position of the first."""
 
 Lengths = Sequence[int] | None
-"""Of each piece how long the text is that it belongs to; None where each ends with its piece."""
+"""Of each chunk how long the text is that it belongs to; None where each ends with its chunk."""
 
 
 @dataclass(eq=False)
-class Memory:
-    """Keys and values of some sequences, and room for their logits."""
+class KVCache:
+    """Keys and values of some sequences, each in a slot, and an array for their logits. core: what the C++ part has of it."""
 
-    cache: Any
+    core: Any
     positions: int
     _logits: Any = None
 
@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def sequences(self) -> int:
-        return int(self.cache.sequences)
+        return int(self.core.sequences)
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class Description:
 
 
 class _Process:
-    """What a forward changes: the threads, the decoders that they run, and whose turn it is.
+    """What a forward changes: the threads, the decoders that they run, and the lock that one forward at a time has.
 
-    A process has its own. A child of fork() has none of its parent's threads, and the rest as it was in the middle of what
+    A process has its own. A child of fork() has none of its parent's threads, and everything else as it was in the middle of what
     another thread did: a lock that nobody will open, memory half moved. Weights never change, so they are shared.
     """
 
@@ -88,19 +88,19 @@ class _Process:
 
 
 class Runner:
-    """Runs the decoder of one model. Several threads may use it; their forwards take turns.
+    """Runs the decoder of one model. Several threads may use it; their forwards run one after another.
 
     In a child of a process that forked it goes on with threads of its own.
     """
 
-    def __init__(self, weights: Weights, activations: str, cache: str, threads: int | None, isa: str) -> None:
-        known("activations", activations, ACTIVATIONS)
-        known("cache", cache, CACHES)
+    def __init__(
+        self, weights: Weights, activations: ActivationFormat, cache: CacheFormat, threads: int | None, isa: str
+    ) -> None:
         module = core()
         if module is None:
             raise EngineError(f"the engine needs the C++ part of lowbit, which is not there: {why_absent()}")
         if isa:
-            known("isa", isa, tuple(module.isas()))
+            one_of("isa", isa, tuple(module.isas()))
         if threads is not None:
             whole_number("threads", threads, 1, MOST_THREADS)
         self.core: Any = module
@@ -110,21 +110,21 @@ class Runner:
         self._threads = threads or int(module.features()["cores"])
         self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
-            self._program = Builder(module, self.shape, weights, activations).build(self._threads)
+            self._program = Builder(module, self.shape, weights, str(activations)).build(self._threads)
         trim()  # packing went through every weight unpacked
 
     def describe(self) -> Description:
         """How it runs and what it takes."""
         program = self._program
-        per_token = self.core.KVCache(self._decoder(1), 1, 1, self._cache).bytes_per_position
+        per_token = self._new_cache(1, 1).bytes_per_position
         return Description(
-            str(self._config["model_type"]), self._isa, self._threads, self._activations, self._cache,
+            str(self._config["model_type"]), self._isa, self._threads, str(self._activations), str(self._cache),
             program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
 
-    def memory(self, sequences: int, positions: int) -> Memory:
-        """Memory for keys and values of `sequences` of at most `positions` tokens. EngineError where they cannot be had."""
+    def kv_cache(self, sequences: int, positions: int) -> KVCache:
+        """For keys and values of `sequences` of at most `positions` tokens. EngineError where they cannot be had."""
         whole_number("sequences", sequences, 1)
         whole_number("positions", positions, 1)
         if positions > self.shape.positions:
@@ -132,54 +132,57 @@ class Runner:
                 f"{positions} tokens, and this model has {self.shape.positions} positions; shorten the prompt or max_new_tokens"
             )
         try:
-            return Memory(self.core.KVCache(self._decoder(1), sequences, positions, self._cache), positions)
+            return KVCache(self._new_cache(sequences, positions), positions)
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
                 "cache='int8'"
             ) from None
 
-    def forward(self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], lengths: Lengths = None) -> Any:
-        """float32 [len(wanted), vocabulary]: the logits after the last token of the pieces that are wanted, by index.
+    def forward(self, cache: KVCache, chunks: Sequence[Chunk], wanted: Sequence[int], lengths: Lengths = None) -> Any:
+        """float32 [len(wanted), vocabulary]: the logits after the last token of the chunks that are wanted, by index.
 
-        They stand until the next forward with this memory.
+        They stand until the next forward with this cache.
         """
-        ends = np.cumsum([len(ids) for _, ids, _ in pieces]) - 1
-        rows = memory.logits(len(wanted), self.shape.vocabulary)
-        self.forward_tokens(memory, pieces, [int(ends[i]) for i in wanted], rows, lengths)
+        ends = np.cumsum([len(ids) for _, ids, _ in chunks]) - 1
+        rows = cache.logits(len(wanted), self.shape.vocabulary)
+        self.forward_tokens(cache, chunks, [int(ends[i]) for i in wanted], rows, lengths)
         return rows
 
     def forward_tokens(
-        self, memory: Memory, pieces: Sequence[Piece], wanted: Sequence[int], rows: Any, lengths: Lengths = None
+        self, cache: KVCache, chunks: Sequence[Chunk], wanted: Sequence[int], rows: Any, lengths: Lengths = None
     ) -> None:
-        """The same after any token of the pieces, counted through, into `rows` float32 [len(wanted), vocabulary]."""
-        lengths = [first + len(ids) for _, ids, first in pieces] if lengths is None else lengths
-        owners: Any = np.repeat(np.arange(len(pieces)), [len(ids) for _, ids, _ in pieces])
+        """The same after any token of the chunks, counted through, into `rows` float32 [len(wanted), vocabulary]."""
+        lengths = [first + len(ids) for _, ids, first in chunks] if lengths is None else lengths
+        owners: Any = np.repeat(np.arange(len(chunks)), [len(ids) for _, ids, _ in chunks])
         for long in (False, True):
             chosen = [i for i, length in enumerate(lengths) if self.shape.is_long(length) == long]
-            if len(chosen) == len(pieces):
-                self._run(long, memory, pieces, wanted, rows)
+            if len(chosen) == len(chunks):
+                self._run(long, cache, chunks, wanted, rows)
             elif chosen:
                 tokens = np.flatnonzero(np.isin(owners, chosen))
                 here = [i for i, token in enumerate(wanted) if owners[token] in chosen]
                 part: Any = np.empty((len(here), rows.shape[1]), dtype=np.float32)
                 ours = np.searchsorted(tokens, [wanted[i] for i in here])
-                self._run(long, memory, [pieces[i] for i in chosen], ours, part)
+                self._run(long, cache, [chunks[i] for i in chosen], ours, part)
                 rows[here] = part
 
-    def _run(self, long: bool, memory: Memory, pieces: Sequence[Piece], wanted: Any, rows: Any) -> None:
-        ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in pieces])
-        place = np.concatenate([np.full(len(part), at, dtype=np.int32) for at, part, _ in pieces])
-        position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in pieces])
+    def _run(self, long: bool, cache: KVCache, chunks: Sequence[Chunk], wanted: Any, rows: Any) -> None:
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in chunks])
+        slot = np.concatenate([np.full(len(part), at, dtype=np.int32) for at, part, _ in chunks])
+        position = np.concatenate([np.arange(first, first + len(part), dtype=np.int32) for _, part, first in chunks])
         with self._process().lock:
             decoder = self._decoder(self.shape.short_positions + 1 if long else 1)
             try:
-                decoder.forward(memory.cache, ids, place, position, np.asarray(wanted, dtype=np.int32), rows)
+                decoder.forward(cache.core, ids, slot, position, np.asarray(wanted, dtype=np.int32), rows)
             except MemoryError:
                 raise EngineError(
                     f"no memory to run {len(ids)} tokens, or for keys and values that int8 does not hold; lower batch or "
                     "max_new_tokens"
                 ) from None
+
+    def _new_cache(self, sequences: int, positions: int) -> Any:
+        return self.core.KVCache(self._decoder(1), sequences, positions, **self._cache.core_arguments())
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""
@@ -200,7 +203,7 @@ class Runner:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """The engine has its own threads; PyTorch's would spin beside them after packing."""
+    """The engine has its own threads; PyTorch's would go on spinning after packing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

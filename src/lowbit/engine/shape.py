@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.engine.config_facts import FACTS
-from lowbit.engine.families import FAMILIES, Config, Family
 from lowbit.errors import EngineError
+from lowbit.families import families, family_of
+from lowbit.families.family import Config, Decoder, Family
 
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -34,7 +34,8 @@ class Shape:
     short_positions: texts longer than this have other rotations, from their first token on; 0 where all have the same.
     """
 
-    family: Family
+    decoder: Decoder
+    plus_one: bool
     layers: int
     width: int
     heads: int
@@ -72,13 +73,10 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
 
     EngineError with the reason for a model that the engine does not compute.
     """
-    kind = config.get("model_type")
-    family = FAMILIES.get(str(kind))
-    if family is None:
-        raise EngineError(f"the engine does not know models of type {kind!r} (it knows {', '.join(sorted(FAMILIES))})")
-    reason = FACTS[str(kind)].refusal(config, "it") or _shared(config, family)
+    family, decoder = known(config)
+    reason = (family.config and family.config.refusal(config, "it")) or _shared(config, family)
     if reason is not None:
-        raise EngineError(f"the engine cannot run this {kind} model: {reason}")
+        raise EngineError(f"the engine cannot run this {family.model_type} model: {reason}")
     layers, width, heads = (int(config[k]) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     head_dim = int(config.get("head_dim") or width // heads)
     if head_dim % 16 or head_dim > 512:
@@ -88,10 +86,11 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
         raise EngineError(f"the activation {act!r}; the engine has {', '.join(_GATES)}")
     longest = int(config.get("max_position_embeddings") or 2048)
     kinds = _kinds(config, layers)
-    rotations, index = _rotations(config, kinds, head_dim, positions)
+    rotations, index = _rotations(config, family.partial_rotary, kinds, head_dim, positions)
     skipped = config.get("no_rope_layers")  # 1 where positions are used, as SmolLM3 has it
     return Shape(
-        family=family,
+        decoder=decoder,
+        plus_one=family.plus_one,
         layers=layers,
         width=width,
         heads=heads,
@@ -106,15 +105,29 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
         rotations=rotations,
         rope=tuple(-1 if skipped and not skipped[i] else index[kind] for i, kind in enumerate(kinds)),
         window=tuple(_window(config, kind) for kind in kinds),
-        **{"attention_scale": head_dim**-0.5, **family.values(config)},
+        **{"attention_scale": head_dim**-0.5, **decoder.values(config)},
     )
+
+
+def known(config: Config) -> tuple[Family, Decoder]:
+    """The family of a model by its config, as JSON, and its decoder. EngineError for a family that the engine has none of."""
+    kind = config.get("model_type")
+    family = family_of(kind)
+    if family is None or family.decoder is None:
+        there = ", ".join(name for name, f in families().items() if f.decoder)
+        raise EngineError(f"the engine does not know models of type {kind!r} (it knows {there})")
+    return family, family.decoder
 
 
 def _shared(config: Config, family: Family) -> str | None:
     """Why a share of each head, that is to turn, cannot be had: only some families' models obey it, others break on it."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    if family.partial or share == 1.0 or str(rope.get("rope_type") or rope.get("type") or "default") == "default":
+    if (
+        family.partial_rotary
+        or share == 1.0
+        or str(rope.get("rope_type") or rope.get("type") or "default") == "default"
+    ):
         return None
     return f"partial_rotary_factor={share} with scaled positions, for which transformers' model has no code"
 
@@ -148,7 +161,7 @@ def _window(config: Config, kind: str) -> int:
 
 
 def _rotations(
-    config: Config, kinds: list[str], head_dim: int, positions: int
+    config: Config, partial: bool, kinds: list[str], head_dim: int, positions: int
 ) -> tuple[tuple[Rotation, ...], dict[str, int]]:
     """The distinct rotations, and which of them each kind of layer has."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -158,14 +171,14 @@ def _rotations(
     for kind in dict.fromkeys(kinds):
         index[kind] = len(rotations) if by_kind or not rotations else 0
         if index[kind] == len(rotations):
-            rotations.append(_rotation(config, by_kind.get(kind) or given, head_dim, positions))
+            rotations.append(_rotation(config, by_kind.get(kind) or given, partial, head_dim, positions))
     return tuple(rotations), index
 
 
-def _rotation(config: Config, rope: Mapping[str, Any], head_dim: int, positions: int) -> Rotation:
+def _rotation(config: Config, rope: Mapping[str, Any], partial: bool, head_dim: int, positions: int) -> Rotation:
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     share = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    width = int(head_dim * share) if FAMILIES[str(config["model_type"])].partial else head_dim
+    width = int(head_dim * share) if partial else head_dim
     frequency = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind not in _SCALINGS:

@@ -8,8 +8,8 @@ these lists against the config classes of the installed transformers, and its lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Of every transformers config: bookkeeping, outputs, training, tokens, caches, how a classifier is made of it.
@@ -36,6 +36,10 @@ ROPE = frozenset({
 })  # fmt: skip
 LLAMA = DECODER | ROPE | {"hidden_act", "rms_norm_eps"}
 WINDOWS = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+BIASES = frozenset({"attention_bias", "mlp_bias"})  # of tensors, each of which is used or refused
+EXPERTS = frozenset(
+    {"num_experts_per_tok", "num_experts", "num_local_experts", "norm_topk_prob", "moe_intermediate_size"}
+)
 NOT_ENCODER: Mapping[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "add_cross_attention": (False,)}
 
 
@@ -54,6 +58,10 @@ class ConfigFacts:
     def _fixed(self) -> Mapping[str, tuple[Any, ...]]:
         return {**NOT_ENCODER, **self.fixed}
 
+    def fixing(self, fixed: Mapping[str, tuple[Any, ...]]) -> ConfigFacts:
+        """The same for one who has these values in its own code, and reads no others."""
+        return replace(self, read=self.read - fixed.keys(), fixed={**self.fixed, **fixed})
+
     def refusal(self, config: Mapping[str, Any], who: str) -> str | None:
         """Why `who` cannot have a model of this config, given as JSON, or None."""
         for name, values in self._fixed.items():
@@ -66,11 +74,6 @@ class ConfigFacts:
             if name in defaults and not _same(config[name], defaults[name]):
                 return f"{who} knows nothing of the field {name}, and this config has {name}={config[name]!r}"
         return None
-
-
-def listed(names: Iterable[str], **fixed: tuple[Any, ...]) -> ConfigFacts:
-    """Facts of a family by what it reads and what is fixed."""
-    return ConfigFacts(frozenset(names), fixed)
 
 
 def _same(a: Any, b: Any) -> bool:

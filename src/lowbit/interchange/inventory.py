@@ -11,19 +11,19 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.bounds import no_more_than
-from lowbit.interchange.source import one_line
+from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.tensors import Kind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Kind = Literal["linear", "conv1d", "embedding", "head", "experts", "other"]
 MIN_SIDE = 16  # a matrix thinner than this costs more in scales than it saves
 _ROUTER = re.compile(r"Router|Gate(?!d)")  # MixtralTopKRouter, Glm4MoeGate; not GatedMLP
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -44,7 +44,6 @@ class Param:
     name: str
     shape: tuple[int, ...]
     kind: Kind
-    module_class: str
     transposed: bool = False
     keep: str | None = None
 
@@ -160,7 +159,7 @@ def _param(
     matrix = leaf == "weight" and len(shape) == 2 and tensor.is_floating_point()
 
     def param(kind: Kind, keep: str | None = None, transposed: bool = False) -> Param:
-        return Param(name, shape, kind, owner_class, transposed, keep)
+        return Param(name, shape, kind, transposed, keep)
 
     if not isinstance(tensor, nn.Parameter):
         return param("other", "buffer")

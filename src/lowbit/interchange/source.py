@@ -10,8 +10,6 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +20,7 @@ from lowbit.errors import SourceError, nearest
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.hf.calls import asking
 from lowbit.interchange.hf.torch_pool import settle_torch_pool
+from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,20 +30,6 @@ if TYPE_CHECKING:
     from lowbit.interchange.readers.row_parts import QuantizedTensor
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor before it is read: its name in the model, shape and stored dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor in memory."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class Source(ABC):
@@ -157,8 +142,3 @@ def say_remarks(label: str, remarks: Iterable[str]) -> None:
     """Warn of what a user should know of a source that was opened; the command line shows each once."""
     for remark in remarks:
         _log.warning("%s: %s", label, remark)
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of an error from elsewhere on one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__

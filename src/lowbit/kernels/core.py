@@ -9,11 +9,11 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import lowbit
+from lowbit.version import __version__
 
 _log = logging.getLogger("lowbit")
 _NAME = "lowbit._core"
-_HOME = Path(lowbit.__file__).parent
+_HOME = Path(__file__).parents[1]
 _MEND = "reinstall with a C++ compiler: pip install --force-reinstall --no-deps --no-cache-dir lowbit (from a checkout: pip install .)"
 
 
@@ -46,8 +46,8 @@ def _loaded() -> tuple[ModuleType | None, str | None]:
     except (ImportError, OSError) as error:
         return None, f"{_NAME} does not load ({error}); {_MEND}"
     built = getattr(module, "version", "an unknown version")
-    if built != lowbit.__version__:
-        return None, f"{_NAME} was built from {built}, the package is {lowbit.__version__}; {_MEND}"
+    if built != __version__:
+        return None, f"{_NAME} was built from {built}, the package is {__version__}; {_MEND}"
     return module, None
 
 

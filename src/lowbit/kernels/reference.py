@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowbit.formats import InputQuantizer, QTensor
-from lowbit.kernels.dispatch import Kernel
+from lowbit.kernels.kernel import Kernel
 
 
 class Expand(Kernel):

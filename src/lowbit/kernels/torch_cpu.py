@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputQuantizer, IntGrid, QTensor
-from lowbit.kernels.dispatch import Kernel
+from lowbit.kernels.kernel import Kernel
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 

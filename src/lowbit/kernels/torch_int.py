@@ -18,7 +18,7 @@ from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor, quantize_in
 from lowbit.formats.blocks import Block
 from lowbit.formats.inputs import outlier_columns
 from lowbit.formats.nearest import inverse
-from lowbit.kernels.dispatch import Kernel
+from lowbit.kernels.kernel import Kernel
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK = 1 << 17  # sums that are scaled piece by piece at a time: half a megabyte stays in the cache

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.engine.attached import TextOrTensors
-from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import answering_type
-from lowbit.errors import EngineError
+from lowbit.engine.generate_method import GenerateMethod
+from lowbit.engine.generator import choose
 from lowbit.interchange.readers.folder import load_config, quantization_method
 from lowbit.measure.backends import Backend, in_transformers, of_engine
 
@@ -22,20 +21,16 @@ def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: An
     module: the same model in transformers; when `model` is a name it is cast to the type that `generate` loads it in. A
     module is the engine's only if `lowbit.load` made it. SourceError for a model that generates no text.
     """
+    if isinstance(model, nn.Module) and not isinstance(getattr(model, "generate", None), GenerateMethod):
+        return in_transformers(model)
+    engine, reason = choose(model, {}, tokenizer)
+    if engine is not None:
+        return of_engine(engine, str(engine), None if isinstance(model, nn.Module) else {"model": str(model)})
     if isinstance(model, nn.Module):
-        if not isinstance(getattr(model, "generate", None), TextOrTensors):
-            return in_transformers(model)
-        name, again = None, None
-    else:
-        name, again = model, {"model": str(model)}
-    try:
-        engine = Engine.open(model, tokenizer=tokenizer)
-    except EngineError as error:
-        if name is None or again is None:
-            return in_transformers(module, note=str(error))
-        dtype = _loaded_as(name)
-        return in_transformers(module.to(dtype), {**again, "dtype": str(dtype).removeprefix("torch.")}, str(error))
-    return of_engine(engine, str(engine.describe()), again)
+        return in_transformers(module, note=reason)
+    dtype = _loaded_as(model)
+    again = {"model": str(model), "dtype": str(dtype).removeprefix("torch.")}
+    return in_transformers(module.to(dtype), again, reason)
 
 
 def _loaded_as(name: str | Path) -> torch.dtype:

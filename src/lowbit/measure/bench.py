@@ -1,6 +1,6 @@
-"""bench: how fast a model answers on this machine, beside others that take turns with it, and beside what is possible.
+"""bench: how fast a model answers on this machine, compared with other programs and with what is possible.
 
-Figures are medians of rounds in which every program had its turn. Decode is held against reading memory, because a token
+Figures are medians of interleaved rounds, each of which measures every program once. Decode is held against reading memory, because a token
 must read every weight; prefill against products of bytes. The machine's own limits are measured in every round, and the
 best of them counts.
 """
@@ -8,29 +8,29 @@ best of them counts.
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from lowbit.engine.build import ACTIVATIONS
-from lowbit.engine.engine import Engine
-from lowbit.errors import EngineError, RecipeError, SourceError
+from lowbit.engine.generator import choose
+from lowbit.engine.runtime_formats import ACTIVATIONS
+from lowbit.errors import RecipeError
 from lowbit.kernels.core import core
-from lowbit.measure.backends import Backend, of_engine, of_llama_cpp, of_module, of_program
+from lowbit.measure.backends import Backend, of_engine, of_module
 from lowbit.measure.environment import environment
-from lowbit.measure.generation import torch_threads
-from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
+from lowbit.measure.interleave import BENCH, SpeedSettings, fit_settings, interleave
+from lowbit.measure.peers.peer import openers
 from lowbit.measure.quality import Progress
 from lowbit.measure.startup import Startup, load_module
+from lowbit.measure.token_times import torch_threads
 from lowbit.pipeline.loading import as_dtype
 
-STANDARD = SpeedSettings(repeats=5)
-REST = 0.3  # seconds, where programs that stay loaded take turns
+PAUSE = 0.3  # seconds before each measurement, where programs that stay loaded are among those measured
 Model: TypeAlias = "str | Path | nn.Module"
 
 
@@ -120,14 +120,14 @@ def bench(
     cache: str | None = None,
     threads: int | None = None,
     rounds: int = 5,
-    settings: SpeedSettings = STANDARD,
+    settings: SpeedSettings = BENCH,
     progress: Progress | None = None,
 ) -> Bench:
     """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
 
     model: one or several folders that lowbit wrote or float models by any name; the engine runs those it knows, else
     transformers. beside: one or several models that transformers runs, in `dtype`, float32 when None. gguf: files for llama.cpp, run by the
-    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `backends.of_program`; only
+    program `llama_bench`, the one of the PATH when None. programs: others, by name, as in `peers.line_program`; only
     with the standard settings. activations, cache: of the engine, as in `Engine.open`; one row for each
     of several activations. threads: of everyone, all cores when None. rounds: after one that warms up. settings: lengths.
 
@@ -139,45 +139,33 @@ def bench(
     if threads is not None and threads < 1:
         raise RecipeError(f"threads={threads}; give 1 or more, or nothing for all cores")
     as_dtype(dtype)
-    theirs = dtype or "float32"
-    program = _llama_bench(gguf, llama_bench)
-    count = threads or _cores()
-    options = {"cache": cache} if cache is not None else {}
+    theirs, count = dtype or "float32", threads or _cores()
+    peers = openers({"gguf": gguf, "llama_bench": llama_bench, "programs": programs}, count)
     kinds: Sequence[str | None] = [activations] if activations is None or isinstance(activations, str) else activations
     if not kinds:
         raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
-    with torch_threads(count):
-        found: list[Backend] = []
-        for one in _listed(model):
-            for kind in kinds:
-                wanted = {**options, **({} if kind is None else {"activations": kind})}
-                found.append(_contestant(one, wanted, count, theirs))
+    with torch_threads(count), ExitStack() as closing:
+        asked = [(one, {"cache": cache, "activations": kind}) for one in _listed(model) for kind in kinds]
+        found = [_engine_or_transformers(one, options, count, theirs) for one, options in asked]
         found += [_in_transformers(one, theirs) for one in ([] if beside is None else _listed(beside))]
         # The engine has threads of its own, and a module in memory its own type and no name to open it by again.
         if dtype is not None and not any(each.threads is None and each.first is not None for each in found):
             raise RecipeError(
                 f"dtype={dtype} would be ignored, as transformers loads no model here; leave it out, or add beside=..."
             )
-        found += [of_llama_cpp(program, Path(file), count) for file in _listed(gguf) if program is not None]
-        found += [of_program(name, command) for name, command in (programs or {}).items()]
+        for open_peer in peers:
+            found.append(open_peer())
+            closing.callback(found[-1].close)
         module = core()
         machine = None if module is None else _Machine(module.ThreadPool(count))
         fitted = fit_settings(settings, [each.positions for each in found])
-        try:
-            if programs and fitted != STANDARD:
-                raise RecipeError(
-                    f"{', '.join(programs)}: programs measure {STANDARD}, which is not what was asked for or fits the models"
-                )
-            values = take_turns(
-                [each.all_probes(fitted) for each in found],
-                rounds,
-                progress,
-                None if machine is None else machine.look,
-                rest=REST if programs else 0.0,
+        if unable := [each.name for each in found if each.fixed not in (None, fitted)]:
+            raise RecipeError(
+                f"{', '.join(unable)}: programs measure {BENCH}, which is not what was asked for or fits the models"
             )
-        finally:
-            for each in found:
-                each.close()
+        pause = PAUSE if any(each.fixed is not None for each in found) else 0.0
+        probes = [each.all_probes(fitted) for each in found]
+        values = interleave(probes, rounds, progress, None if machine is None else machine.look, pause)
     limits = None if machine is None else machine.best()
     rows = [_row(each, one, fitted, limits) for each, one in zip(found, values, strict=True)]
     return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)
@@ -196,18 +184,15 @@ def _row(each: Backend, values: dict[str, list[float]], settings: SpeedSettings,
     )
 
 
-def _contestant(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Backend:
-    """The engine with a model, or transformers where the engine does not know it."""
-    label = _label(model)
-    try:
-        engine = Engine.open(model, threads=threads, **options)
-    except EngineError as error:
-        if options:
-            raise EngineError(f"{error}; transformers runs it, without {' and '.join(options)}") from None
-        return _in_transformers(model, dtype, f"transformers, not the engine: {error}")
+def _engine_or_transformers(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Backend:
+    """options: of the engine, None for those that were not given."""
+    engine, reason = choose(model, options, threads=threads)
+    if engine is None:
+        return _in_transformers(model, dtype, f"transformers, not the engine: {reason}")
+    options = {name: value for name, value in options.items() if value is not None}
     again = None if isinstance(model, nn.Module) else {"model": str(model), "threads": threads, **options}
-    said = ", ".join(f"{value} {key}" for key, value in options.items())
-    return of_engine(engine, f"lowbit {label}" + (f", {said}" if said else ""), again)
+    name = ", ".join([f"lowbit {_label(model)}", *(f"{value} {key}" for key, value in options.items())])
+    return of_engine(engine, name, again)
 
 
 def _in_transformers(model: Model, dtype: str, note: str = "") -> Backend:
@@ -216,25 +201,6 @@ def _in_transformers(model: Model, dtype: str, note: str = "") -> Backend:
         return of_module(model, f"transformers {_label(model)}, {own}", None, note)
     again = {"model": str(model), "dtype": dtype}
     return of_module(load_module(**again), f"transformers {_label(model)}, {dtype}", again, note)
-
-
-def _llama_bench(gguf: Any, given: str | None) -> str | None:
-    """The program of llama.cpp, None where there is nothing for it."""
-    files = [Path(file) for file in _listed(gguf)]
-    if not files:
-        if given is not None:
-            raise RecipeError("llama-bench without a GGUF file would be ignored; give gguf=... (--gguf FILE) as well")
-        return None
-    for file in files:
-        if not file.is_file():
-            raise SourceError(f"{file}: no such GGUF file")
-    found = shutil.which(given or "llama-bench")
-    if found is None:
-        where = f"{given}: no such program" if given else "there is no llama-bench on the PATH"
-        raise RecipeError(
-            f"{where}; build llama.cpp and name its llama-bench (--llama-bench), or leave the GGUF file out"
-        )
-    return found
 
 
 def _listed(value: Any) -> list[Any]:

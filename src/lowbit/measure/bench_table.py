@@ -48,7 +48,7 @@ def caption(bench: Bench) -> str:
     """What the figures are."""
     s, rounds = bench.settings, len(bench.rows[0].values["decode"])
     text = (
-        f"Tokens per second, medians of {rounds} round{'s' * (rounds != 1)} in which all took turns; {bench.threads} "
+        f"Tokens per second, medians of {rounds} interleaved round{'s' * (rounds != 1)}; {bench.threads} "
         f"thread{'s' * (bench.threads != 1)} each. decode: {s.new} tokens after {s.prompt}."
     )
     if any("batch" in row.values for row in bench.rows):

@@ -7,6 +7,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -19,7 +20,16 @@ from lowbit.measure.quality import Progress, Reference, measure_quality
 from lowbit.measure.speed import Rates, Speed, measure_speed
 from lowbit.measure.windows import Windows
 
-Build = Callable[[str], tuple[nn.Module, CardParts]]
+
+class Built(NamedTuple):
+    """A quantized model in transformers, what is known of it, and what gives the program that runs it: transformers when None."""
+
+    model: nn.Module
+    parts: CardParts
+    backend: Callable[[], Backend] | None = None
+
+
+Build = Callable[[str], Built]
 
 
 @dataclass(frozen=True)
@@ -40,18 +50,17 @@ def compare(
     windows: Windows,
     *,
     speed: SpeedSettings | None = None,
-    program: Callable[[nn.Module], Backend] = in_transformers,
-    rival: Callable[[int | None], Backend] | None = None,
+    baseline: Callable[[int | None], Backend] | None = None,
     keep_bytes: int = 2 * 2**30,
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
 ) -> tuple[CompareRow, ...]:
     """Measure each recipe against `base`; the first row is `base` itself.
 
-    `build` gives the quantized model and what is known about it. A recipe that raises a LowbitError
+    `build` gives the quantized model, what is known about it and what runs it. A recipe that raises a LowbitError
     becomes a row with the error and the others go on; any other exception is a bug and is raised.
-    Speed is measured when `speed` is given, each model run by what `program` makes of it, and the base by what `rival` gives
-    for as many threads (transformers, in the base's own type, when None), taking turns with each; the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
+    Speed is measured when `speed` is given, of each model in rounds interleaved with those of the base, which what `baseline`
+    gives for as many threads runs (transformers, in the base's own type, when None); the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
     kept between recipes. `progress` counts windows, those of the base included.
     """
     reference = Reference(base, windows, keep_bytes)
@@ -68,13 +77,11 @@ def compare(
     rows = []
     for index, recipe in enumerate(recipes):
         try:
-            model, parts = build(recipe)
-            quality = measure_quality(model, windows, base=reference, progress=step(index + 1))
-            rates = None
-            if speed is not None:
-                rates = _speed(model, speed, program, rival or (lambda _: in_transformers(base)))
-            row = CompareRow(recipe, Card(parts, text, quality, rates, environment=machine))
-            del model
+            built = build(recipe)
+            quality = measure_quality(built.model, windows, base=reference, progress=step(index + 1))
+            rates = None if speed is None else _speed(built, speed, baseline or (lambda _: in_transformers(base)))
+            row = CompareRow(recipe, Card(built.parts, text, quality, rates, environment=machine))
+            del built
         except LowbitError as error:
             row = CompareRow(recipe, error=str(error))
             if progress is not None:
@@ -86,30 +93,27 @@ def compare(
     return (_with_speed(base_row, rows), *rows)
 
 
-def _speed(
-    model: nn.Module, settings: SpeedSettings, program: Callable[[nn.Module], Backend],
-    rival: Callable[[int | None], Backend],
-) -> Speed:  # fmt: skip
+def _speed(built: Built, settings: SpeedSettings, baseline: Callable[[int | None], Backend]) -> Speed:
     try:
-        runs = program(model)
-        other = rival(runs.threads)
+        program = in_transformers(built.model) if built.backend is None else built.backend()
+        other = baseline(program.threads)
     except LowbitError as error:  # such as a model that generates no text: its quality stands
         return Speed(skipped=str(error))
-    return measure_speed(runs, base=other, settings=settings)
+    return measure_speed(program, base=other, settings=settings)
 
 
 def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:
-    """The base's row with the median of the speeds that it had beside each recipe."""
+    """The base's row with the median of the speeds that it had in the rounds of each recipe."""
     speeds = [row.card.speed for row in rows if row.card is not None and row.card.speed is not None]
-    turns = [speed for speed in speeds if speed.base is not None]
-    if not turns or base_row.card is None:
+    measured = [speed for speed in speeds if speed.base is not None]
+    if not measured or base_row.card is None:
         return base_row
 
     def median(name: str) -> float | None:
-        values = [getattr(speed.base, name) for speed in turns]
+        values = [getattr(speed.base, name) for speed in measured]
         return statistics.median(values) if None not in values else None
 
     rates = Rates(median("decode") or 0.0, median("prefill") or 0.0, median("batch"))
-    name = turns[0].base_program
-    own = Speed(turns[0].settings, rates, rates, program=name, base_program=name)
+    name = measured[0].base_program
+    own = Speed(measured[0].settings, rates, rates, program=name, base_program=name)
     return dataclasses.replace(base_row, card=dataclasses.replace(base_row.card, speed=own))

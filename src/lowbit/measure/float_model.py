@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lowbit.interchange.hf.running import max_positions
-from lowbit.measure.backends import WORDS, Backend, in_transformers, some_ids
-from lowbit.measure.generation import greedy_times, torch_threads
-from lowbit.measure.interleave import Probe, SpeedSettings, Times, fit_settings, rate_probes
+from lowbit.measure.backends import Backend, in_transformers, some_ids
+from lowbit.measure.interleave import BATCH_PROMPT, Probe, SpeedSettings, Times, fit_settings, rate_probes
+from lowbit.measure.token_times import greedy_times, torch_threads
 
 Typed = Callable[[torch.dtype], nn.Module]
 """The model in a type. What it gave before may be the same module and be of that type then."""
@@ -33,16 +33,13 @@ def in_faster_types(typed: Typed, settings: SpeedSettings) -> Backend:
     types = faster_types(typed, settings)
 
     def probes(wanted: SpeedSettings) -> Mapping[str, Probe]:
-        return {
-            name: rate_probes(_times(typed, dtype), wanted, WORDS)[name]
-            for name, dtype in types.items()
-            if name in rate_probes(_times(typed, dtype), wanted, WORDS)
-        }
+        by_type = {dtype: rate_probes(_times(typed, dtype), wanted) for dtype in set(types.values())}
+        return {name: by_type[dtype][name] for name, dtype in types.items() if name in by_type[dtype]}
 
     return Backend(f"transformers, {_names(types)}", probes, positions=plain.positions)
 
 
-def rival_of(base: nn.Module, typed: Typed, settings: SpeedSettings, threads: int | None) -> Backend:
+def baseline_of(base: nn.Module, typed: Typed, settings: SpeedSettings, threads: int | None) -> Backend:
     """`in_faster_types` found with so many threads; `base` as it is where there is no memory for the other type."""
     with torch_threads(threads):
         try:
@@ -63,7 +60,7 @@ def faster_types(typed: Typed, settings: SpeedSettings) -> dict[str, torch.dtype
             alone = times(1, trial.prompt, trial.new)
             figures = {"decode": alone[-1] - alone[0], "prefill": alone[0]}
             if settings.batch > 0:
-                figures["batch"] = times(settings.batch, min(WORDS, trial.prompt), 2)[-1]
+                figures["batch"] = times(settings.batch, min(BATCH_PROMPT, trial.prompt), 2)[-1]
             for name, seconds in figures.items():
                 found.setdefault(name, []).append(seconds)
             if time.monotonic() - start > _ENOUGH:

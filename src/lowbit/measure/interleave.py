@@ -1,4 +1,4 @@
-"""Programs that take turns: what is measured of each, round by round, so that a slow minute hits all of them.
+"""Interleaved rounds: each measures every program once, so that a slow minute of the machine hits all of them.
 
 The first round warms caches, kernels and clocks, and is thrown away.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from lowbit.measure.quality import Progress
 
+BATCH_PROMPT = 5  # tokens of "The secret of life is", with which a batch begins
 Probe = Callable[[], float]
 Times = Callable[[int, int, int], list[float]]
 """Greedy generation by (sequences, tokens of the prompt, new tokens): seconds until each new token."""
@@ -32,6 +33,10 @@ class SpeedSettings:
     seconds: float | None = None
 
 
+STANDARD = SpeedSettings()
+BENCH = SpeedSettings(repeats=5)
+
+
 def fit_settings(settings: SpeedSettings, limits: Sequence[int | None]) -> SpeedSettings:
     """The settings with every length cut to the shortest of the models' longest sequences."""
     known = [limit for limit in limits if limit is not None]
@@ -48,8 +53,8 @@ def fit_settings(settings: SpeedSettings, limits: Sequence[int | None]) -> Speed
     )
 
 
-def rate_probes(times: Times, settings: SpeedSettings, words: int) -> dict[str, Probe]:
-    """Tokens per second by name: decode, prefill and batch, whose sequences begin with `words` tokens."""
+def rate_probes(times: Times, settings: SpeedSettings) -> dict[str, Probe]:
+    """Tokens per second by name: decode, prefill and batch, whose sequences begin with `BATCH_PROMPT` tokens."""
 
     def decode() -> float:
         found = times(1, settings.prompt, settings.new)
@@ -59,35 +64,35 @@ def rate_probes(times: Times, settings: SpeedSettings, words: int) -> dict[str, 
         return settings.prefill / times(1, settings.prefill, 1)[-1]
 
     def batch() -> float:
-        found = times(settings.batch, words, settings.batch_length - words)
+        found = times(settings.batch, BATCH_PROMPT, settings.batch_length - BATCH_PROMPT)
         return settings.batch * len(found) / found[-1]
 
     probes: dict[str, Probe] = {"decode": decode, "prefill": prefill}
-    if settings.batch > 0 and settings.batch_length > words:
+    if settings.batch > 0 and settings.batch_length > BATCH_PROMPT:
         probes["batch"] = batch
     return probes
 
 
-def take_turns(
+def interleave(
     programs: Sequence[Mapping[str, Probe]],
     rounds: int,
     progress: Progress | None = None,
     between: Callable[[], object] | None = None,
-    rest: float = 0.0,
+    pause: float = 0.0,
     seconds: float | None = None,
 ) -> list[dict[str, list[float]]]:
-    """What each probe of each program found in `rounds` rounds; all have one after another what is called the same.
+    """What each probe of each program found in `rounds` rounds; in a round, probes of one name follow one another.
 
-    between: called before every round, the first included. rest: seconds before each probe: threads of OpenMP go on spinning
-    after their last loop, for 0.2 s by default in some runtimes (KMP_BLOCKTIME), on processors that are another's now.
+    between: called before every round, the first included. pause: seconds before each probe: threads of OpenMP go on spinning
+    after their last loop, for 0.2 s by default in some runtimes (KMP_BLOCKTIME), on processors that another program needs then.
     seconds: as in `SpeedSettings`.
     """
     names = list(dict.fromkeys(name for program in programs for name in program))
     found: list[dict[str, list[float]]] = [{name: [] for name in program} for program in programs]
     total, done = (rounds + 1) * sum(len(program) for program in programs), 0
     start = time.monotonic()
-    for turn in range(rounds + 1):
-        if seconds is not None and turn > 1 and time.monotonic() - start > seconds:
+    for count in range(rounds + 1):
+        if seconds is not None and count > 1 and time.monotonic() - start > seconds:
             if progress is not None:
                 progress(total, total)
             break
@@ -97,9 +102,9 @@ def take_turns(
             for program, values in zip(programs, found, strict=True):
                 if name not in program:
                     continue
-                time.sleep(rest)
+                time.sleep(pause)
                 value = program[name]()
-                if turn > 0:
+                if count > 0:
                     values[name].append(value)
                 done += 1
                 if progress is not None:

@@ -56,14 +56,14 @@ def takes_text(model: nn.Module) -> bool:
 
 
 def measure_outputs(model: nn.Module, base: nn.Module, windows: Windows | None) -> Outputs:
-    """The outputs of `model` beside those of `base`. windows: of text, None where there is no tokenizer or
+    """The outputs of `model` compared with those of `base`. windows: of text, None where there is no tokenizer or
     the model takes no text.
 
     SourceError where no input is known that the float model takes, TextError where the tokenizer is another model's.
     """
     if windows is not None:
         check_vocabulary(base, windows.ids)
-    given, told = _inputs(base, windows)
+    given, description = _inputs(base, windows)
     errors, cosines, name = list[float](), list[float](), ""
     for one in given:
         name, right = _run(base, one)
@@ -79,7 +79,7 @@ def measure_outputs(model: nn.Module, base: nn.Module, windows: Windows | None) 
         errors.append(float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny)))
         if name == "last_hidden_state" and "input_ids" in one and a.dim() == 3:
             cosines.append(float(torch.cosine_similarity(a.mean(1), b.mean(1)).mean()))
-    return Outputs(told, name, _mean(errors), _mean(cosines) if cosines else None)
+    return Outputs(description, name, _mean(errors), _mean(cosines) if cosines else None)
 
 
 def _inputs(model: nn.Module, windows: Windows | None) -> tuple[list[dict[str, Tensor]], str]:

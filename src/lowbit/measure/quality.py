@@ -39,7 +39,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Quality:
-    """Quality of one model, and beside a base model when there was one.
+    """Quality of one model, compared with a base model when there was one.
 
     `kind` is how it was scored (see scoring.py); `tokens` how many tokens were.
     """
@@ -91,7 +91,7 @@ def measure_quality(
     base: nn.Module | Reference | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Quality of `model` on `windows`, beside `base` when given. Models may be on different devices.
+    """Quality of `model` on `windows`, compared with `base` when given. Models may be on different devices.
 
     Raises SourceError when a model gives no logits for every token, or the two cannot be compared.
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from lowbit.engine.chat_template import ChatTemplate
-from lowbit.interchange.hf.running import device_of, evaluating
+from lowbit.engine.fallback import Transformers
+from lowbit.engine.tokenizer import AnyTokenizer
+from lowbit.interchange.hf.running import evaluating
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,12 @@ class Sample:
 
 
 def answer(model: nn.Module, tokenizer: Any, prompt: str, *, new: int = 60) -> str:
-    """The greedy answer of at most `new` tokens. Uses the chat template when the tokenizer has one."""
-    template = ChatTemplate.of(tokenizer)
-    if template is not None:
-        text = template.render([{"role": "user", "content": prompt}], answer=True)
-        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(device_of(model))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """The greedy answer of at most `new` tokens, as `lowbit generate` gives it where transformers runs the model."""
+    generator = Transformers(model, AnyTokenizer(tokenizer), "")
+    ids, most = generator.tokenizer.prompt(prompt), generator.positions
+    limit = new if most is None else min(new, most - len(ids))
     with evaluating(model):
-        out = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-        )[0]
-    encoder_decoder = getattr(model.config, "is_encoder_decoder", False)  # type: ignore[union-attr]
-    fresh = out if encoder_decoder else out[ids.shape[1] :]
-    return tokenizer.decode(fresh, skip_special_tokens=True).strip()
+        return str(generator.generate(ids, max_new_tokens=limit)).strip() if limit > 0 else ""
 
 
 def take_sample(

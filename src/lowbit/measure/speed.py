@@ -1,7 +1,7 @@
-"""Tokens per second, beside the base model in the same run.
+"""Tokens per second, compared with the base model in the same run.
 
-Machines are noisy and slow down as they warm up, so the two models take turns, each figure is the
-median of the turns, and the ratio is what to trust. Three figures:
+Machines are noisy and slow down as they warm up, so the two models are measured in interleaved rounds, each figure is the
+median of the rounds, and the ratio is what to trust. Three figures:
 
 - decode: greedy generation of one sequence, from its first new token to its last;
 - prefill: tokens of the prompt per second until the first new token;
@@ -20,11 +20,10 @@ from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.measure.backends import Backend, in_transformers
-from lowbit.measure.generation import torch_threads
-from lowbit.measure.interleave import SpeedSettings, fit_settings, take_turns
+from lowbit.measure.interleave import STANDARD, SpeedSettings, fit_settings, interleave
 from lowbit.measure.quality import Progress
+from lowbit.measure.token_times import torch_threads
 
-STANDARD = SpeedSettings()
 SHORT = SpeedSettings(new=16, batch=0, seconds=15)
 
 
@@ -39,7 +38,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of a model, beside the base model, and the settings as they were after fitting the model.
+    """Speed of a model, of the base model, and the settings as they were after fitting the model.
 
     `program` and `base_program`: what ran them, such as "engine (avx2, 2 threads)" or "transformers, float32"; `not_engine`:
     why it was not the engine, where that would have been tried. When the model cannot generate, `skipped` says why and the rest is None.
@@ -66,7 +65,7 @@ def measure_speed(
     settings: SpeedSettings = STANDARD,
     progress: Progress | None = None,
 ) -> Speed:
-    """Speed of `model`, taking turns with `base` when given; modules are run by transformers.
+    """Speed of `model`, in rounds interleaved with those of `base` when given; modules are run by transformers.
 
     Lengths are cut to what the models take. Where the model's program has its own threads, PyTorch gets as many.
     """
@@ -79,7 +78,7 @@ def measure_speed(
     settings = fit_settings(settings, [each.positions for each in every])
     with torch_threads(mine.threads):
         probes = [each.probes(settings) for each in every]
-        found = take_turns(probes, settings.repeats, progress, seconds=settings.seconds)
+        found = interleave(probes, settings.repeats, progress, seconds=settings.seconds)
     taken = len(found[-1]["decode"])
     rates = [Rates(**{name: statistics.median(values) for name, values in one.items()}) for one in found]
     return Speed(

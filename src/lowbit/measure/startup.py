@@ -38,7 +38,7 @@ import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from lowbit.measure.memory import resident
-from lowbit.measure.generation import greedy_times
+from lowbit.measure.token_times import greedy_times
 from lowbit.measure.startup import load_module
 before = resident()
 greedy_times(load_module(**json.loads(sys.argv[1])), torch.tensor([[3, 4, 5, 6, 7]]), 1)

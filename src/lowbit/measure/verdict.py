@@ -32,7 +32,7 @@ THRESHOLDS = (
 
 
 def verdict(quality: Quality) -> Threshold | None:
-    """The first threshold that the quality keeps, or None when there was no float model beside it."""
+    """The first threshold that the quality keeps, or None when there was no float model to compare with."""
     if quality.kl_mean is not None:
         kept = [row for row in THRESHOLDS if quality.kl_mean.value <= row.kl]
     elif quality.ratio is not None:

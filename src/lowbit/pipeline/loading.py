@@ -38,7 +38,7 @@ def load(
     error. Other options go to `from_pretrained`.
 
     Given text, `generate` of a model that generates is that of `lowbit.Engine`; given tensors, that of transformers
-    (see `engine.attached`).
+    (see `engine.generate_method`).
     """
     if kernel not in KERNELS:
         raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
@@ -71,9 +71,9 @@ def load(
     for _, weight in packed_weights(model):
         weight.dispatcher.only = None if kernel == "auto" else kernel
     if getattr(model, "can_generate", bool)():
-        from lowbit.engine.attached import TextOrTensors
+        from lowbit.engine.generate_method import GenerateMethod
 
-        model.generate = TextOrTensors(model, str(path))
+        model.generate = GenerateMethod(model, str(path))
     return model
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowbit.planning.tensor import TensorPlan
+    from lowbit.interchange.tensors import TensorPlan
 
 MICRO_BATCH = 1024  # tokens that are run at once
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")

@@ -17,10 +17,12 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Inputs
 from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.inventory import Inventory
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.planning.kv_cache import KVCache, kv_cache
 from lowbit.planning.memory import calibrated_working_bytes
-from lowbit.planning.tensor import SLAB, TensorPlan, by_rows, has_inputs
+from lowbit.planning.tensor import SLAB, by_rows, has_inputs
+from lowbit.planning.used import check_used
 from lowbit.recipes.activation_rules import Survey
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import divided_inputs
@@ -84,7 +86,7 @@ class Plan:
     @property
     def linear_bits_per_weight(self) -> float:
         """Bits per weight in the quantized matrices other than embeddings and heads."""
-        linear = [t for t in self.tensors if t.kind in ("linear", "conv1d", "experts")]
+        linear = [t for t in self.tensors if t.kind in MULTIPLIED]
         return 8 * sum(t.bytes_after for t in linear) / max(1, sum(t.count for t in linear))
 
     @property
@@ -188,17 +190,11 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
         if not any(has_inputs(t) for t in matched):
             what = "has no quantized linear layer" if matched else "matches no tensor"
             raise RecipeError(f"a:{pattern}={rule} {what} of {source.label}; names look like {_example(tensors)!r}")
+    check_used(recipe, tensors, recipe.needs_calibration is not None)
     return Plan(
-        source.label,
-        recipe,
-        tensors,
-        dict(source.inventory.tied),
-        kv_cache(source.config),
-        context,
-        max_shard_bytes,
-        source.disk_bytes(),
-        notes=notes_on(source),
-    )
+        source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes,
+        source.disk_bytes(), notes=notes_on(source),
+    )  # fmt: skip
 
 
 def notes_on(source: Source) -> tuple[str, ...]:

@@ -1,63 +1,11 @@
-"""What one tensor of a model becomes: the entry of a plan."""
+"""How a tensor of a plan is worked on."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import torch
-
-from lowbit.formats import Format, Inputs
+from lowbit.formats import Format
+from lowbit.interchange.tensors import TensorPlan
 
 SLAB = 1 << 22  # elements of a weight that are in float32 at a time
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """One tensor: what it is and what it becomes. `format` None: kept as it is, for the reason `keep`.
-
-    `inputs`: how the inputs of this weight are stored in few bits while the model runs, or None.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    dtype: torch.dtype
-    transposed: bool
-    format: Format | None
-    keep: str | None
-    inputs: Inputs | None = None
-
-    @property
-    def count(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape that is quantized: [..., out, in] also where the module keeps [..., in, out]."""
-        if self.format is None or not self.transposed:
-            return self.shape
-        return (*self.shape[:-2], self.shape[-1], self.shape[-2])
-
-    @property
-    def bytes_before(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(dtype.itemsize * math.prod(size) for dtype, size in self.stored().values())
-
-    def input_parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of what is stored of the inputs."""
-        return {} if self.inputs is None else self.inputs.parts(self.stored_shape[-1])
-
-    def stored(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name in the file -> (dtype, shape) of everything stored for this tensor."""
-        if self.format is None:
-            return {self.name: (self.dtype, self.shape)}
-        parts = self.format.parts(self.stored_shape) | self.input_parts()
-        return {f"{self.name}.{part}": spec for part, spec in parts.items()}
 
 
 def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:

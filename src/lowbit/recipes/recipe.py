@@ -153,13 +153,17 @@ class Recipe:
                 return call.name
         return next((f"a={rule}" for rule in self.rules if rule.inputs is not None and rule.inputs.static), None)
 
+    def weighs(self, fmt: Format) -> bool:
+        """Whether statistics of its input change what becomes of a weight in this format."""
+        solver = self.solver_for(fmt, with_stats=True).method
+        by_fit = fmt.scale is not None and self.fit_for(fmt).method.weighs
+        return solver.needs != "nothing" or solver.weighs or by_fit
+
     @property
     def uses_calibration(self) -> bool:
-        """Whether calibration text changes the result: it is needed, or the fit weighs errors by it."""
-        weighs = self.fit is None or self.fit.name in ("search", "mse", "hqq")
-        return (
-            self.needs_calibration is not None or weighs or (self.solver is not None and self.solver.name == "kmeans")
-        )
+        """Whether calibration text changes the result: it is needed, or a weight of some layer is weighed by it."""
+        formats = (self.format, *(fmt for _, fmt in self.layers if fmt is not None))
+        return self.needs_calibration is not None or any(self.weighs(fmt) for fmt in formats)
 
     def calibrated(self) -> Recipe:
         """What a preset stands for when calibration text is at hand; the recipe itself otherwise."""

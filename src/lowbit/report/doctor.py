@@ -1,4 +1,4 @@
-"""What this machine offers to quantized models: versions, processor, fast paths, kernels, room."""
+"""What this machine offers to quantized models: versions, processor, fast paths, kernels, memory and disk."""
 
 from __future__ import annotations
 

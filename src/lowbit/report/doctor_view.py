@@ -23,10 +23,10 @@ def render_report(report: Report) -> RenderableType:
     lines.add_column(overflow="fold")
     for name, value in _lines(report):
         lines.add_row(name, Text(value))
-    pieces: list[RenderableType] = [lines]
+    elements: list[RenderableType] = [lines]
     if report.kernels:
-        pieces += [Text(), _kernel_table(report), _declines(report)]
-    return Group(*pieces)
+        elements += [Text(), _kernel_table(report), _declines(report)]
+    return Group(*elements)
 
 
 def _lines(report: Report) -> list[tuple[str, str]]:

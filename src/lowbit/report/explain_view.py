@@ -24,14 +24,14 @@ def render_explanation(found: Explanation) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    pieces: list[RenderableType] = [Text(found.recipe, style="bold"), _lines(_head(found)), Text()]
+    elements: list[RenderableType] = [Text(found.recipe, style="bold"), _lines(_head(found)), Text()]
     for block in found.blocks:
-        pieces += _block(found, block)
+        elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
-        pieces.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
-    pieces.append(_lines(_errors(found)))
-    return Group(*pieces)
+        elements.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
+    elements.append(_lines(_errors(found)))
+    return Group(*elements)
 
 
 def _lines(pairs: Sequence[tuple[str, str | Text]]) -> RenderableType:
@@ -89,9 +89,9 @@ def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
     from rich.text import Text
 
     fmt, reach = found.format, block.range
-    pieces: list[RenderableType] = []
+    elements: list[RenderableType] = []
     if found.block_count > 1:
-        pieces.append(Text(_place(block), style="bold"))
+        elements.append(Text(_place(block), style="bold"))
     lines: list[tuple[str, str | Text]] = [
         ("range", f"min {num(reach.low)}   max {num(reach.high)}   max|x| {num(reach.peak)}")
     ]
@@ -104,7 +104,7 @@ def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
     if block.learned is not None:
         lines.append(("levels", "  ".join(dict.fromkeys(num(v, 4) for v in block.learned))))
     lines += [("round", rounding(fmt)), ("read", reading(fmt))]
-    return [*pieces, _lines(lines), _values(fmt, block)]
+    return [*elements, _lines(lines), _values(fmt, block)]
 
 
 def _place(block: BlockSteps) -> str:

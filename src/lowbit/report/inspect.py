@@ -90,25 +90,25 @@ class Inspection:
 
 
 def moments(values: Tensor) -> Moments:
-    """Statistics of a tensor of any float type, in float64 by pieces of bounded size."""
+    """Statistics of a tensor of any float type, in float64 by chunks of bounded size."""
     flat = values.reshape(-1)
 
     def each() -> Iterator[Tensor]:
-        for piece in flat.split(_CHUNK):
-            finite = piece[piece.isfinite()].to(torch.float64)
+        for chunk in flat.split(_CHUNK):
+            finite = chunk[chunk.isfinite()].to(torch.float64)
             if finite.numel():
                 yield finite
 
     count, total, low, high = 0, 0.0, math.inf, -math.inf
-    for piece in each():
-        count, total = count + piece.numel(), total + float(piece.sum())
-        low, high = min(low, float(piece.min())), max(high, float(piece.max()))
+    for chunk in each():
+        count, total = count + chunk.numel(), total + float(chunk.sum())
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
     bad = flat.numel() - count
     if not count:
         return Moments(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, bad)
     mean, second, fourth = total / count, 0.0, 0.0
-    for piece in each():
-        square = (piece - mean).square_()
+    for chunk in each():
+        square = (chunk - mean).square_()
         second, fourth = second + float(square.sum()), fourth + float(square.square_().sum())
     variance = second / count
     std, peak = math.sqrt(variance), max(abs(low), abs(high))
@@ -211,10 +211,10 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
         table.add_column(headings[i], justify="left" if i < 4 else "right", no_wrap=i > 0, overflow="fold")
     for row in rows:
         table.add_row(*(row[i] for i in kept))
-    pieces: list[RenderableType] = [head, table]
+    elements: list[RenderableType] = [head, table]
     if found.quantized is None:
-        pieces.append(_standing_out(found.tensors))
-    return Group(*pieces)
+        elements.append(_standing_out(found.tensors))
+    return Group(*elements)
 
 
 _FLOAT = ("min", "max", "std", "max/std", "kurtosis")

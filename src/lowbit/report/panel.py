@@ -134,11 +134,11 @@ def _speed_lines(card: Card) -> list[tuple[str, str]]:
             continue
         if name == "batch" and speed.settings is not None:
             meaning = f"{speed.settings.batch} {meaning}"
-        beside = "" if ratio is None else f", {ratio:.2f} x the float model"
-        lines.append((title, f"{rate_text(rate)} tokens/s{beside}  ({meaning})"))
+        baseline = "" if ratio is None else f", {ratio:.2f} x the float model"
+        lines.append((title, f"{rate_text(rate)} tokens/s{baseline}  ({meaning})"))
     if speed.program is not None:
-        beside = "" if speed.base_program is None else f"; the float model by {speed.base_program}"
-        lines.append(("  run by", speed.program + beside))
+        baseline = "" if speed.base_program is None else f"; the float model by {speed.base_program}"
+        lines.append(("  run by", speed.program + baseline))
     late = slower(speed)
     if late is not None:
         lines.append(("  slower", late))
@@ -158,24 +158,24 @@ def render_card(card: Card) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    pieces: list[RenderableType] = []
+    elements: list[RenderableType] = []
     found = verdict(card.quality) if card.quality is not None else None
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
-        pieces.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
+        elements.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
     figures = Table.grid(padding=(0, 2))
     figures.add_column(style="cyan", no_wrap=True)
     figures.add_column(overflow="fold")
     for name, value in card_lines(card):
         figures.add_row(Text(name), Text(value, style="dim" if name.startswith("  ") else ""))
-    pieces.append(figures)
+    elements.append(figures)
     if card.sample is not None:
-        pieces.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
+        elements.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
         if card.sample.base_answer is not None:
-            pieces.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
-        pieces.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
+            elements.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
+        elements.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
     footer = None
     if card.environment is not None:
         footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
     title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
-    return Panel(Group(*pieces), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False)
+    return Panel(Group(*elements), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False)

@@ -13,11 +13,12 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Format, QTensor
 from lowbit.solvers.coordinate_descent import coordinate_descent, feed_errors
 from lowbit.solvers.fitting import fit_blocks
+from lowbit.solvers.found import Found, Trace
 from lowbit.solvers.hessian import Factor, factorize, quadratic
 from lowbit.solvers.refit import refit_scales, refits
 from lowbit.solvers.registry import Call
 from lowbit.solvers.rounding import Rounder, empty, with_values
-from lowbit.solvers.stats import Stats, Trace
+from lowbit.solvers.stats import Stats
 from lowbit.solvers.zeros import zero_runs
 
 
@@ -50,7 +51,7 @@ Shift = Callable[[Factor, Stats], Tensor]
 
 def solve_with_feedback(
     problem: Problem, *, polish: int, target: Tensor | None = None, shift: Shift | None = None
-) -> QTensor:
+) -> Found:
     """Fit scales, round with error feedback, polish; keep whatever has the least error under H. Runs of zeros stay zero.
 
     `target` [N, K]: what Q is to resemble, when it is not the weight itself (Qronos). `shift`: the matrix P of GPTAQ,
@@ -77,8 +78,7 @@ def solve_with_feedback(
         if e >= error:
             break
         best, error = better, e
-    problem.stats.trace.append(Trace(start, error, factor.damp))
-    return best
+    return Found(best, Trace(start, error, factor.damp))
 
 
 def _polished(q: QTensor, target: Tensor, factor: Factor, still: Tensor | None) -> tuple[QTensor, float]:

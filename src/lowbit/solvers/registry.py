@@ -2,10 +2,11 @@
 
 A fit is a function `(x, fmt, importance, *, options) -> scale` or `-> (scale, offset)` on blocks:
 `x` float32 [n, size], `importance` float32 [n, size] >= 0 or None, results float32 [n]; the offset is in
-level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, stats, *, options) -> QTensor`, `stats` being
+level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, stats, *, options) -> Found`, `stats` being
 what calibration saw of the weight's input (`solvers/stats.py`) or None. A transform rewrites a model and lives in a
 room of its own, which announces its packages here.
-Writing `@fit()` or `@solver()` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes.
+Writing `@fit()` or `@solver()` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes;
+what a method makes use of is said there, and a recipe that gives it anything else is an error.
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lowbit.errors import RecipeError, nearest
-from lowbit.formats import Format, QTensor, stores
+from lowbit.formats import Format, stores
+from lowbit.solvers.found import Found
+
+# Names of the options that make no difference for a format, without and with statistics of the input.
+Ignores = Callable[[Format, bool], Sequence[str]]
+Needs = Literal["nothing", "second_moment", "drift"]
+
+
+def _nothing(fmt: Format, with_stats: bool) -> Sequence[str]:
+    return ()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered function, its name and its options with their defaults."""
+    """A registered function, its name, its options with their defaults, and what it makes use of (`fit`, `solver`)."""
 
     name: str
     kind: str
@@ -32,7 +42,9 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     offset: Literal["any", "never", "always"] = "any"
     learns_levels: bool = False
-    needs: Literal["nothing", "second_moment", "drift"] = "nothing"
+    needs: Needs = "nothing"
+    weighs: bool = False
+    ignores: Ignores = _nothing
 
     def declines(self, fmt: Format) -> str | None:
         """Why this method cannot fill a format, or None if it can."""
@@ -74,20 +86,28 @@ def register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[
     return _register(kind, function, **facts)
 
 
-def fit(offset: Literal["any", "never", "always"] = "any") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a fit under the name of its function. `offset`: whether it fills formats with or without one."""
-    return lambda function: _register("fit", function, offset=offset)
+def fit(
+    offset: Literal["any", "never", "always"] = "any", *, weighs: bool = False, ignores: Ignores = _nothing
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a fit under the name of its function. `offset`: whether it fills formats with or without one.
+
+    `weighs`: whether it looks at the importance of elements, which statistics of the input give. `ignores`: its options that
+    make no difference for a format, without and with statistics.
+    """
+    return lambda function: _register("fit", function, offset=offset, weighs=weighs, ignores=ignores)
 
 
 def solver(
-    learns_levels: bool = False, needs: Literal["nothing", "second_moment", "drift"] = "nothing"
+    learns_levels: bool = False, needs: Needs = "nothing", *, weighs: bool = False, ignores: Ignores = _nothing
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a solver under the name of its function.
 
     `learns_levels`: for learned grids, and only for them. `needs`: the statistics of the input that it cannot do
-    without; "drift" also needs the float model's own input, and so a second stream.
+    without; "drift" also needs the float model's own input, and so a second stream. `weighs`: whether it looks at statistics
+    itself, where they are there, and does not only hand their importance to the fit. `ignores`: as of a fit.
     """
-    return lambda function: _register("solver", function, learns_levels=learns_levels, needs=needs)
+    facts = {"learns_levels": learns_levels, "needs": needs, "weighs": weighs, "ignores": ignores}
+    return lambda function: _register("solver", function, **facts)
 
 
 # Where methods are found; a room above this one adds its own packages (`announce`).
@@ -149,17 +169,23 @@ class Call:
         return known[self.name]
 
     def __call__(self, x: Any, fmt: Format, *others: Any) -> Any:
-        """Run it on blocks or on a weight. RecipeError when it cannot fill `fmt`."""
+        """Run a fit on blocks, or a solver on a weight (its QTensor alone). RecipeError when it cannot fill `fmt`."""
+        if self.method.kind == "solver":
+            return self.solve(x, fmt, *others).weight
         reason = self.method.declines(fmt)
-        if reason is not None and not (self.method.kind == "fit" and fmt.scale is None):
+        if reason is not None and fmt.scale is not None:
             raise RecipeError(f"{self.name!r} {reason}")
-        if self.method.kind == "solver" and fmt.exponent:
-            # Solvers and fits know scales of usual size; powers of two change nothing but the exponent.
-            q: QTensor = self.method.function(
-                stores.times_power(x, -fmt.exponent), fmt.plain, *others, **dict(self.options)
-            )
-            return replace(q, format=fmt)
         return self.method.function(x, fmt, *others, **dict(self.options))
+
+    def solve(self, weight: Any, fmt: Format, *others: Any) -> Found:
+        """Run a solver on a weight, `others` being fit and statistics. RecipeError when it cannot fill `fmt`."""
+        reason = self.method.declines(fmt)
+        if reason is not None:
+            raise RecipeError(f"{self.name!r} {reason}")
+        # Solvers and fits know scales of usual size; powers of two change nothing but the exponent.
+        x = stores.times_power(weight, -fmt.exponent) if fmt.exponent else weight
+        found: Found = self.method.function(x, fmt.plain, *others, **dict(self.options))
+        return replace(found, weight=replace(found.weight, format=fmt)) if fmt.exponent else found
 
     def __str__(self) -> str:
         inside = ",".join(f"{k}={v}" for k, v in self.options)

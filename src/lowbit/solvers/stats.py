@@ -18,15 +18,6 @@ from lowbit.solvers.products import bfloat16_products
 _PANEL = 256  # columns of a second moment that are added up at a time
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Squared output error per token of one solver call: of round-to-nearest, of the result; the damping it took."""
-
-    start: float
-    end: float
-    damp: float
-
-
 @dataclass(eq=False)
 class Stats:
     """Moments of an input; all float32.
@@ -44,7 +35,6 @@ class Stats:
     mean_abs: Tensor
     drift: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # factorizations that several weights share
-    trace: list[Trace] = field(default_factory=list, repr=False)  # what solvers say of their work, one entry a call
 
     @property
     def importance(self) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import TransformError
+from lowbit.families import families, family_of
+from lowbit.families.family import Family, Graph
 from lowbit.interchange.source import Source
-from lowbit.transforms.families import FAMILIES, Family
 from lowbit.transforms.layouts import LAYOUTS, is_values
 
 WITHOUT_FACTS = (
@@ -131,34 +132,36 @@ def arch_of(source: Source) -> Arch:
     if isinstance(known, Arch):
         return known
     model_type = getattr(source.config, "model_type", None)
-    family = FAMILIES.get(str(model_type))
-    if source.config is None or family is None:
+    family = family_of(model_type)
+    graph = family.channels if family else None
+    if source.config is None or family is None or graph is None:
         what = f"models of type {model_type!r}" if source.config is not None else "a module without a config"
+        known = [name for name, f in families().items() if f.channels]
         raise TransformError(
             f"{source.label}: lowbit has no facts about {what}, so it cannot tell which norms and projections belong "
-            f"together (it knows {', '.join(sorted(FAMILIES))}); {WITHOUT_FACTS}"
+            f"together (it knows {', '.join(known)}); {WITHOUT_FACTS}"
         )
-    reason = family.refuses(source.config)
+    reason = graph.refuses(source.config)
     if reason is not None:
         raise TransformError(f"{source.label}: {reason}; {WITHOUT_FACTS}")
-    return _Resolver(source, family, str(model_type)).arch()
+    return _Resolver(source, family, graph).arch()
 
 
 class _Resolver:
     """Holds the templates of a family against the names of one model."""
 
-    def __init__(self, source: Source, family: Family, model_type: str) -> None:
-        self.source, self.family, self.model_type = source, family, model_type
+    def __init__(self, source: Source, family: Family, graph: Graph) -> None:
+        self.source, self.family, self.graph = source, family, graph
         self.tied = dict(source.inventory.tied)
         self.known = [*(n for n in source.tensors if n not in set(source.extra)), *self.tied]
         self.used: set[str] = set()
 
     def arch(self) -> Arch:
-        family = self.family
-        norms = tuple(n for template, readers in family.norms.items() for n in self._norms(template, readers))
-        writers = tuple(w for template in family.writers for w in self._find(template))
-        post_norms = tuple(n for template in family.post_norms for n in self._find(template))
-        for template in family.inside:
+        graph = self.graph
+        norms = tuple(n for template, readers in graph.norms.items() for n in self._norms(template, readers))
+        writers = tuple(w for template in graph.writers for w in self._find(template))
+        post_norms = tuple(n for template in graph.post_norms for n in self._find(template))
+        for template in graph.inside:
             self._find(template, required=False)
         weights = [n for n in self.known if n.endswith(".weight")]
         biases = {w: b for w in weights if (b := w.removesuffix("weight") + "bias") in self.source.tensors}
@@ -171,7 +174,7 @@ class _Resolver:
         if unknown:
             raise self._misfit(f"{unknown[0]!r} ({len(unknown)} such tensors) has no place in them")
         return Arch(
-            self.model_type,
+            self.family.model_type,
             int(self.source.config.hidden_size),  # type: ignore[union-attr]
             norms,
             links,
@@ -190,11 +193,11 @@ class _Resolver:
             reading = tuple(w for reader in readers for w in self._find(reader, number))
             bias = name.removesuffix("weight") + "bias"
             found = bias if bias in self.source.tensors else None
-            yield Norm(name, found, reading, self.family.kind, self.family.plus_one)
+            yield Norm(name, found, reading, self.family.norm, self.family.plus_one)
 
     def _links(self, biases: Mapping[str, str]) -> tuple[Link, ...]:
         links = []
-        for fact in self.family.between:
+        for fact in self.graph.between:
             if fact.relu is not None and getattr(self.source.config, fact.relu, None) != "relu":
                 continue
             for producer in self._find(fact.producer, required=False):
@@ -209,7 +212,7 @@ class _Resolver:
         return tuple(links)
 
     def _seconds(self) -> dict[str, int]:
-        templates = dict.fromkeys(fact.consumer for fact in self.family.between if not is_values(fact.layout))
+        templates = dict.fromkeys(fact.consumer for fact in self.graph.between if not is_values(fact.layout))
         names = [name for template in templates for name in self._find(template, required=False)]
         return {name: self._side(name, out=False) for name in names}
 
@@ -236,7 +239,7 @@ class _Resolver:
 
     def _misfit(self, what: str) -> TransformError:
         return TransformError(
-            f"{self.source.label}: the facts about models of type {self.model_type!r} do not fit: {what}; {WITHOUT_FACTS}"
+            f"{self.source.label}: the facts about models of type {self.family.model_type!r} do not fit: {what}; {WITHOUT_FACTS}"
         )
 
 

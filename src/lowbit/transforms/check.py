@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.errors import SourceError, TransformError
-from lowbit.interchange.source import Source, one_line
+from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.source import Source
 from lowbit.transforms.hadamard import Rotation
 from lowbit.transforms.transformed import TransformedSource
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lowbit.interchange.inventory import Param
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorSpec
 from lowbit.transforms.arch import Arch
 from lowbit.transforms.hadamard import Rotation
 
@@ -66,7 +67,7 @@ class TransformedSource(Source):
         tensors, params = dict(inner.tensors), dict(inner.inventory.params)
         for name, origin in self._origin.items():
             tensors[name] = dataclasses.replace(inner.tensors[origin], name=name)
-            params[name] = Param(name, inner.tensors[origin].shape, "head", "Linear", keep=params[origin].keep)
+            params[name] = Param(name, inner.tensors[origin].shape, "head", keep=params[origin].keep)
         self.tensors: Mapping[str, TensorSpec] = tensors
         self.inventory = dataclasses.replace(inner.inventory, params=params, tied=tied)
         self.arch = dataclasses.replace(arch, tied=tied)

@@ -31,15 +31,6 @@ def look_up(codes: Tensor, levels: Tensor, fmt: Format) -> Tensor:
     return result
 
 
-def round_through(x: Tensor, fmt: Format) -> Tensor:
-    """The level of the grid nearest to each `x` (level units); its gradient is 1, but 0 where `x` is out of range.
-
-    The straight-through estimator of Bengio et al. 2013; out of range the level cannot follow, so nothing pulls there.
-    """
-    result: Tensor = _RoundThrough.apply(x, fmt)
-    return result
-
-
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,15 +89,3 @@ class _LookUp(torch.autograd.Function):
 
         (found,) = reduce_blocks(sums, ctx.block, gradients[0], codes)
         return None, found, None
-
-
-class _RoundThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format) -> Tensor:
-        ctx.save_for_backward((x >= fmt.grid.lo - 0.5) & (x <= fmt.grid.hi + 0.5))
-        return fmt.grid.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None

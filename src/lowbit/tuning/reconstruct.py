@@ -12,7 +12,7 @@ from lowbit.formats import QTensor
 from lowbit.tuning.gradient_descent import Moving, SignDescent, adam, descend, linear, warm_cosine
 from lowbit.tuning.problem import Tuned
 from lowbit.tuning.registry import tuner
-from lowbit.tuning.weight import TunableWeight
+from lowbit.tuning.weight import TunableWeight, moves_scales
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockProblem:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
-@tuner("block")
+@tuner("block", ignores=lambda fmt, stats: () if moves_scales(fmt) else ("scales",))
 def reconstruct(
     problem: BlockProblem, *, steps: int = 50, rate: float = 0.01, scales: float = 0.1, drift: int = 1
 ) -> Tuned:

@@ -20,11 +20,12 @@ Scope = Literal["model", "block"]
 SCOPES: dict[str, Scope] = {}
 
 
-def tuner(scope: Scope) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a tuner under the name of its function. `scope`: whether it sees the whole model or one block."""
+def tuner(scope: Scope, **facts: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a tuner under the name of its function. `scope`: whether it sees the whole model or one block. `facts`: as a
+    `Method` has them, such as the options that it `ignores`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         SCOPES[function.__name__] = scope
-        return register_method("tuner", function)
+        return register_method("tuner", function, **facts)
 
     return register

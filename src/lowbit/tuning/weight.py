@@ -20,10 +20,17 @@ from lowbit.formats.grids import IntGrid
 from lowbit.formats.nearest import inverse
 from lowbit.formats.packing import pack
 from lowbit.formats.qtensor import Stored, load, save
-from lowbit.tuning.expand import expand, look_up, round_through
+from lowbit.tuning.expand import expand, look_up
+from lowbit.tuning.straight_through import round_to_grid
 
 # Stores that are fine enough for small steps. An exponent or an fp8 scale stays as it is.
 _SMOOTH = ("fp32", "fp16", "bf16")
+
+
+def moves_scales(fmt: Format) -> bool:
+    """Whether anything but codes can be moved: scales, offsets or learned levels in a type that is fine enough."""
+    kept = [fmt.scale, fmt.offset.store if fmt.offset is not None else None]
+    return fmt.codebook is not None or any(isinstance(store, Format) or store in _SMOOTH for store in kept)
 
 
 class PerBlock:
@@ -122,7 +129,7 @@ class TunableWeight:
         if self.move is None or self.latent is None:
             assert self.codes is not None
             return self.codes
-        return round_through(self.latent + self.unit * self.move, self.q.format)
+        return round_to_grid(self.latent + self.unit * self.move, self.q.format)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, `q.shape`, as `q.dequantize(dtype)` at the start; a function of the parameters."""

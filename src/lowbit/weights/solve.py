@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, QTensor
-from lowbit.planning.tensor import SLAB, TensorPlan, by_rows
+from lowbit.interchange.tensors import TensorPlan
+from lowbit.planning.tensor import SLAB, by_rows
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.hessian import quadratic
 from lowbit.solvers.ranging import Lost, in_range, ranged
@@ -64,6 +65,11 @@ class Solved:
         parts = {part: self.stored[prefix + part] for part in fmt.parts(self.plan.stored_shape)}
         return QTensor.from_parts(fmt, self.plan.stored_shape, parts)
 
+    def dense(self) -> Tensor | None:
+        """The quantized weight expanded, as the module keeps it; None where it was kept."""
+        q = self.qtensor()
+        return None if q is None else self.plan.as_module(q.dequantize())
+
 
 def with_exponent(fmt: Format | None, exponent: int) -> Format | None:
     """A planned format as it is stored; one whose recipe names an exponent has it already."""
@@ -84,12 +90,11 @@ def solve(
         return Solved(
             plan, {plan.name: weight}, 0.0, warning=check_kept(weight, plan.name, recipe, plan.keep == "buffer")
         )
-    if plan.transposed:
-        weight = weight.transpose(-1, -2)
+    weight = plan.as_rows(weight)
     within = ranged(weight, plan.format)
     fmt = within.format
     solver, fit = recipe.solver_for(fmt, stats is not None), recipe.fit_for(fmt)
-    pieces: list[dict[str, Tensor]] = []
+    slabs: list[dict[str, Tensor]] = []
     error = norm = 0.0
     lost = Lost()
     for slab in _slabs(weight, plan):
@@ -105,8 +110,8 @@ def solve(
         norm, error = norm + size, error + off
         if within.doubtful:
             lost.add(x, dense, fmt, (off / size) ** 0.5 if size else 0.0)
-        pieces.append({name: part.cpu() for name, part in q.parts().items()})
-    stored = {f"{plan.name}.{name}": _joined(name, [p[name] for p in pieces], weight.dim()) for name in pieces[0]}
+        slabs.append({name: part.cpu() for name, part in q.parts().items()})
+    stored = {f"{plan.name}.{name}": _joined(name, [part[name] for part in slabs], weight.dim()) for name in slabs[0]}
     return Solved(
         plan, stored, six_digits((error / norm) ** 0.5) if norm else 0.0, note=note, warning=lost.warning(fmt),
         exponent=fmt.exponent,
@@ -126,7 +131,7 @@ def solve_group(
     if isinstance(stats, dict):
         return [_solve_experts(p, w, recipe, stats) for p, w in zip(plans, weights)]
     out: dict[str, Solved] = {}
-    stored = [None if p.format is None else in_range(_transposed(w, p), p.format) for p, w in zip(plans, weights)]
+    stored = [None if p.format is None else in_range(p.as_rows(w), p.format) for p, w in zip(plans, weights)]
     for fmt in dict.fromkeys(stored):
         same = [(p, w) for p, w, f in zip(plans, weights, stored) if f == fmt]
         alone = fmt is None or not all(by_rows(fmt, p.stored_shape) for p, _ in same)
@@ -142,17 +147,16 @@ def _solve_stacked(
     """Weights of one format, rows under rows. `fmt`: the planned one, with the exponent that all of them take."""
     if fmt is None:
         return [solve(plan, weight, recipe) for plan, weight in zip(plans, weights)]
-    rows = [_transposed(w, p).to(torch.float32) for p, w in zip(plans, weights)]
+    rows = [p.as_rows(w).to(torch.float32) for p, w in zip(plans, weights)]
     for plan, x in zip(plans, rows):
         check_finite(x, plan.name)
     whole = torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
     solver, fit = recipe.solver_for(fmt, True), recipe.fit_for(fmt)
-    before = len(stats.trace)
     try:
-        q = solver(whole, fmt, fit, stats)
+        found = solver.solve(whole, fmt, fit, stats)
     except FormatError as problem:
         raise WeightError(f"tensor {plans[0].name!r} does not fit {fmt}: {problem}") from None
-    trace = stats.trace[before] if len(stats.trace) > before else None
+    q, trace = found.weight, found.trace
     dense, out, begin = q.dequantize(), [], 0
     for plan, x in zip(plans, rows):
         part = slice(begin, begin + len(x))
@@ -177,7 +181,7 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
     """A stack of experts [experts, ...]: each with its own statistics, shrunk towards those of all where it saw few tokens."""
     if plan.format is None or not by_rows(plan.format, plan.stored_shape):
         return solve(plan, weight, recipe, note="its scales belong together, so that experts were not told apart")
-    fmt = in_range(_transposed(weight, plan), plan.format)
+    fmt = in_range(plan.as_rows(weight), plan.format)
     width = plan.stored_shape[-1]
     everything = _together(stats)
     found, few = [], 0
@@ -215,11 +219,6 @@ def _together(stats: dict[int, Stats]) -> Stats:
         torch.stack([s.absmax for s in stats.values()]).amax(0),
         torch.stack([s.mean_abs * share[e] for e, s in stats.items()]).sum(0),
     )
-
-
-def _transposed(weight: Tensor, plan: TensorPlan) -> Tensor:
-    """[..., out, in], as it is stored."""
-    return weight.transpose(-1, -2) if plan.transposed else weight
 
 
 def six_digits(value: float) -> float:

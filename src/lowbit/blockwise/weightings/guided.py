@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.blockwise.block_runner import model_inputs
 from lowbit.blockwise.capture import InputCapture
-from lowbit.blockwise.stages import model_inputs
 from lowbit.errors import SourceError
 from lowbit.solvers.registry import register
 
@@ -39,11 +39,10 @@ def guided(
         for batch in batches:
             rows: dict[str, list[Tensor]] = {name: [] for name in names}
             for ids in batch:
-                seen: dict[str, Tensor] = {}
-                _backward(model, ids[None], watched, seen, generator, context)
+                gradients = _squared_gradients(model, ids[None], watched, generator, context)
                 entry.grad = None
                 for name in names:
-                    rows[name].append(seen.get(name, torch.zeros(len(ids))))
+                    rows[name].append(gradients.get(name, torch.zeros(len(ids))))
             for name in names:
                 found[name].append(torch.cat(rows[name]))
     finally:
@@ -53,15 +52,18 @@ def guided(
     return {name: _normal(parts) for name, parts in found.items()}
 
 
-def _backward(
-    model: nn.Module, ids: Tensor, watched: Mapping[str, Tensor], seen: dict[str, Tensor], generator: torch.Generator,
+def _squared_gradients(
+    model: nn.Module, ids: Tensor, watched: Mapping[str, Tensor], generator: torch.Generator,
     context: AbstractContextManager[Any],
-) -> None:  # fmt: skip
-    def made(name: str, expert: int | None, y: Tensor) -> None:
-        if expert is None and y.requires_grad:
-            y.register_hook(lambda g: seen.__setitem__(name, g.float().square().mean(-1).reshape(-1)))
+) -> dict[str, Tensor]:  # fmt: skip
+    """[tokens]: the mean over outputs of the squared gradient, of each watched weight that gets one."""
+    found: dict[str, Tensor] = {}
 
-    with torch.enable_grad(), context, InputCapture(watched, lambda name, expert, x: None, made):
+    def on_output(name: str, expert: int | None, y: Tensor) -> None:
+        if expert is None and y.requires_grad:
+            y.register_hook(lambda g: found.__setitem__(name, g.float().square().mean(-1).reshape(-1)))
+
+    with torch.enable_grad(), context, InputCapture(watched, lambda name, expert, x: None, on_output):
         out = model(**model_inputs(model, ids))
     logits = getattr(out, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 3:
@@ -69,6 +71,7 @@ def _backward(
     logp = logits[0].float().log_softmax(-1)
     labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
     logp.gather(1, labels).sum().backward()
+    return found
 
 
 def _normal(parts: list[Tensor]) -> list[Tensor]:

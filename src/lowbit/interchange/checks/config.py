@@ -7,16 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lowbit.errors import SourceError
-from lowbit.interchange.checks.fields import (
-    ANY,
-    DECODER,
-    DECODERS,
-    GIVEN,
-    GIVEN_BY_TYPE,
-    NEEDED,
-    NUMBERS,
-    TOKEN_IDS,
-)  # fmt: skip
+from lowbit.families import decoder_of
+from lowbit.interchange.checks.fields import ANY, DECODER, GIVEN, NEEDED, NUMBERS, TOKEN_IDS
 from lowbit.interchange.checks.rope import check_rope
 from lowbit.interchange.checks.rules import REMEDY, check, need, refuse
 
@@ -33,7 +25,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     check_values(config, where)
     for path, part in _parts(config):
         check(ANY, part, where, path)
-        plain = part.get("model_type") in DECODERS
+        plain = decoder_of(part) is not None
         check(TOKEN_IDS, part, where, path)
         if plain:
             check(DECODER, part, where, path)
@@ -45,14 +37,15 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_decoder(config: Mapping[str, Any], where: str) -> None:
-    """The same, and SourceError where a field is absent without which a decoder of `DECODERS` has no shape."""
+    """The same, and SourceError where a field is absent without which a decoder has no shape."""
     check_config(config, where)
     need(NEEDED, config, where, "", f"a model of type {config.get('model_type')!r}")
 
 
 def lacks(config: Mapping[str, Any]) -> bool:
     """Whether a field of a decoder is absent for which its class has a value of its own."""
-    given = (*GIVEN, *GIVEN_BY_TYPE.get(str(config.get("model_type")), ()))
+    decoder = decoder_of(config)
+    given = (*GIVEN, *(decoder.given if decoder else ()))
     return (
         any(config.get(name) is None for name in NEEDED)
         or any(name not in config for name in given)

@@ -2,7 +2,7 @@
 
 Three tables. ANY: fields that mean the same in every family, as loose as the strangest of them (numbers for each layer as a
 list, null where a family has none). NUMBERS: patterns of names; a field that matches and is a number must be in the range,
-and what is no number is the family's own business. DECODERS: the families whose layers are all alike, which the engine
+and what is no number is the family's own business. DECODER: of the families whose layers are all alike, which the engine
 runs by these fields alone: no lists, and the ranges of what can be computed.
 """
 
@@ -82,9 +82,6 @@ TOKEN_IDS: Mapping[str, Rule] = {
     "decoder_start_token_id": _token,
 }
 
-DECODERS = frozenset(
-    ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2", "gemma3_text", "phi3")
-)
 # The fields without which the engine has no shape: where config.json leaves one out, transformers' class has its default.
 NEEDED = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps",
@@ -92,14 +89,6 @@ NEEDED = (
 )  # fmt: skip
 # The fields whose default differs from family to family, though a model may have null in them.
 GIVEN = ("num_key_value_heads", "rope_parameters")
-_gemma2 = ("head_dim", "layer_types", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping",
-           "final_logit_softcapping")  # fmt: skip
-_granite = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-GIVEN_BY_TYPE: Mapping[str, tuple[str, ...]] = {
-    "mistral": ("head_dim", "sliding_window"), "qwen2": ("layer_types",), "qwen3": ("head_dim", "layer_types"),
-    "smollm3": ("layer_types", "no_rope_layers"), "granite": _granite, "gemma": ("head_dim",), "gemma2": _gemma2,
-    "gemma3_text": _gemma2, "phi3": ("original_max_position_embeddings", "sliding_window"),
-}  # fmt: skip
 _multiplier = number(-1e6, 1e6)
 DECODER: Mapping[str, Rule] = {
     "hidden_size": whole(1, 1 << 20), "intermediate_size": whole(1, _SIZE), "vocab_size": whole(1, 1 << 28),

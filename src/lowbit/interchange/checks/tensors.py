@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lowbit.errors import SourceError
-from lowbit.interchange.checks.fields import DECODERS
+from lowbit.families import decoder_of
 from lowbit.interchange.checks.rules import REMEDY
 
 _NUMBERED = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|blk)\.(\d+)\.")
@@ -27,7 +27,7 @@ def check_layers(config: Mapping[str, Any], names: Iterable[str], where: str) ->
         return
     text = config.get("text_config")
     for path, part in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
-        plain = part.get("model_type") in DECODERS
+        plain = decoder_of(part) is not None
         for field in _COUNTS:
             said = part.get(field)
             if type(said) is int and said > (found if plain else _SHARED[0] * found + _SHARED[1]):

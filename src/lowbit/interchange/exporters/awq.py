@@ -24,10 +24,10 @@ from lowbit.interchange.exporters.common.integers import (
     why_not_integers,
 )
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
+from lowbit.interchange.exporters.exporter import Problem, exporter
 from lowbit.interchange.exporters.gptq import half
-from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.layouts.awq import pack_awq
+from lowbit.interchange.tensors import Contents, Specs, TensorPlan
 
 
 @exporter
@@ -44,22 +44,22 @@ class Awq(FolderExporter):
     experts_note = "for vLLM: transformers does not load experts in this layout and runs the model without them"
     tolerance = 2.0**-11  # scales are rounded to fp16
 
-    def problem(self, stored: Stored) -> Problem | None:
-        fmt, (rows, width) = stored.format, stored.shape
+    def problem(self, layer: TensorPlan) -> Problem | None:
+        fmt, (rows, width) = layer.format, layer.stored_shape
         assert fmt is not None
         nearest = f"uint4:{nearest_block(fmt, width)}:asym"
-        if stored.inputs is not None:
-            return Problem(stored.name, f"has inputs {stored.inputs}, and AWQ's are float; vllm holds them", "no a=")
+        if layer.inputs is not None:
+            return Problem(layer.name, f"has inputs {layer.inputs}, and AWQ's are float; vllm holds them", "no a=")
         if (reason := why_not_integers(fmt)) is not None:
-            return Problem(stored.name, reason, nearest)
+            return Problem(layer.name, reason, nearest)
         if (reason := undivided(fmt, width)) is not None:
-            return Problem(stored.name, reason, nearest, shape=True)
+            return Problem(layer.name, reason, nearest, shape=True)
         if fmt.grid.bits != 4:
-            return Problem(stored.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
+            return Problem(layer.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
         if group_size(fmt) not in (-1, *GROUPS):
-            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
         if rows % 8:
-            return Problem(stored.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
+            return Problem(layer.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
         return None
 
     def problems(self, model: Contents) -> list[Problem]:
@@ -75,8 +75,8 @@ class Awq(FolderExporter):
                 found.append(Problem(odd, reason, str(packed[0].format)))
         return found
 
-    def spec(self, stored: Stored) -> Spec:
-        fmt, (rows, width) = stored.format, stored.shape
+    def spec(self, layer: TensorPlan) -> Specs:
+        fmt, (rows, width) = layer.format, layer.stored_shape
         assert fmt is not None
         groups = group_count(fmt, width)
         return {
@@ -85,9 +85,9 @@ class Awq(FolderExporter):
             "scales": (torch.float16, (groups, rows)),
         }
 
-    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
+    def pack(self, layer: TensorPlan, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         integers = Integers.of(q)
-        return pack_awq(integers.codes, integers.zeros, half(integers.scales, stored.name))
+        return pack_awq(integers.codes, integers.zeros, half(integers.scales, layer.name))
 
     def section(self, model: Contents) -> dict[str, Any]:
         packed = next(t for t in model.tensors.values() if is_packed(t))
@@ -97,6 +97,6 @@ class Awq(FolderExporter):
         }  # fmt: skip
 
 
-def _size(stored: Stored) -> int:
-    assert stored.format is not None
-    return group_size(stored.format)
+def _size(layer: TensorPlan) -> int:
+    assert layer.format is not None
+    return group_size(layer.format)

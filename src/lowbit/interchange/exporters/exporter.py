@@ -15,60 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
 from lowbit.errors import ExportError, nearest
-from lowbit.formats import Format, Inputs
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
-from lowbit.interchange.inventory import Kind
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Contents, TensorPlan
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
 KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a quantized model, before its values are read.
-
-    name        as the model of transformers calls it
-    shape       of a quantized one [.., out, in]; of a kept one as the module has it
-    kind        see the inventory
-    dtype       of a kept one; of a quantized one what computing is done in
-    transposed  the module keeps [.., in, out]
-    format      None: kept
-    inputs      how the inputs of this weight are stored in few bits while the model runs, or None
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: Kind
-    dtype: torch.dtype
-    transposed: bool = False
-    format: Format | None = None
-    inputs: Inputs | None = None
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A quantized model, before its values are read: what an exporter is asked to hold.
-
-    config   the transformers config, without what lowbit adds to it; None for a module that has none
-    tensors  by name, in the model's order; a tied alias is not listed
-    tied     alias -> the name of the tensor that it shares
-    """
-
-    label: str
-    recipe: str
-    config: PretrainedConfig | None
-    tensors: Mapping[str, Stored]
-    tied: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -131,9 +88,9 @@ class Exporter(ABC):
         One tensor is in memory at a time. `progress(name, bytes done, bytes in all)`. OutputError or SourceError.
         """
 
-    def allowed(self, stored: Stored) -> float:
+    def allowed(self, t: TensorPlan) -> float:
         """How far this weight may be from ours when it is read back, |a - b| / |b|."""
-        return max(KEPT, self.tolerance) if stored.format is None else self.tolerance
+        return max(KEPT, self.tolerance) if t.format is None else self.tolerance
 
     def logits_allowed(self, model: Contents) -> float:
         """How far the logits may be: both are float32 of weights that are compared already."""

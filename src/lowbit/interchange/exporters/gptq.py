@@ -29,9 +29,9 @@ from lowbit.interchange.exporters.common.integers import (
     why_not_integers,
 )
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
-from lowbit.interchange.files.safetensors_writer import Stored as Spec
+from lowbit.interchange.exporters.exporter import Problem, exporter
 from lowbit.interchange.layouts.gptq import pack_gptq
+from lowbit.interchange.tensors import Contents, Specs, TensorPlan
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -59,36 +59,36 @@ class Gptq(FolderExporter):
     )
     tolerance = 2.0**-11  # scales are rounded to fp16
 
-    def problem(self, stored: Stored) -> Problem | None:
-        fmt, (rows, width) = stored.format, stored.shape
+    def problem(self, layer: TensorPlan) -> Problem | None:
+        fmt, (rows, width) = layer.format, layer.stored_shape
         assert fmt is not None
         nearest = nearest_integers(fmt, width)
-        if stored.inputs is not None:
-            return Problem(stored.name, f"has inputs {stored.inputs}, and GPTQ's are float; vllm holds them", "no a=")
+        if layer.inputs is not None:
+            return Problem(layer.name, f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them", "no a=")
         if (reason := why_not_integers(fmt)) is not None:
-            return Problem(stored.name, reason, nearest)
+            return Problem(layer.name, reason, nearest)
         if (reason := undivided(fmt, width)) is not None:
-            return Problem(stored.name, reason, nearest, shape=True)
+            return Problem(layer.name, reason, nearest, shape=True)
         if fmt.grid.bits not in _BITS:
-            return Problem(stored.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
+            return Problem(layer.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
         if group_size(fmt) not in _GROUPS:
-            return Problem(stored.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
         if width * fmt.grid.bits % 32 or rows * fmt.grid.bits % 32:
-            return Problem(stored.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
+            return Problem(layer.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
         return None
 
-    def turned(self, stored: Stored) -> Problem | None:
+    def problem_of_transposed(self, layer: TensorPlan) -> Problem | None:
         """vLLM alone reads such layers, and it has kernels for symmetric weights of 4 and 8 bits."""
-        fmt = stored.format
+        fmt = layer.format
         assert fmt is not None
         if is_symmetric(fmt) and fmt.grid.bits in (4, 8):
             return None
         reason = "is kept [in, out] by its module, which vLLM alone reads, symmetric and of 4 or 8 bits"
-        nearest = nearest_integers(fmt, stored.shape[-1], asymmetric=False)
-        return Problem(stored.name, reason, nearest)
+        nearest = nearest_integers(fmt, layer.stored_shape[-1], asymmetric=False)
+        return Problem(layer.name, reason, nearest)
 
-    def spec(self, stored: Stored) -> Spec:
-        fmt, (rows, width) = stored.format, stored.shape
+    def spec(self, layer: TensorPlan) -> Specs:
+        fmt, (rows, width) = layer.format, layer.stored_shape
         assert fmt is not None
         bits, groups = fmt.grid.bits, group_count(fmt, width)
         return {
@@ -98,11 +98,11 @@ class Gptq(FolderExporter):
             "g_idx": (torch.int32, (width,)),
         }
 
-    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
+    def pack(self, layer: TensorPlan, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         width, integers = q.shape[1], Integers.of(q)
         size = group_size(q.format)
         version = 1 if is_symmetric(q.format) else 2
-        scales = half(integers.scales, stored.name)
+        scales = half(integers.scales, layer.name)
         packed = pack_gptq(integers.codes, integers.zeros, scales, q.format.grid.bits, version=version)
         return packed | {"g_idx": (torch.arange(width) // (width if size == -1 else size)).to(torch.int32)}
 
@@ -122,9 +122,9 @@ class Gptq(FolderExporter):
         base = max(sorted(set(kinds)), key=kinds.count)
         symmetric = _symmetric(packed[0])
         dynamic: dict[str, dict[str, int]] = {}
-        for stored, kind in zip(packed, kinds, strict=True):
+        for layer, kind in zip(packed, kinds, strict=True):
             if kind != base:
-                for pattern in _patterns(module_of(stored.name)):
+                for pattern in _patterns(module_of(layer.name)):
                     dynamic[f"+:{pattern}"] = {"bits": kind[0], "group_size": kind[1]}
         layers = [m for m in float_modules(model) if m.rpartition(".")[2] != "lm_head"]
         for module in layers:
@@ -144,17 +144,17 @@ def half(scales: Tensor, name: str) -> Tensor:
     return held(scales, torch.float16, name)
 
 
-def _kind(stored: Stored) -> tuple[int, int]:
-    assert stored.format is not None
-    return stored.format.grid.bits, group_size(stored.format)
+def _kind(layer: TensorPlan) -> tuple[int, int]:
+    assert layer.format is not None
+    return layer.format.grid.bits, group_size(layer.format)
 
 
-def _symmetric(stored: Stored) -> bool:
-    assert stored.format is not None
-    return is_symmetric(stored.format)
+def _symmetric(layer: TensorPlan) -> bool:
+    assert layer.format is not None
+    return is_symmetric(layer.format)
 
 
-def _asym(packed: list[Stored]) -> str:
+def _asym(packed: list[TensorPlan]) -> str:
     return str(next(t.format for t in packed if not _symmetric(t)))
 
 

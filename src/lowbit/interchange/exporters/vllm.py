@@ -24,8 +24,8 @@ from lowbit.interchange.exporters.compressed_tensors import kv_cache
 from lowbit.interchange.exporters.compressed_tensors.float_schemes import SCHEMES as FLOATS
 from lowbit.interchange.exporters.compressed_tensors.integer_schemes import SCHEMES as INTEGERS
 from lowbit.interchange.exporters.compressed_tensors.scheme import RESCALED, Scheme
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored, exporter
-from lowbit.interchange.files.safetensors_writer import Stored as Spec
+from lowbit.interchange.exporters.exporter import Problem, exporter
+from lowbit.interchange.tensors import Contents, Specs, TensorPlan
 
 SCHEMES: tuple[Scheme, ...] = (*INTEGERS, *FLOATS)
 
@@ -54,52 +54,52 @@ class Vllm(FolderExporter):
         fresh._ranges = ranges
         return fresh
 
-    def beside(self, model: Contents) -> dict[str, Tensor]:
+    def extra_tensors(self, model: Contents) -> dict[str, Tensor]:
         return {} if self._ranges is None else kv_cache.tensors(model, self._ranges)
 
-    def problem(self, stored: Stored) -> Problem | None:
-        assert stored.format is not None
-        scheme = _scheme(stored)
-        width = stored.shape[-1]
+    def problem(self, layer: TensorPlan) -> Problem | None:
+        assert layer.format is not None
+        scheme = _scheme(layer)
+        width = layer.stored_shape[-1]
         if scheme is None:
-            reason = f"compressed-tensors has no {stored.format}"
-            return Problem(stored.name, reason, nearest_integers(stored.format, width))
-        refusal = scheme.refuses(stored.format, stored.inputs, _matrix(stored))
-        if refusal is None and experts_of(stored.name) is not None and not scheme.runs_experts:
+            reason = f"compressed-tensors has no {layer.format}"
+            return Problem(layer.name, reason, nearest_integers(layer.format, width))
+        refusal = scheme.refuses(layer.format, layer.inputs, _matrix(layer))
+        if refusal is None and experts_of(layer.name) is not None and not scheme.runs_experts:
             reason = f"is of experts, which vLLM does not run in {scheme.format_name} with float inputs"
-            return Problem(stored.name, reason, f"int8:{nearest_block(stored.format, width)}")
-        return None if refusal is None else Problem(stored.name, *refusal)
+            return Problem(layer.name, reason, f"int8:{nearest_block(layer.format, width)}")
+        return None if refusal is None else Problem(layer.name, *refusal)
 
-    def turned(self, stored: Stored) -> Problem | None:
+    def problem_of_transposed(self, layer: TensorPlan) -> Problem | None:
         """vLLM's GPT-2 turns what is called `weight`, whoever stored it, and leaves packed words as they are."""
-        if "weight" not in self.spec(stored):
+        if "weight" not in self.spec(layer):
             return None
-        assert stored.format is not None
-        reason = f"is kept [in, out] by its module, which vLLM takes {_known(stored).format_name} weights to be too"
-        return Problem(stored.name, reason, f"int4:{nearest_block(stored.format, stored.shape[-1])} without a=")
+        assert layer.format is not None
+        reason = f"is kept [in, out] by its module, which vLLM takes {_known(layer).format_name} weights to be too"
+        return Problem(layer.name, reason, f"int4:{nearest_block(layer.format, layer.stored_shape[-1])} without a=")
 
-    def spec(self, stored: Stored) -> Spec:
-        assert stored.format is not None
-        scheme = _known(stored)
-        return scheme.spec(stored.format, _matrix(stored)) | scheme.input_spec(stored.inputs)
+    def spec(self, layer: TensorPlan) -> Specs:
+        assert layer.format is not None
+        scheme = _known(layer)
+        return scheme.spec(layer.format, _matrix(layer)) | scheme.input_spec(layer.inputs)
 
-    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
-        scheme = _known(stored)
+    def pack(self, layer: TensorPlan, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
+        scheme = _known(layer)
         if scheme.shares_scale:
-            q = scheme.rescaled(q, [_quantized(model, name) for name in self._with(stored, model.contents)])
-        return scheme.pack(q) | scheme.pack_inputs(stored.inputs, model.read_inputs(stored.name))
+            q = scheme.rescaled(q, [_quantized(model, name) for name in self._with(layer, model.contents)])
+        return scheme.pack(q) | scheme.pack_inputs(layer.inputs, model.read_inputs(layer.name))
 
-    def _with(self, stored: Stored, model: Contents) -> list[str]:
+    def _with(self, layer: TensorPlan, model: Contents) -> list[str]:
         """The other weights of the layer that this one becomes part of, of experts those of the same one."""
-        parts = next((p for p in self._fused(model) if stored in p), [])
-        whole = whole_of(module_of(stored.name))
-        return [p.name for p in parts if p is not stored and whole_of(module_of(p.name)) == whole]
+        parts = next((p for p in self._fused(model) if layer in p), [])
+        whole = whole_of(module_of(layer.name))
+        return [p.name for p in parts if p is not layer and whole_of(module_of(p.name)) == whole]
 
-    def allowed(self, stored: Stored) -> float:
-        if not is_packed(stored) and (stored.kind != "experts" or stored.format is None):
-            return super().allowed(stored)
-        scheme, module = _known(stored), module_of(stored.name)
-        shares = scheme.shares_scale and is_packed(stored) and whole_of(module) != module
+    def allowed(self, layer: TensorPlan) -> float:
+        if not is_packed(layer) and (layer.kind != "experts" or layer.format is None):
+            return super().allowed(layer)
+        scheme, module = _known(layer), module_of(layer.name)
+        shares = scheme.shares_scale and is_packed(layer) and whole_of(module) != module
         return RESCALED if shares else scheme.changes
 
     def logits_allowed(self, model: Contents) -> float:
@@ -141,20 +141,20 @@ class Vllm(FolderExporter):
 def _config_groups(model: Contents) -> list[dict[str, Any]]:
     """Layers that are stored alike; all Linear as the exporter where there is one way, names where there are several."""
     groups: list[dict[str, Any]] = []
-    for stored in filter(is_packed, model.tensors.values()):
-        assert stored.format is not None
-        scheme = _known(stored)
+    for layer in filter(is_packed, model.tensors.values()):
+        assert layer.format is not None
+        scheme = _known(layer)
         group: dict[str, Any] = {
             "targets": [],
-            "weights": scheme.weights(stored.format, _matrix(stored)),
-            "input_activations": scheme.inputs(stored.inputs),
+            "weights": scheme.weights(layer.format, _matrix(layer)),
+            "input_activations": scheme.inputs(layer.inputs),
             "output_activations": None,
             "format": scheme.format_name,
         }
         known = next((g for g in groups if g | {"targets": []} == group), None)
         if known is None:
             groups.append(known := group)
-        if (name := _target(module_of(stored.name))) not in known["targets"]:
+        if (name := _target(module_of(layer.name))) not in known["targets"]:
             known["targets"].append(name)
     if len(groups) == 1:
         groups[0]["targets"] = ["Linear"]
@@ -167,9 +167,9 @@ def _target(module: str) -> str:
     return module if experts is None else rf"re:^{re.escape(experts)}\..*"
 
 
-def _scheme(stored: Stored) -> Scheme | None:
-    assert stored.format is not None
-    return next((s for s in SCHEMES if s.claims(stored.format, stored.inputs)), None)
+def _scheme(layer: TensorPlan) -> Scheme | None:
+    assert layer.format is not None
+    return next((s for s in SCHEMES if s.claims(layer.format, layer.inputs)), None)
 
 
 def _quantized(model: PublishedFolder, name: str) -> QTensor:
@@ -178,12 +178,12 @@ def _quantized(model: PublishedFolder, name: str) -> QTensor:
     return tensor
 
 
-def _known(stored: Stored) -> Scheme:
-    scheme = _scheme(stored)
+def _known(layer: TensorPlan) -> Scheme:
+    scheme = _scheme(layer)
     assert scheme is not None  # `check` comes first
     return scheme
 
 
-def _matrix(stored: Stored) -> tuple[int, int]:
-    rows, width = stored.shape
+def _matrix(layer: TensorPlan) -> tuple[int, int]:
+    rows, width = layer.stored_shape
     return rows, width

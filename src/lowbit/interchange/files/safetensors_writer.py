@@ -18,15 +18,15 @@ import torch
 
 from lowbit.errors import OutputError
 from lowbit.interchange.files.safetensors_reader import DTYPES
+from lowbit.interchange.tensors import Specs
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its header, and where each stored tensor begins and ends in it (absolute offsets)."""
+    """One file: its header, and where each tensor begins and ends in it (absolute offsets)."""
 
     file: str
     header: bytes
@@ -37,19 +37,19 @@ class Shard:
         return max((end for _, end in self.spans.values()), default=len(self.header))
 
 
-def shards_of(tensors: Iterable[tuple[str, Stored]], max_bytes: int) -> tuple[Shard, ...]:
+def shards_of(tensors: Iterable[tuple[str, Specs]], max_bytes: int) -> tuple[Shard, ...]:
     """Files of at most `max_bytes` of data each (more only where one tensor alone is larger), in the given order.
 
     `tensors`: (name, what is stored for it); the parts of one tensor stay in one file.
     """
-    groups: list[Stored] = [{}]
+    groups: list[Specs] = [{}]
     filled = 0
-    for _, stored in tensors:
-        size = sum(_nbytes(*spec) for spec in stored.values())
+    for _, specs in tensors:
+        size = sum(_nbytes(*spec) for spec in specs.values())
         if groups[-1] and filled + size > max_bytes:
             groups.append({})
             filled = 0
-        groups[-1].update(stored)
+        groups[-1].update(specs)
         filled += size
     names = ["model.safetensors"]
     if len(groups) > 1:
@@ -81,12 +81,12 @@ def create(folder: Path, shards: tuple[Shard, ...]) -> None:
             file.truncate(shard.file_bytes)
 
 
-def _shard(file: str, stored: Stored) -> Shard:
-    order = sorted(stored, key=lambda name: -stored[name][0].itemsize)  # stable: names of a type keep their order
+def _shard(file: str, specs: Specs) -> Shard:
+    order = sorted(specs, key=lambda name: -specs[name][0].itemsize)  # stable: names of a type keep their order
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at, places = 0, {}
     for name in order:
-        dtype, shape = stored[name]
+        dtype, shape = specs[name]
         if dtype not in _NAMES:
             raise OutputError(f"tensor {name!r} is {dtype}, which safetensors cannot hold")
         end = at + _nbytes(dtype, shape)

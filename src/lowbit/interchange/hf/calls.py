@@ -21,6 +21,10 @@ def asking(who: str, where: str, what: str, remedy: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        words = " ".join(str(error).split())[:300]
-        said = f"{type(error).__name__}: {words}" if isinstance(error, (KeyError, IndexError)) else words
-        raise SourceError(f"{where}: {who} cannot {what} ({said or type(error).__name__}); {remedy}") from error
+        said = f"{type(error).__name__}: " if isinstance(error, (KeyError, IndexError)) else ""
+        raise SourceError(f"{where}: {who} cannot {what} ({said}{one_line(error)}); {remedy}") from error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an error from elsewhere on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

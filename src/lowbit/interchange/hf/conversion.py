@@ -17,8 +17,9 @@ import torch
 
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.tensors import fields_with
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.inventory import tied_names
-from lowbit.interchange.source import TensorSpec, one_line
+from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import Conversion, plan_conversion
-from lowbit.interchange.source import TensorSpec, one_line
+from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

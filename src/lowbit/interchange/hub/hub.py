@@ -14,6 +14,7 @@ from lowbit.errors import SourceError
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
 from lowbit.interchange.files.safetensors_reader import DTYPES
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.hf.section import as_float, oriented
 from lowbit.interchange.inventory import inventory_of, meta_model
@@ -30,7 +31,8 @@ from lowbit.interchange.readers.folder import (
 )
 from lowbit.interchange.readers.left_out import left_out
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, schemes, stored_model
-from lowbit.interchange.source import Source, TensorSpec, one_line
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorSpec
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = ("config.json", MODULES, *READ_BY_TRANSFORMERS)

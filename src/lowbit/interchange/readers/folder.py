@@ -18,7 +18,7 @@ from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.checks.words import check_generation, check_tokenizer
 from lowbit.interchange.companions import companions_of, copy_companions
 from lowbit.interchange.files.safetensors_reader import Entry, read_header, read_tensor, sampled
-from lowbit.interchange.hf.calls import asking
+from lowbit.interchange.hf.calls import asking, one_line
 from lowbit.interchange.hf.configs import write_tokenizer
 from lowbit.interchange.hf.conversion import Conversion, plan_conversion
 from lowbit.interchange.hf.section import GUARD, GUARD_WORDS, SECTIONS, as_float, oriented
@@ -26,7 +26,8 @@ from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_mo
 from lowbit.interchange.readers.left_out import left_out, no_weights, unread_weights
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, stored_model
 from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
-from lowbit.interchange.source import Source, TensorSpec, one_line
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -138,7 +139,7 @@ def described(
     tensors = {**conversion.specs, **unknown}
     params = {name: inventory.params[name] for name in conversion.specs}
     for name, spec in unknown.items():
-        params[name] = Param(name, spec.shape, "other", "", keep="not known to the model")
+        params[name] = Param(name, spec.shape, "other", keep="not known to the model")
     return tensors, replace(inventory, params=params)
 
 

@@ -13,7 +13,6 @@ from lowbit.formats import QTensor
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers, check_shapes
 from lowbit.interchange.companions import companions_of, copy_companions
-from lowbit.interchange.exporters.exporter import Contents, Stored
 from lowbit.interchange.files.safetensors_reader import Entry, read_header, read_tensor
 from lowbit.interchange.hf.conversion import unread
 from lowbit.interchange.hf.section import as_float
@@ -27,7 +26,8 @@ from lowbit.interchange.readers.folder import (
     remarks_on,
     weight_files,
 )
-from lowbit.interchange.source import Source, TensorSpec, say_remarks
+from lowbit.interchange.source import Source, say_remarks
+from lowbit.interchange.tensors import Contents, TensorPlan, TensorSpec
 
 
 class LowbitFolder:
@@ -64,16 +64,16 @@ class LowbitFolder:
         kept = [name for name in self._entries if name not in owned]
         order = {name: i for i, name in enumerate(self.inventory.params)}
         names = sorted([*self._packed, *kept], key=lambda n: (order.get(n, len(order)), n))
-        tensors = {name: self._stored(name) for name in names}
+        tensors = {name: self._tensor(name) for name in names}
         self._check(model, tensors, section.tied, config)
         self.contents = Contents(str(folder), section.recipe, self.config, tensors, dict(section.tied))
 
     def _check(
-        self, model: Any, tensors: Mapping[str, Stored], tied: Mapping[str, str], config: dict[str, Any]
+        self, model: Any, tensors: Mapping[str, TensorPlan], tied: Mapping[str, str], config: dict[str, Any]
     ) -> None:
         """SourceError where the folder lacks a tensor of its model, or has one of another shape."""
         shapes = {name: param.shape for name, param in self.inventory.params.items()}
-        check_shapes(shapes, {name: _module_shape(s) for name, s in tensors.items()}, config, str(self.folder))
+        check_shapes(shapes, {name: s.shape for name, s in tensors.items()}, config, str(self.folder))
         missing = [name for name in shapes if name not in tensors and name not in tied and not unread(model, name)]
         if missing:
             raise SourceError(
@@ -81,36 +81,37 @@ class LowbitFolder:
                 f"{missing[0]!r}; copy the folder again or quantize the model again"
             )
 
-    def _stored(self, name: str) -> Stored:
+    def _tensor(self, name: str) -> TensorPlan:
         param = self.inventory.params.get(name)
         kind = "other" if param is None else param.kind
         if name not in self._packed:
             entry = self._entries[name][1]
-            return Stored(name, entry.shape, kind, entry.dtype, param is not None and param.transposed)
+            return TensorPlan(name, entry.shape, kind, entry.dtype, param is not None and param.transposed)
         packed, dtype = self._packed[name], self.config.dtype or torch.float32
-        return Stored(name, packed.shape, kind, dtype, packed.transposed, packed.format, packed.inputs)
+        *batch, out, width = packed.shape
+        shape = (*batch, width, out) if packed.transposed else packed.shape
+        return TensorPlan(name, shape, kind, dtype, packed.transposed, packed.format, inputs=packed.inputs)
 
-    def _known(self, name: str) -> Stored:
+    def _known(self, name: str) -> TensorPlan:
         if name not in self.contents.tensors:
             raise SourceError(f"{self.folder} has no tensor {name!r}{nearest(name, self.contents.tensors)}")
         return self.contents.tensors[name]
 
     def read(self, name: str) -> torch.Tensor | QTensor:
         """The stored tensor: a QTensor [.., out, in] where it is quantized, else as it was kept."""
-        stored = self._known(name)
-        if stored.format is None:
+        known = self._known(name)
+        if known.format is None:
             return read_tensor(*self._entries[name])
-        parts = {part: read_tensor(*self._entries[f"{name}.{part}"]) for part in stored.format.parts(stored.shape)}
-        return QTensor.from_parts(stored.format, stored.shape, parts)
+        parts = {part: read_tensor(*self._entries[f"{name}.{part}"]) for part in known.format.parts(known.stored_shape)}
+        return QTensor.from_parts(known.format, known.stored_shape, parts)
 
     def read_inputs(self, name: str) -> dict[str, torch.Tensor]:
         """What is stored of the inputs of a weight: a static scale, a divisor; empty where nothing is."""
-        stored = self._known(name)
-        wanted = {} if stored.inputs is None else stored.inputs.parts(stored.shape[-1])
+        wanted = self._known(name).input_parts()
         return {part: read_tensor(*self._entries[f"{name}.{part}"]) for part in wanted}
 
     def values(self, name: str) -> torch.Tensor:
-        """The weight as the module has it: dequantized to float32 and turned where it is quantized, else as kept."""
+        """The weight as the module has it: dequantized to float32 and transposed where the module keeps it so, else as kept."""
         tensor = self.read(name)
         if isinstance(tensor, QTensor):
             dense = tensor.dequantize()
@@ -145,10 +146,11 @@ class _Dense(Source):
         contents = folder.contents
         self.label, self.config = contents.label, contents.config
         self.tensors = {
-            name: TensorSpec(name, _module_shape(s), _dense_dtype(s)) for name, s in contents.tensors.items()
+            name: TensorSpec(name, t.shape, t.dtype if t.format is None else torch.float32)
+            for name, t in contents.tensors.items()
         }
         known = folder.inventory.params
-        params = {n: known.get(n) or Param(n, spec.shape, "other", "") for n, spec in self.tensors.items()}
+        params = {n: known.get(n) or Param(n, spec.shape, "other") for n, spec in self.tensors.items()}
         self.inventory = Inventory(params, contents.tied, folder.inventory.model_class)
         self.extra = tuple(name for name in self.tensors if name not in known)
 
@@ -166,13 +168,3 @@ class _Dense(Source):
 
     def tokenizer(self) -> Any:
         return self._folder.tokenizer()
-
-
-def _module_shape(stored: Stored) -> tuple[int, ...]:
-    if stored.format is None or not stored.transposed:
-        return stored.shape
-    return (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
-
-
-def _dense_dtype(stored: Stored) -> torch.dtype:
-    return stored.dtype if stored.format is None else torch.float32

@@ -14,7 +14,8 @@ from lowbit.errors import SourceError
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.hf.configs import write_tokenizer
 from lowbit.interchange.inventory import inventory_of
-from lowbit.interchange.source import Source, TensorSpec
+from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorSpec
 
 
 def claims(model: Any) -> bool:

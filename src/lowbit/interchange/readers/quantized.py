@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.errors import SourceError
 from lowbit.formats import Format, Inputs, QTensor
 from lowbit.interchange.checks.foreign import check_foreign, method_of
-from lowbit.interchange.source import TensorSpec
+from lowbit.interchange.tensors import TensorSpec
 
 ReadPart = Callable[[str], Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -12,7 +12,7 @@ from lowbit.solvers.fitting import as_stored, rounded_scale, total
 from lowbit.solvers.registry import fit
 
 
-@fit()
+@fit(weighs=True)
 def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int = 40, shrink: float = 0.3) -> object:
     """Clip search: the range times 1, ..., `shrink` in `steps` steps; the least sum of v (x - x_q)^2 wins.
 

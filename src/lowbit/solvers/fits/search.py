@@ -12,7 +12,8 @@ from lowbit.solvers.fitting import as_stored, rounded_scale, total
 from lowbit.solvers.registry import fit
 
 
-@fit()
+# Without statistics errors are weighed by the weights themselves, with an emphasis; with them it has no part.
+@fit(weighs=True, ignores=lambda fmt, stats: ("emphasis",) if stats else ())
 def search(
     x: Tensor,
     fmt: Format,

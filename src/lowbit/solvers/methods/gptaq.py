@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.formats import Format, QTensor
+from lowbit.formats import Format
 from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.found import Found
 from lowbit.solvers.hessian import Factor
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
@@ -14,7 +15,7 @@ from lowbit.solvers.stats import Stats
 @solver(needs="drift")
 def gptaq(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, alpha: float = 0.25, damp: float = 0.01, order: int = 1
-) -> QTensor:
+) -> Found:
     """Asymmetric calibration: the columns that follow also absorb w_i times the change of input i.
 
         W[:, i:] -= e U[i, i:] - w_i P[i, i:],   P = alpha triu(E[(x_f - x) x'] U', 1) U

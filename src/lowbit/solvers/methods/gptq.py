@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.formats import Format, QTensor
+from lowbit.formats import Format
 from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.found import Found
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
@@ -13,7 +14,7 @@ from lowbit.solvers.stats import Stats
 @solver(needs="second_moment")
 def gptq(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, damp: float = 0.01, order: int = 1, polish: int = 2
-) -> QTensor:
+) -> Found:
     """GPTQ with static groups: argmin over codes of tr((W - Q) H (W - Q)'), H = E[x x'], greedily by columns.
 
     `weight` float32 [N, K]. Scales come first, from the fit weighted by diag H, and stay where they are in the row,

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format, QTensor, TableGrid, encode
+from lowbit.formats import Format, TableGrid, encode
 from lowbit.formats.blocks import map_blocks, reduce_blocks
 from lowbit.formats.nearest import inverse
 from lowbit.solvers.fitting import run_fit
+from lowbit.solvers.found import Found
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 from lowbit.solvers.zeros import many_zeros
@@ -21,10 +22,10 @@ _LARGE = 1 << 20
 _SETTLE = 8
 
 
-@solver(learns_levels=True)
+@solver(learns_levels=True, weighs=True, ignores=lambda fmt, stats: () if fmt.scale else ("rounds",))
 def kmeans(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None, *, iterations: int = 30, rounds: int = 2
-) -> QTensor:
+) -> Found:
     """One-dimensional k-means of the weights of each codebook block, weighted by E[x_k^2] if the input is known.
 
     Lloyd's iteration from a deterministic start, with moves out of local minima (see `lloyd`). For formats with
@@ -43,7 +44,7 @@ def kmeans(
 
     if fmt.scale is None:
         (levels,) = reduce_blocks(learn, fmt.codebook, weight, importance)
-        return encode(weight, fmt, levels=_or_empty(levels, fmt, weight))
+        return Found(encode(weight, fmt, levels=_or_empty(levels, fmt, weight)))
 
     if fmt.codebook.rows != -1 or fmt.codebook.cols != -1:
         raise RecipeError(f"{fmt}: a codebook beside a scale is shared by the whole tensor; write cb=tensor")
@@ -73,7 +74,7 @@ def kmeans(
             ]
         )
         scale = torch.where(found.isfinite(), found, scale)  # none fits a table that ends at 0
-    return encode(weight, fmt, scale, levels=levels)
+    return Found(encode(weight, fmt, scale, levels=levels))
 
 
 def with_zero(levels: Tensor, x: Tensor) -> Tensor:

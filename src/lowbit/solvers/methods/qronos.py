@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format, QTensor
+from lowbit.formats import Format
 from lowbit.solvers.feedback import Problem, solve_with_feedback
+from lowbit.solvers.found import Found
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
@@ -16,7 +17,7 @@ from lowbit.solvers.stats import Stats
 def qronos(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, blend: float = 0.75, ridge: float = 0.05,
     damp: float = 0.01, order: int = 1, polish: int = 2,
-) -> QTensor:  # fmt: skip
+) -> Found:  # fmt: skip
     """argmin over codes of E|x_f W' - x Q'|^2: x the inputs behind quantized layers, x_f the float model's own.
 
     The minimum over real Q is W' = W (G + r I) (H + r I)^-1, H = E[x x'], G = E[x_f x'], and the rest of the error

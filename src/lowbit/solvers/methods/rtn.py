@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.formats import Format, QTensor, encode
+from lowbit.formats import Format, encode
 from lowbit.solvers.fitting import fit_blocks
+from lowbit.solvers.found import Found
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
 
 @solver()
-def rtn(weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None) -> QTensor:
+def rtn(weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None) -> Found:
     """Round to nearest: code = argmin |w - s (level - z)| for each weight on its own.
 
-    `weight` float [..., rows, cols], finite; with statistics of its input the fit weighs column k by E[x_k^2]. Error: half the gap between levels times the scale, wherever the
-    fit does not clip.
+    `weight` float [..., rows, cols], finite; with statistics of its input the fit weighs column k by E[x_k^2]. Error: half
+    the gap between levels times the scale, wherever the fit does not clip.
     """
     scale, offset = fit_blocks(weight, fmt, fit, None if stats is None else stats.importance)
-    return encode(weight, fmt, scale, offset)
+    return Found(encode(weight, fmt, scale, offset))

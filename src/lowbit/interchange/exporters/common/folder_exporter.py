@@ -19,14 +19,14 @@ from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
-from lowbit.interchange.exporters.exporter import Contents, Exporter, Problem, Stored
+from lowbit.interchange.exporters.exporter import Exporter, Problem
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
-from lowbit.interchange.files.safetensors_writer import Stored as Spec
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Contents, Specs, TensorPlan
 
 if TYPE_CHECKING:
     from lowbit.interchange.readers.lowbit_folder import LowbitFolder
@@ -48,18 +48,18 @@ class FolderExporter(Exporter):
     mixed: tuple[str, ...] = ()  # formats that mixed precision chooses from, where they fit the widths
 
     @abstractmethod
-    def problem(self, stored: Stored) -> Problem | None:
+    def problem(self, layer: TensorPlan) -> Problem | None:
         """Why a quantized linear layer cannot be held, or None."""
 
     @abstractmethod
-    def spec(self, stored: Stored) -> Spec:
+    def spec(self, layer: TensorPlan) -> Specs:
         """Names after the module's -> (dtype, shape) of what is written for a linear layer."""
 
     @abstractmethod
-    def pack(self, stored: Stored, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
+    def pack(self, layer: TensorPlan, q: QTensor, model: PublishedFolder) -> dict[str, Tensor]:
         """What `spec` announces, of the weight `q`; `model` is asked for what belongs to its inputs."""
 
-    def beside(self, model: Contents) -> dict[str, Tensor]:
+    def extra_tensors(self, model: Contents) -> dict[str, Tensor]:
         """Small tensors that are of no weight, under the names that are written."""
         return {}
 
@@ -67,11 +67,11 @@ class FolderExporter(Exporter):
     def section(self, model: Contents) -> dict[str, Any]:
         """`quantization_config` of config.json."""
 
-    def turned(self, stored: Stored) -> Problem | None:
+    def problem_of_transposed(self, layer: TensorPlan) -> Problem | None:
         """Why a layer that its module keeps as [in, out] cannot be held [out, in], as all are stored here, or None."""
         return None
 
-    def alike(self, parts: list[Stored]) -> Problem | None:
+    def alike(self, parts: list[TensorPlan]) -> Problem | None:
         """Why layers that the reader runs as one cannot be stored so, or None."""
         first = parts[0]
         for other in parts[1:]:
@@ -85,7 +85,9 @@ class FolderExporter(Exporter):
         return None
 
     def candidates(self, model: Contents) -> tuple[str, ...]:
-        linear = [t for t in published(model).contents.tensors.values() if t.kind == "linear" and len(t.shape) == 2]
+        linear = [
+            t for t in published(model).contents.tensors.values() if t.kind == "linear" and len(t.stored_shape) == 2
+        ]
         return tuple(
             f for f in self.mixed if all(self.problem(replace(t, format=parse_format(f))) is None for t in linear)
         )
@@ -101,8 +103,8 @@ class FolderExporter(Exporter):
             found.append(Problem("", "is a plain module, and a folder of transformers needs a model with a config", ""))
         if not any(is_packed(t) for t in model.tensors.values()):
             found.append(Problem("", "has no quantized linear layer", ""))
-        for stored in model.tensors.values():
-            problem = self._problem(stored)
+        for t in model.tensors.values():
+            problem = self._problem(t)
             if problem is not None:
                 found.append(problem)
         if not any(not p.shape for p in found):  # parts of one layer are compared once each of them can be held
@@ -111,22 +113,22 @@ class FolderExporter(Exporter):
                 found += _with_their(parts, odd) or ([] if (p := self.alike(parts)) is None else [p])
         return found
 
-    def _problem(self, stored: Stored) -> Problem | None:
-        if stored.format is None or stored.kind in _TABLES:
+    def _problem(self, t: TensorPlan) -> Problem | None:
+        if t.format is None or t.kind in _TABLES:
             return None
-        problem = self.problem(stored)
-        return self.turned(stored) if problem is None and stored.kind == "conv1d" else problem
+        problem = self.problem(t)
+        return self.problem_of_transposed(t) if problem is None and t.kind == "conv1d" else problem
 
     @staticmethod
-    def _fused(model: Contents) -> Iterator[list[Stored]]:
+    def _fused(model: Contents) -> Iterator[list[TensorPlan]]:
         linear = {module_of(t.name): t for t in model.tensors.values() if t.kind == "linear"}
         for modules in fused_with(linear):
             yield [linear[module] for module in modules]
 
-    def allowed(self, stored: Stored) -> float:
-        if stored.format is None:
+    def allowed(self, t: TensorPlan) -> float:
+        if t.format is None:
             return 0.0
-        return _TABLE if stored.kind in _TABLES else self.tolerance
+        return _TABLE if t.kind in _TABLES else self.tolerance
 
     def logits_allowed(self, model: Contents) -> float:
         rounded = any(self.allowed(t) > 0 for t in model.tensors.values())
@@ -142,28 +144,28 @@ class FolderExporter(Exporter):
             notes.append(self.experts_note)
         tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
         if tables:
-            before = sum(t.format.nbytes(t.shape) for t in tables if t.format is not None)
-            after = sum(2 * math.prod(t.shape) for t in tables)
+            before = sum(t.format.nbytes(t.stored_shape) for t in tables if t.format is not None)
+            after = sum(2 * math.prod(t.stored_shape) for t in tables)
             names = " and ".join(module_of(t.name) for t in tables)
             kind = str(table_dtype(tables[0])).removeprefix("torch.")
             notes.append(f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}")
         return notes
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
-        """What was written, its inputs and what lies beside compared already. ExportError where those come back changed."""
+        """What was written, its inputs and extra tensors compared already. ExportError where those come back changed."""
         source = open_source(out)
-        expected = self.beside(published(model.contents).contents)
+        expected = self.extra_tensors(published(model.contents).contents)
         found = tensors_of(out, set(expected))
         for name, tensor in expected.items():
             if name not in found or not torch.equal(found[name], tensor):
                 raise ExportError(f"{out.name}: {name!r} does not come back as it was; nothing was kept of the export")
-        for stored in filter(is_packed, model.contents.tensors.values()):
-            read = source.stored_as(stored.name)
+        for t in filter(is_packed, model.contents.tensors.values()):
+            read = source.stored_as(t.name)
             theirs = None if read is None or read.inputs is None else levels_of(read.inputs, read.input_parts())
-            ours = None if stored.inputs is None else levels_of(stored.inputs, model.read_inputs(stored.name))
+            ours = None if t.inputs is None else levels_of(t.inputs, model.read_inputs(t.name))
             if theirs != ours:
                 raise ExportError(
-                    f"{out.name}: the inputs of {stored.name!r} come back as {theirs}, not as {ours}; nothing was kept "
+                    f"{out.name}: the inputs of {t.name!r} come back as {theirs}, not as {ours}; nothing was kept "
                     "of the export"
                 )
         return source
@@ -172,17 +174,17 @@ class FolderExporter(Exporter):
         """A folder of shards, config.json and the tokenizer's files. ExportError when a value does not fit."""
         folder = PublishedFolder(model)
         contents = folder.contents
-        beside = self.beside(contents)
+        extra = self.extra_tensors(contents)
         specs = {t.name: self._written(t) for t in contents.tensors.values()}
-        specs |= {name: {name: (tensor.dtype, tuple(tensor.shape))} for name, tensor in beside.items()}
+        specs |= {name: {name: (tensor.dtype, tuple(tensor.shape))} for name, tensor in extra.items()}
         shards = shards_of(specs.items(), _MAX_SHARD)
         place = {name: shard for shard in shards for name in shard.spans}
         total, done = sum(end - begin for shard in shards for begin, end in shard.spans.values()), 0
         try:
             out.mkdir(parents=True)
             create(out, shards)
-            made = ((stored.name, self._tensors(stored, folder)) for stored in contents.tensors.values())
-            for whole, tensors in chain(made, ((name, {name: tensor}) for name, tensor in beside.items())):
+            made = ((t.name, self._tensors(t, folder)) for t in contents.tensors.values())
+            for whole, tensors in chain(made, ((name, {name: tensor}) for name, tensor in extra.items())):
                 for name, tensor in tensors.items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())
@@ -204,24 +206,24 @@ class FolderExporter(Exporter):
                 f"cannot write {out}: {error.strerror or error}; check the path and its rights"
             ) from error
 
-    def _written(self, stored: Stored) -> Spec:
-        if stored.format is None:
-            return {stored.name: (stored.dtype, stored.shape)}
-        if stored.kind in _TABLES:
-            return {stored.name: (table_dtype(stored), stored.shape)}
-        return {f"{module_of(stored.name)}.{part}": spec for part, spec in self.spec(stored).items()}
+    def _written(self, t: TensorPlan) -> Specs:
+        if t.format is None:
+            return {t.name: (t.dtype, t.stored_shape)}
+        if t.kind in _TABLES:
+            return {t.name: (table_dtype(t), t.stored_shape)}
+        return {f"{module_of(t.name)}.{part}": spec for part, spec in self.spec(t).items()}
 
-    def _tensors(self, stored: Stored, model: PublishedFolder) -> dict[str, Tensor]:
-        tensor = model.read(stored.name)
+    def _tensors(self, t: TensorPlan, model: PublishedFolder) -> dict[str, Tensor]:
+        tensor = model.read(t.name)
         if not isinstance(tensor, QTensor):
-            return {stored.name: tensor}
-        if stored.kind in _TABLES:
-            return {stored.name: _rounded(tensor.dequantize(), table_dtype(stored), stored.name)}
-        packed = self.pack(stored, tensor, model)
-        return {f"{module_of(stored.name)}.{part}": value for part, value in packed.items()}
+            return {t.name: tensor}
+        if t.kind in _TABLES:
+            return {t.name: _rounded(tensor.dequantize(), table_dtype(t), t.name)}
+        packed = self.pack(t, tensor, model)
+        return {f"{module_of(t.name)}.{part}": value for part, value in packed.items()}
 
 
-def _with_their(parts: list[Stored], odd: Mapping[str, Problem]) -> list[Problem]:
+def _with_their(parts: list[TensorPlan], odd: Mapping[str, Problem]) -> list[Problem]:
     """Where the shape of one part is not for its format, the others take the nearest format with it."""
     first = next((odd[p.name] for p in parts if p.name in odd), None)
     if first is None:
@@ -235,9 +237,9 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def is_packed(stored: Stored) -> bool:
+def is_packed(t: TensorPlan) -> bool:
     """Whether a tensor is a linear layer that is written in few bits."""
-    return stored.format is not None and stored.kind in ("linear", "conv1d")
+    return t.format is not None and t.kind in ("linear", "conv1d")
 
 
 def float_modules(model: Contents) -> list[str]:
@@ -253,20 +255,20 @@ def float_modules(model: Contents) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def is_router(stored: Stored) -> bool:
+def is_router(t: TensorPlan) -> bool:
     """Whether a kept tensor is a matrix that is no layer's to transformers and may be one to servers, as routers are."""
-    return stored.kind == "other" and len(stored.shape) == 2 and stored.name.endswith(".weight")
+    return t.kind == "other" and len(t.stored_shape) == 2 and t.name.endswith(".weight")
 
 
-def table_dtype(stored: Stored) -> torch.dtype:
+def table_dtype(t: TensorPlan) -> torch.dtype:
     """The 16-bit type that an embedding or head is written in: the model's own, float16 where that is wider."""
-    return stored.dtype if stored.dtype.itemsize == 2 else torch.float16
+    return t.dtype if t.dtype.itemsize == 2 else torch.float16
 
 
-def described(stored: Stored) -> str:
+def described(t: TensorPlan) -> str:
     """A layer's format and inputs as a recipe writes them."""
-    text = "float" if stored.format is None else str(stored.format)
-    return text if stored.inputs is None else f"{text} with a={stored.inputs}"
+    text = "float" if t.format is None else str(t.format)
+    return text if t.inputs is None else f"{text} with a={t.inputs}"
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -277,12 +279,12 @@ def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return rounded
 
 
-def _plain(stored: Stored) -> Format | None:
+def _plain(t: TensorPlan) -> Format | None:
     """The format without its exponent, which is part of the scales that are written."""
-    return None if stored.format is None else stored.format.plain
+    return None if t.format is None else t.format.plain
 
 
-def _more_precise(one: Stored, two: Stored) -> str:
+def _more_precise(one: TensorPlan, two: TensorPlan) -> str:
     """The format text of the layer that takes more bits, for both."""
     if one.format is None or two.format is None:
         return "keep"

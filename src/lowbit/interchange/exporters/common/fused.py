@@ -8,12 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    ("gate_up_proj", ("gate_proj", "up_proj")),
-    ("gate_up_proj", ("w1", "w3")),
-    ("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
-)
+from lowbit.families.fused import TOGETHER
+
+FUSED = tuple((whole, parts) for whole, parts in TOGETHER if whole is not None)
 _EXPERT = re.compile(r"^(.*\bexperts)\.\d+\.")
 _PART_OF = {part: whole for whole, parts in FUSED for part in parts}
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lowbit.formats import Format, QTensor
 from lowbit.formats.packing import pack, unpack
-from lowbit.interchange.exporters.exporter import Contents, Problem, Stored
+from lowbit.interchange.exporters.exporter import Problem
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.inventory import meta_model
-from lowbit.interchange.source import one_line
+from lowbit.interchange.tensors import Contents, TensorPlan
 
 if TYPE_CHECKING:
     from lowbit.interchange.readers.lowbit_folder import LowbitFolder
@@ -33,7 +34,7 @@ _EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.*)$")
 class Piece:
     """A published tensor: `rows`, int64, of the tensor `whole` of the model, counted over all its experts; None for all."""
 
-    stored: Stored
+    tensor: TensorPlan
     whole: str
     rows: Tensor | None = None
 
@@ -99,19 +100,19 @@ def published(model: Contents) -> Pieces:
             found += _taken_apart(module, stored)
         except _Whole as error:
             problems.append(Problem(stored.name, str(error), "lowbit's own folder"))
-    counts = Counter(p.stored.name for p in found)
-    joined = {p.whole: None for p in found if counts[p.stored.name] > 1}
+    counts = Counter(p.tensor.name for p in found)
+    joined = {p.whole: None for p in found if counts[p.tensor.name] > 1}
     problems += [
         Problem(name, "transformers saves it as one tensor with others", "lowbit's own folder") for name in joined
     ]
     found = [p for p in found if p.whole not in joined]
-    names = {p.whole: p.stored.name for p in found if p.rows is None}
+    names = {p.whole: p.tensor.name for p in found if p.rows is None}
     contents = replace(
         model,
-        tensors={p.stored.name: p.stored for p in found},
+        tensors={p.tensor.name: p.tensor for p in found},
         tied={a: names.get(n, n) for a, n in model.tied.items()},
     )
-    return Pieces(contents, {p.stored.name: p for p in found}, tuple(problems))
+    return Pieces(contents, {p.tensor.name: p for p in found}, tuple(problems))
 
 
 def without_number(name: str) -> str:
@@ -130,7 +131,7 @@ class _Whole(Exception):
     """Why a tensor cannot be taken apart."""
 
 
-def _taken_apart(module: Any, stored: Stored) -> list[Piece]:
+def _taken_apart(module: Any, stored: TensorPlan) -> list[Piece]:
     from transformers.core_model_loading import revert_weight_conversion
 
     stack = stored.kind == "experts"
@@ -205,7 +206,7 @@ class Stack:
         return QTensor(fmt, shape, pack(codes, fmt.grid.cardinality), found.get("scale"), found.get("offset"))
 
     def _flat(self, name: str) -> Tensor:
-        """Stored scales or offsets as values or codes, one for each block."""
+        """Scales or offsets as values or codes, one for each block."""
         value = getattr(self.q, name)
         if isinstance(value, QTensor):
             return value.unpacked().view(-1)

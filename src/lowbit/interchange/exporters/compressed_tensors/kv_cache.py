@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
 from lowbit.interchange.exporters.compressed_tensors.scheme import arguments
-from lowbit.interchange.exporters.exporter import Contents, Problem
+from lowbit.interchange.exporters.exporter import Problem
+from lowbit.interchange.tensors import Contents
 
 KINDS = ("fp8",)
 _ATTENTION = re.compile(r"^(.*\blayers\.(\d+)\.self_attn)\.(?:k_proj|qkv_proj)\.weight$")

@@ -11,10 +11,10 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.exporters.common.published_experts import published
-from lowbit.interchange.exporters.exporter import Contents, Exporter, Mix, Problem, Stored, exporter
-from lowbit.interchange.exporters.gguf import families, rope, vocabulary
-from lowbit.interchange.exporters.gguf.families import family_of
+from lowbit.interchange.exporters.exporter import Exporter, Mix, Problem, exporter
+from lowbit.interchange.exporters.gguf import metadata, rope, vocabulary
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
+from lowbit.interchange.exporters.gguf.metadata import family_of, gguf_of
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
 from lowbit.interchange.exporters.gguf.reading import Reread
 from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of
@@ -22,6 +22,7 @@ from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.gguf.file import GgufSource
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import Contents, TensorPlan
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 KEEP = "keep"
@@ -47,20 +48,21 @@ class Gguf(Exporter):
         family = family_of(model.config)
         if family is None or model.config is None:
             has = getattr(model.config, "architectures", None) or ["a module without a config"]
-            return [Problem("", f"{has[0]} is not among the models that can be written", families.known_classes())]
-        why = families.refusal(family, model.config.get_text_config())
+            return [Problem("", f"{has[0]} is not among the models that can be written", metadata.known_classes())]
+        why = metadata.refusal(family, model.config.get_text_config())
         problems = [] if why is None else [Problem("", why)]
-        if family.tied and not model.tied:
-            problems.append(Problem("", f"llama.cpp's {family.architecture} always uses the embedding as its head"))
+        known = gguf_of(family)
+        if known.tied and not model.tied:
+            problems.append(Problem("", f"llama.cpp's {known.architecture} always uses the embedding as its head"))
         whole = {p.tensor: p for p in published(model).problems}
         for name, there in names_in_file(family, model).items():
-            stored = model.tensors[name]
+            t = model.tensors[name]
             if name in whole:
-                problems += _problems(stored) or [whole[name]]  # of a width that the type is not for, that is said
-            elif there is None or not family.reads(there):
-                problems.append(Problem(name, f"llama.cpp's {family.architecture} has no such tensor"))
+                problems += _problems(t) or [whole[name]]  # of a width that the type is not for, that is said
+            elif there is None or not known.reads(there):
+                problems.append(Problem(name, f"llama.cpp's {known.architecture} has no such tensor"))
             else:
-                problems += _problems(stored)
+                problems += _problems(t)
         return problems
 
     def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
@@ -71,8 +73,7 @@ class Gguf(Exporter):
 
     def candidates(self, model: Contents) -> tuple[str, ...]:
         """The types of blocks of 256 where all widths are multiples of it, else those of 32."""
-        linear = [s for s in model.tensors.values() if s.kind in ("linear", "conv1d", "experts")]
-        widths = [s.shape[-2] if s.transposed and s.format is None else s.shape[-1] for s in linear]
+        widths = [t.out_in[-1] for t in model.tensors.values() if t.kind in ("linear", "conv1d", "experts")]
         if all(width % 256 == 0 for width in widths):
             return ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
         return ("iq4_nl", "q5_0", "q5_1", "q8_0")
@@ -97,10 +98,10 @@ class Gguf(Exporter):
         if family is None or config is None:
             raise SourceError(f"{contents.label} is not of a family that GGUF can be written for")
         tensors = place(family, contents)
-        writer = gguf.GGUFWriter(out, family.architecture)
+        writer = gguf.GGUFWriter(out, gguf_of(family).architecture)
         try:
             writer.add_type(gguf.GGUFType.MODEL)
-            families.describe(family, writer, config)
+            metadata.describe(family, writer, config)
             writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
             writer.add_file_type(_file_type(tensors))
             writer.add_string("lowbit.recipe", contents.recipe)
@@ -119,10 +120,10 @@ class Gguf(Exporter):
             writer.write_ti_data_to_file()
             done, total = 0, sum(p.nbytes for p in tensors)
             for p in tensors:
-                writer.write_tensor_data(bytes_in_file(p, model.read(p.stored.name)))
+                writer.write_tensor_data(bytes_in_file(p, model.read(p.tensor.name)))
                 done += p.nbytes
                 if progress:
-                    progress(p.stored.name, done, total)
+                    progress(p.tensor.name, done, total)
             if factors is not None:
                 writer.write_tensor_data(factors.numpy())
         except OSError as error:
@@ -136,33 +137,31 @@ class Gguf(Exporter):
         """By transformers' rules where it has them, else by our own."""
         family = family_of(model.contents.config)
         assert family is not None
-        if family.reader == "own":
+        if gguf_of(family).reader == "own":
             return Reread(out, model, place(family, model.contents))
         return GgufSource(out)
 
 
-def _problems(stored: Stored) -> list[Problem]:
+def _problems(t: TensorPlan) -> list[Problem]:
     """What is wrong with one tensor."""
     found = []
-    if stored.inputs is not None:
+    if t.inputs is not None:
         found.append(
-            Problem(stored.name, f"inputs stored as {stored.inputs} have no place in the file: llama.cpp rounds inputs its own way",
+            Problem(t.name, f"inputs stored as {t.inputs} have no place in the file: llama.cpp rounds inputs its own way",
                     "the same recipe without a= and without transforms that divide inputs")
         )  # fmt: skip
-    if stored.format is None:
-        if stored.dtype not in _FLOATS:
-            found.append(Problem(stored.name, f"llama.cpp reads no {str(stored.dtype).removeprefix('torch.')} weights"))
+    if t.format is None:
+        if t.dtype not in _FLOATS:
+            found.append(Problem(t.name, f"llama.cpp reads no {str(t.dtype).removeprefix('torch.')} weights"))
         return found
-    block, width = type_of(stored.format), stored.shape[-1]
+    block, width = type_of(t.format), t.stored_shape[-1]
     if block is None:
-        kind = nearest_type(stored.format)
-        return [*found, Problem(stored.name, f"no ggml type is {stored.format}", text_of(kind))]
+        kind = nearest_type(t.format)
+        return [*found, Problem(t.name, f"no ggml type is {t.format}", text_of(kind))]
     if width % block.size:
-        near = KEEP if width % 32 else "q8_0" if stored.kind in ("embedding", "head") else block.narrow
+        near = KEEP if width % 32 else "q8_0" if t.kind in ("embedding", "head") else block.narrow
         found.append(
-            Problem(
-                stored.name, f"{block.name} needs rows of a multiple of {block.size}, not {width}", near, shape=True
-            )
+            Problem(t.name, f"{block.name} needs rows of a multiple of {block.size}, not {width}", near, shape=True)
         )
     return found
 

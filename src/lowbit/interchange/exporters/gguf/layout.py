@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.families.family import Family
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import without_exponent
 from lowbit.interchange.exporters.common.published_experts import Pieces, Stack, number_of, published, without_number
-from lowbit.interchange.exporters.exporter import Contents, Stored
-from lowbit.interchange.exporters.gguf.families import Family
+from lowbit.interchange.exporters.gguf.metadata import gguf_of
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
+from lowbit.interchange.tensors import Contents, TensorPlan
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -32,7 +33,7 @@ class Placed:
     rows    of a part of a stack of experts: its rows in the model's stack, counted over all experts
     """
 
-    stored: Stored
+    tensor: TensorPlan
     name: str
     kind: str
     shape: tuple[int, ...]
@@ -45,8 +46,8 @@ class Placed:
     def nbytes(self) -> int:
         """Bytes in the file, padding left out."""
         count = int(torch.Size(self.shape).numel())
-        if self.block is not None and self.stored.format is not None:
-            return self.stored.format.nbytes(self.shape)
+        if self.block is not None and self.tensor.format is not None:
+            return self.tensor.format.nbytes(self.shape)
         return count * {"F32": 4}.get(self.kind, 2)
 
 
@@ -73,7 +74,7 @@ def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tu
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     assert model.config is not None
-    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.architecture)
+    architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == gguf_of(family).architecture)
     known = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
     together: dict[tuple[str, str], list[tuple[int, Tensor | None]]] = {}
     for name, piece in pieces.by_name.items():
@@ -86,36 +87,36 @@ def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tu
     return found
 
 
-def _placed(family: Family, model: Contents, stored: Stored, name: str, rows: Tensor | None) -> Placed:
+def _placed(family: Family, model: Contents, t: TensorPlan, name: str, rows: Tensor | None) -> Placed:
     config: Any = model.config
-    leaf = stored.name.split(".")[-2] if "." in stored.name else stored.name
+    leaf = t.name.split(".")[-2] if "." in t.name else t.name
     heads = 0
-    if leaf in family.interleaved:
+    interleaved = gguf_of(family).interleaved
+    if leaf in interleaved:
         text = config.get_text_config()
-        heads = text.num_attention_heads if leaf == family.interleaved[0] else text.num_key_value_heads
-    turned = stored.transposed and stored.format is None
-    shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if turned else stored.shape
+        heads = text.num_attention_heads if leaf == interleaved[0] else text.num_key_value_heads
+    shape = t.out_in
     if rows is not None:
         shape = (shape[0], len(rows) // shape[0], shape[-1])
-    if stored.format is not None:
-        block = type_of(stored.format)
+    if t.format is not None:
+        block = type_of(t.format)
         assert block is not None
-        return Placed(stored, name, block.name, shape, block, heads, rows=rows)
+        return Placed(t, name, block.name, shape, block, heads, rows=rows)
     router = ".ffn_gate_inp" in name  # of experts, or of one that all tokens share, which is a vector to llama.cpp
     shape = shape[1:] if router and shape[0] == 1 else shape
-    kind = "F32" if len(shape) < 2 or router else _FLOATS[stored.dtype]  # ggml multiplies by vectors in float32
-    is_norm = len(shape) == 1 and stored.name.endswith("norm.weight")
-    return Placed(stored, name, kind, shape, None, heads, int(family.shifted and is_norm), rows)
+    kind = "F32" if len(shape) < 2 or router else _FLOATS[t.dtype]  # ggml multiplies by vectors in float32
+    is_norm = len(shape) == 1 and t.name.endswith("norm.weight")
+    return Placed(t, name, kind, shape, None, heads, int(family.plus_one and is_norm), rows)
 
 
 def bytes_in_file(placed: Placed, tensor: Tensor | QTensor) -> Any:
     """The tensor as numpy has it for the file: uint8 [rows, bytes] for blocks, else of the type's own width."""
     if isinstance(tensor, QTensor):
         assert placed.block is not None
-        tensor = without_exponent(tensor, placed.stored.name)
+        tensor = without_exponent(tensor, placed.tensor.name)
         packed = placed.block.pack(tensor if placed.rows is None else Stack(tensor).rows(placed.rows))
         return packed[_rows(placed, len(packed)).numpy()] if placed.heads else packed
-    if placed.stored.transposed:
+    if placed.tensor.transposed:
         tensor = tensor.transpose(-1, -2)
     if placed.rows is not None:
         tensor = tensor.reshape(-1, tensor.shape[-1])[placed.rows]
@@ -135,20 +136,20 @@ def values_in_model(placed: Placed, values: Tensor) -> Tensor:
         values = values[torch.argsort(_rows(placed, len(values)))]
     if placed.added:
         values = values - placed.added
-    if placed.stored.transposed:
+    if placed.tensor.transposed:
         values = values.T
-    return values.reshape(placed.stored.shape) if placed.stored.format is None else values.contiguous()
+    return values.reshape(placed.tensor.shape) if placed.tensor.format is None else values.contiguous()
 
 
 def stack_in_model(parts: list[tuple[Placed, Tensor]]) -> Tensor:
     """The stack of experts that these parts [experts, out, in] are of: float32 as the module has it."""
-    stored, total = parts[0][0].stored, sum(prod(values.shape[:-1]) for _, values in parts)
+    t, total = parts[0][0].tensor, sum(prod(values.shape[:-1]) for _, values in parts)
     made = torch.empty((total, parts[0][1].shape[-1]))
     for placed, values in parts:
         assert placed.rows is not None
         made[placed.rows] = values.reshape(-1, values.shape[-1])
-    made = made.reshape(stored.shape[0], -1, made.shape[-1])
-    return made.transpose(-1, -2).contiguous() if stored.transposed else made
+    made = made.reshape(t.stored_shape[0], -1, made.shape[-1])
+    return made.transpose(-1, -2).contiguous() if t.transposed else made
 
 
 def _rows(placed: Placed, rows: int) -> Tensor:

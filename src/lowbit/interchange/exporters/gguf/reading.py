@@ -26,7 +26,7 @@ class Reread(Source):
         self.label, self.config, self.inventory = str(path), ours.config, ours.inventory
         self._placed: dict[str, list[Placed]] = {}
         for p in placed:
-            self._placed.setdefault(p.stored.name, []).append(p)
+            self._placed.setdefault(p.tensor.name, []).append(p)
         self._there = {t.name: t for t in gguf.GGUFReader(path).tensors}
         self.tensors = {
             n: s

@@ -6,6 +6,7 @@ multiplies by 0.1 ln(factor) + 1 times `rope.scaling.attn_factor`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,11 +16,6 @@ from lowbit.interchange.readers.gguf.rope import llama3_divisors, yarn_magnitude
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# Kinds of scaling by architecture; `rope_freqs.weight`, which llama3 needs, is read for few.
-_KINDS = {"llama": ("default", "linear", "yarn", "llama3")}
-_OTHERS = ("default", "linear", "yarn")
-_PARTIAL = ("phi2", "phi3")
-
 
 def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
     """The rotary settings of a config, of one kind of layers where these differ; empty where there are none."""
@@ -27,11 +23,13 @@ def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
     return dict(found.get(layers, found))
 
 
-def refusal(config: Any, who: str) -> str | None:
-    """Why llama.cpp would turn queries and keys otherwise than transformers does, or None."""
+def refusal(config: Any, who: str, kinds: Collection[str], partial: bool) -> str | None:
+    """Why llama.cpp would turn queries and keys otherwise than transformers does, or None.
+
+    kinds: of scaling that the family has there. partial: it turns only a share of each head.
+    """
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
-    kinds = _KINDS.get(who.rpartition(" ")[2], _OTHERS)
     if kind not in kinds:
         return f"positions of the kind {kind!r} are not written for {who} (there are {', '.join(kinds)})"
     if kind == "yarn":
@@ -42,7 +40,7 @@ def refusal(config: Any, who: str) -> str | None:
     if local != rope and local.get("rope_type", "default") != "default":
         return f"{who} scales no positions of layers with a window, and this config has {local['rope_type']!r} there"
     share = float(rope.get("partial_rotary_factor") or 1.0)
-    if share != 1.0 and kind != "default" and who.rpartition(" ")[2] not in _PARTIAL:
+    if share != 1.0 and kind != "default" and not partial:
         return f"this config has partial_rotary_factor={share} with scaled positions, of which transformers' model knows nothing"
     return None
 

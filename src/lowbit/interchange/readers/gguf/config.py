@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.readers.gguf import rope as gguf_rope
 from lowbit.interchange.readers.gguf.header import GgufHeader
-from lowbit.interchange.source import one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

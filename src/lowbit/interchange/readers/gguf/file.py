@@ -18,6 +18,7 @@ from lowbit.interchange.checks.config import check_config
 from lowbit.interchange.checks.gguf import check_gguf
 from lowbit.interchange.end_tokens import ends_of_gguf
 from lowbit.interchange.files.safetensors_reader import bytes_of, sampled
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.configs import write_tokenizer
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.inventory import inventory_of, meta_model, model_class
@@ -30,7 +31,7 @@ from lowbit.interchange.readers.gguf.splits import read_gguf
 from lowbit.interchange.readers.left_out import BUFFERS, SEVERAL_TOKENS, left_out
 from lowbit.interchange.readers.quantized import ReadPart
 from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
-from lowbit.interchange.source import Source, one_line
+from lowbit.interchange.source import Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

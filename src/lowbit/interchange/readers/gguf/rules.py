@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowbit.errors import SourceError
-from lowbit.interchange.source import TensorSpec, one_line
+from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

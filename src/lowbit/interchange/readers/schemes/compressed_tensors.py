@@ -30,7 +30,7 @@ from lowbit.interchange.readers.schemes.parts import (
     qtensor,
     store_of,
 )
-from lowbit.interchange.source import TensorSpec
+from lowbit.interchange.tensors import TensorSpec
 
 BY_ORDER = "actorder put its columns into groups that are not consecutive"
 _BESIDE = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point",

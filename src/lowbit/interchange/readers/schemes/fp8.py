@@ -18,7 +18,7 @@ from lowbit.formats.grids import Fp8Grid
 from lowbit.formats.inputs import Inputs
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
 from lowbit.interchange.readers.schemes.parts import qtensor, store_of
-from lowbit.interchange.source import TensorSpec
+from lowbit.interchange.tensors import TensorSpec
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale")

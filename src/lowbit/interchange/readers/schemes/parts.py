@@ -10,7 +10,7 @@ from lowbit.formats.blocks import Block
 from lowbit.formats.format import Format
 from lowbit.formats.packing import pack
 from lowbit.interchange.readers.quantized import Checkpoint, ReadPart
-from lowbit.interchange.source import TensorSpec
+from lowbit.interchange.tensors import TensorSpec
 
 _STORES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e8m0fnu: "e8m0",

@@ -1,0 +1,58 @@
+"""The size, bits, divergence or memory that `lowbit quantize` is to meet: a format for each layer, shown before the work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lowbit.cli import console
+
+
+def chosen(
+    size: str | None, bits: float | None, kl: float | None, memory: str | None, context: int | None,
+    sensitivity: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The one target that was given, as arguments of `lowbit.allocate`; empty for none. RecipeError for more than one,
+    and for options that would be ignored."""
+    from lowbit.errors import RecipeError
+
+    given = {"target_size": size, "target_bits": bits, "target_kl": kl, "fit_memory": memory}
+    found: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    names = [f"--{key.replace('_', '-')}" for key in found]
+    if len(found) > 1:
+        raise RecipeError(f"{' and '.join(names)} exclude each other; give one target")
+    if context is not None and memory is None:
+        raise RecipeError("--context belongs to --fit-memory and would be ignored; leave it out")
+    if sensitivity is not None and not found:
+        raise RecipeError("--sensitivity would be ignored without a target; add --target-bits, for example")
+    return found | ({"context": context} if context is not None else {})
+
+
+def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path, screen: Any, **text: Any) -> Any:
+    """The recipe for the target; what it found is printed."""
+    import lowbit
+    from lowbit.budget.allocation import formats_of
+    from lowbit.report.wording import bytes_text
+
+    known = sensitivity.exists()
+    with console.count_bar("measuring sensitivity", "steps") as move:
+        found = lowbit.allocate(
+            model,
+            recipe,
+            sensitivity=sensitivity,
+            progress=lambda what, done, total: move(done, total),
+            **text,
+            **target,
+        )
+    plan = found.plan
+    screen.print(
+        f"sensitivity {'read from' if known else 'kept in'} {sensitivity}; predicted KL {found.predicted_kl:.4f} nats/token, "
+        f"{plan.linear_bits_per_weight:.3f} bits per weight in the linear layers, {bytes_text(plan.output_bytes)}",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    total = sum(formats_of(found.rows).values())
+    shares = ", ".join(f"{count / total:.0%} {fmt}" for fmt, count in formats_of(found.rows).items())
+    screen.print(f"formats: {shares}", markup=False, highlight=False)
+    for line in found.found_sensitive()[:6]:
+        screen.print(f"  {line}", style="dim", markup=False, highlight=False)
+    return found.recipe

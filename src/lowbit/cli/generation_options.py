@@ -1,0 +1,116 @@
+"""The options of commands that generate text, declared once, and what each becomes a call of."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.options import CacheType, Threads
+
+_ENGINE = ("activations", "cache", "threads")
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are made: each field is an option of the command line, by the same name."""
+
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many of the likeliest tokens; 0: from all.")] = 0
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this much probability.")
+    ] = 1.0
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave out tokens with less than this share of the likeliest's.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Above 1: tokens that were there before become less likely.")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers when the temperature is above 0.")] = 0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=r"End the answer before this text, in which \n is a new line, \t a tab and \\ a backslash; may be given again.",
+            show_default=False,
+        ),
+    ] = None
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, or int8: faster, less precise. What a recipe says of inputs holds in either case.",
+            show_default="exact",
+        ),
+    ] = None
+    cache: CacheType = None
+    threads: Threads = None
+
+    def generator(self, model: str) -> Any:
+        """What generates text with `model`; one dim line on stderr says what it is, and why where it is not the engine."""
+        from lowbit.engine.generator import open_generator
+
+        with console.stderr().status("loading"):
+            options = {name: getattr(self, name) for name in _ENGINE}
+            found = open_generator(model, options, before_transformers=console.quiet, spelled="--{}")
+        console.dim(f"{found}{_too_many(self.threads or 0)}")
+        return found
+
+    def sampling(self) -> dict[str, Any]:
+        """Fields of `Sampling`. RecipeError for what they cannot be, before a model is loaded."""
+        from lowbit.engine.arguments import sampling_of
+
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop")}
+        sampling_of(found)
+        return found
+
+    def stops(self) -> list[str]:
+        """The strings that end an answer, as a shell cannot easily write them. RecipeError for empty ones."""
+        from lowbit.engine.arguments import stop_strings
+
+        return stop_strings([re.sub(r"\\([nt\\])", lambda m: _ESCAPES[m[1]], text) for text in self.stop or ()])
+
+
+def with_generation(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the fields of `Generation` as options, in place of its parameter `how`."""
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        how = Generation(**{f.name: given.pop(f.name) for f in fields(Generation)})
+        command(**given, how=how)
+
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(Generation, include_extras=True)
+    taken = list[inspect.Parameter]()
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name == "how":
+            taken += [_option(f.name, f.default, hints[f.name]) for f in fields(Generation)]
+        else:
+            taken.append(_option(name, parameter.default, hints[name]))
+    called.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in taken}
+    return called
+
+
+def _option(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _too_many(threads: int) -> str:
+    """What is to be said of more threads than cores: they wait for each other."""
+    from lowbit.kernels.core import core
+
+    module = core() if threads else None
+    cores = 0 if module is None else module.features()["cores"]
+    return f"; this machine has {cores} cores, so many threads are slower" if threads > cores > 0 else ""
+
+
+def show(text: str) -> None:
+    """New text of an answer, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,57 @@
+"""Which program generates text with a model: the engine, or transformers where the engine does not compute it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lowbit.engine.engine import Engine
+from lowbit.engine.fallback import Transformers
+from lowbit.errors import EngineError
+
+
+class Choice(NamedTuple):
+    """The engine with a model, or None and the reason why transformers is to run it."""
+
+    engine: Engine | None
+    reason: str = ""
+
+
+def choose(
+    model: str | Path | nn.Module, options: Mapping[str, Any], tokenizer: Any = None, threads: int | None = None,
+    spelled: str = "{}",
+) -> Choice:  # fmt: skip
+    """The engine where it computes `model`.
+
+    options: of `Engine.open`, that only the engine has: EngineError where transformers would ignore one that is not None, with its name
+    `spelled` as the user knows it.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return Choice(Engine.open(model, tokenizer=tokenizer, **{"threads": threads, **given}))
+    except EngineError as error:
+        if given:
+            raise EngineError(
+                f"{error}; transformers runs it, without {' and '.join(map(spelled.format, given))}"
+            ) from None
+        return Choice(None, str(error))
+
+
+def open_generator(
+    model: str,
+    options: Mapping[str, Any],
+    before_transformers: Callable[[], object] = lambda: None,
+    spelled: str = "{}",
+) -> Engine | Transformers:
+    """What generates text with a folder that lowbit wrote, or a float model by any name that lowbit takes.
+
+    options, spelled: as for `choose`. before_transformers: called where it is not the engine, before transformers is imported.
+    """
+    engine, reason = choose(model, options, spelled=spelled)
+    if engine is not None:
+        return engine
+    before_transformers()
+    return Transformers.open(model, reason)

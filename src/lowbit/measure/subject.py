@@ -1,0 +1,113 @@
+"""What is measured: a model opened from whatever names it, and what is known of it before it runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.errors import RecipeError
+from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.folder import load_tokenizer, quantization_method
+from lowbit.interchange.readers.module import ModuleSource
+from lowbit.measure.card import CardParts, Coverage
+from lowbit.measure.size import count_parameters, disk_size, module_bytes
+from lowbit.nn.swap import packed_weights
+from lowbit.pipeline.api import Quantized
+from lowbit.pipeline.loading import load
+from lowbit.planning.plan import Plan
+from lowbit.recipes.activation_rules import inputs_text
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model in transformers, and what the card says of it.
+
+    tokenizer: gives its tokenizer, None where it has none of its own. name: what it was loaded from here, so that its type may
+    be changed and it can be opened again; None for a module that is the caller's.
+    """
+
+    module: nn.Module
+    parts: CardParts
+    tokenizer: Callable[[], Any] | None
+    name: str | Path | None = None
+
+
+def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtype: torch.dtype) -> Subject:
+    """The model that `evaluate` was given. dtype: of what is loaded here. SourceError for what is no model."""
+    given = None if tokenizer is None else lambda: tokenizer
+    if isinstance(model, Quantized):
+        words = given or model.source.tokenizer
+        if model.folder is None:
+            return Subject(model.model, plan_parts(model.plan), words)
+        parts = replace(plan_parts(model.plan), bytes_after=disk_size(model.folder).total)
+        name = None if isinstance(model.source, ModuleSource) else model.folder
+        return Subject(load(model.folder, dtype=dtype), parts, words, name)
+    if isinstance(model, nn.Module):
+        parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
+        return Subject(model, parts, given)
+    path = Path(model)
+    if path.is_dir() and quantization_method(path) == "lowbit":
+        module = load(path, dtype=dtype)
+        return Subject(module, folder_parts(path, module), given or (lambda: load_tokenizer(path, str(path))), model)
+    source = open_source(model, tokenizer=tokenizer)
+    module = source.load_float(dtype)
+    parts = CardParts(source.label, source.storage, count_parameters(module), weight_bytes=source.disk_bytes())
+    return Subject(module, parts, source.tokenizer, model)
+
+
+def type_of(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
+    """The type that a module computes in. RecipeError when another is `wanted`."""
+    floats = (p.dtype for p in module.parameters() if p.is_floating_point())
+    own: torch.dtype = next(floats, torch.float32)
+    if wanted not in (None, own):
+        raise RecipeError(f"this module computes in {own}, not {wanted}; cast it first, or leave dtype out")
+    return own
+
+
+def plan_parts(plan: Plan) -> CardParts:
+    """What a plan knows for the card: sizes, coverage, what was kept and why."""
+    quantized = sum(t.count for t in plan.tensors if t.format is not None)
+    kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
+    ranges = None if plan.survey is None else plan.survey.to_json()
+    notes = (*_inputs_note(plan.input_counts(), ranges), *plan.notes)
+    if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
+        notes += (
+            f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
+        )
+    return CardParts(
+        plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
+        bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _inputs_note(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> tuple[str, ...]:
+    return (f"inputs: {inputs_text(counts, ranges)}",) if counts else ()
+
+
+def folder_parts(folder: Path, model: nn.Module) -> CardParts:
+    """What a folder that lowbit wrote says of itself, for the card."""
+    size = disk_size(folder)
+    manifest = json.loads((folder / MANIFEST).read_text("utf-8")) if (folder / MANIFEST).is_file() else {}
+    packed = dict(packed_weights(model))
+    quantized = sum(math.prod(w.stored_shape) for w in packed.values())
+    total = quantized + sum(p.numel() for p in model.parameters())
+    recipe = manifest.get("recipe", {})
+    said = manifest["notes"] if isinstance(manifest.get("notes"), list) else []
+    title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
+    kept = total - quantized
+    counts = Counter(str(w.inputs) for w in packed.values() if w.inputs is not None)
+    return CardParts(
+        str(folder), title, total, Coverage(quantized, total, (f"{kept:,} in float",) if kept else ()),
+        bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
+        notes=(*_inputs_note(dict(counts.most_common()), manifest.get("ranges")), *map(str, said)),
+    )  # fmt: skip
