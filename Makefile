@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CORE := $(wildcard csrc/CMakeLists.txt csrc/*/*.cmake csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+CORE := $(wildcard csrc/CMakeLists.txt csrc/*/*.cmake csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.def csrc/*/*.in)
 # Where there are a compiler and Python's headers, C++ that does not compile is an error, not a reason to go without.
 HEADERS := $(wildcard $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('include'))")/Python.h)
 BUILD_ENV := CMAKE_BUILD_PARALLEL_LEVEL=2 LOWBIT_REQUIRE_CORE=$(if $(HEADERS),$(if $(shell command -v $${CXX:-c++}),1,0),0)

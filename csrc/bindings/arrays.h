@@ -11,7 +11,8 @@
 #include <vector>
 
 #include "core/buffer.h"
-#include "kernels/linear.h"
+#include "kernels/dispatch.h"
+#include "kernels/packed_weight.h"
 
 namespace lowbit {
 

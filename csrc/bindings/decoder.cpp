@@ -45,9 +45,14 @@ class Signals {
     std::optional<nb::python_error> error_;
 };
 
+KVFormat format_of(const std::string& name) {
+    require(name == "int16" || name == "int8", "no cache of " + name + "; there are int16 and int8");
+    return name == "int8" ? KVFormat::int8 : KVFormat::int16;
+}
+
 using Ids = Array<std::int32_t, 1>;
 
-void forward(Decoder& self, Cache& cache, const Ids& ids, const Ids& sequence, const Ids& position, const Ids& wanted,
+void forward(Decoder& self, KVCache& cache, const Ids& ids, const Ids& sequence, const Ids& position, const Ids& wanted,
              const Output<float, 2>& logits) {
     const int count = static_cast<int>(ids.shape(0));
     require(count > 0, "no tokens");
@@ -79,19 +84,21 @@ void forward(Decoder& self, Cache& cache, const Ids& ids, const Ids& sequence, c
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
-    nb::class_<Cache>(m, "Cache", "Keys and values of several sequences.")
+    nb::class_<KVCache>(m, "KVCache", "Keys and values of several sequences.")
         .def("__init__",
-             [](Cache* self, const Decoder& decoder, int sequences, int capacity, bool int8) {
+             [](KVCache* self, const Decoder& decoder, int sequences, int capacity, const std::string& format) {
                  const ModelSpec& model = decoder.model();
-                 new (self) Cache(static_cast<int>(model.layers.size()), model.key_heads, model.head_dim, sequences, capacity, int8);
+                 new (self) KVCache(static_cast<int>(model.layers.size()), model.key_heads, model.head_dim, sequences, capacity,
+                                    format_of(format));
              },
-             nb::arg("decoder"), nb::arg("sequences"), nb::arg("capacity"), nb::arg("int8") = false)
-        .def_prop_ro("sequences", &Cache::sequences)
-        .def_prop_ro("capacity", &Cache::capacity)
-        .def_prop_ro("bytes_per_position", &Cache::bytes_per_position);
+             nb::arg("decoder"), nb::arg("sequences"), nb::arg("capacity"), nb::arg("format") = "int16",
+             "capacity: positions of each sequence, rounded up to whole blocks. format: 'int16' or 'int8'.")
+        .def_prop_ro("sequences", &KVCache::sequences)
+        .def_prop_ro("capacity", &KVCache::capacity)
+        .def_prop_ro("bytes_per_position", &KVCache::bytes_per_position);
     nb::class_<Decoder>(m, "Decoder", "A model of the Llama family. One forward at a time.")
         .def("__init__",
-             [](Decoder* self, std::shared_ptr<ModelSpec> model, const std::vector<RopeSpec>& ropes, std::shared_ptr<Pool> pool,
+             [](Decoder* self, std::shared_ptr<ModelSpec> model, const std::vector<RopeSpec>& ropes, std::shared_ptr<ThreadPool> pool,
                 const std::string& isa) {
                  check(*model, ropes);
                  new (self) Decoder(std::move(model), ropes, std::move(pool), checked_kernels(isa));

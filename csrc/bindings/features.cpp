@@ -4,11 +4,10 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
+#include "kernels/dispatch.h"
 
 namespace lowbit {
 namespace {
-
-constexpr Isa all[] = {Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::portable};
 
 nb::dict features_dict() {
     const Features &f = features();
@@ -18,12 +17,11 @@ nb::dict features_dict() {
     caches["l2"] = f.l2;
     caches["l3"] = f.l3;
     // What keeps each set from being used: its own flags and those of the sets that it contains.
-    for (const Isa isa : all) {
+    for (const InstructionSet &set : instruction_sets()) {
         nb::list names;
-        for (int level = 0; level <= static_cast<int>(isa); ++level)
-            for (const std::string_view flag : needs(static_cast<Isa>(level)))
-                if (!f.has(flag)) names.append(flag);
-        missing[nb::cast(name(isa))] = names;
+        for (const std::string_view flag : set.needs)
+            if (!f.has(flag)) names.append(flag);
+        missing[nb::cast(set.name)] = names;
     }
     found["flags"] = flags;
     found["caches"] = caches;
@@ -42,7 +40,7 @@ void bind_features(nb::module_ &m) {
         "isas",
         [] {
             std::vector<std::string_view> names;
-            for (const Isa isa : supported()) names.push_back(name(isa));
+            for (const InstructionSet &set : supported()) names.push_back(set.name);
             return names;
         },
         "Sets of kernels that run here, best first; the last is 'portable'.");

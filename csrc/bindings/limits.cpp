@@ -8,7 +8,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
-#include "core/pool.h"
+#include "core/thread_pool.h"
 
 namespace lowbit {
 namespace {
@@ -17,9 +17,8 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-nb::dict limits(Pool& pool, const std::string& isa, std::int64_t bytes, int repeats) {
-    const Kernels* kernels = kernels_for(isa);
-    require(kernels != nullptr, "no kernels for " + isa + " on this processor; isas() names those that run here");
+nb::dict limits(ThreadPool& pool, const std::string& isa, std::int64_t bytes, int repeats) {
+    const Kernels& kernels = checked_kernels(isa);
     require(bytes >= 1 << 20 && repeats >= 1, "at least a megabyte to read, and one repeat");
     double best_read = 0, best_products = 0;
     {
@@ -30,13 +29,13 @@ nb::dict limits(Pool& pool, const std::string& isa, std::int64_t bytes, int repe
         const std::int64_t share = bytes / pool.threads();
         std::atomic<std::int64_t> sink{0}, products{0};
         for (int i = 0; i < repeats; ++i) {
-            pool.run([](Member&) {});  // so that nobody sleeps when the clock starts
+            pool.run([](Worker&) {});  // so that nobody sleeps when the clock starts
             auto start = Clock::now();
-            pool.run([&](Member& member) { sink += kernels->read(memory.data() + member.index() * share, share); });
+            pool.run([&](Worker& worker) { sink += kernels.read(memory.data() + worker.index() * share, share); });
             best_read = std::max(best_read, static_cast<double>(share * pool.threads()) / seconds_since(start));
             products = 0;
             start = Clock::now();
-            pool.run([&](Member&) { products += kernels->peak(4000000); });
+            pool.run([&](Worker&) { products += kernels.peak(4000000); });
             best_products = std::max(best_products, static_cast<double>(products) / seconds_since(start));
         }
     }

@@ -24,8 +24,8 @@ std::vector<std::shared_ptr<const T>> constant(const std::vector<std::shared_ptr
 void make_part(PartSpec* self, const Weight& weight, const std::optional<Weight>& residual, const ActivationSpec& activations,
                const Vector& bias, int offset) {
     PartSpec part;
-    part.weight = weight.linear;
-    if (residual) part.residual = residual->linear;
+    part.weight = weight.packed;
+    if (residual) part.residual = residual->packed;
     part.activations = activations;
     part.bias = vector_of(bias);
     part.offset = offset;
@@ -90,7 +90,7 @@ void make_model(ModelSpec* self, int width, int heads, int key_heads, int head_d
     m.embedding_scale = embedding_scale;
     m.residual_scale = residual_scale;
     m.gate = gate;
-    m.embedding = embedding.linear;
+    m.embedding = embedding.packed;
     m.final_norm = vector_of(final_norm);
     m.head = head;
     m.layers = constant(layers);

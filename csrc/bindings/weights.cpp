@@ -10,8 +10,8 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
-#include "core/pack.h"
-#include "engine/multiplier.h"
+#include "kernels/pack.h"
+#include "kernels/multiplier.h"
 
 namespace lowbit {
 namespace {
@@ -77,12 +77,12 @@ Weight pack(int bits, int group, int zero, const std::vector<Source>& sources, c
         }
     }
     const auto places = places_of(rows, paired);
-    auto linear = std::make_shared<Linear>(make_linear(layout));
+    auto packed = std::make_shared<PackedWeight>(make_weight(layout));
     for (std::size_t i = 0; i < sources.size(); ++i) {
         const auto& [codes, scale, minimum] = sources[i];
-        fill(*linear, places[i].first, places[i].step, rows[i], codes.data(), scale.data(), minimum ? minimum->data() : nullptr);
+        fill(*packed, places[i].first, places[i].step, rows[i], codes.data(), scale.data(), minimum ? minimum->data() : nullptr);
     }
-    return {linear};
+    return {packed};
 }
 
 Weight pack_floats(const std::string& type, const std::vector<nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>>& sources,
@@ -102,10 +102,10 @@ Weight pack_floats(const std::string& type, const std::vector<nb::ndarray<nb::nd
         layout.rows += rows.back();
     }
     const auto places = places_of(rows, paired);
-    auto linear = std::make_shared<Linear>(make_linear(layout));
+    auto packed = std::make_shared<PackedWeight>(make_weight(layout));
     for (std::size_t i = 0; i < sources.size(); ++i)
-        fill_floats(*linear, places[i].first, places[i].step, rows[i], sources[i].data());
-    return {linear};
+        fill_floats(*packed, places[i].first, places[i].step, rows[i], sources[i].data());
+    return {packed};
 }
 
 // Of memory that PyTorch owns: handing tensors over as arrays takes longer than a product with a small weight.
@@ -118,7 +118,7 @@ void multiply(Multiplier& self, const Factor& factor, std::uintptr_t x, int rows
 // The same of arrays, checked.
 void multiply_arrays(Multiplier& self, const Factor& factor, const Array<float, 2>& x, const Output<float, 2>& y,
                      const std::optional<Array<float, 1>>& bias) {
-    const Linear& w = *factor.weight;
+    const PackedWeight& w = *factor.weight;
     require(static_cast<int>(x.shape(1)) == w.cols, "x is [rows, columns of the weight]");
     require(y.shape(0) == x.shape(0) && static_cast<int>(y.shape(1)) == w.rows, "y is [rows of x, rows of the weight]");
     require(!bias || static_cast<int>(bias->shape(0)) == w.rows, "a bias for each row");
@@ -134,21 +134,21 @@ void make_activations(ActivationSpec* self, int bits, bool per_token, float stat
 
 void make_factor(Factor* self, const Weight& weight, const std::optional<ActivationSpec>& activations,
                  const std::optional<Weight>& residual) {
-    const Linear& w = *weight.linear;
-    Factor factor{weight.linear, residual ? residual->linear : nullptr, activations.value_or(ActivationSpec{})};
+    const PackedWeight& w = *weight.packed;
+    Factor factor{weight.packed, residual ? residual->packed : nullptr, activations.value_or(ActivationSpec{})};
     const std::vector<float>& divisor = factor.activations.divisor;
     require(!w.paired, "a pair is multiplied by the decoder only");
     require(divisor.empty() || static_cast<int>(divisor.size()) == w.cols, "a divisor for each column");
     require(divisor.empty() || !is_float(w.code), "float weights take no divisor");
-    require(!residual || fits(w, *residual->linear), "a residual weight has the weight's shape, and its segments");
+    require(!residual || fits(w, *residual->packed), "a residual weight has the weight's shape, and its segments");
     new (self) Factor(std::move(factor));
 }
 
 using Addresses = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
-void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) {
+void make_pool(ThreadPool* self, int threads, const std::optional<Addresses>& openmp) {
     if (!openmp) {
-        new (self) Pool(threads);
+        new (self) ThreadPool(threads);
         return;
     }
     const auto [parallel, count, index] = *openmp;
@@ -157,29 +157,28 @@ void make_pool(Pool* self, int threads, const std::optional<Addresses>& openmp) 
     borrowed.parallel = reinterpret_cast<decltype(borrowed.parallel)>(parallel);
     borrowed.count = reinterpret_cast<decltype(borrowed.count)>(count);
     borrowed.index = reinterpret_cast<decltype(borrowed.index)>(index);
-    new (self) Pool(threads, borrowed);
+    new (self) ThreadPool(threads, borrowed);
 }
 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
     using namespace nb::literals;
-    m.def("give_back", &give_back, "Gives freed memory that the C library keeps back to the system, where it can.");
-    nb::class_<Pool>(m, "Pool", "Threads that run kernels; they sleep while there is nothing to do.")
+    nb::class_<ThreadPool>(m, "ThreadPool", "Threads that run kernels; they sleep while there is nothing to do.")
         .def("__init__", &make_pool, nb::arg("threads"), nb::arg("openmp").none() = nb::none(),
              "openmp: addresses of GOMP_parallel, omp_get_num_threads and omp_get_thread_num, to borrow the threads of "
              "that runtime instead.")
-        .def_prop_ro("threads", &Pool::threads);
+        .def_prop_ro("threads", &ThreadPool::threads);
     nb::class_<Weight>(m, "Weight", "A weight [rows, cols] packed for the kernels.")
-        .def_prop_ro("rows", [](const Weight& w) { return w.linear->rows; })
-        .def_prop_ro("cols", [](const Weight& w) { return w.linear->cols; })
-        .def_prop_ro("segment", [](const Weight& w) { return w.linear->segment; }, "Columns of activations with one scale.")
-        .def_prop_ro("nbytes", [](const Weight& w) { return w.linear->data.bytes(); })
+        .def_prop_ro("rows", [](const Weight& w) { return w.packed->rows; })
+        .def_prop_ro("cols", [](const Weight& w) { return w.packed->cols; })
+        .def_prop_ro("segment", [](const Weight& w) { return w.packed->segment; }, "Columns of activations with one scale.")
+        .def_prop_ro("nbytes", [](const Weight& w) { return w.packed->data.bytes(); })
         .def("unpack_row",
              [](const Weight& w, int row, const Output<float, 1>& out) {
-                 require(row >= 0 && row < w.linear->rows, "no such row");
-                 require(static_cast<int>(out.shape(0)) == w.linear->cols, "a row has as many values as the weight columns");
-                 kernels_for("")->unpack_row(*w.linear, row, out.data());
+                 require(row >= 0 && row < w.packed->rows, "no such row");
+                 require(static_cast<int>(out.shape(0)) == w.packed->cols, "a row has as many values as the weight columns");
+                 kernels_for("")->unpack_row(*w.packed, row, out.data());
              },
              nb::arg("row"), nb::arg("out").noconvert());
     m.def("pack", &pack, nb::arg("bits"), nb::arg("group"), nb::arg("zero"), nb::arg("sources"), nb::arg("table").none() = nb::none(),
@@ -203,7 +202,7 @@ void bind_weights(nb::module_& m) {
         });
     nb::class_<Multiplier>(m, "Multiplier", "Multiplies with packed weights; several callers wait for each other.")
         .def("__init__",
-             [](Multiplier* self, std::shared_ptr<Pool> pool, const std::string& isa) {
+             [](Multiplier* self, std::shared_ptr<ThreadPool> pool, const std::string& isa) {
                  new (self) Multiplier(std::move(pool), checked_kernels(isa));
              },
              nb::arg("pool"), nb::arg("isa") = "")

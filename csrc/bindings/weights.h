@@ -2,13 +2,13 @@
 
 #include <memory>
 
-#include "kernels/linear.h"
+#include "kernels/packed_weight.h"
 
 namespace lowbit {
 
 // A packed weight as Python holds it.
 struct Weight {
-    std::shared_ptr<const Linear> linear;
+    std::shared_ptr<const PackedWeight> packed;
 };
 
 }  // namespace lowbit

@@ -7,9 +7,6 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
 namespace lowbit {
 
@@ -64,11 +61,5 @@ void release(void* memory, std::size_t) noexcept {
 }
 
 #endif
-
-void give_back() noexcept {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
 
 }  // namespace lowbit

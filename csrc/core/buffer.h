@@ -9,9 +9,6 @@ namespace lowbit {
 void* allocate(std::size_t bytes);  // throws std::bad_alloc
 void release(void* memory, std::size_t bytes) noexcept;
 
-// Gives what the C library holds of freed memory back to the system, where it can.
-void give_back() noexcept;
-
 template <class T>
 class Buffer {
  public:

@@ -150,49 +150,4 @@ const Features &features() {
     return found;
 }
 
-std::string_view name(Isa isa) {
-    switch (isa) {
-    case Isa::avx2:
-        return "avx2";
-    case Isa::avx512:
-        return "avx512";
-    case Isa::avx512vnni:
-        return "avx512vnni";
-    case Isa::portable:
-        break;
-    }
-    return "portable";
-}
-
-std::vector<std::string_view> needs(Isa isa) {
-    switch (isa) {
-    case Isa::avx2:
-        return {"avx2", "fma", "f16c"};
-    case Isa::avx512:
-        return {"avx512f", "avx512bw", "avx512vl", "avx512dq"};
-    case Isa::avx512vnni:
-        return {"avx512_vnni"};
-    case Isa::portable:
-        break;
-    }
-    return {};
-}
-
-std::vector<Isa> supported() {
-    std::vector<Isa> found{Isa::portable};
-#if LOWBIT_X86
-    for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512vnni}) {
-        const auto flags = needs(isa);
-        if (!std::all_of(flags.begin(), flags.end(), [](std::string_view f) { return features().has(f); })) break;
-        found.insert(found.begin(), isa);
-    }
-#endif
-    return found;
-}
-
-Isa best_isa() {
-    static const Isa best = supported().front();
-    return best;
-}
-
 } // namespace lowbit

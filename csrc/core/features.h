@@ -7,9 +7,6 @@
 
 namespace lowbit {
 
-// Sets of instructions that kernels are compiled for; each contains those before it.
-enum class Isa { portable, avx2, avx512, avx512vnni };
-
 // One instruction flag, named as in /proc/cpuinfo. `usable`: the processor has it and the system saves its registers.
 struct Flag {
     std::string_view name;
@@ -27,12 +24,5 @@ struct Features {
 };
 
 const Features &features();
-
-std::string_view name(Isa isa);
-// The flags that kernels of `isa` need beyond those of the set before it.
-std::vector<std::string_view> needs(Isa isa);
-// Sets that this processor runs and this build contains, best first; the last is portable.
-std::vector<Isa> supported();
-Isa best_isa();
 
 } // namespace lowbit

@@ -5,27 +5,26 @@
 #include <cstring>
 #include <new>
 
-
 namespace lowbit {
 
 namespace {
 
-constexpr int kOwnBytes = 5 << 17;  // of a thread's second cache, for what one product leaves to the next
+constexpr int kOwnBytes = 5 << 17;  // of a thread's second cache, for what one projection leaves to the next
 constexpr int kOwnRows = 48;        // rows that are worth reading all weights for
 constexpr int kLeastRows = 16;      // of the last spans, which end the waiting
-constexpr int kEven = 48;           // rows of whole blocks, of products and of attention
+constexpr int kEven = 48;           // rows of whole blocks, of projections and of attention
 constexpr int kSpans = 0;           // the counter of spans
 constexpr int kQueryRows = 48;      // queries that share one pass over keys, unless one token has more
 
 }  // namespace
 
-Decoder::Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<Pool> pool,
+Decoder::Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<ThreadPool> pool,
                  const Kernels& kernels)
     : model_(std::move(model)), ropes_(std::move(ropes)), pool_(std::move(pool)), kernels_(kernels) {
     const ModelSpec& m = *model_;
-    qkv_width_ = padded(m.query_width() + 2 * m.key_width());
+    qkv_stride_ = padded(m.query_width() + 2 * m.key_width());
     const auto fit = [&](const MlpSpec& mlp) {
-        mlp_columns_ = std::max(mlp_columns_, padded(mlp.gate_up.width));
+        mlp_stride_ = std::max(mlp_stride_, padded(mlp.gate_up.width));
         hidden_ = std::max({hidden_, mlp.gate_up.cols, mlp.down.cols});
     };
     for (const auto& layer : m.layers) {
@@ -39,8 +38,8 @@ Decoder::Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> r
     hidden_ = padded(std::max(hidden_, m.width));
     angles_.resize(ropes_.size());
     query_rows_ = std::max(kQueryRows, m.heads / m.key_heads);
-    own_.resize(pool_->threads());
-    for (Own& own : own_) {
+    threads_.resize(pool_->threads());
+    for (PerThread& own : threads_) {
         own.row = Buffer<float>(2 * hidden_);
         own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 3 * m.head_dim);
         own.scores = Buffer<float>(attention_memory(query_rows_, m.head_dim));
@@ -54,18 +53,18 @@ void Decoder::prepare(int count, int wanted, int longest) {
     const ModelSpec& m = *model_;
     const std::size_t n = count;
     x_.reserve(n * padded(m.width));
-    qkv_.reserve(n * qkv_width_);
+    qkv_.reserve(n * qkv_stride_);
     for (std::size_t i = 0; i < ropes_.size(); ++i) angles_[i].reserve(n * 2 * ropes_[i].inverse_frequency.size());
-    // Where there are fewer queries than threads can share, the pieces are shared too.
-    const std::int64_t shares = static_cast<std::int64_t>(items_.size()) * m.key_heads;
-    chunks_ = shares < 4 * pool_->threads() ? (longest + kPiece - 1) / kPiece : 1;
-    divide(count);
+    // Where there are fewer queries than threads can share, the splits are shared too.
+    const std::int64_t shares = static_cast<std::int64_t>(query_blocks_.size()) * m.key_heads;
+    splits_ = shares < 4 * pool_->threads() ? (longest + kSplit - 1) / kSplit : 1;
+    divide_into_spans(count);
     const auto reserve = [&](Scratch& scratch, std::size_t rows) {
-        scratch.mlp.reserve(rows * mlp_columns_);
+        scratch.mlp.reserve(rows * mlp_stride_);
         scratch.added.reserve(rows * padded(m.width));
-        scratch.part_out.reserve(rows * chunks_ * m.query_width());
-        scratch.part_max.reserve(rows * chunks_ * m.heads);
-        scratch.part_sum.reserve(rows * chunks_ * m.heads);
+        scratch.split_out.reserve(rows * splits_ * m.query_width());
+        scratch.split_max.reserve(rows * splits_ * m.heads);
+        scratch.split_sum.reserve(rows * splits_ * m.heads);
         scratch.normed.reserve(rows * hidden_);
         if (experts_ == 0) return;
         scratch.routing.logits.reserve(rows * padded(experts_));
@@ -75,72 +74,72 @@ void Decoder::prepare(int count, int wanted, int longest) {
         scratch.routing.begin.reserve(experts_ + 2);
         scratch.routing.results.reserve(rows * padded(m.width));
     };
-    if (alone_.empty()) reserve(together_, n);
+    if (spans_.empty()) reserve(shared_, n);
     int longest_span = 0;
-    for (const Share& share : alone_) longest_span = std::max(longest_span, share.count);
+    for (const SpanRange& share : spans_) longest_span = std::max(longest_span, share.count);
     if (longest_span > 0) {
-        for (Own& own : own_) reserve(own.scratch, longest_span);
+        for (PerThread& own : threads_) reserve(own.scratch, longest_span);
     }
-    together_.normed.reserve(static_cast<std::size_t>(wanted) * hidden_);
+    shared_.normed.reserve(static_cast<std::size_t>(wanted) * hidden_);
 }
 
 // A thread that takes some tokens through a layer by itself finds what it wrote in its own cache, and waits for others once
 // a layer. Wider models leave no room there for enough rows, and their weights would be read too often, as those of experts
 // would, of which each is for some tokens only.
-void Decoder::divide(int count) {
-    alone_.clear();
+void Decoder::divide_into_spans(int count) {
+    spans_.clear();
     if (experts_ > 0) return;
     const int threads = pool_->threads();
-    const int most = static_cast<int>(std::min<std::int64_t>(kOwnBytes / (std::int64_t{4} * mlp_columns_), 96));
+    const int most = static_cast<int>(std::min<std::int64_t>(kOwnBytes / (std::int64_t{4} * mlp_stride_), 96));
     if (most < kOwnRows || count < threads * kOwnRows) return;
     // From the last tokens, which attend to most, in ever smaller spans: threads end together.
     int end = count;
-    std::size_t item = items_.size();
+    std::size_t block = query_blocks_.size();
     while (end > 0) {
         int size = std::clamp(end / (2 * threads), kLeastRows, most);
         if (size > kEven) size -= size % kEven;
-        std::size_t from = item;
+        std::size_t from = block;
         int rows = 0;
-        while (from > 0 && (rows == 0 || rows + items_[from - 1].count <= size)) rows += items_[--from].count;
-        alone_.push_back({end - rows, rows, static_cast<int>(from), static_cast<int>(item - from)});
+        while (from > 0 && (rows == 0 || rows + query_blocks_[from - 1].count <= size)) rows += query_blocks_[--from].count;
+        spans_.push_back({end - rows, rows, static_cast<int>(from), static_cast<int>(block - from)});
         end -= rows;
-        item = from;
+        block = from;
     }
 }
 
-bool Decoder::forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted) {
+bool Decoder::forward(const Tokens& tokens, KVCache& cache, float* logits, const std::function<bool()>& interrupted) {
     const ModelSpec& m = *model_;
-    items_.clear();
+    query_blocks_.clear();
     const int together = std::max(1, query_rows_ / (m.heads / m.key_heads));
     int longest = 0;
     for (int t = 0; t < tokens.count; ++t) {
         longest = std::max(longest, tokens.position[t] + 1);
-        const bool joins = t > 0 && tokens.sequence[t] == tokens.sequence[t - 1] && items_.back().count < together;
+        const bool joins = t > 0 && tokens.sequence[t] == tokens.sequence[t - 1] && query_blocks_.back().count < together;
         if (joins) {
-            ++items_.back().count;
+            ++query_blocks_.back().count;
         } else {
-            items_.push_back({t, 1});
+            query_blocks_.push_back({t, 1});
         }
     }
     prepare(tokens.count, tokens.wanted_count, longest);
     interrupted_ = &interrupted;
     stopped_ = false;
     no_memory_ = false;
-    pool_->run([&](Member& member) { run(member, tokens, cache, logits); });
+    pool_->run([&](Worker& worker) { run(worker, tokens, cache, logits); });
     if (no_memory_) throw std::bad_alloc();
     return !stopped_;
 }
 
-// The first member is the thread that called.
-void Decoder::look(Member& member) {
-    if (member.index() != 0 || stopped_ || !(*interrupted_)()) return;
+// The first worker is the thread that called.
+void Decoder::check_interrupt(Worker& worker) {
+    if (worker.index() != 0 || stopped_ || !(*interrupted_)()) return;
     stopped_ = true;
-    member.drop();
+    worker.cancel();
 }
 
-void Decoder::embed(Member& member, const Tokens& tokens) {
+void Decoder::embed(Worker& worker, const Tokens& tokens) {
     const ModelSpec& m = *model_;
-    member.share(0, tokens.count, 1, [&](std::int64_t begin, std::int64_t end) {
+    worker.share(0, tokens.count, 1, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t t = begin; t < end; ++t) {
             float* row = x_.data() + t * padded(m.width);
             kernels_.unpack_row(*m.embedding, tokens.ids[t], row);
@@ -160,20 +159,20 @@ void Decoder::embed(Member& member, const Tokens& tokens) {
             }
         }
     });
-    member.barrier();
+    worker.barrier();
 }
 
 // x += norm(added)
 void Decoder::add_normed(const Span& span, const Buffer<float>& norm) {
     const ModelSpec& m = *model_;
-    span.member.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
+    span.worker.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             float *x = x_.data() + (span.first + i) * padded(m.width), *added = span.scratch.added.data() + i * padded(m.width);
             if (norm.size() > 0) kernels_.rms_norm(added, norm.data(), m.width, m.epsilon, added);
             for (int k = 0; k < m.width; ++k) x[k] += m.residual_scale * added[k];
         }
     });
-    span.member.barrier();
+    span.worker.barrier();
 }
 
 // Row `row` of the residual stream, normed.
@@ -185,14 +184,14 @@ const float* Decoder::normed(const Buffer<float>& norm, std::int64_t row, float*
     return out;
 }
 
-void Decoder::before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache) {
+void Decoder::before_attention(const Span& span, int index, const Tokens& tokens, KVCache& cache) {
     const LayerSpec& layer = *model_->layers[index];
-    multiply(span, layer.qkv, [&](int i, float* out) { return normed(layer.attention_norm, span.first + i, out); },
-             qkv_.data() + std::int64_t{span.first} * qkv_width_, qkv_width_, Gate::none, nullptr, &layer.output);
+    project(span, layer.qkv, [&](int i, float* out) { return normed(layer.attention_norm, span.first + i, out); },
+             qkv_.data() + std::int64_t{span.first} * qkv_stride_, qkv_stride_, Gate::none, nullptr, &layer.output);
     rotate_and_append(span, index, tokens, cache);
 }
 
-void Decoder::attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache) {
+void Decoder::attention_and_after(const Span& span, int index, const Tokens& tokens, KVCache& cache) {
     const ModelSpec& m = *model_;
     const LayerSpec& layer = *m.layers[index];
     const int stride = padded(m.width);
@@ -202,7 +201,7 @@ void Decoder::attention_and_after(const Span& span, int index, const Tokens& tok
 
     attend(span, index, tokens, cache);
     const bool plain = at_once(layer.attention_post_norm);
-    multiply(span, layer.output, [&](int i, float* out) { return attended(span, i, out); }, plain ? x : span.scratch.added.data(),
+    project(span, layer.output, [&](int i, float* out) { return attended(span, i, out); }, plain ? x : span.scratch.added.data(),
              stride, Gate::none, plain ? x : nullptr, layer.mlp ? &layer.mlp->gate_up : &layer.experts->router);
     if (!plain) add_normed(span, layer.attention_post_norm);
 
@@ -217,47 +216,47 @@ void Decoder::attention_and_after(const Span& span, int index, const Tokens& tok
     if (!plain_mlp) add_normed(span, layer.mlp_post_norm);
 }
 
-void Decoder::read_head(Member& member, const Tokens& tokens, float* logits) {
+void Decoder::read_head(Worker& worker, const Tokens& tokens, float* logits) {
     const ModelSpec& m = *model_;
     if (tokens.wanted_count == 0) return;
-    const Span span{member, together_, 0, tokens.wanted_count, 0, 0};
-    multiply(span, m.head, [&](int i, float* out) { return normed(m.final_norm, tokens.wanted[i], out); }, logits,
+    const Span span{worker, shared_, 0, tokens.wanted_count, 0, 0};
+    project(span, m.head, [&](int i, float* out) { return normed(m.final_norm, tokens.wanted[i], out); }, logits,
              m.vocabulary, Gate::none, nullptr, nullptr);
     if (m.logit_soft_cap == 0 && m.logit_scale == 1) return;
     const std::int64_t total = std::int64_t{tokens.wanted_count} * m.vocabulary;
-    member.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {
+    worker.share(0, total, 4096, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             float v = logits[i] * m.logit_scale;
             if (m.logit_soft_cap > 0) v = m.logit_soft_cap * std::tanh(v / m.logit_soft_cap);
             logits[i] = v;
         }
     });
-    member.barrier();
+    worker.barrier();
 }
 
-void Decoder::run(Member& member, const Tokens& tokens, Cache& cache, float* logits) {
+void Decoder::run(Worker& worker, const Tokens& tokens, KVCache& cache, float* logits) {
     const int layers = static_cast<int>(model_->layers.size());
     // What lies between two layers' attention: keys of all tokens are in the cache before any is looked for.
     const auto stage = [&](const Span& span, int i) {
         if (i > 0) attention_and_after(span, i - 1, tokens, cache);
         if (i < layers) before_attention(span, i, tokens, cache);
     };
-    embed(member, tokens);
+    embed(worker, tokens);
     for (int i = 0; i <= layers; ++i) {
-        if (alone_.empty()) {
-            stage({member, together_, 0, tokens.count, 0, static_cast<int>(items_.size())}, i);
+        if (spans_.empty()) {
+            stage({worker, shared_, 0, tokens.count, 0, static_cast<int>(query_blocks_.size())}, i);
             continue;
         }
-        member.share(kSpans, static_cast<std::int64_t>(alone_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+        worker.share(kSpans, static_cast<std::int64_t>(spans_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t k = begin; k < end; ++k) {
-                const Share& share = alone_[k];
-                Member self = member.alone();
-                stage({self, own_[member.index()].scratch, share.first, share.count, share.first_item, share.items}, i);
+                const SpanRange& share = spans_[k];
+                Worker self = worker.alone();
+                stage({self, threads_[worker.index()].scratch, share.first, share.count, share.first_block, share.blocks}, i);
             }
         });
-        member.barrier();
+        worker.barrier();
     }
-    read_head(member, tokens, logits);
+    read_head(worker, tokens, logits);
 }
 
 }  // namespace lowbit

@@ -7,10 +7,10 @@
 #include <memory>
 #include <vector>
 
-#include "core/pool.h"
-#include "engine/cache.h"
+#include "core/thread_pool.h"
+#include "engine/kv_cache.h"
 #include "engine/model.h"
-#include "kernels/linear.h"
+#include "kernels/kernels.h"
 
 namespace lowbit {
 
@@ -25,37 +25,26 @@ struct Tokens {
     int wanted_count = 0;
 };
 
-// Memory for quantized activations of some rows.
-struct RowsBuffer {
-    Rows rows;
-    Buffer<std::int8_t> q[2], rest[2];
-    Buffer<std::int32_t> start[2], rest_start[2];
-    Buffer<float> scale, total, rest_scale;
-    Buffer<bool> spread;
-
-    void shape(const Linear& weight, int planes, int count);
-};
-
 // Columns of padded results: whole tiles, so that rows begin at cache lines.
 constexpr int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
 
 class Decoder {
  public:
-    Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<Pool> pool, const Kernels& kernels);
+    Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<ThreadPool> pool, const Kernels& kernels);
 
     // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions. interrupted: asked again and
     // again by the thread that called, while more than one token is run; once it says so the rest is left out, and the result
     // is false: logits, and keys and values at the positions of these tokens, are then worth nothing. All else is as before.
     // std::bad_alloc where there is no memory, with the same consequences.
-    bool forward(const Tokens& tokens, Cache& cache, float* logits, const std::function<bool()>& interrupted);
+    bool forward(const Tokens& tokens, KVCache& cache, float* logits, const std::function<bool()>& interrupted);
 
     const ModelSpec& model() const { return *model_; }
 
  private:
-    // Positions of one piece: attention is always joined from pieces that begin at multiples of this.
-    static constexpr int kPiece = 512;
+    // Positions of one split of keys and values: attention is always joined from splits that begin at multiples of this.
+    static constexpr int kSplit = 512;
 
-    struct Item {  // queries that are attended together
+    struct QueryBlock {  // queries that are attended together
         int token, count;
     };
 
@@ -68,20 +57,20 @@ class Decoder {
         Buffer<float> results;      // [rows of one expert, width]
     };
 
-    // What the rows of a span need between two products.
+    // What the rows of a span need between two projections.
     struct Scratch {
-        std::vector<RowsBuffer> rows;  // one for each kind of input of a product
+        std::vector<ActivationsBuffer> activations;  // one for each way in which a projection rounds its input
         Buffer<float> mlp, added, normed;
         Routing routing;
-        Buffer<float> part_out, part_max, part_sum;
+        Buffer<float> split_out, split_max, split_sum;
     };
 
-    // Tokens that a team takes through a layer together: all threads all tokens, or each thread some tokens by itself.
+    // Tokens that go through a layer together: all tokens with all threads, or some tokens with one thread.
     struct Span {
-        Member& member;
+        Worker& worker;
         Scratch& scratch;
         int first, count;  // tokens
-        int first_item, items;
+        int first_block, blocks;
     };
 
     // Row `i` of a span, in `scratch` or where it lies.
@@ -96,22 +85,22 @@ class Decoder {
     };
 
     void prepare(int count, int wanted, int longest);
-    void divide(int count);
-    void run(Member& member, const Tokens& tokens, Cache& cache, float* logits);
-    void look(Member& member);
-    void embed(Member& member, const Tokens& tokens);
-    void before_attention(const Span& span, int index, const Tokens& tokens, Cache& cache);
-    void attention_and_after(const Span& span, int index, const Tokens& tokens, Cache& cache);
-    void read_head(Member& member, const Tokens& tokens, float* logits);
-    void multiply(const Span& span, const ProjectionSpec& product, const RowSource& row, float* y, std::int64_t stride, Gate gate,
-                  const float* residual, const ProjectionSpec* next);
-    void run_mlp(const Span& span, const MlpSpec& mlp, const RowSource& row, float* y, const float* residual,
+    void divide_into_spans(int count);
+    void run(Worker& worker, const Tokens& tokens, KVCache& cache, float* logits);
+    void check_interrupt(Worker& worker);
+    void embed(Worker& worker, const Tokens& tokens);
+    void before_attention(const Span& span, int index, const Tokens& tokens, KVCache& cache);
+    void attention_and_after(const Span& span, int index, const Tokens& tokens, KVCache& cache);
+    void read_head(Worker& worker, const Tokens& tokens, float* logits);
+    void project(const Span& span, const ProjectionSpec& projection, const RowSource& row, float* y, std::int64_t stride, Gate gate,
+                  const float* addend, const ProjectionSpec* next);
+    void run_mlp(const Span& span, const MlpSpec& mlp, const RowSource& row, float* y, const float* addend,
                  const ProjectionSpec* next);
     void route(const Span& span, const ExpertsSpec& mixture, const RowSource& row);
     void run_experts(const Span& span, const ExpertsSpec& mixture, const RowSource& row, const ProjectionSpec* next);
     void norm_together(const Span& span, const LayerSpec& layer);
-    void rotate_and_append(const Span& span, int index, const Tokens& tokens, Cache& cache);
-    void attend(const Span& span, int index, const Tokens& tokens, Cache& cache);
+    void rotate_and_append(const Span& span, int index, const Tokens& tokens, KVCache& cache);
+    void attend(const Span& span, int index, const Tokens& tokens, KVCache& cache);
     const float* attended(const Span& span, int row, float* out) const;
     const float* normed(const Buffer<float>& norm, std::int64_t row, float* out) const;
     void add_normed(const Span& span, const Buffer<float>& norm);
@@ -119,31 +108,31 @@ class Decoder {
 
     std::shared_ptr<const ModelSpec> model_;
     const std::vector<RopeSpec> ropes_;
-    std::shared_ptr<Pool> pool_;
+    std::shared_ptr<ThreadPool> pool_;
     const Kernels& kernels_;
-    int qkv_width_ = 0, hidden_ = 0, mlp_columns_ = 0, query_rows_ = 0;
+    int qkv_stride_ = 0, hidden_ = 0, mlp_stride_ = 0, query_rows_ = 0;
     int experts_ = 0, top_k_ = 0;  // the most that a layer has
 
     // Of the forward at hand.
-    std::vector<Item> items_;
+    std::vector<QueryBlock> query_blocks_;
     const std::function<bool()>* interrupted_ = nullptr;
     bool stopped_ = false;  // of the thread that called
     std::atomic<bool> no_memory_{false};  // for keys and values that int8 does not hold
-    int chunks_ = 1;  // pieces of the positions that are attended by tasks of their own
+    int splits_ = 1;  // that tasks of their own attend to; 1: a task takes all that its queries see
     Buffer<float> x_, qkv_;
     std::vector<Buffer<float>> angles_;  // [tokens, rotary]: cosines, sines
-    struct Share {
-        int first, count, first_item, items;
+    struct SpanRange {
+        int first, count, first_block, blocks;
     };
-    std::vector<Share> alone_;  // spans that one thread takes by itself; none: everyone takes all
-    Scratch together_;
-    struct Own {
+    std::vector<SpanRange> spans_;  // that one thread takes by itself; none: all threads take all tokens
+    Scratch shared_;
+    struct PerThread {
         Buffer<float> row, queries, scores, extremes;
-        std::vector<RowsBuffer> rows;
+        std::vector<ActivationsBuffer> activations;
         std::vector<int> first, last;
         Scratch scratch;
     };
-    std::vector<Own> own_;  // of each thread
+    std::vector<PerThread> threads_;
 };
 
 }  // namespace lowbit

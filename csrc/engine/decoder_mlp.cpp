@@ -41,19 +41,19 @@ void choose(const float* probability, int count, int top_k, bool normalized, int
 
 }  // namespace
 
-// y [count, width] = residual + the MLP of what row(i, scratch) gives.
-void Decoder::run_mlp(const Span& span, const MlpSpec& mlp, const RowSource& row, float* y, const float* residual,
+// y [count, width] = addend + the MLP of what row(i, scratch) gives.
+void Decoder::run_mlp(const Span& span, const MlpSpec& mlp, const RowSource& row, float* y, const float* addend,
                       const ProjectionSpec* next) {
     const ModelSpec& m = *model_;
-    multiply(span, mlp.gate_up, row, span.scratch.mlp.data(), mlp_columns_, m.gate, nullptr, &mlp.down);
+    project(span, mlp.gate_up, row, span.scratch.mlp.data(), mlp_stride_, m.gate, nullptr, &mlp.down);
     const auto hidden = [&](int i, float* out) -> const float* {
-        const float* values = span.scratch.mlp.data() + std::int64_t{i} * mlp_columns_;
+        const float* values = span.scratch.mlp.data() + std::int64_t{i} * mlp_stride_;
         if (mlp.paired()) return values;
         std::memcpy(out, values, sizeof(float) * mlp.down.cols);
         kernels_.gate(m.gate, out, values + mlp.gate_up.parts[1]->offset, mlp.down.cols);
         return out;
     };
-    multiply(span, mlp.down, hidden, y, padded(m.width), Gate::none, residual, next);
+    project(span, mlp.down, hidden, y, padded(m.width), Gate::none, addend, next);
 }
 
 // Which experts each token takes; `routing` of the span is theirs from here on.
@@ -61,8 +61,8 @@ void Decoder::route(const Span& span, const ExpertsSpec& mixture, const RowSourc
     const int count = static_cast<int>(mixture.experts.size()), top_k = mixture.top_k, stride = padded(count);
     const int width = padded(model_->width);
     Routing& routing = span.scratch.routing;
-    multiply(span, mixture.router, row, routing.logits.data(), stride, Gate::none, nullptr, nullptr);
-    span.member.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
+    project(span, mixture.router, row, routing.logits.data(), stride, Gate::none, nullptr, nullptr);
+    span.worker.share(0, span.count, 4, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             float* logits = routing.logits.data() + i * stride;
             softmax(logits, count);
@@ -70,18 +70,18 @@ void Decoder::route(const Span& span, const ExpertsSpec& mixture, const RowSourc
             std::memset(span.scratch.added.data() + i * width, 0, sizeof(float) * width);
         }
     });
-    span.member.barrier();
-    if (span.member.index() == 0 || span.member.count() == 1) {
+    span.worker.barrier();
+    if (span.worker.index() == 0 || span.worker.count() == 1) {
         // Rows are counted, then put in place: those of an expert stand together, in the order of their tokens. What was left
         // out, because the forward ends, was not chosen either.
-        const int slots = span.member.dropped() ? 0 : span.count * top_k;
+        const int slots = span.worker.cancelled() ? 0 : span.count * top_k;
         int* begin = routing.begin.data();
         std::fill(begin, begin + count + 2, 0);
         for (int s = 0; s < slots; ++s) ++begin[routing.chosen[s] + 2];
         for (int e = 0; e < count; ++e) begin[e + 2] += begin[e + 1];
         for (int s = 0; s < slots; ++s) routing.slots[begin[routing.chosen[s] + 1]++] = s;
     }
-    span.member.barrier();
+    span.worker.barrier();
 }
 
 // scratch.added [count, width] = the sum over the experts of each token. Every weight is read once, for all rows that take it;
@@ -97,16 +97,16 @@ void Decoder::run_experts(const Span& span, const ExpertsSpec& mixture, const Ro
         const auto taken = [&](int i, float* out) { return row.get(row.self, slots[i] / top_k, out); };
         int after = e + 1;
         while (after < count && routing.begin[after] == routing.begin[after + 1]) ++after;
-        const Span those{span.member, span.scratch, 0, rows, 0, 0};
+        const Span those{span.worker, span.scratch, 0, rows, 0, 0};
         run_mlp(those, *mixture.experts[e], taken, routing.results.data(), nullptr,
                 after < count ? &mixture.experts[after]->gate_up : next);
-        span.member.share(0, rows, 4, [&](std::int64_t begin, std::int64_t end) {
+        span.worker.share(0, rows, 4, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t i = begin; i < end; ++i) {
                 add_share(span.scratch.added.data() + std::int64_t{slots[i] / top_k} * padded(width),
                           routing.results.data() + i * padded(width), routing.share[slots[i]], width);
             }
         });
-        span.member.barrier();
+        span.worker.barrier();
     }
 }
 

@@ -44,7 +44,7 @@ void check(const LayerSpec& layer, const ModelSpec& m, int ropes) {
 }  // namespace
 
 void check(const PartSpec& part) {
-    const Linear& w = *part.weight;
+    const PackedWeight& w = *part.weight;
     const ActivationSpec& a = part.activations;
     require(part.offset >= 0, "an offset is a column");
     require(a.bits == 8 || a.bits == 15, "activations have 8 bits or 15");

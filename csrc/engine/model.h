@@ -6,24 +6,14 @@
 #include <vector>
 
 #include "core/buffer.h"
-#include "kernels/linear.h"
+#include "kernels/kernels.h"
 
 namespace lowbit {
 
-// How the activations in front of a weight are rounded.
-struct ActivationSpec {
-    int bits = 15;              // 8; or 15, which stands for activations that are not rounded
-    bool per_token = false;     // one scale for a token, instead of one for each of its segments
-    float static_scale = 0;     // > 0: the scale of all tokens, found on calibration text
-    std::vector<float> divisor;  // [cols], or empty: x / divisor comes first (SmoothQuant)
-
-    bool operator==(const ActivationSpec&) const = default;
-};
-
 // A packed weight in its place in a projection: columns of the result from `offset` on.
 struct PartSpec {
-    std::shared_ptr<const Linear> weight;
-    std::shared_ptr<const Linear> residual;  // or none: a second weight that is added, what rounding the first one's table left
+    std::shared_ptr<const PackedWeight> weight;
+    std::shared_ptr<const PackedWeight> residual;  // or none: a second weight that is added, what rounding the first one's table left
     ActivationSpec activations;
     Buffer<float> bias;  // whole tiles, or empty
     int offset = 0;
@@ -85,7 +75,7 @@ struct ModelSpec {
     float residual_scale = 1;
     Gate gate = Gate::silu;
     std::vector<std::shared_ptr<const LayerSpec>> layers;
-    std::shared_ptr<const Linear> embedding;
+    std::shared_ptr<const PackedWeight> embedding;
     Buffer<float> final_norm;
     ProjectionSpec head;
 

@@ -1,7 +1,9 @@
 // What this processor could do at best, to hold speeds against.
+#pragma once
+
 #include <utility>
 
-#include "kernels/linear.h"
+#include "kernels/simd.h"
 
 namespace lowbit {
 namespace {

@@ -1,4 +1,15 @@
-// The table of this instruction set; included last.
+// The table of this instruction set.
+#pragma once
+
+#include "kernels/attention.inl"
+#include "kernels/gates.inl"
+#include "kernels/kernels.h"
+#include "kernels/kv_append.inl"
+#include "kernels/limits.inl"
+#include "kernels/linear.inl"
+#include "kernels/quantize.inl"
+#include "kernels/rows.inl"
+
 namespace lowbit {
 namespace {
 constexpr Kernels table_of(const char* name) {

@@ -43,7 +43,7 @@ def close(found: Any, right: Any, bound: float, *what: object) -> None:
 
 
 def steps(x: Any, segment: int, bits: int, per_token: bool = False, static_scale: float = 0.0) -> Any:
-    """The step by which each of x [rows, cols] is rounded, as kernels/linear.h says."""
+    """The step by which each of x [rows, cols] is rounded, as kernels/quantize.inl says."""
     if static_scale:
         return np.full_like(x, static_scale)
     ends = [(0, x.shape[1])] if per_token else [(k, k + segment) for k in range(0, x.shape[1], segment)]
@@ -89,7 +89,7 @@ def packed(core: Any, kind: str, rows: int, cols: int, group: int, minimum: bool
 
 
 def kernels(core: Any) -> None:
-    pool = core.Pool(2)
+    pool = core.ThreadPool(2)
     every = itertools.product(("u4", "table4", "u8"), (0, 16, 32, 96), (False, True), (False, True))
     for n, (kind, group, minimum, wide) in enumerate(every):
         shape = SHAPES[n % len(SHAPES)]
@@ -170,7 +170,7 @@ def sums(core: Any, pool: Any) -> None:
 
 def spread(core: Any) -> None:
     """Channels far above their neighbours, as large as 1e6, change nothing of what these give."""
-    pool = core.Pool(2)
+    pool = core.ThreadPool(2)
     for (bits, zero, table), group, big in itertools.product(
         ((8, 128, None), (4, 8, None), (4, 128, np.arange(120, 136, dtype=np.uint8))), (0, 32), (1e3, 1e4, 1e6)
     ):
@@ -204,8 +204,11 @@ def spread_cache(core: Any, where: str, isa: str) -> None:
     for big in (1.0, 2.0**13, 2.0**20):
         built, ropes = model(core, "f32", 4, 2, 32, False, (where, big))
         for int8, chunk in itertools.product((False, True), (1, 7, 90)):
-            one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(1), isa)
-            cache, logits = core.Cache(one, 2, 90, int8), np.zeros((2, built["vocabulary"]), np.float32)
+            one = core.Decoder(core.ModelSpec(**built), ropes, core.ThreadPool(1), isa)
+            cache, logits = (
+                core.KVCache(one, 2, 90, "int8" if int8 else "int16"),
+                np.zeros((2, built["vocabulary"]), np.float32),
+            )
             for first in range(0, 90, chunk):
                 run(one, cache, [range(first, min(first + chunk, 90)), range(first, min(first + chunk, 70))], logits)
             right = found.setdefault((int8, big), logits)
@@ -348,8 +351,8 @@ def decoder(core: Any) -> None:
         built, ropes = model(core, kind, heads, key_heads, head_dim, odd)
         lengths, found = (70, 1, 530 if heads == 4 else 129, 17), {}
         for isa, threads, int8 in itertools.product(core.isas(), (1, 3), (False, True)):
-            one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(threads), isa)
-            cache = core.Cache(one, len(lengths), max(lengths) + 1, int8)
+            one = core.Decoder(core.ModelSpec(**built), ropes, core.ThreadPool(threads), isa)
+            cache = core.KVCache(one, len(lengths), max(lengths) + 1, "int8" if int8 else "int16")
             logits = np.zeros((len(lengths), built["vocabulary"]), np.float32)
             for first, last in ((0, 0.6), (0.6, 1.0)):
                 parts = [range(int(n * first), max(int(n * last), 1) if first == 0 else n) for n in lengths]
@@ -364,12 +367,12 @@ def decoder(core: Any) -> None:
                 refused(one.forward, cache, *given, logits[:1].copy())
         close(found[True], found[False], 0.1, "int8 cache")
         for change in ({"heads": heads + 1}, {"head_dim": head_dim + 8}, {"final_norm": np.ones(9, np.float32)}):
-            refused(core.Decoder, core.ModelSpec(**built | change), ropes, core.Pool(1))
-        refused(core.Decoder, core.ModelSpec(**built), [], core.Pool(1))
+            refused(core.Decoder, core.ModelSpec(**built | change), ropes, core.ThreadPool(1))
+        refused(core.Decoder, core.ModelSpec(**built), [], core.ThreadPool(1))
         refused(core.ModelSpec, **built, head_dims=head_dim)
         del built["head"]
         refused(core.ModelSpec, **built)
-        refused(core.Cache, one, 0, 5)
+        refused(core.KVCache, one, 0, 5)
 
 
 def run(one: Any, cache: Any, parts: list[range], logits: Any) -> None:
@@ -397,8 +400,8 @@ def interrupted(core: Any) -> None:
     signal.signal(signal.SIGALRM, handler)
     for kind, odd, threads, every in itertools.product(("u4", "f32"), (False, True), (1, 3), (0.06, 0.09)):
         built, ropes = model(core, kind, 4, 2, 16, odd)
-        one = core.Decoder(core.ModelSpec(**built), ropes, core.Pool(threads))
-        cache = core.Cache(one, 8, 2500)
+        one = core.Decoder(core.ModelSpec(**built), ropes, core.ThreadPool(threads))
+        cache = core.KVCache(one, 8, 2500)
         logits = np.zeros((8, VOCABULARY[odd]), np.float32)
         run(one, cache, [range(100)] * 8, logits)
         right, found = logits.copy(), 0
@@ -434,7 +437,7 @@ def sampler(core: Any) -> None:
 def limits(core: Any) -> None:
     assert core.features()["cores"] >= 1
     for isa in core.isas():
-        core.limits(core.Pool(2), isa, 1 << 20, 1)
+        core.limits(core.ThreadPool(2), isa, 1 << 20, 1)
 
 
 PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits)}

@@ -47,7 +47,7 @@ def test_flags_are_those_of_the_system() -> None:
 
 
 def test_limits_are_measured_for_every_set_of_instructions() -> None:
-    pool = core().Pool(2)
+    pool = core().ThreadPool(2)
     for isa in core().isas():
         found = core().limits(pool, isa, bytes=1 << 20, repeats=1)
         assert set(found) == {"read_bytes_per_second", "int8_products_per_second"}

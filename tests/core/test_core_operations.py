@@ -90,12 +90,12 @@ def decoder_of(model: Any, threads: int, isa: str = "") -> Any:
         final_norm=inner.norm.weight.detach().numpy(), head=projection([model.lm_head.weight]),
         layers=[layer_of(layer, c) for layer in inner.layers],
     )  # fmt: skip
-    return lowbit_core.Decoder(spec, [rope], lowbit_core.Pool(threads), isa)
+    return lowbit_core.Decoder(spec, [rope], lowbit_core.ThreadPool(threads), isa)
 
 
 def logits(decoder: Any, texts: Sequence[Any], chunk: int) -> list[Any]:
     """The logits after every token of each text, all texts read together, `chunk` tokens of each at a time."""
-    cache, found = lowbit_core.Cache(decoder, len(texts), 256), [[] for _ in texts]
+    cache, found = lowbit_core.KVCache(decoder, len(texts), 256), [[] for _ in texts]
     for first in range(0, max(map(len, texts)), chunk):
         parts = [(i, t[first : first + chunk]) for i, t in enumerate(texts) if len(t) > first]
         sequence = np.concatenate([np.full(len(p), i, np.int32) for i, p in parts])

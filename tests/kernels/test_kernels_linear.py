@@ -29,11 +29,11 @@ SHAPES = [(1, 1), (1, 32), (16, 32), (17, 33), (48, 256), (64, 96), (16, 100), (
 # Rounding of the weights and of the result to each type; sums are longer than one rounding.
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 PACKED_OR_EXPAND = "expand" if why_absent() else "packed"
-PLANES = 1e-4  # two planes of 8 bits stand for float activations
+TWO_DIGITS = 1e-4  # two digits of 8 bits stand for float activations
 
 
 def limit(kernel: registry.Kernel, dtype: torch.dtype) -> float:
-    return max(LIMITS[dtype], PLANES if kernel.name == "packed" else 0)
+    return max(LIMITS[dtype], TWO_DIGITS if kernel.name == "packed" else 0)
 
 
 @cache
@@ -182,7 +182,7 @@ def test_the_dispatcher_keeps_shapes(only: str | None) -> None:
         y = dispatcher.linear(x, lambda: q, torch.ones(24))
         assert y.shape == (*lead, 24)
         if x.numel():
-            assert error(y, truth(x, q, torch.ones(24))) < PLANES
+            assert error(y, truth(x, q, torch.ones(24))) < TWO_DIGITS
     used = {kernel.name for kernel, _ in dispatcher.chosen.values()}
     assert only is None or used == {only}
 

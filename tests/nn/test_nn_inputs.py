@@ -40,7 +40,7 @@ def expected(x: Tensor, w: PackedWeight) -> Tensor:
 
 
 def near(a: Tensor, b: Tensor, limit: float = 1e-4) -> bool:
-    """Within what two planes of 8 bits cost float activations."""
+    """Within what two digits of 8 bits cost float activations."""
     return a.shape == b.shape and bool((a.double() - b).norm() <= limit * b.norm())
 
 

@@ -29,7 +29,7 @@ def weight(text: str, shape: tuple[int, ...] = (24, 40), transposed: bool = Fals
 
 
 def near(a: Tensor, b: Tensor, limit: float = 1e-4) -> bool:
-    """Within what two planes of 8 bits cost float activations."""
+    """Within what two digits of 8 bits cost float activations."""
     return a.shape == b.shape and a.dtype == b.dtype and bool((a - b).norm() <= limit * b.norm())
 
 

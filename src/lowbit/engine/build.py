@@ -17,10 +17,10 @@ from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
 from lowbit.families.family import Experts
 from lowbit.formats import IntGrid, QTensor
-from lowbit.kernels.layout import Floats, codes_of, pack, rest_of, why_not
+from lowbit.kernels.layout import Floats, codes_of, pack, residual_of, why_not
 
 if TYPE_CHECKING:
-    from lowbit import _core
+    import lowbit._core as _core
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -53,7 +53,7 @@ class Builder:
     """
 
     if TYPE_CHECKING:
-        from lowbit import _core as core  # so that arguments are checked
+        import lowbit._core as core  # so that arguments are checked
     else:
         core: Any
 
@@ -237,7 +237,7 @@ class Builder:
                 self.program.rounded.append(name)
                 return KernelWeight(codes, inputs)
             # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
-            residual = None if whole else rest_of(found.value, codes)
+            residual = None if whole else residual_of(found.value, codes)
             if residual is not None:
                 return KernelWeight(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"

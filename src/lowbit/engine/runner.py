@@ -19,6 +19,7 @@ from lowbit.engine.shape import shape_of
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
+from lowbit.kernels.heap import trim
 
 MOST_THREADS = 1024
 
@@ -82,7 +83,7 @@ class _Process:
     """
 
     def __init__(self, core: Any, threads: int) -> None:
-        self.pool, self.lock = core.Pool(threads), Lock()
+        self.pool, self.lock = core.ThreadPool(threads), Lock()
         self.decoders: dict[bool, Any] = {}
 
 
@@ -110,7 +111,7 @@ class Runner:
         self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
             self._program = Builder(module, self.shape, weights, str(activations)).build(self._threads)
-        module.give_back()  # packing went through every weight unpacked
+        trim()  # packing went through every weight unpacked
 
     def describe(self) -> Description:
         """How it runs and what it takes."""
@@ -181,7 +182,7 @@ class Runner:
                 ) from None
 
     def _new_cache(self, sequences: int, positions: int) -> Any:
-        return self.core.Cache(self._decoder(1), sequences, positions, **self._cache.core_arguments())
+        return self.core.KVCache(self._decoder(1), sequences, positions, **self._cache.core_arguments())
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""

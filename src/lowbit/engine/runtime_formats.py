@@ -72,5 +72,5 @@ class CacheFormat:
         return self.keys if self.keys == self.values else f"k={self.keys},v={self.values}"
 
     def core_arguments(self) -> dict[str, Any]:
-        """What `lowbit._core.Cache` takes to store this."""
-        return {"int8": self.keys == "int8"}
+        """What `lowbit._core.KVCache` takes to store this."""
+        return {"format": self.keys}

@@ -1,6 +1,6 @@
 """Our own kernels: weights of up to 8 bits, multiplied as integers by the C++ core.
 
-Activations that stay float are written in two planes of 8 bits, x ~= s (128 q0 + q1): a relative error of 2^-15 of the
+Activations that stay float are written in two digits of 8 bits, x ~= s (128 q0 + q1): a relative error of 2^-15 of the
 largest of the 16 to 128 columns that share a scale, less than bfloat16 has. Quantized ones are multiplied as they are.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.kernel import Kernel
-from lowbit.kernels.layout import codes_of, pack, rest_of, why_not
+from lowbit.kernels.layout import codes_of, pack, residual_of, why_not
 from lowbit.kernels.thread_pool import team
 
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -84,7 +84,7 @@ class Packed(Kernel):
         if quantizer is not None and quantizer.divisor is not None:
             divisor = quantizer.divisor.detach().contiguous().numpy()
         codes = codes_of(q)
-        residual = rest_of(q, codes)
+        residual = residual_of(q, codes)
         activations = module.ActivationSpec(
             bits=15 if fmt is None else 8, per_token=per_token, static_scale=static_scale, divisor=divisor
         )

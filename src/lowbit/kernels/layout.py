@@ -19,7 +19,7 @@ from torch import Tensor
 from lowbit.formats import Grid, QTensor
 
 _TILE = 16
-_REST = 254.0  # steps of what is left of a rounded level, which is at most half a step of the first table
+_RESIDUAL_STEPS = 254.0  # steps of what is left of a rounded level, which is at most half a step of the first table
 _CHUNK = 1 << 22
 
 
@@ -171,7 +171,7 @@ def _look_up(table: Tensor, codes: Tensor) -> Tensor:
     return out.view(codes.shape)
 
 
-def rest_of(q: QTensor, codes: Codes) -> Codes | None:
+def residual_of(q: QTensor, codes: Codes) -> Codes | None:
     """What rounding the levels left of `codes_of(q)`, as a weight to add to it; None where nothing was rounded.
 
     With it a level is off by at most 1/(4 * 127 * 127) of the largest.
@@ -181,10 +181,10 @@ def rest_of(q: QTensor, codes: Codes) -> Codes | None:
         return None
     exact = q.format.grid.levels.double() * levels.factor
     kept = torch.tensor(levels.table[: len(exact)], dtype=torch.float64) - levels.zero
-    left = ((exact - kept) * _REST).round().to(torch.int64) + 128
+    left = ((exact - kept) * _RESIDUAL_STEPS).round().to(torch.int64) + 128
     table = torch.full((16,), 128, dtype=torch.uint8)
     table[: len(left)] = left.to(torch.uint8)
-    return replace(codes, zero=128, scale=codes.scale / _REST, minimum=None, table=table)
+    return replace(codes, zero=128, scale=codes.scale / _RESIDUAL_STEPS, minimum=None, table=table)
 
 
 def pack(core: object, sources: list[Codes] | list[Floats], paired: bool = False, segment: int = 0) -> object:

@@ -40,7 +40,7 @@ def _make(key: tuple[int, str]) -> Any:
             for old in [k for k in _teams if k[0] != threads]:
                 del _teams[old]  # who is in a product keeps it alive
             module: Any = core()
-            _teams[key] = module.Multiplier(module.Pool(threads, openmp()), isa)
+            _teams[key] = module.Multiplier(module.ThreadPool(threads, openmp()), isa)
         return _teams[key]
 
 

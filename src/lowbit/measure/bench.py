@@ -154,7 +154,7 @@ def bench(
             found.append(open_peer())
             closing.callback(found[-1].close)
         module = core()
-        machine = None if module is None else _Machine(module.Pool(count))
+        machine = None if module is None else _Machine(module.ThreadPool(count))
         fitted = fit_settings(settings, [each.positions for each in found])
         if unable := [each.name for each in found if each.fixed not in (None, fitted)]:
             raise RecipeError(

@@ -1,4 +1,4 @@
-// A team of threads that runs one function at a time, and meets at barriers inside it.
+// Threads that run one function at a time, and meet at barriers inside it.
 #pragma once
 
 #include <atomic>
@@ -11,23 +11,23 @@
 
 namespace lowbit {
 
-class Pool;
+class ThreadPool;
 
 // Functions of the OpenMP runtime that another library of this process runs on, looked up by its ABI names:
-// GOMP_parallel (libgomp, and libomp and libiomp5 beside their own), omp_get_num_threads, omp_get_thread_num.
+// GOMP_parallel (libgomp, and libomp and libiomp5 besides their own names), omp_get_num_threads, omp_get_thread_num.
 struct OpenMp {
     void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags) = nullptr;
     int (*count)() = nullptr;
     int (*index)() = nullptr;
 };
 
-// What a member of the team sees while it runs.
-class Member {
+// What the function of a thread sees while it runs. The thread that called is the first worker.
+class Worker {
  public:
     int index() const { return index_; }
     int count() const { return count_; }
-    // A team of this thread only, for what it does inside a share.
-    Member alone() const { return Member(pool_, index_, 1); }
+    // This thread as if it were the only one, for what it does inside a share.
+    Worker alone() const { return Worker(pool_, index_, 1); }
 
     // Nobody goes on before everyone is here.
     void barrier();
@@ -38,7 +38,7 @@ class Member {
     template <class Body>
     void share(int counter, std::int64_t total, std::int64_t grain, Body&& body);
 
-    // The same where items lie side by side in memory and are read once: each member begins with a long run of its own,
+    // The same where items lie side by side in memory and are read once: each worker begins with a long run of its own,
     // from own_begin(total) to own_end(total), and only what is left is taken by whoever is free.
     template <class Body>
     void share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body);
@@ -47,44 +47,44 @@ class Member {
 
     // From here on the shares of this run are handed out no more, to anyone: threads pass their barriers and end. What was
     // not computed holds what it held before.
-    void drop();
-    bool dropped() const;
+    void cancel();
+    bool cancelled() const;
 
  private:
-    friend class Pool;
+    friend class ThreadPool;
     std::int64_t run_of(std::int64_t total) const { return total * 3 / 4 / count_; }
-    Member(Pool& pool, int index, int count) : pool_(pool), index_(index), count_(count) {}
-    Pool& pool_;
+    Worker(ThreadPool& pool, int index, int count) : pool_(pool), index_(index), count_(count) {}
+    ThreadPool& pool_;
     int index_;
     int count_;
     bool sense_ = false;
 };
 
-class Pool {
+class ThreadPool {
  public:
     static constexpr int kCounters = 4;
 
-    explicit Pool(int threads);
+    explicit ThreadPool(int threads);
     // A pool without threads of its own, which borrows those of OpenMP: between two parallel loops of the other library
-    // these spin, and two teams would take the processors from each other.
-    Pool(int threads, const OpenMp& borrowed);
-    ~Pool();
-    Pool(const Pool&) = delete;
-    Pool& operator=(const Pool&) = delete;
+    // these spin, and two sets of threads would take the processors from each other.
+    ThreadPool(int threads, const OpenMp& borrowed);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
 
     int threads() const { return threads_; }
 
-    // Runs job(member) on every thread, the caller among them, and returns when all are done. One caller at a time;
+    // Runs job(worker) on every thread, the caller among them, and returns when all are done. One caller at a time;
     // others wait. The job must not throw. In a child of fork(), which has none of its parent's threads, new ones are made.
     template <class Job>
     void run(const Job& job) {
-        run_erased([](const void* j, Member& m) { (*static_cast<const Job*>(j))(m); }, &job);
+        run_erased([](const void* j, Worker& m) { (*static_cast<const Job*>(j))(m); }, &job);
     }
 
  private:
-    friend class Member;
+    friend class Worker;
     // What cannot be freed in a child of fork(): threads that are not there, and locks that they may hold.
-    struct Crew {
+    struct Threads {
         std::vector<std::thread> workers;
         std::mutex callers;
         std::mutex sleeping;
@@ -94,7 +94,7 @@ class Pool {
     void start();
     void stop();
     void renew_after_fork();
-    using Function = void (*)(const void*, Member&);
+    using Function = void (*)(const void*, Worker&);
 
     void run_erased(Function function, const void* job);
     void run_borrowed();
@@ -107,7 +107,7 @@ class Pool {
 
     const int threads_;
     const OpenMp borrowed_;
-    std::unique_ptr<Crew> crew_;
+    std::unique_ptr<Threads> crew_;
     std::atomic<std::int64_t> process_;  // whose threads these are; negative while these are made
     Function function_ = nullptr;
     const void* job_ = nullptr;
@@ -117,31 +117,31 @@ class Pool {
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<bool> sense_{false};
     alignas(64) std::atomic<int> asleep_{0};
-    alignas(64) std::atomic<bool> dropped_{false};
+    alignas(64) std::atomic<bool> cancelled_{false};
     Counter counters_[kCounters];
 };
 
-inline void Member::drop() { pool_.dropped_.store(true, std::memory_order_relaxed); }
-inline bool Member::dropped() const { return pool_.dropped_.load(std::memory_order_relaxed); }
+inline void Worker::cancel() { pool_.cancelled_.store(true, std::memory_order_relaxed); }
+inline bool Worker::cancelled() const { return pool_.cancelled_.load(std::memory_order_relaxed); }
 
 template <class Body>
-void Member::share(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
+void Worker::share(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
     if (count_ == 1) {
-        if (total > 0 && !dropped()) body(std::int64_t{0}, total);
+        if (total > 0 && !cancelled()) body(std::int64_t{0}, total);
         return;
     }
     auto& next = pool_.counters_[counter].next;
     for (;;) {
         const std::int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-        if (first >= total || dropped()) return;
+        if (first >= total || cancelled()) return;
         const std::int64_t last = first + grain < total ? first + grain : total;
         body(first, last);
     }
 }
 
 template <class Body>
-void Member::share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
-    if (count_ > 1 && own_end(total) > own_begin(total) && !dropped()) body(own_begin(total), own_end(total));
+void Worker::share_in_runs(int counter, std::int64_t total, std::int64_t grain, Body&& body) {
+    if (count_ > 1 && own_end(total) > own_begin(total) && !cancelled()) body(own_begin(total), own_end(total));
     const std::int64_t shared = count_ > 1 ? run_of(total) * count_ : 0;
     share(counter, total - shared, grain, [&](std::int64_t begin, std::int64_t end) { body(shared + begin, shared + end); });
 }

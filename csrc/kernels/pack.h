@@ -1,9 +1,9 @@
-// Packs weights into the layout of kernels/linear.h.
+// Packs weights into the layout of packed_weight.h.
 #pragma once
 
 #include <cstdint>
 
-#include "kernels/linear.h"
+#include "kernels/packed_weight.h"
 
 namespace lowbit {
 
@@ -22,19 +22,19 @@ struct Layout {
     const std::uint8_t* table = nullptr;  // [16], of table4
 };
 
-// Columns of activations that share a scale, beside a weight in groups: as many as the group has, at most 128, and a
+// Columns of activations that share a scale, for a weight in groups: as many as the group has, at most 128, and a
 // whole number of them in the row. 0 where the group has no such divisor.
 int segment_of(int group, int cols);
 
-// A weight with room for its codes. std::invalid_argument for a layout that no kernel serves.
-Linear make_linear(const Layout&);
+// A weight whose codes are still to be filled in. std::invalid_argument for a layout that no kernel serves.
+PackedWeight make_weight(const Layout&);
 
 // Rows [0, rows) of a source into tiles first, first + step, ...; rows that fill no tile are followed by zeros.
 // codes [rows, cols], scale and minimum [rows, groups]. minimum may be null.
-void fill(Linear&, int first, int step, int rows, const std::uint8_t* codes, const float* scale, const float* minimum);
+void fill(PackedWeight&, int first, int step, int rows, const std::uint8_t* codes, const float* scale, const float* minimum);
 
 // The same for float weights: values [rows, cols] in the type that the weight is stored in.
-void fill_floats(Linear&, int first, int step, int rows, const void* values);
+void fill_floats(PackedWeight&, int first, int step, int rows, const void* values);
 
 // Whether float16 holds all of these exactly.
 bool fits_half(const float* values, std::int64_t count);

@@ -1,4 +1,4 @@
-#include "core/pool.h"
+#include "core/thread_pool.h"
 
 #include <chrono>
 #include <stdexcept>
@@ -33,7 +33,7 @@ constexpr auto kSpin = std::chrono::microseconds(300);
 constexpr int kSpinsBeforeYield = 2000;
 
 // Puts the calling thread on the `index`-th of the processors that it may use, and lets it go where it likes from there. A
-// new thread begins beside the one that made it, and as both spin, the system may leave them there for a tenth of a second.
+// new thread begins on the processor of the one that made it, and as both spin, the system may leave them there for a tenth of a second.
 void spread(int index) {
 #ifdef __linux__
     cpu_set_t all, one;
@@ -76,12 +76,12 @@ void spin_until(const Done& done) {
 
 }  // namespace
 
-Pool::Pool(int threads) : Pool(threads, OpenMp{}) { start(); }
+ThreadPool::ThreadPool(int threads) : ThreadPool(threads, OpenMp{}) { start(); }
 
-Pool::Pool(int threads, const OpenMp& borrowed)
-    : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed), crew_(std::make_unique<Crew>()), process_(this_process()) {}
+ThreadPool::ThreadPool(int threads, const OpenMp& borrowed)
+    : threads_(threads < 1 ? 1 : threads), borrowed_(borrowed), crew_(std::make_unique<Threads>()), process_(this_process()) {}
 
-Pool::~Pool() {
+ThreadPool::~ThreadPool() {
     if (process_.load() != this_process()) {
         static_cast<void>(crew_.release());
     } else {
@@ -89,7 +89,7 @@ Pool::~Pool() {
     }
 }
 
-void Pool::start() {
+void ThreadPool::start() {
     try {
         for (int i = 1; i < threads_; ++i) crew_->workers.emplace_back([this, i] { work(i); });
     } catch (...) {
@@ -98,7 +98,7 @@ void Pool::start() {
     }
 }
 
-void Pool::stop() {
+void ThreadPool::stop() {
     if (crew_->workers.empty()) return;
     {
         std::lock_guard lock(crew_->sleeping);
@@ -112,7 +112,7 @@ void Pool::stop() {
     generation_.store(0);
 }
 
-void Pool::renew_after_fork() {
+void ThreadPool::renew_after_fork() {
     const std::int64_t now = this_process();
     std::int64_t before = process_.load(std::memory_order_acquire);
     if (before == now) return;
@@ -123,7 +123,7 @@ void Pool::renew_after_fork() {
         return renew_after_fork();
     }
     static_cast<void>(crew_.release());
-    crew_ = std::make_unique<Crew>();
+    crew_ = std::make_unique<Threads>();
     generation_.store(0);
     asleep_.store(0);
     running_.store(0);
@@ -136,15 +136,15 @@ void Pool::renew_after_fork() {
     process_.store(now, std::memory_order_release);
 }
 
-void Pool::reset_counters() {
+void ThreadPool::reset_counters() {
     for (auto& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
 }
 
-void Pool::run_erased(Function function, const void* job) {
+void ThreadPool::run_erased(Function function, const void* job) {
     renew_after_fork();
     std::lock_guard one(crew_->callers);
-    dropped_.store(false, std::memory_order_relaxed);
-    Member self(*this, 0, threads_);
+    cancelled_.store(false, std::memory_order_relaxed);
+    Worker self(*this, 0, threads_);
     if (threads_ == 1) {
         function(job, self);
         return;
@@ -165,18 +165,18 @@ void Pool::run_erased(Function function, const void* job) {
     spin_until([this] { return running_.load(std::memory_order_acquire) == 0; });
 }
 
-// The team may be smaller than asked for, as inside a parallel loop of the caller.
-void Pool::run_borrowed() {
+// There may be fewer threads than asked for, as inside a parallel loop of the caller.
+void ThreadPool::run_borrowed() {
     borrowed_.parallel(
         [](void* p) {
-            Pool& pool = *static_cast<Pool*>(p);
-            Member self(pool, pool.borrowed_.index(), pool.borrowed_.count());
+            ThreadPool& pool = *static_cast<ThreadPool*>(p);
+            Worker self(pool, pool.borrowed_.index(), pool.borrowed_.count());
             pool.function_(pool.job_, self);
         },
         this, static_cast<unsigned>(threads_), 0);
 }
 
-void Pool::work(int index) {
+void ThreadPool::work(int index) {
     spread(index);
     std::uint64_t seen = 0;
     for (;;) {
@@ -191,13 +191,13 @@ void Pool::work(int index) {
         }
         seen = generation_.load(std::memory_order_acquire);
         if (stop_) return;
-        Member self(*this, index, threads_);
+        Worker self(*this, index, threads_);
         function_(job_, self);
         running_.fetch_sub(1, std::memory_order_release);
     }
 }
 
-void Member::barrier() {
+void Worker::barrier() {
     if (count_ == 1) return;
     sense_ = !sense_;
     if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {

@@ -1,4 +1,4 @@
-#include "engine/multiplier.h"
+#include "kernels/multiplier.h"
 
 #include <algorithm>
 #include <cstring>
@@ -55,11 +55,11 @@ void from_floats(Value type, const float* from, int count, std::uint16_t* to) {
 void Multiplier::linear(const Factor& factor, Value type, const void* x, int count, const void* bias, void* y) {
     if (count == 0) return;
     const std::lock_guard one(callers_);
-    const Linear& w = *factor.weight;
-    const ActivationSpec& activations = factor.activations;
+    const PackedWeight& w = *factor.weight;
+    const ActivationSpec& spec = factor.activations;
     const bool floats = is_float(w.code), plain = type == Value::f32;
-    rows_.shape(w, activations.bits == 8 ? 1 : 2, count);
-    Rows& rows = rows_.rows;
+    rows_.shape(w, spec.digits(), count);
+    Activations& rows = rows_.rows;
     rows.values = static_cast<const float*>(x);
     rows.stride = w.cols;
     if (floats && !plain) {
@@ -77,35 +77,35 @@ void Multiplier::linear(const Factor& factor, Value type, const void* x, int cou
         to_floats(type, bias, w.rows, bias_.data());
         first.bias = bias_.data();
     }
-    second.residual = results;
+    second.addend = results;
 
     // Row `i` as float32, divided.
-    const auto row_of = [&](Member& member, std::int64_t i) {
+    const auto row_of = [&](Worker& worker, std::int64_t i) {
         const void* from = at(type, x, i * w.cols);
-        if (plain && activations.divisor.empty()) return static_cast<const float*>(from);
-        Buffer<float>& own = rows_of_thread_[member.index()];
+        if (plain && spec.divisor.empty()) return static_cast<const float*>(from);
+        Buffer<float>& own = rows_of_thread_[worker.index()];
         own.reserve(w.cols);
         to_floats(type, from, w.cols, own.data());
-        for (std::size_t k = 0; k < activations.divisor.size(); ++k) own[k] /= activations.divisor[k];
+        for (std::size_t k = 0; k < spec.divisor.size(); ++k) own[k] /= spec.divisor[k];
         return static_cast<const float*>(own.data());
     };
     const int blocks = (count + kRowBlock - 1) / kRowBlock, pairs = (w.tiles() + 1) / 2;
-    pool_->run([&](Member& member) {
+    pool_->run([&](Worker& worker) {
         if (!floats || !plain) {
-            member.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
+            worker.share(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
                 for (std::int64_t i = begin; i < end; ++i) {
                     if (floats) {
                         to_floats(type, at(type, x, i * w.cols), w.cols, values_.data() + i * w.cols);
                     } else {
-                        kernels_.quantize(row_of(member, i), w.cols, rows, static_cast<int>(i), activations.static_scale, activations.per_token);
+                        kernels_.quantize(row_of(worker, i), w.cols, rows, static_cast<int>(i), spec.static_scale, spec.per_token);
                     }
                 }
             });
-            member.barrier();
+            worker.barrier();
         }
-        const int grain = std::clamp(pairs / (4 * member.count()), 1, 16);
+        const int grain = std::clamp(pairs / (4 * worker.count()), 1, 16);
         const std::int64_t groups = (pairs + grain - 1) / grain;
-        member.share(1, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+        worker.share(1, groups * blocks, 1, [&](std::int64_t begin, std::int64_t end) {
             for (std::int64_t share = begin; share < end; ++share) {
                 const int t0 = static_cast<int>(share / blocks) * grain * 2, m0 = static_cast<int>(share % blocks) * kRowBlock;
                 const int t1 = std::min(t0 + 2 * grain, w.tiles()), m1 = std::min(m0 + kRowBlock, count);

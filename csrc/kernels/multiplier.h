@@ -5,24 +5,26 @@
 #include <mutex>
 #include <vector>
 
-#include "core/pool.h"
-#include "engine/decoder.h"
+#include "core/thread_pool.h"
+#include "kernels/activations.h"
+#include "kernels/kernels.h"
+#include "kernels/packed_weight.h"
 
 namespace lowbit {
 
 // The type of activations, bias and result.
 enum class Value : std::uint8_t { f32, f16, bf16 };
 
-// A weight, and what becomes of its input. `residual`: a second weight of the same layout that is added to the first, which
-// is how levels that 8 bits do not hold are held by 16.
+// A weight, and what becomes of its input. residual: a second weight of the same layout whose product is added to that of the
+// first, which is how levels that 8 bits do not hold are held by 16.
 struct Factor {
-    std::shared_ptr<const Linear> weight, residual;
+    std::shared_ptr<const PackedWeight> weight, residual;
     ActivationSpec activations;
 };
 
 class Multiplier {
  public:
-    Multiplier(std::shared_ptr<Pool> pool, const Kernels& kernels)
+    Multiplier(std::shared_ptr<ThreadPool> pool, const Kernels& kernels)
         : pool_(std::move(pool)), kernels_(kernels), rows_of_thread_(pool_->threads()) {}
 
     // y [count, rows of w] = x [count, cols of w] W' + bias [rows of w] or null, all of one type. Callers wait for each
@@ -32,10 +34,10 @@ class Multiplier {
     const Kernels& kernels() const { return kernels_; }
 
  private:
-    std::shared_ptr<Pool> pool_;
+    std::shared_ptr<ThreadPool> pool_;
     const Kernels& kernels_;
     std::mutex callers_;
-    RowsBuffer rows_;
+    ActivationsBuffer rows_;
     std::vector<Buffer<float>> rows_of_thread_;
     Buffer<float> values_, results_, bias_;
 };

@@ -1,4 +1,4 @@
-#include "core/pack.h"
+#include "kernels/pack.h"
 
 #include <algorithm>
 #include <cstring>
@@ -13,7 +13,7 @@ namespace {
 
 int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
-void store_scales(const Linear& w, std::uint8_t* at, int rows, const float* scale, int groups, int group) {
+void store_scales(const PackedWeight& w, std::uint8_t* at, int rows, const float* scale, int groups, int group) {
     for (int r = 0; r < rows; ++r) {
         const float value = scale[std::int64_t{r} * groups + group];
         if (w.wide_scale) {
@@ -35,7 +35,7 @@ std::uint32_t four(const std::uint8_t* row, int k, int cols) {
 // Rows of codes into their four bytes of every line. A line is written once: what a row leaves of it would be gone from
 // the nearest cache when the next row comes.
 template <bool kHalves>
-void fill_lines(const Linear& w, std::uint8_t* at, const std::uint8_t* codes, int rows) {
+void fill_lines(const PackedWeight& w, std::uint8_t* at, const std::uint8_t* codes, int rows) {
     constexpr int kPerLine = kHalves ? 8 : 4;
     int k = 0;
     for (; k + kPerLine <= w.cols; k += kPerLine, at += 64) {
@@ -57,7 +57,7 @@ void fill_lines(const Linear& w, std::uint8_t* at, const std::uint8_t* codes, in
 
 // Column by column; T: an integer as wide as a value.
 template <class T>
-void transpose(Linear& w, int first, int step, int rows, const void* values) {
+void transpose(PackedWeight& w, int first, int step, int rows, const void* values) {
     const T* from = static_cast<const T*>(values);
     for (int start = 0, t = first; start < rows; start += kTile, t += step) {
         const int here = std::min(kTile, rows - start);
@@ -81,8 +81,8 @@ int segment_of(int group, int cols) {
     return 0;
 }
 
-Linear make_linear(const Layout& layout) {
-    Linear w;
+PackedWeight make_weight(const Layout& layout) {
+    PackedWeight w;
     w.code = layout.code;
     w.rows = layout.rows;
     w.cols = layout.cols;
@@ -115,7 +115,7 @@ Linear make_linear(const Layout& layout) {
     return w;
 }
 
-void fill(Linear& w, int first, int step, int rows, const std::uint8_t* codes, const float* scale, const float* minimum) {
+void fill(PackedWeight& w, int first, int step, int rows, const std::uint8_t* codes, const float* scale, const float* minimum) {
     const int groups = w.groups();
     for (int start = 0, t = first; start < rows; start += kTile, t += step) {
         const int here = std::min(kTile, rows - start);
@@ -131,7 +131,7 @@ void fill(Linear& w, int first, int step, int rows, const std::uint8_t* codes, c
     }
 }
 
-void fill_floats(Linear& w, int first, int step, int rows, const void* values) {
+void fill_floats(PackedWeight& w, int first, int step, int rows, const void* values) {
     w.code == Code::f32 ? transpose<std::uint32_t>(w, first, step, rows, values)
                         : transpose<std::uint16_t>(w, first, step, rows, values);
 }
