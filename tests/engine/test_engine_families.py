@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit import Engine
 from lowbit.errors import EngineError, RecipeError, SourceError
+from lowbit.families import families
+from lowbit.families.family import PRE_NORMS, Decoder
 from lowbit.kernels.core import core
 
 # Where inputs are rounded to int8, a difference in the last bit of float32 flips roundings.
@@ -66,6 +69,42 @@ def test_every_family_float_and_packed(name: str, float_folder: Folder, packed_f
             right = reference(model, ids)
             assert apart(engine.logits(ids), right) < EXACT, (name, length)
         assert not engine.describe().expanded and not engine.describe().rounded
+
+
+def _shares(d: Decoder) -> Decoder:
+    assert d.experts is not None
+    return replace(d, experts=replace(d.experts, normalized=False))
+
+
+def _swapped(d: Decoder) -> Decoder:
+    assert d.experts is not None
+    gate, up, down = d.experts.apart
+    return replace(d, experts=replace(d.experts, apart=(up, gate, down)))
+
+
+WRONG = {
+    "shares that are not brought to a sum of 1": ("mixtral", _shares),
+    "gates and ups of experts in each other's place": ("qwen3_moe", _swapped),
+    "norms before that stand behind": ("olmo2", lambda d: replace(d, norms={**d.norms, **PRE_NORMS})),
+    "norms of single heads": ("olmo2", lambda d: replace(d, norms_of_all_heads=False)),
+    "embeddings as they are": ("gemma", lambda d: replace(d, values=lambda config: {})),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_fact_is_refused_or_seen_in_the_logits(
+    what: str, float_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, change = WRONG[what]
+    family, ids = families()[name], tokens(20)
+    assert family.decoder is not None
+    monkeypatch.setitem(families(), name, replace(family, decoder=change(family.decoder)))
+    try:
+        found = Engine.open(float_folder(name), threads=1).logits(ids)
+    except SourceError as error:
+        assert what == "norms of single heads" and "norm" in str(error)
+    else:
+        assert apart(found, reference(build_model(name), ids)) > 10 * EXACT
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
