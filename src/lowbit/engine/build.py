@@ -216,7 +216,8 @@ class Builder:
                 return _Source(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
         self.program.expanded[name] = reason
-        return _Source(Floats(_halved(found.value)), inputs)
+        # Float weights multiply what is not rounded: a divisor of the inputs is one of the columns.
+        return _Source(Floats(_halved(found.value.dequantize(), inputs.divisor)), _Input(self.bits))
 
     def _input(self, name: str, found: Found) -> _Input:
         quantizer = found.inputs
@@ -258,9 +259,13 @@ class Builder:
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def _halved(q: QTensor) -> Tensor:
-    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal."""
-    dense = q.dequantize()
+def _halved(dense: Tensor, divisor: Tensor | None) -> Tensor:
+    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal.
+
+    divisor: of its inputs, which the columns take over.
+    """
+    if divisor is not None:
+        dense = dense / divisor
     half = dense.to(torch.float16)
     off = torch.linalg.vector_norm(half.float() - dense, dim=-1)
     exact = off <= 2.0**-10 * torch.linalg.vector_norm(dense, dim=-1)  # False where it overflows
