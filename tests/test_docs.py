@@ -13,6 +13,8 @@ import typer.main
 
 import lowbit
 from lowbit.cli.main import app
+from lowbit.recipes.presets import PRESETS
+from lowbit.solvers.registry import methods
 from test_public import ROOMS
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +32,7 @@ PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((RO
 # What these say of the code is of the day on which they were written.
 PAST = (ROOT / "CHANGELOG.md", *(ROOT / "benchmarks" / "results").iterdir())
 PRESENT = [page for page in PAGES if page not in PAST]
-CODE = (".py", ".pyi", ".h", ".cpp", ".inl", ".cmake")
+CODE = (".py", ".pyi", ".h", ".cpp", ".inl", ".def", ".cmake")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -85,7 +87,7 @@ def test_files_that_are_mentioned_exist(page: Path) -> None:
     for mention in re.findall(r"`([\w./*-]+)`", prose(page)):
         folder = mention.split("/")[0]
         ours = "/" in mention and folder in {*ROOMS, *FOLDERS}
-        named = mention.endswith(CODE) and not mention.startswith(".")  # an ending alone is no file
+        named = mention.endswith(CODE) and not mention.startswith((".", "llama.cpp"))  # an ending alone is no file
         if (
             (ours or named)
             and not re.search(r"[A-Z]{2}", mention.replace("README", ""))
@@ -141,6 +143,13 @@ def test_commands_that_are_shown_have_their_options(page: Path) -> None:
         }
         given = {word.partition("=")[0] for word in words[2:] if re.match(r"-{1,2}[a-z]", word)}
         assert given <= {*options, "--help"}, line
+
+
+def test_the_page_on_recipes_has_every_preset_and_method() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    shown = dict(re.findall(r"^\| `([\w-]+)` \| `([^`]+)` \|", page, re.MULTILINE))
+    assert shown == {name: re.sub(r",embed=.*", "", preset.text) for name, preset in PRESETS.items()}
+    assert not [name for name in methods() if f"`{name}`" not in page]
 
 
 def test_the_front_page_is_read_to_the_end() -> None:

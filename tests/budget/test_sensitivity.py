@@ -221,7 +221,7 @@ def test_the_guess_needs_no_text_and_follows_the_error() -> None:
 
 def test_what_cannot_be_measured_is_an_error() -> None:
     source = open_source(Bigram().eval())
-    with pytest.raises(TextError, match="20 tokens, fewer than 2 pieces of 16"):
+    with pytest.raises(TextError, match="20 tokens, fewer than 2 sequences of 16"):
         measure_sensitivity(source, text(24, 20), length=16)
     with pytest.raises(RecipeError, match="no candidates"):
         measure_sensitivity(source, text(24, 64), [], length=16)

@@ -306,7 +306,7 @@ def test_long_windows_are_several_documents(monkeypatch, tokenizer, llama):
 
 def test_drawing_follows_the_softmax():
     logits = torch.tensor([2.0, 0.0, -1.0, 5.0, 1.0]).log_softmax(-1)
-    bars = selftext._barred(5, selftext.Opening(banned=(3,)), 4)
+    bars = selftext._bars(5, selftext.Opening(banned=(3,)), 4)
     generator = torch.Generator().manual_seed(0)
     drawn = selftext._sample(logits.expand(40_000, 5), bars, generator).bincount(minlength=5) / 40_000
     expected = torch.tensor([2.0, 0.0, -1.0, -torch.inf, -torch.inf]).softmax(-1)
@@ -321,18 +321,32 @@ def test_decoding_step_by_step_is_the_whole_forward(name):
         expected = model(ids).logits
         with decoding.grouped_attention(model):
             decoder = decoding.Decoder(model, 12)
-            found = torch.stack([decoder.step(column) for column in ids.unbind(1)], 1)
+            found = torch.stack([decoder.read(column[:, None]) for column in ids.unbind(1)], 1)
         assert (found - expected).norm() / expected.norm() < 1e-5
         assert torch.equal(model(ids).logits, expected)  # the user's model is left as it was
 
 
-def test_room_is_taken_once():
+@pytest.mark.parametrize("name", ["llama", "mamba", "t5"])
+def test_a_prompt_is_read_at_once_and_tokens_follow_one_by_one(name):
+    model, prompt = tiny_model(name), torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
+    encoder_ids = prompt.flip(1) if name == "t5" else None
+    with torch.inference_mode(), decoding.grouped_attention(model):
+        found = [*decoding.decode(model, prompt, lambda logits: logits.argmax(-1), 6, encoder_ids)]
+        ids = torch.cat([prompt, torch.stack(found, 1)], 1)
+        given = {"input_ids": ids} if encoder_ids is None else {"input_ids": encoder_ids, "decoder_input_ids": ids}
+        assert torch.equal(model(**given).logits[:, 4:-1].argmax(-1), ids[:, 5:])
+        assert (
+            len([*zip(range(2), decoding.decode(model, prompt, lambda logits: logits.argmax(-1), 6, encoder_ids))]) == 2
+        )
+
+
+def test_memory_of_the_cache_is_taken_once():
     model = tiny_model("llama")
     with torch.inference_mode():
         decoder = decoding.Decoder(model, 6)
         places = []
         for _ in range(6):
-            decoder.step(torch.tensor([5, 6]))
+            decoder.read(torch.tensor([[5], [6]]))
             places.append([layer.keys.data_ptr() for layer in decoder.cache.layers])
     assert all(place == places[0] for place in places)
 

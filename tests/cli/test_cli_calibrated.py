@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.interchange.readers.folder import read_json
+from lowbit.interchange.files.settings import read_json
 from lowbit.measure.subject import folder_parts
 from tiny import save_tiny
 

@@ -18,6 +18,7 @@ _BASE = {
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _ROPE = {"rope_theta": 10000.0}
+_MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 _LONG = {"short_factor": [1.0 + 0.1 * i for i in range(4)], "long_factor": [2.0 + i for i in range(4)]}
 
 # name -> (config class, values that are not those above)
@@ -60,6 +61,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", {"sliding_window": 20, "num_hidden_layers": 4, "rope_parameters": {
         "sliding_attention": {**_ROPE, "rope_type": "default"},
         "full_attention": {"rope_theta": 5000.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {
+        **_MIXTURE, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3_moe-shares": ("Qwen3Moe", {**_MIXTURE, "norm_topk_prob": False, "decoder_sparse_step": 2, "num_experts_per_tok": 1}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
     "granite": ("Granite", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.11, "residual_multiplier": 0.6, "logits_scaling": 2.5}),
 }  # fmt: skip
@@ -69,7 +75,7 @@ def build_model(name: str, seed: int = 0, **changed: Any) -> Any:
     """The model `name`, its weights random, its norms near one, its biases not zero. changed: fields of its config."""
     kind, values = MODELS[name]
     values = {**_BASE, **values, **changed}
-    if kind in ("Phi3", "Qwen2", "Granite", "SmolLM3"):  # heads are hidden / heads wide there
+    if kind in ("Phi3", "Qwen2", "Granite", "SmolLM3", "Olmoe"):  # heads are hidden / heads wide there
         values["hidden_size"] = values["num_attention_heads"] * values.pop("head_dim") // (2 if kind == "Phi3" else 1)
     architecture = {"Gemma3Text": "Gemma3"}.get(kind, kind) + "ForCausalLM"
     config = getattr(transformers, f"{kind}Config")(architectures=[architecture], **values)

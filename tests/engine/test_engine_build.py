@@ -52,3 +52,17 @@ def test_what_is_missing_in_a_layer_is_said_in_order(packed_folder: Callable[...
 
     with pytest.raises(EngineError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight'"):
         program(Without(), 4)
+
+
+def test_a_token_reads_the_experts_that_it_takes(packed_folder: Callable[..., Path]) -> None:
+    weights, _, _ = opened(packed_folder("mixtral", "int4:g32"))
+    config, shape = dict(weights.config), shape_of(weights.config)
+    idle, whole = [], 0
+    for taken in (1, 2, 3, 4):  # of four
+        weights.config = {**config, "num_experts_per_tok": taken}
+        built = program(weights, 2)
+        idle.append(built.idle_bytes)
+        whole = built.nbytes
+    each = idle[2]
+    assert idle == [3 * each, 2 * each, each, 0]
+    assert 3 * shape.layers * shape.width * shape.expert_hidden / 2 <= each < whole / 4

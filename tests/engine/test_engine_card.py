@@ -166,7 +166,7 @@ def test_each_figure_in_its_faster_type(monkeypatch: pytest.MonkeyPatch) -> None
         first, each = ids.numel() * (0.5 if half else 0.1), 0.1 if half else 0.2
         return [first + each * i for i in range(new)]
 
-    monkeypatch.setattr(float_model, "greedy_times", times)
+    monkeypatch.setattr(backends, "greedy_times", times)
     model: Any = build_model("llama")
     baseline = float_model.in_faster_types(model.to, FEW)
     assert baseline.name == "transformers, bfloat16 for decode, float32 for prefill and batch"

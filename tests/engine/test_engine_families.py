@@ -103,7 +103,7 @@ def test_int8_activations_and_rounded_levels(packed_folder: Folder) -> None:
 
 
 def test_chunks_change_nothing(packed_folder: Folder) -> None:
-    for name in ("llama", "gemma3_text", "phi3-long", "olmo2"):
+    for name in ("llama", "gemma3_text", "phi3-long", "olmo2", "qwen3_moe"):
         engine, ids = Engine.open(packed_folder(name, "int4:g32"), threads=1), tokens(300)
         whole = engine.logits(ids)
         for chunk in (1, 7, 64, 299):
@@ -126,7 +126,7 @@ def test_long_contexts_are_shared_by_threads(name: str, packed_folder: Folder) -
 
 
 @pytest.mark.parametrize("cache", ["int16", "int8"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama-wide"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama-wide", "qwen3_moe"])
 def test_logits_depend_on_the_sequence_alone(name: str, cache: str, packed_folder: Folder) -> None:
     """Bit for bit: not on what runs beside it, nor on how it is cut, nor on the number of threads, at any length."""
     folder, lengths = packed_folder(name, "int4:g32"), (1000, 3, 513, 70, 512, 600)
@@ -160,6 +160,7 @@ def test_every_instruction_set(isa: str, packed_folder: Folder) -> None:
         ("llama-odd", "int4:g32"),
         ("gemma2", "iq4nl:g32"),
         ("qwen3", "int8:channel"),
+        ("mixtral", "int4:g32:asym"),
         ("llama", "nf4:g64"),
     ):
         folder = packed_folder(name, recipe)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import SourceError
+from lowbit.interchange.files.safetensors_writer import INDEX
+from lowbit.interchange.files.settings import quantized_by
+from lowbit.interchange.files.weights import SINGLE
 from lowbit.interchange.inventory import inventory_of, take_inventory
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.readers.folder import INDEX, SINGLE, quantization_method
 from tiny import TINY, save_tiny, tiny_tokenizer
 
 
@@ -273,11 +275,11 @@ def test_code_in_a_folder_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_quantization_method_is_told(tmp_path: Path) -> None:
+def test_by_whom_a_folder_is_quantized(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path, tokenizer=False)
-    assert quantization_method(tmp_path) is None
+    assert quantized_by(tmp_path) is None
     edit_json(tmp_path / "config.json", quantization_config={"quant_method": "lowbit"})
-    assert quantization_method(tmp_path) == "lowbit"
+    assert quantized_by(tmp_path) == "lowbit"
 
 
 def test_identity_changes_with_the_weights_and_not_otherwise(tmp_path: Path) -> None:

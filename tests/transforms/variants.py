@@ -41,6 +41,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         architectures=["GraniteForCausalLM"], embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.6,
         logits_scaling=2.5, **_ROPE,
     ),
+    "olmoe": lambda: transformers.OlmoeConfig(
+        architectures=["OlmoeForCausalLM"], num_experts=4, num_experts_per_tok=2, **_ROPE
+    ),
     "olmo2": lambda: transformers.Olmo2Config(architectures=["Olmo2ForCausalLM"], **_ROPE),
     "olmo3": lambda: transformers.Olmo3Config(architectures=["Olmo3ForCausalLM"], **_ROPE),
     "phi-relu": _like("phi", hidden_act="relu", qk_layernorm=True),

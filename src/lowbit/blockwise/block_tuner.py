@@ -51,7 +51,7 @@ class BlockTuner:
         self.targets.remove()
 
     def tune(self, solved: Mapping[str, Solved], floats: Mapping[str, Tensor], run: Run) -> dict[str, Solved]:
-        """The weights of the block with other codes and scales, where that lowers its error; the rest as they were.
+        """The weights of the block with other codes and scales, where that lowers its error; the others as they were.
 
         `floats`: the weights as the source stores them.
         """

@@ -17,7 +17,7 @@ Run = Callable[[int], Any]  # what the block returns for a micro-batch
 class OutputReference:
     """Keeps what a block returns with its float weights on the disk, and measures other weights by it.
 
-    Attention, routing and experts are in it as they are computed: a scale that is best for the products of one group may turn
+    Attention, routing and experts are in it as they are computed: a scale that is best for the products of one group may change
     a router's choice, or spoil the weight that takes the division.
     """
 

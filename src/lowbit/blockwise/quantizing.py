@@ -129,7 +129,7 @@ class BlockwiseQuantizer:
                 if dense is not None:
                     block.place(solved.plan.name, dense)
                 found[solved.plan.name] = replace(solved, stored=solved.stored | activations.parts(solved.plan.name))
-            block.are_final(group.members)
+            block.mark_final(group.members)
             del stats
             trim()
         return found

@@ -67,7 +67,7 @@ class Rewriter:
 
     @property
     def chooses(self) -> bool:
-        """Whether a transform looks for the best of several scales, rather than taking the one it is told to."""
+        """Whether a transform looks for the best of several scales, rather than taking the one that its options name."""
         options = [{**call.method.options, **dict(call.options)} for call in group_transforms(self.recipe)]
         return any(found.get("points") for found in options)
 

@@ -209,8 +209,8 @@ class Block:
         if self.returns:
             self._walk._states.save(self._index, stream, batch, output)
 
-    def are_final(self, names: Sequence[str]) -> None:
-        """These weights have the values that they keep, so that attention which depends on no others may be kept too."""
+    def mark_final(self, names: Sequence[str]) -> None:
+        """These weights have the values that they keep, so that attention which depends on no others is kept too."""
         self._walk.attention.final.update(names)
 
     def forget_attention(self) -> None:

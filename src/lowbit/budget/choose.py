@@ -66,7 +66,7 @@ def allocation(
     Sizes and bits are met from below, within 1 % in any model of a few dozen layers; where layers are too few for that
     the best below the target is taken. `recipe` gives method and embeddings, and its layer globs are kept:
     what they decide is not allocated, but counted. `embeddings` allocates embeddings and heads too. `share`: last words
-    of names beside one another that get one format. Sizes are text such as "80MB" or bytes.
+    of neighbouring names that get one format. Sizes are text such as "80MB" or bytes.
     RecipeError when the target cannot be met, with the nearest one that can.
     """
     targets = {"target_size": target_size, "target_bits": target_bits, "target_kl": target_kl, "fit_memory": fit_memory}
@@ -163,40 +163,40 @@ class _Problem:
         base = max(served, key=lambda f: weights[f], default=self.recipe.format)
         return with_layers(self.recipe, chosen, self.kinds, base)
 
-    def within_bytes(self, target: int, beside: int = 0, at_most: bool = False) -> Allocation:
-        """Files of at most `target - beside` bytes; a target beyond all candidates is an error unless `at_most`."""
-        room = target - beside
+    def within_bytes(self, target: int, reserved: int = 0, at_most: bool = False) -> Allocation:
+        """Files of at most `target - reserved` bytes; a target beyond all candidates is an error unless `at_most`."""
+        limit = target - reserved
         uniform = [self.uniform(f) for f in self.options]
         exact = [self.plan(picks).output_bytes for picks in uniform]
         # What files hold beyond the sizes that are summed here: fixed tensors, and the digits of offsets, which no
         # sum knows. So the least of it is tried, and what is too large gives way until the exact plan fits.
         fixed = min(size - sum(s[p[0]] for s in self.sizes) for size, p in zip(exact, uniform))
         known = min(
-            ((sum(k[p[0]] for k in self.kl), p) for size, p in zip(exact, uniform) if size <= room),
+            ((sum(k[p[0]] for k in self.kl), p) for size, p in zip(exact, uniform) if size <= limit),
             default=(math.inf, None),
         )
         bound, picks, plan = None, known[1], None
-        while (found := choose(self.kl, self.sizes, room - fixed)) is not None:
+        while (found := choose(self.kl, self.sizes, limit - fixed)) is not None:
             bound = found.bound if bound is None else bound
             if found.value >= known[0]:
                 break
             plan = self.plan(found.picks)
-            if plan.output_bytes <= room:
+            if plan.output_bytes <= limit:
                 picks = found.picks
                 break
-            fixed += plan.output_bytes - room
+            fixed += plan.output_bytes - limit
         if picks is None:
             least = self.plan(tuple(min(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
             raise RecipeError(
                 f"{_size(target)} is too little: the smallest that the candidates make of {self.source.label} is "
-                f"{_size(least + beside)}" + (f", {_size(beside)} of it beside the weights" if beside else "")
+                f"{_size(least + reserved)}" + (f", {_size(reserved)} of it beside the weights" if reserved else "")
             )
         plan = self.plan(picks)
         if not at_most and plan.output_bytes < (1 - _WITHIN) * target:
             largest = self.plan(tuple(max(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
             if largest < (1 - _WITHIN) * target:
                 raise RecipeError(_too_much(_size(target), _size(largest)))
-        return self._allocation(plan, picks, bound, room)
+        return self._allocation(plan, picks, bound, limit)
 
     def within_bits(self, target: float) -> Allocation:
         """Linear layers of at most `target` bits per weight, kept ones counted as they are."""
@@ -236,18 +236,18 @@ class _Problem:
                 rows.append(Row(t.name, t.kind, t.count, t.format, bits, kl, t.name not in free))
         return rows
 
-    def _allocation(self, plan: Plan, picks: Sequence[int], bound: float | None, room: int | None) -> Allocation:
+    def _allocation(self, plan: Plan, picks: Sequence[int], bound: float | None, limit: int | None) -> Allocation:
         """The result; `bound`: the least KL that any choice could have, None where KL was not what was minimised."""
         rows, value = tuple(self._rows(plan)), sum(k[c] for k, c in zip(self.kl, picks))
         for group, pick in zip(self.groups, picks):  # the globs must say what was chosen
             for t in group:
                 assert plan.recipe.format_for(t.name, t.kind) == self.options[pick], t.name
         gap = 0.0 if bound is None else max(0.0, value - bound)
-        return Allocation(plan.recipe, plan, rows, sum(r.kl or 0.0 for r in rows), gap, room)
+        return Allocation(plan.recipe, plan, rows, sum(r.kl or 0.0 for r in rows), gap, limit)
 
 
 def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> list[list[TensorPlan]]:
-    """Tensors that get one format: those beside one another whose last words are in one entry of `share`."""
+    """Tensors that get one format: neighbours whose last words are in one entry of `share`."""
     entry = {word: i for i, words in enumerate(share) for word in words}
     groups: dict[tuple[str, int | str], list[TensorPlan]] = {}
     for t in tensors:

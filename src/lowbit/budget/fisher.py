@@ -15,22 +15,22 @@ from lowbit.errors import RecipeError, SourceError, TextError, WeightError
 
 
 def squared_gradients(
-    model: nn.Module, names: Sequence[str], pieces: Sequence[Tensor], seed: int, autocast: bool,
+    model: nn.Module, names: Sequence[str], sequences: Sequence[Tensor], seed: int, autocast: bool,
     progress: Callable[[str, int, int], None] | None = None, steps: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Name -> sum over sequences of the squared gradients of sum_t log p_t(y_t), float32 of the weight's shape."""
     wanted = {name: model.get_parameter(name) for name in names}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]  # the model may be the user's own
-    targets = {id(p) for p in wanted.values()}
+    differentiated = {id(p) for p in wanted.values()}
     for p, _, _ in before:
-        p.requires_grad_(id(p) in targets)
+        p.requires_grad_(id(p) in differentiated)
     squares = {name: torch.zeros_like(p) for name, p in wanted.items()}
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     try:
-        for i, piece in enumerate(pieces):
-            ids = piece.to(next(iter(wanted.values())).device)[None]
+        for i, sequence in enumerate(sequences):
+            ids = sequence.to(next(iter(wanted.values())).device)[None]
             with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
                 out = model(ids, **({"labels": ids} if seq2seq else {}), **options)
                 logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
@@ -60,24 +60,24 @@ def squared_gradients(
 
 
 def cut(ids: Sequence[Tensor], sequences: int, length: int, frame: Frame) -> tuple[list[Tensor], str]:
-    """At most `sequences` pieces [length], spread evenly over the text, and the SHA-256 of the text's ids.
+    """At most `sequences` rows [length], spread evenly over the text, and the SHA-256 of the text's ids.
 
-    frame: what the tokenizer put around each of `ids`, and what each piece gets.
+    frame: what the tokenizer put around each of `ids`, and what each row gets.
     """
     if length < 2 or sequences < 2:
         raise RecipeError(f"{sequences} sequences of {length} tokens measure nothing; use 2 of 2 or more")
-    pieces = [row for x in ids for row in frame.windows(frame.inside(x), length)]
-    if len(pieces) < 2:
+    rows = [row for x in ids for row in frame.windows(frame.inside(x), length)]
+    if len(rows) < 2:
         total = sum(len(x) for x in ids)
         raise TextError(
-            f"the calibration text has {total} tokens, fewer than 2 pieces of {length}; give more, or a shorter length"
+            f"the calibration text has {total} tokens, fewer than 2 sequences of {length}; give more, or a shorter length"
         )
-    picked = torch.linspace(0, len(pieces) - 1, min(sequences, len(pieces))).round().long().tolist()
-    return [pieces[i] for i in picked], text_digest(ids)
+    picked = torch.linspace(0, len(rows) - 1, min(sequences, len(rows))).round().long().tolist()
+    return [rows[i] for i in picked], text_digest(ids)
 
 
 def text_digest(ids: Sequence[Tensor]) -> str:
-    """SHA-256 of token ids [any length] each, every piece after its length."""
+    """SHA-256 of token ids [any length] each, each after its length."""
     digest = hashlib.sha256()
     for x in ids:
         digest.update(len(x).to_bytes(8, "little") + x.to(torch.int64).cpu().numpy().tobytes())

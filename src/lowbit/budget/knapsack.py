@@ -100,13 +100,13 @@ def _relaxed(items: Items, capacity: float) -> tuple[list[int], list[float], flo
 
 
 def _filled(items: Items, picks: list[int], capacity: float) -> list[int]:
-    """Room that is left goes to the options that lower the value most, one after another."""
+    """What is left of the capacity goes to the options that lower the value most, one after another."""
     picks = list(picks)
     while True:
-        room = capacity - sum(float(s[c]) for (_, s, _), c in zip(items, picks))
+        left = capacity - sum(float(s[c]) for (_, s, _), c in zip(items, picks))
         best, where = 0.0, None
         for i, (v, s, _) in enumerate(items):
-            fits = int(np.searchsorted(s, s[picks[i]] + room, side="right")) - 1  # the largest has the least value
+            fits = int(np.searchsorted(s, s[picks[i]] + left, side="right")) - 1  # the largest has the least value
             if fits > picks[i] and v[picks[i]] - v[fits] > best:
                 best, where = float(v[picks[i]] - v[fits]), (i, fits)
         if where is None:
@@ -119,20 +119,20 @@ def _search(
 ) -> tuple[list[int] | None, bool]:
     """Picks of a value below `known` or None, and whether nothing was thinned out on the way."""
     after = np.zeros((len(prices), len(items) + 1))  # least value + price * size of the items from i on
-    room = np.zeros(len(items) + 1)  # least size of the items from i on
+    least_after = np.zeros(len(items) + 1)  # least size of the items from i on
     for i in reversed(range(len(items))):
         v, s, _ = items[i]
         after[:, i] = after[:, i + 1] + [float((v + p * s).min()) for p in prices]
-        room[i] = room[i + 1] + float(s[0])
+        least_after[i] = least_after[i + 1] + float(s[0])
     size, value, exact = np.zeros(1), np.zeros(1), True
     steps: list[tuple[Any, Any]] = []
     slack = 1e-12 * (abs(known) + float(np.abs(after).max()))
     for i, (v, s, _) in enumerate(items):
         new_size, new_value = (size[:, None] + s).ravel(), (value[:, None] + v).ravel()
         origin, pick = np.divmod(np.arange(new_size.size), len(v))
-        keep = new_size + room[i + 1] <= capacity
-        for price, rest in zip(prices, after[:, i + 1]):
-            keep &= new_value + rest - price * (capacity - new_size) <= known + slack
+        keep = new_size + least_after[i + 1] <= capacity
+        for price, value_after in zip(prices, after[:, i + 1]):
+            keep &= new_value + value_after - price * (capacity - new_size) <= known + slack
         order = np.flatnonzero(keep)
         order = order[np.lexsort((new_value[order], new_size[order]))]
         falling = new_value[order] < np.r_[np.inf, np.minimum.accumulate(new_value[order])[:-1]]

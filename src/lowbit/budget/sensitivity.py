@@ -147,18 +147,18 @@ def measure_sensitivity(
     `progress(what, steps done, steps in all)`. TextError when the text does not fill two sequences.
     """
     formats = _formats(candidates)
-    pieces, digest = cut(ids, sequences, length, frame or Frame())
-    settings = {"sequences": len(pieces), "length": length, "seed": seed, "calibration": digest}
+    rows, digest = cut(ids, sequences, length, frame or Frame())
+    settings = {"sequences": len(rows), "length": length, "seed": seed, "calibration": digest}
     specs = _quantizable(source)
-    steps = len(pieces) + len(specs)
+    steps = len(rows) + len(specs)
     model = source.load_float(torch.float32, device)
     for name, parameter in model.named_parameters():
         check_finite(parameter.detach(), name)
-    squares = squared_gradients(model, [t.name for t in specs], pieces, seed, autocast, progress, steps)
+    squares = squared_gradients(model, [t.name for t in specs], rows, seed, autocast, progress, steps)
     kl: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
     unused = []
-    tokens = len(pieces) * length
+    tokens = len(rows) * length
     for i, t in enumerate(specs):
         fisher = squares.pop(t.name)
         weight = model.get_parameter(t.name).detach()
@@ -171,7 +171,7 @@ def measure_sensitivity(
             cost, error = _cost(t, weight, fisher, fmt)
             kl[t.name][str(fmt)], errors[t.name][str(fmt)] = _short(cost / (2 * tokens)), _short(error)
         if progress:
-            progress(t.name, len(pieces) + i + 1, steps)
+            progress(t.name, len(rows) + i + 1, steps)
     _fill(kl, errors, unused)
     return Sensitivity(
         source.inventory.model_class, source.identity(), "fisher", settings, tuple(map(str, formats)), kl, errors

@@ -117,40 +117,53 @@ def _documents(
     model: nn.Module, opening: Opening, rows: int, length: int, vocabulary: int | None, generator: torch.Generator
 ) -> Tensor:
     """ids [rows, length] int64 on the CPU, sampled row by row from the softmax of `model`."""
-    from lowbit.calibration.decoding import Decoder
+    from lowbit.calibration.decoding import decode
 
-    device = device_of(model)
     config: Any = getattr(model, "config", None)
-    pair = bool(getattr(config, "is_encoder_decoder", False))
     encoder_ids = None
-    if pair:  # something to answer to; the decoder's own first token is no text and is dropped
-        encoder_ids = torch.randint(_known(model, vocabulary), (rows, 8), generator=generator).to(device)
+    if getattr(config, "is_encoder_decoder", False):
+        # Something to answer to; the decoder's own first token is no text and is dropped.
+        encoder_ids = torch.randint(_known(model, vocabulary), (rows, 8), generator=generator).to(device_of(model))
         names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
         start = next((i for name in names if isinstance(i := getattr(config, name, None), int)), 0)
         opening = Opening((start,), (), frozenset(), (*opening.banned, *opening.ends))
-    allowed = _barred(_known(model, vocabulary), opening, vocabulary).isfinite()
-    allowed[[i for i in opening.ends if i < len(allowed)]] = False
-    evenly = allowed.nonzero()[:, 0]
-    decoder = Decoder(model, length + pair, encoder_ids)
-    ids = torch.empty(rows, length + pair, dtype=torch.int64)
-    forced = [deque(opening.start) for _ in range(rows)]
-    replying = [False] * rows
-    tokens = torch.empty(rows, dtype=torch.int64)
-    for t in range(ids.shape[1]):
-        if t:
-            logits = decoder.step(tokens.to(device))
-            tokens = _sample(logits, _barred(logits.shape[1], opening, vocabulary), generator)
-        for row, queue in enumerate(forced):
+    form = _Form(opening, rows, _bars(_known(model, vocabulary), opening, vocabulary), generator)
+
+    def choose(logits: Tensor) -> Tensor:
+        return form.kept(_sample(logits, _bars(logits.shape[1], opening, vocabulary), generator))
+
+    first = form.kept(torch.empty(rows, dtype=torch.int64))  # all of which the form decides
+    count = length - 1 if encoder_ids is None else length
+    ids = torch.stack([first, *decode(model, first[:, None], choose, count, encoder_ids)], 1)
+    return ids[:, -length:]
+
+
+class _Form:
+    """Where each row stands in the form of its document: tokens that are yet to come whatever is drawn, and whose turn it is."""
+
+    def __init__(self, opening: Opening, rows: int, bars: Tensor, generator: torch.Generator) -> None:
+        self.opening, self.generator = opening, generator
+        allowed = bars.isfinite()
+        allowed[[i for i in opening.ends if i < len(allowed)]] = False
+        self.evenly = allowed.nonzero()[:, 0]
+        self.forced = [deque(opening.start) for _ in range(rows)]
+        self.replying = [False] * rows
+
+    def kept(self, tokens: Tensor) -> Tensor:
+        """tokens [rows] that were drawn -> those that stand in the text."""
+        opening = self.opening
+        for row, queue in enumerate(self.forced):
             if queue:
                 token = queue.popleft()
-                tokens[row] = evenly[torch.randint(len(evenly), (), generator=generator)] if token == _ANY else token
+                if token == _ANY:
+                    token = int(self.evenly[torch.randint(len(self.evenly), (), generator=self.generator)])
+                tokens[row] = token
             elif int(tokens[row]) in opening.ends:
-                replying[row] = bool(opening.reply) and not replying[row]
-                following = opening.reply if replying[row] else opening.start
+                self.replying[row] = bool(opening.reply) and not self.replying[row]
+                following = opening.reply if self.replying[row] else opening.start
                 repeated = following[:1] == (int(tokens[row]),)  # a token that both ends and opens, as in GPT-2
                 queue.extend(following[1:] if repeated else following)
-        ids[:, t] = tokens
-    return ids[:, pair:]
+        return tokens
 
 
 def _known(model: nn.Module, vocabulary: int | None) -> int:
@@ -164,7 +177,7 @@ def _known(model: nn.Module, vocabulary: int | None) -> int:
     return min(known)
 
 
-def _barred(count: int, opening: Opening, vocabulary: int | None) -> Tensor:
+def _bars(count: int, opening: Opening, vocabulary: int | None) -> Tensor:
     """[count] float32 to add to logits: -inf for tokens that are never drawn, 0 for the others."""
     bars = torch.zeros(count)
     bars[[i for i in opening.banned if i < count]] = -math.inf

@@ -34,7 +34,7 @@ class Frame:
         of a text has no end. model: a module, or a class of transformers and its `config`; None for such a decoder.
         """
         found = next(
-            (frame for probe in _probes(tokenizer) if (frame := _around(tokenizer, probe)) is not None), Frame()
+            (frame for probe in _probes(tokenizer) if (frame := _frame_of(tokenizer, probe)) is not None), Frame()
         )
         return found if _sees_the_end(model, config) else Frame(found.before)
 
@@ -60,10 +60,10 @@ class Frame:
 
     def _windows(self, ids: Tensor, length: int) -> Iterator[Tensor]:
         before, after = torch.tensor(self.before, dtype=ids.dtype), torch.tensor(self.after, dtype=ids.dtype)
-        room, start = length - self.size, 0
-        while room > 0:
+        space, start = length - self.size, 0
+        while space > 0:
             begins = self._opens(ids[start:])
-            end = start + room + (len(before) if begins else 0)
+            end = start + space + (len(before) if begins else 0)
             if end > len(ids):
                 return
             yield torch.cat([ids[start:end], after] if begins else [before, ids[start:end], after])
@@ -88,9 +88,9 @@ def framed_windows(name: str, ids: Tensor, frame: Frame, length: int, what: str)
         )
     found = frame.windows(ids, length)
     if not found:
-        around = f" and the {frame.size} that the tokenizer puts around them" if frame.size else ""
+        frame_text = f" and the {frame.size} that the tokenizer puts around them" if frame.size else ""
         raise TextError(
-            f"{name} has {len(ids)} tokens{around}, fewer than one {what} of {length}: "
+            f"{name} has {len(ids)} tokens{frame_text}, fewer than one {what} of {length}: "
             f"pass a longer text, or windows of at most {max(len(ids) + frame.size, 2)} tokens"
         )
     return found
@@ -103,7 +103,7 @@ def _probes(tokenizer: Any) -> Iterator[str]:
     yield from (tokenizer.decode([size * part // 4]) for part in (1, 2, 3) if size)
 
 
-def _around(tokenizer: Any, probe: str) -> Frame | None:
+def _frame_of(tokenizer: Any, probe: str) -> Frame | None:
     """The frame of one text, None where its own tokens cannot be told from what is around them."""
     whole, plain = _ids(tokenizer, probe, True), _ids(tokenizer, probe, False)
     starts = [i for i in range(len(whole) - len(plain) + 1) if whole[i : i + len(plain)] == plain] if plain else []

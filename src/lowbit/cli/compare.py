@@ -26,8 +26,7 @@ def compare(
     length: Length = 1024,
     speed: Speed = False,
     plots: Annotated[
-        Path | None,
-        typer.Option(help="Also draw two figures into this folder (needs matplotlib).", show_default=False),
+        Path | None, typer.Option(help="Also draw two figures into this folder (needs matplotlib).", show_default=False)
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Json = False,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,22 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
 
 
+def print_result(as_json: bool, plain: Callable[[], Any], drawn: Callable[[int], Any]) -> None:
+    """What a command found on stdout: `plain()` as JSON, or what `drawn` gives for so many columns."""
+    if as_json:
+        print_json(plain())
+    else:
+        screen = stdout()
+        screen.print(drawn(screen.width))
+
+
+def escaped(text: str) -> str:
+    """`text` that is printed as it is, whatever brackets it has."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
 def quiet() -> None:
     """Keep the libraries below from drawing bars and advice of their own; their errors still show."""
     import logging
@@ -81,9 +97,7 @@ def quiet() -> None:
 
 def dim(text: str) -> None:
     """One quiet line on stderr."""
-    from rich.markup import escape
-
-    stderr().print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+    stderr().print(f"[dim]{escaped(text)}[/dim]", soft_wrap=True)
 
 
 @contextmanager
@@ -95,17 +109,8 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
     )  # fmt: skip
-    with _bar(*columns) as bar:
-        task, begun = bar.add_task(what, total=None, name=""), False
-
-        def move(name: str, done: int, total: int) -> None:
-            nonlocal begun
-            if bar.disable and not begun:  # not before the first step: an error of what was asked for stands alone
-                _line(what)
-            begun = True
-            bar.update(task, completed=done, total=total, name=name)
-
-        yield move
+    with _moving(what, columns, name="") as move:
+        yield lambda name, done, total: move(done, total, name=name)
 
 
 @contextmanager
@@ -155,27 +160,28 @@ def steps(unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int
 @contextmanager
 def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left, moved by calls of (done, in all)."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with _bar(*columns) as bar:
-        task, begun = bar.add_task(what, total=None), False
+    with _moving(what, columns) as move:
+        yield move
 
-        def move(done: int, total: int) -> None:
+
+@contextmanager
+def _moving(what: str, columns: Sequence[Any], **fields: Any) -> Iterator[Callable[..., None]]:
+    """A bar moved by calls of (done, in all), with other `fields` of its columns by name."""
+    with _bar(*columns) as bar:
+        task, begun = bar.add_task(what, total=None, **fields), False
+
+        def move(done: int, total: int, **fields: Any) -> None:
             nonlocal begun
-            if bar.disable and not begun:
+            if bar.disable and not begun:  # not before the first step: an error of what was asked for stands alone
                 _line(what)
             begun = True
-            bar.update(task, completed=done, total=total)
+            bar.update(task, completed=done, total=total, **fields)
 
         yield move
 

@@ -24,7 +24,4 @@ def doctor(
 
     with console.stderr().status("timing kernels"):
         report = examine(kernels)
-    if as_json:
-        console.print_json(report.to_dict())
-    else:
-        console.stdout().print(render_report(report))
+    console.print_result(as_json, report.to_dict, lambda width: render_report(report))

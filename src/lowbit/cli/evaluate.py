@@ -17,8 +17,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Model,
     against: Annotated[
-        str | None,
-        typer.Option(help="The float model it was made from, to compare with.", show_default=False),
+        str | None, typer.Option(help="The float model it was made from, to compare with.", show_default=False)
     ] = None,
     text: Text = None,
     windows: Windows = None,
@@ -34,9 +33,6 @@ def evaluate(
         card = lowbit.evaluate(
             model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )
-    if as_json:
-        console.print_json(card.to_json())
-    else:
-        from lowbit.report.panel import render_card
+    from lowbit.report.panel import render_card
 
-        console.stdout().print(render_card(card))
+    console.print_result(as_json, card.to_json, lambda width: render_card(card))

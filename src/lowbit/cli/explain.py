@@ -23,9 +23,7 @@ def explain(
     what: Annotated[
         str,
         typer.Argument(
-            help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.',
-            show_default=False,
-            metavar="WHAT",
+            help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.', show_default=False, metavar="WHAT"
         ),
     ],
     recipe: Annotated[str, typer.Argument(help="A preset, a format such as int4:g32, or METHOD@FORMAT.")] = "w4",
@@ -34,12 +32,9 @@ def explain(
 ) -> None:
     """Show each step of the arithmetic: range, scale, zero-point, codes, values, error."""
     found = _explained(what, recipe, rows)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        from lowbit.report.explain_view import render_explanation
+    from lowbit.report.explain_view import render_explanation
 
-        console.stdout().print(render_explanation(found))
+    console.print_result(as_json, found.to_dict, lambda width: render_explanation(found))
 
 
 def _explained(what: str, recipe: str, rows: int) -> Explanation:

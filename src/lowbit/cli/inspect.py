@@ -21,19 +21,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""
+    from lowbit.interchange.files.settings import is_ours
     from lowbit.interchange.opening import open_source
-    from lowbit.interchange.readers.folder import quantization_method
     from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
 
     console.quiet()
-    if Path(model).is_dir() and quantization_method(model) == "lowbit":
+    if is_ours(model):
         found = inspect_quantized(Path(model))
     else:
         source = open_source(model)
         with console.bytes_bar("reading") as progress:
             found = inspect_source(source, progress)
-    if as_json:
-        console.print_json(found.to_dict())
-    else:
-        screen = console.stdout()
-        screen.print(render_inspection(found, every=every, width=screen.width))
+    console.print_result(as_json, found.to_dict, lambda width: render_inspection(found, every=every, width=width))

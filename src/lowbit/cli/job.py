@@ -67,8 +67,9 @@ class Job:
         if looks:
             wanted = wanted.calibrated()
         elif wanted.needs_calibration is None and kv is None and (text.samples is not None or text.chat):
+            instead = "add --calibration self" if wanted.uses_calibration else "leave them out"
             raise RecipeError(
-                f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; add --calibration self"
+                f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; {instead}"
             )
         return Job(model, recipe, wanted, ready, text)
 

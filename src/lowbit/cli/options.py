@@ -10,9 +10,7 @@ import typer
 Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, .gguf file, or smollm2.", show_default=False)]
 Recipe = Annotated[
     str,
-    typer.Argument(
-        help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
-    ),
+    typer.Argument(help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file."),
 ]
 As = Annotated[
     str,
@@ -38,8 +36,7 @@ Text = Annotated[
     ),
 ]
 Windows = Annotated[
-    int | None,
-    typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False),
+    int | None, typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False)
 ]
 FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]

@@ -32,11 +32,7 @@ def plan(
 
     console.quiet()
     made = lowbit.plan(model, recipe, context=context)
-    if as_json:
-        console.print_json(made.to_json())
-    else:
-        screen = console.stdout()
-        screen.print(render_plan(made, every=every, width=screen.width))
+    console.print_result(as_json, made.to_json, lambda width: render_plan(made, every=every, width=width))
 
 
 def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
@@ -44,32 +40,20 @@ def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> Render
 
     `width` in characters: columns that matter less are left out until the table fits.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    from lowbit.report.wording import fitting, grouped, pattern_of
+    from lowbit.report.layout import fitted_table, named_lines
+    from lowbit.report.wording import grouped, pattern_of
 
     def alike(t: TensorPlan) -> Any:
         return pattern_of(t.name), t.shape, t.dtype, t.format, t.keep
 
     groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
+    stays = [i for i, group in enumerate(groups) if group[0].format is None]
     rows = [_row(group) for group in groups]
-    kept = fitting(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in kept:
-        table.add_column(
-            _HEADINGS[i], justify="left" if _HEADINGS[i] in _LEFT else "right", no_wrap=i > 0, overflow="fold"
-        )
-    for group, row in zip(groups, rows, strict=True):
-        table.add_row(*(Text(row[i]) for i in kept), style="dim" if group[0].format is None else "")
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="cyan", no_wrap=True)
-    lines.add_column(overflow="fold")
-    for name, value in _totals(plan):
-        lines.add_row(name, Text(value))
-    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, lines)
+    table = fitted_table(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"), _LEFT, dim=stays)
+    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, named_lines(_totals(plan)))
 
 
 _LEFT = ("tensor", "shape", "now", "becomes")
@@ -103,10 +87,7 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
         ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
-        (
-            "bits per weight",
-            f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers",
-        ),
+        ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
         ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
     ]
     counts, fallback = plan.input_counts(), plan.recipe.fallback

@@ -49,8 +49,7 @@ def quantize(
     model: Model,
     recipe: Recipe = "w4",
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False),
+        Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
     ] = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
@@ -90,7 +89,7 @@ def quantize(
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
-    screen.print(f"[bold]{_escaped(model)}[/bold]  {_escaped(job.recipe.title)}")
+    screen.print(f"[bold]{console.escaped(model)}[/bold]  {console.escaped(job.recipe.title)}")
     kept = None
     if target:
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
@@ -145,7 +144,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
         raise
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
-        console.stderr().print(f"not measured: {kind}{_escaped(str(error))}")
+        console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")
         return None
     return replace(card, parts=replace(card.parts, quantize_seconds=made.seconds, quantize_peak=made.peak_bytes))
 
@@ -170,16 +169,17 @@ def _written(made: Made, out: Path) -> str:
     from lowbit.report.wording import bytes_text
 
     said = "".join(
-        f"\n{_escaped(line)}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
+        f"\n{console.escaped(line)}"
+        for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
     )
     if made.exported is not None:
-        return f"{_escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
+        return f"{console.escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
-    inputs = f"\ninputs: {_escaped(inputs_text(counts, ranges))}" if counts else ""
+    inputs = f"\ninputs: {console.escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
-        f"{_escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
+        f"{console.escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
         f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
     )
 
@@ -207,9 +207,3 @@ def _trial(made: Any, out: Path) -> str:
 
 def _totals(plan: Any) -> dict[str, Any]:
     return {key: value for key, value in plan.to_json().items() if key != "tensors"}
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

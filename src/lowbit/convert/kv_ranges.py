@@ -16,9 +16,9 @@ from lowbit.calibration.decoding import cache_name
 from lowbit.errors import ExportError
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges, stored
 from lowbit.interchange.exporters.exporter import Exporter
+from lowbit.interchange.files.weights import weight_files
 from lowbit.interchange.hf.running import device_of, evaluating
 from lowbit.interchange.progress import Progress
-from lowbit.interchange.readers.folder import weight_files
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.pipeline.loading import load
 

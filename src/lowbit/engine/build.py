@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit.engine.kernel_weights import Inputs, KernelWeight, alike, alternated, halved, joined
 from lowbit.engine.packing import PackingPool
 from lowbit.engine.shape import Shape
 from lowbit.engine.weights import Found, Weights, as_float
 from lowbit.errors import EngineError
+from lowbit.families.family import Experts
 from lowbit.formats import IntGrid, QTensor
-from lowbit.kernels.layout import Codes, Floats, can_join, codes_of, pack, residual_of, why_not
+from lowbit.kernels.layout import Floats, codes_of, pack, residual_of, why_not
 
 if TYPE_CHECKING:
     import lowbit._core as _core
@@ -31,51 +33,16 @@ class Program:
     """What `lowbit._core.Decoder` takes, and what had to be changed of the weights on the way.
 
     nbytes: of all packed weights, of which `lookup_bytes` belong to an embedding that is no head, of which a token reads
-    one row. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
+    one row, and `idle_bytes` to experts that a token does not take. expanded: weights that no kernel holds packed, with the reason; they are float16 here. rounded: those whose
     levels were rounded to fit (see `kernels.layout`).
     """
 
     model: _core.ModelSpec | None = None
     nbytes: int = 0
     lookup_bytes: int = 0
+    idle_bytes: int = 0
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class _Input:
-    """How activations are rounded before a weight: the core's `ActivationSpec`; segment 0: as suits the weight."""
-
-    bits: int = 15
-    per_token: bool = False
-    static_scale: float = 0.0
-    divisor: Tensor | None = None
-    segment: int = 0
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        divisor = None if self.divisor is None else self.divisor.numpy().tobytes()
-        return self.bits, self.per_token, self.static_scale, divisor, self.segment
-
-    def spec(self, core: Any) -> _core.ActivationSpec:
-        return core.ActivationSpec(
-            bits=self.bits, per_token=self.per_token, static_scale=self.static_scale,
-            divisor=None if self.divisor is None else self.divisor.numpy(),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """A weight as the kernels read it, what rounding its levels left, where that is to be added, and its inputs."""
-
-    value: Codes | Floats
-    inputs: _Input
-    residual: Codes | None = None
-
-    def part(self, start: int, stop: int) -> _Source:
-        """Some of its rows."""
-        residual = None if self.residual is None else self.residual.part(start, stop)
-        return _Source(self.value.part(start, stop), self.inputs, residual)
 
 
 class Builder:
@@ -96,6 +63,7 @@ class Builder:
         self.shape, self.weights = shape, weights
         self.bits = {"exact": 15, "int8": 8}[activations]
         self.program = Program()
+        self._packed_so_far: list[Future[Any]] = []
 
     def build(self, threads: int = 1) -> Program:
         """Reads every weight once, and packs beside that in `threads` threads. EngineError for one that the engine cannot use."""
@@ -136,12 +104,61 @@ class Builder:
         queries, keys = s.heads * s.head_dim, s.key_heads * s.head_dim
         qkv = self._product([n.format(i=i) for n in decoder.qkv], s.width, [queries, keys, keys])
         output = self._product([decoder.output.format(i=i)], queries, [s.width])
-        gate_up = self._pair([n.format(i=i) for n in decoder.gate_up])
-        down = self._product([decoder.down.format(i=i)], s.hidden, [s.width])
+        mlp: Later[_core.MlpSpec] | None = None
+        experts: Later[_core.ExpertsSpec] | None = None
+        if decoder.experts and s.mixtures[i]:
+            experts = self._experts(i, decoder.experts)
+        else:
+            gate_up = self._gate_up([n.format(i=i) for n in decoder.gate_up])
+            mlp = self._mlp(gate_up, self._product([decoder.down.format(i=i)], s.hidden, [s.width]))
         return lambda: self.core.LayerSpec(
-            **norms, qkv=qkv(), output=output(), mlp=self.core.MlpSpec(gate_up=gate_up(), down=down()),
-            rope=s.rope[i], window=s.window[i],
+            **norms, qkv=qkv(), output=output(), mlp=mlp and mlp(), experts=experts and experts(), rope=s.rope[i], window=s.window[i],
         )  # fmt: skip
+
+    def _mlp(self, gate_up: Later[_core.ProjectionSpec], down: Later[_core.ProjectionSpec]) -> Later[_core.MlpSpec]:
+        return lambda: self.core.MlpSpec(gate_up=gate_up(), down=down())
+
+    def _experts(self, i: int, names: Experts) -> Later[_core.ExpertsSpec]:
+        """A mixture, of stacks of experts or of experts one by one."""
+        s, hidden = self.shape, self.shape.expert_hidden
+        routers = [name.format(i=i) for name in names.router]
+        router = next((n for n in routers if self.weights.find(f"{n}.weight") is not None), routers[0])
+        routing = self._product([router], s.width, [s.experts])
+        stacks: list[KernelWeight] = []
+        for name in (names.gate_up.format(i=i), names.down.format(i=i)):
+            found = self.weights.find(name)
+            if found is not None:
+                stacks.append(self._read(name, found))
+        wanted = (hidden, hidden, s.width)
+        mlps: list[Later[_core.MlpSpec]] = []
+        before = len(self._packed_so_far)
+        for e in range(s.experts):
+            if stacks:
+                both, down = stacks
+                at, middle = 2 * hidden * e, 2 * hidden * e + hidden
+                three = [
+                    both.part(at, middle),
+                    both.part(middle, middle + hidden),
+                    down.part(s.width * e, s.width * (e + 1)),
+                ]
+            else:
+                three = [self._source(name.format(i=i, e=e)) for name in names.apart]
+            if tuple(source.value.rows for source in three) != wanted:
+                raise EngineError(f"expert {e} of layer {i} has not the {wanted} rows that the config says")
+            parts = [self._packed(three[2:], 0, None)]
+            mlps.append(
+                self._mlp(self._pair(three[:2], [None, None], hidden), self._projection(hidden, s.width, parts))
+            )
+        packed = self._packed_so_far[before:]
+
+        def made() -> _core.ExpertsSpec:
+            nbytes = sum(weight.result().nbytes for weight in packed)
+            self.program.idle_bytes += nbytes * (s.experts - s.top_k) // s.experts
+            return self.core.ExpertsSpec(
+                router=routing(), experts=[mlp() for mlp in mlps], top_k=s.top_k, normalized=s.normalized
+            )
+
+        return made
 
     def _product(self, names: list[str], cols: int, widths: list[int]) -> Later[_core.ProjectionSpec]:
         """Weights that read one input, one after another; packed as one where they can be."""
@@ -150,15 +167,14 @@ class Builder:
         rows = [source.value.rows for source in found]
         if sum(rows) != sum(widths):
             raise EngineError(f"{names[0]!r} has {sum(rows)} rows where the config says {sum(widths)}")
-        if _alike(found, paired=False):
-            parts = [self._packed(found, 0, _joined(biases, rows))]
+        if alike(found, paired=False):
+            parts = [self._packed(found, 0, joined(biases, rows))]
         else:
             offsets = [sum(rows[:i]) for i in range(len(rows))]
             parts = [self._packed([s], o, b) for s, o, b in zip(found, offsets, biases, strict=True)]
         return self._projection(cols, sum(widths), parts)
 
-    def _pair(self, names: list[str]) -> Later[_core.ProjectionSpec]:
-        """Gate and up: as a pair whose products meet in registers, or one after the other."""
+    def _gate_up(self, names: list[str]) -> Later[_core.ProjectionSpec]:
         s = self.shape
         if len(names) == 1:
             source = self._source(names[0])
@@ -168,17 +184,22 @@ class Builder:
         else:
             found = [self._source(name) for name in names]
             biases = [self.weights.vector(f"{name}.bias") for name in names]
+        return self._pair(found, biases, s.hidden)
+
+    def _pair(self, found: list[KernelWeight], biases: list[Tensor | None], hidden: int) -> Later[_core.ProjectionSpec]:
+        """Gate and up: as a pair whose products meet in registers, or one after the other."""
+        width = self.shape.width
         # A pair meets before anything can be added to it.
-        if _alike(found, paired=True) and found[0].residual is None:
-            return self._projection(s.width, s.hidden, [self._packed(found, 0, _alternated(biases), paired=True)])
-        parts = [self._packed([f], o, b) for f, o, b in zip(found, (0, s.hidden), biases, strict=True)]
-        return self._projection(s.width, 2 * s.hidden, parts)
+        if alike(found, paired=True) and found[0].residual is None:
+            return self._projection(width, hidden, [self._packed(found, 0, alternated(biases), paired=True)])
+        parts = [self._packed([f], o, b) for f, o, b in zip(found, (0, hidden), biases, strict=True)]
+        return self._projection(width, 2 * hidden, parts)
 
     def _projection(self, cols: int, width: int, parts: list[Later[_core.PartSpec]]) -> Later[_core.ProjectionSpec]:
         return lambda: self.core.ProjectionSpec(cols=cols, width=width, parts=[part() for part in parts])
 
     def _packed(
-        self, sources: list[_Source], offset: int, bias: Tensor | None, paired: bool = False
+        self, sources: list[KernelWeight], offset: int, bias: Tensor | None, paired: bool = False
     ) -> Later[_core.PartSpec]:
         """A part of a projection: weights alike, packed as one, and what is added to them."""
         inputs, residuals = sources[0].inputs, [s.residual for s in sources if s.residual is not None]
@@ -186,61 +207,66 @@ class Builder:
         residual = self._pack(residuals, inputs) if residuals else None
         return self._part(weight, residual, inputs, offset, bias)
 
-    def _pack(self, sources: list[Any], inputs: _Input | None = None, paired: bool = False) -> Future[Any]:
-        return self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
+    def _pack(self, sources: list[Any], inputs: Inputs | None = None, paired: bool = False) -> Future[Any]:
+        started = self._packers.start(pack, self.core, sources, paired, inputs.segment if inputs else 0)
+        self._packed_so_far.append(started)
+        return started
 
     def _part(
-        self, weight: Future[Any], residual: Future[Any] | None, inputs: _Input, offset: int, bias: Tensor | None
+        self, weight: Future[Any], residual: Future[Any] | None, inputs: Inputs, offset: int, bias: Tensor | None
     ) -> Later[_core.PartSpec]:
         return lambda: self.core.PartSpec(
             weight=weight.result(), residual=residual and residual.result(), activations=inputs.spec(self.core),
             bias=None if bias is None else bias.numpy(), offset=offset,
         )  # fmt: skip
 
-    def _source(self, name: str, whole: bool = False) -> _Source:
-        """A weight as the kernels read it. whole: nothing can be added to it, as to one whose rows are looked up."""
-        found = self.weights.get(f"{name}.weight")
+    def _source(self, name: str, whole: bool = False) -> KernelWeight:
+        """The weight of a module. whole: nothing can be added to it, as to one whose rows are looked up."""
+        return self._read(name, self.weights.get(f"{name}.weight"), whole)
+
+    def _read(self, name: str, found: Found, whole: bool = False) -> KernelWeight:
+        """A weight as the kernels read it, or a stack of such, one after another."""
         if not isinstance(found.value, QTensor):
-            return _Source(Floats(as_float(found.value)), _Input(self.bits))
-        inputs, reason = self._input(name, found), why_not(found.value)
+            return KernelWeight(Floats(as_float(found.value).flatten(0, -2)), Inputs(self.bits))
+        inputs, reason = self._input(name, found), why_not(found.value, stack=len(found.value.shape) == 3)
         if reason is None:
             codes = codes_of(found.value)
             if not codes.rounded:
-                return _Source(codes, inputs)
+                return KernelWeight(codes, inputs)
             if inputs.bits == 8:
                 self.program.rounded.append(name)
-                return _Source(codes, inputs)
+                return KernelWeight(codes, inputs)
             # Rounded levels cost as much as int8 activations do, which "exact" is there to avoid.
             residual = None if whole else residual_of(found.value, codes)
             if residual is not None:
-                return _Source(codes, inputs, residual)
+                return KernelWeight(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
         self.program.expanded[name] = reason
         # Float weights multiply what is not rounded: a divisor of the inputs is one of the columns.
-        return _Source(Floats(_halved(found.value.dequantize(), inputs.divisor)), _Input(self.bits))
+        return KernelWeight(Floats(halved(found.value.dequantize(), inputs.divisor).flatten(0, -2)), Inputs(self.bits))
 
-    def _input(self, name: str, found: Found) -> _Input:
+    def _input(self, name: str, found: Found) -> Inputs:
         quantizer = found.inputs
         if quantizer is None:
-            return _Input(self.bits)
+            return Inputs(self.bits)
         inputs, fmt = quantizer.inputs, quantizer.inputs.format
         divisor = quantizer.divisor
         if fmt is None:
-            return _Input(self.bits, divisor=divisor)
+            return Inputs(self.bits, divisor=divisor)
         symmetric = isinstance(fmt.grid, IntGrid) and fmt.grid.bits == 8 and fmt.grid.signed and fmt.offset is None
         if not symmetric or fmt.scale != "fp32" or inputs.outliers is not None or fmt.block.rows not in (1, -1):
             raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds them to symmetric int8")
         if inputs.static:
             if quantizer.scale is None or quantizer.scale.numel() != 1:
                 raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
-            return _Input(8, static_scale=float(quantizer.scale), divisor=divisor)
+            return Inputs(8, static_scale=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
             raise EngineError(
                 f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static"
             )
         if fmt.block.cols == -1:
-            return _Input(8, per_token=True, divisor=divisor)
-        return _Input(8, divisor=divisor, segment=fmt.block.cols)
+            return Inputs(8, per_token=True, divisor=divisor)
+        return Inputs(8, divisor=divisor, segment=fmt.block.cols)
 
     def _norm(self, name: str) -> Any:
         weight = self.weights.vector(f"{name}.weight")
@@ -257,37 +283,3 @@ class Builder:
                 and all(torch.equal(a.parts()[k], b.parts()[k]) for k in a.parts())
             )
         return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
-
-
-def _halved(dense: Tensor, divisor: Tensor | None) -> Tensor:
-    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal.
-
-    divisor: of its inputs, which the columns take over.
-    """
-    if divisor is not None:
-        dense = dense / divisor
-    half = dense.to(torch.float16)
-    off = torch.linalg.vector_norm(half.float() - dense, dim=-1)
-    exact = off <= 2.0**-10 * torch.linalg.vector_norm(dense, dim=-1)  # False where it overflows
-    return half if bool(exact.all()) else dense
-
-
-def _alike(found: list[_Source], paired: bool) -> bool:
-    """Whether these can be packed as one."""
-    same = len({s.inputs.key for s in found}) == 1 and len({s.residual is None for s in found}) == 1
-    return same and can_join([s.value for s in found], paired)  # type: ignore[arg-type]
-
-
-def _joined(biases: list[Tensor | None], rows: list[int]) -> Tensor | None:
-    if all(b is None for b in biases):
-        return None
-    return torch.cat([torch.zeros(n) if b is None else b for b, n in zip(biases, rows, strict=True)])
-
-
-def _alternated(biases: list[Tensor | None]) -> Tensor | None:
-    """Biases of a pair in the order of its tiles of 16."""
-    if all(b is None for b in biases):
-        return None
-    size = next(len(b) for b in biases if b is not None)
-    both = [torch.zeros(size) if b is None else b for b in biases]
-    return torch.stack([b.view(-1, 16) for b in both], 1).reshape(-1)

@@ -39,12 +39,13 @@ class Transformers:
         """A folder that lowbit wrote, or a float model by any name that lowbit takes."""
         from pathlib import Path
 
+        from lowbit.interchange.files.settings import is_ours
+        from lowbit.interchange.hf.loading import load_config, load_tokenizer
         from lowbit.interchange.hf.packed_model import load_packed
         from lowbit.interchange.opening import open_source
-        from lowbit.interchange.readers.folder import load_config, load_tokenizer, quantization_method
 
         path = Path(model)
-        if path.is_dir() and quantization_method(path) == "lowbit":
+        if is_ours(path):
             built = load_packed(path, dtype=answering_type(load_config(path)))
             return Transformers(built, AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from lowbit.engine.expected_shapes import check_model_shapes
-from lowbit.engine.files import generation_of, quantization_method, read_config
 from lowbit.engine.shape import known
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer, tokenizer_of
 from lowbit.engine.weights import FolderWeights, ModelWeights, SourceWeights, Weights
 from lowbit.errors import EngineError, SourceError
 from lowbit.interchange.checks.config import check_decoder, lacks
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.readers.folder import remarks_on, weight_files
+from lowbit.interchange.files.settings import OURS, generation_of, quantized_by, read_config
+from lowbit.interchange.files.weights import remarks_on
 from lowbit.interchange.source import say_remarks
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
@@ -28,7 +28,7 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
     if isinstance(model, nn.Module):
         return _of_model(model, tokenizer)
     path = Path(model)
-    if path.is_dir() and quantization_method(path) in (None, "lowbit"):
+    if path.is_dir() and quantized_by(path) in (None, OURS):
         return _of_folder(path, tokenizer)
     return _of_source(str(model), tokenizer)
 
@@ -36,7 +36,7 @@ def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
     config = read_config(folder)
     refuse(config)
-    say_remarks(str(folder), remarks_on(folder, weight_files(folder)))
+    say_remarks(str(folder), remarks_on(folder))
     if _major(config.get("transformers_version")) < 5 or lacks(config):
         # What older versions left out are defaults that only its class knows; importing that takes a second.
         config = _normalized(folder)
@@ -96,7 +96,7 @@ def _major(version: Any) -> int:
 
 
 def _normalized(folder: Path) -> dict[str, Any]:
-    from lowbit.interchange.readers.folder import load_config
+    from lowbit.interchange.hf.loading import load_config
 
     # Through JSON, so that what is not plain data is found here.
     found: dict[str, Any] = json.loads(json.dumps(load_config(folder).to_dict(), default=str))

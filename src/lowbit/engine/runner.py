@@ -54,7 +54,7 @@ class Description:
     """Of an engine: how it runs and what it takes.
 
     packed_bytes: of all weights; bytes_per_token: of those that one token reads, which are all but an embedding that is
-    not the head as well. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
+    not the head as well and the experts that it does not take. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
     packed, with the reason; they are float16. rounded: weights whose levels had to be rounded to fit a table, which only
     happens with activations "int8".
     """
@@ -119,7 +119,7 @@ class Runner:
         per_token = self._new_cache(1, 1).bytes_per_position
         return Description(
             str(self._config["model_type"]), self._isa, self._threads, str(self._activations), str(self._cache),
-            program.nbytes, program.nbytes - program.lookup_bytes, per_token, self.shape.positions,
+            program.nbytes, program.nbytes - program.lookup_bytes - program.idle_bytes, per_token, self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowbit.errors import EngineError
 from lowbit.families import families, family_of
-from lowbit.families.family import Config, Decoder, Family
+from lowbit.families.family import Config, Decoder, Experts, Family
 
 _GATES = {
     "silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -31,6 +31,8 @@ class Rotation:
 class Shape:
     """A decoder without its weights. rope: a rotation of `rotations` for each layer, -1 for none; window: 0 for none.
 
+    mixtures: whether a layer has `experts` of which a token takes `top_k`, `normalized` where their shares are brought to a
+    sum of 1, instead of one MLP; none where no layer has.
     short_positions: texts longer than this have other rotations, from their first token on; 0 where all have the same.
     """
 
@@ -51,6 +53,11 @@ class Shape:
     rope: tuple[int, ...]
     window: tuple[int, ...]
     attention_scale: float
+    mixtures: tuple[bool, ...] = ()
+    experts: int = 0
+    top_k: int = 0
+    expert_hidden: int = 0
+    normalized: bool = True
     attention_soft_cap: float = 0.0
     logit_soft_cap: float = 0.0
     logit_scale: float = 1.0
@@ -64,8 +71,9 @@ class Shape:
     def products(self, tokens: int, logits: int) -> int:
         """Multiply-adds with weights when so many tokens are read and so many of them give logits."""
         heads = (2 * self.heads + 2 * self.key_heads) * self.head_dim * self.width
-        layer = heads + 3 * self.hidden * self.width
-        return tokens * self.layers * layer + logits * self.vocabulary * self.width
+        mixed = sum(self.mixtures)
+        hidden = (self.layers - mixed) * 3 * self.hidden + mixed * (self.experts + 3 * self.top_k * self.expert_hidden)
+        return tokens * (self.layers * heads + hidden * self.width) + logits * self.vocabulary * self.width
 
 
 def shape_of(config: Config, positions: int = 1) -> Shape:
@@ -105,6 +113,7 @@ def shape_of(config: Config, positions: int = 1) -> Shape:
         rotations=rotations,
         rope=tuple(-1 if skipped and not skipped[i] else index[kind] for i, kind in enumerate(kinds)),
         window=tuple(_window(config, kind) for kind in kinds),
+        **_mixture(config, decoder.experts, layers),
         **{"attention_scale": head_dim**-0.5, **decoder.values(config)},
     )
 
@@ -117,6 +126,23 @@ def known(config: Config) -> tuple[Family, Decoder]:
         there = ", ".join(name for name, f in families().items() if f.decoder)
         raise EngineError(f"the engine does not know models of type {kind!r} (it knows {there})")
     return family, family.decoder
+
+
+def _mixture(config: Config, experts: Experts | None, layers: int) -> dict[str, Any]:
+    """The values of a shape that has experts."""
+    if experts is None:
+        return {}
+    count, top_k = int(config.get("num_local_experts") or config["num_experts"]), int(config["num_experts_per_tok"])
+    if top_k > count:
+        raise EngineError(f"a token takes num_experts_per_tok={top_k} experts, and a layer has {count}")
+    normalized = experts.normalized
+    return {
+        "mixtures": tuple(experts.has(config, i) for i in range(layers)),
+        "experts": count,
+        "top_k": top_k,
+        "expert_hidden": int(config[experts.width]),
+        "normalized": bool(config[normalized]) if isinstance(normalized, str) else normalized,
+    }
 
 
 def _shared(config: Config, family: Family) -> str | None:

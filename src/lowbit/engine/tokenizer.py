@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.engine.chat_template import ChatTemplate, Message, default_template, read_template
-from lowbit.engine.files import read_json
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.words import check_tokenizer
+from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf.calls import asking
-from lowbit.interchange.readers.folder import load_tokenizer
+from lowbit.interchange.hf.loading import load_tokenizer
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE = "chat_template.jinja"

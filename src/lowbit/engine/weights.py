@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.engine.files import read_config, stored_tensors
 from lowbit.errors import EngineError
 from lowbit.formats import InputQuantizer, QTensor
 from lowbit.interchange.checks.section import Section, check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.files.safetensors_reader import read_tensor
+from lowbit.interchange.files.settings import OURS, read_config
+from lowbit.interchange.files.weights import entries_of
 from lowbit.interchange.source import Source
 
 
@@ -60,12 +61,12 @@ class FolderWeights(Weights):
         """config: that of the folder where it is at hand already."""
         config, where = read_config(folder) if config is None else config, str(folder / "config.json")
         given = config.get("quantization_config") or None
-        method = "lowbit" if given is None else given.get("quant_method", "lowbit")
-        if method != "lowbit":
+        method = OURS if given is None else given.get("quant_method", OURS)
+        if method != OURS:
             raise EngineError(
                 f"{folder} is quantized with {method}; the engine runs float models and what lowbit wrote"
             )
-        self.config, self._stored = config, stored_tensors(folder)
+        self.config, self._stored = config, entries_of(folder)
         section = Section({}, {}) if given is None else read_section(given, where)
         check_parts(section, {name: (e.dtype, e.shape) for name, (_, e) in self._stored.items()}, str(folder))
         check_layers(config, self._stored, where)

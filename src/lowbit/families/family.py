@@ -20,10 +20,7 @@ PRE_NORMS: Mapping[str, str] = {
     "attention_norm": f"{LAYER}input_layernorm",
     "mlp_norm": f"{LAYER}post_attention_layernorm",
 }
-HEAD_NORMS: Mapping[str, str] = {
-    "query_norm": f"{LAYER}self_attn.q_norm",
-    "key_norm": f"{LAYER}self_attn.k_norm",
-}
+HEAD_NORMS: Mapping[str, str] = {"query_norm": f"{LAYER}self_attn.q_norm", "key_norm": f"{LAYER}self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,32 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A sparse mixture of MLPs that stands in place of one.
+
+    router         reads what the experts read; of several names the first that there is
+    gate_up, down  all experts as one parameter, [experts, out, in]
+    apart          gate, up and down of expert `{e}` as checkpoints publish them
+    width          the field of the config that says how wide an expert is
+    normalized     whether the shares of a token's experts are brought to a sum of 1, or the field that says so
+    has            (config, layer) -> whether that layer has experts
+    """
+
+    router: tuple[str, ...] = (f"{LAYER}mlp.gate",)
+    gate_up: str = f"{LAYER}mlp.experts.gate_up_proj"
+    down: str = f"{LAYER}mlp.experts.down_proj"
+    apart: tuple[str, str, str] = tuple(f"{LAYER}mlp.experts.{{e}}.{x}_proj" for x in ("gate", "up", "down"))  # type: ignore[assignment]
+    width: str = "moe_intermediate_size"
+    normalized: bool | str = True
+    has: Callable[[Config, int], bool] = lambda config, layer: True
+
+
+@dataclass(frozen=True)
 class Decoder:
     """The parts of a decoder of the Llama kind, for the engine; its graph follows from them.
 
     qkv, gate_up  the weights that read one input, or the one that holds them stacked
+    experts       of the layers that have them in place of one MLP
     norms         our name -> the tensor, of those that a layer has: `PRE_NORMS`, `HEAD_NORMS`, and `attention_post_norm` and
                   `mlp_post_norm` between a part and the residual stream
     norms_of_all_heads  norms of queries and keys weigh all heads as one row, not each by itself
@@ -82,6 +101,7 @@ class Decoder:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    experts: Experts | None = None
     norms: Mapping[str, str] = field(default_factory=lambda: PRE_NORMS)
     norms_of_all_heads: bool = False
     values: Callable[[Config], dict[str, Any]] = lambda config: {}
@@ -90,7 +110,14 @@ class Decoder:
     @property
     def graph(self) -> Graph:
         """What transforms need to know."""
-        readers = {"attention_norm": self.qkv, "mlp_norm": self.gate_up}
+        experts, gate_up = self.experts, self.gate_up
+        writers: tuple[str, ...] = (self.embedding, self.output)
+        if (
+            experts
+        ):  # no scale passes inside of one: every expert would need its own; the router reads the norm as they do
+            gate_up = (f"{experts.router[0]}|{gate_up[0]}", f"{experts.gate_up}|{gate_up[-1]}")
+            writers = (*writers, experts.down)
+        readers = {"attention_norm": self.qkv, "mlp_norm": gate_up}
         from_stream = tuple(name for norm, names in readers.items() if norm not in self.norms for name in names)
         return Graph(
             norms={
@@ -101,7 +128,7 @@ class Decoder:
                 Between(self.qkv[-1], self.output, "values" if len(self.qkv) > 1 else "stacked"),
                 Between(self.gate_up[-1], self.down, "same" if len(self.gate_up) > 1 else "second-half"),
             ),
-            writers=(self.embedding, self.output, self.down),
+            writers=(*writers, f"{self.down}?" if experts else self.down),
             post_norms=tuple(name for norm, name in self.norms.items() if norm.endswith("post_norm")),
             inside=(*(self.norms[norm] for norm in HEAD_NORMS if norm in self.norms), *from_stream),
         )

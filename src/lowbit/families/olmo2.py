@@ -31,11 +31,7 @@ FAMILY = Family(
     ConfigFacts(LLAMA | {"attention_bias"}),
     decoder=_DECODER,
     gguf=Gguf(
-        "olmo2",
-        "Olmo2ForCausalLM",
-        fixed={**SILU, "tie_word_embeddings": (False,)},
-        refuses=_refuses,
-        reader="own",
+        "olmo2", "Olmo2ForCausalLM", fixed={**SILU, "tie_word_embeddings": (False,)}, refuses=_refuses, reader="own"
     ),
 )
 OLMO3 = Family(

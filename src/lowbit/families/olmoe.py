@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lowbit.families.config_facts import EXPERTS, LLAMA, ConfigFacts
-from lowbit.families.family import Family, Gguf
+from lowbit.families.family import HEAD_NORMS, PRE_NORMS, Decoder, Experts, Family, Gguf
 from lowbit.families.llama import SILU
+from lowbit.families.mixtral import metadata
 from lowbit.families.qwen2_moe import refuses_shares
-
-
-def _metadata(config: Any) -> dict[str, Any]:
-    return {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
 
 
 def _refuses(config: Any) -> str | None:
@@ -23,7 +20,13 @@ def _refuses(config: Any) -> str | None:
 FAMILY = Family(
     "olmoe",
     ConfigFacts(LLAMA | EXPERTS | {"attention_bias"}, {"clip_qkv": (None,)}),
+    decoder=Decoder(
+        experts=Experts(width="intermediate_size", normalized="norm_topk_prob"),
+        norms={**PRE_NORMS, **HEAD_NORMS},
+        norms_of_all_heads=True,
+        given=("norm_topk_prob", "num_experts", "num_experts_per_tok"),
+    ),
     gguf=Gguf(
-        "olmoe", "OlmoeForCausalLM", metadata=_metadata, head_size=False, fixed=SILU, refuses=_refuses, reader="own"
+        "olmoe", "OlmoeForCausalLM", metadata=metadata, head_size=False, fixed=SILU, refuses=_refuses, reader="own"
     ),
 )

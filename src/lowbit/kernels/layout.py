@@ -122,26 +122,30 @@ def _table(whole: Tensor, factor: float, rounded: bool) -> _Levels:
     return _Levels(4, 128, factor, tuple(range(len(whole))), tuple(entries), rounded)
 
 
-def why_not(q: QTensor) -> str | None:
-    """Why the kernels cannot hold this weight, or None. Looks at the format and the shape only."""
+def why_not(q: QTensor, stack: bool = False) -> str | None:
+    """Why the kernels cannot hold this weight, or None. Looks at the format and the shape only.
+
+    stack: it is several matrices [count, rows, cols].
+    """
     fmt = q.format
-    if len(q.shape) != 2 or 0 in q.shape:
+    if len(q.shape) != 2 + stack or 0 in q.shape:
         return "they multiply matrices"
     if fmt.codebook is not None:
         return "its levels are learned for each block"
-    if fmt.block.cols not in (-1, q.shape[1]) and fmt.block.cols % 16:
+    if fmt.block.cols not in (-1, q.shape[-1]) and fmt.block.cols % 16:
         return f"scales change every {fmt.block.cols} columns; multiples of 16 are served"
     levels = _levels_of(fmt.grid)
     return levels if isinstance(levels, str) else None
 
 
 def codes_of(q: QTensor) -> Codes:
-    """The weight as the kernels read it; only for one that `why_not` has nothing against."""
-    fmt, (rows, cols) = q.format, q.shape
+    """The weight as the kernels read it; only for one that `why_not` has nothing against. Of a stack all rows, one matrix
+    after another."""
+    fmt, (rows, cols) = q.format, q.shape[-2:]
     levels = _levels_of(fmt.grid)
     if isinstance(levels, str):
         raise ValueError(levels)
-    codes = q.unpacked()
+    codes = q.unpacked().view(-1, cols)
     if levels.code != tuple(range(len(levels.code))):
         codes = _look_up(torch.tensor(levels.code, dtype=torch.uint8), codes)
     scale, offset = q.scales(), q.offsets()
@@ -150,7 +154,7 @@ def codes_of(q: QTensor) -> Codes:
     if offset is not None:
         minimum = offset if fmt.offset_kind == "min" else -scale * offset
     row = torch.zeros(rows, dtype=torch.int64) if fmt.block.rows == -1 else torch.arange(rows) // fmt.block.rows
-    spread = [None if t is None else t[0, row].float().contiguous() for t in (scale, minimum)]
+    spread = [None if t is None else t[:, row].flatten(0, 1).float().contiguous() for t in (scale, minimum)]
     assert spread[0] is not None
     group = 0 if fmt.block.cols in (-1, cols) else fmt.block.cols
     table = None if levels.table is None else torch.tensor(levels.table, dtype=torch.uint8)

@@ -155,11 +155,8 @@ def compare(
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
     sees each before it is measured, `on_row` after.
     """
-    if isinstance(recipes, str):
-        recipes = [recipes]
+    names = _names(recipes, calibration is not None)
     source = open_source(model, tokenizer=tokenizer)
-    data_free = [name for name in PRESETS if Recipe.parse(name).needs_calibration is None]
-    names = [str(recipe) for recipe in recipes] if recipes else data_free if calibration is None else list(PRESETS)
     run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
     base = source.load_float(run)
     tok = source.tokenizer()
@@ -198,6 +195,15 @@ def compare(
         names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=progress, on_row=on_row
     )
     return list(rows)
+
+
+def _names(recipes: Sequence[str] | None, calibrated: bool) -> list[str]:
+    """The recipes to compare: those given, else every preset that can do with the text that there is."""
+    if isinstance(recipes, str):
+        return [recipes]
+    if recipes:
+        return [str(recipe) for recipe in recipes]
+    return [name for name in PRESETS if calibrated or Recipe.parse(name).needs_calibration is None]
 
 
 def _settings(speed: bool | SpeedSettings) -> SpeedSettings | None:

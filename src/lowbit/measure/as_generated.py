@@ -11,7 +11,8 @@ from torch import nn
 from lowbit.engine.fallback import answering_type
 from lowbit.engine.generate_method import GenerateMethod
 from lowbit.engine.generator import choose
-from lowbit.interchange.readers.folder import load_config, quantization_method
+from lowbit.interchange.files.settings import is_ours
+from lowbit.interchange.hf.loading import load_config
 from lowbit.measure.backends import Backend, in_transformers, of_engine
 
 
@@ -36,6 +37,6 @@ def as_generated(model: str | Path | nn.Module, module: nn.Module, tokenizer: An
 def _loaded_as(name: str | Path) -> torch.dtype:
     """The type in which transformers loads a folder that lowbit wrote; float models are loaded in float32."""
     path = Path(name)
-    if not (path.is_dir() and quantization_method(path) == "lowbit"):
+    if not is_ours(path):
         return torch.float32
     return answering_type(load_config(path))

@@ -69,16 +69,21 @@ def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None 
     """A model in transformers. SourceError for one that generates no text."""
     if not getattr(model, "can_generate", lambda: False)():
         raise SourceError(f"{name}: a {type(model).__name__} does not generate text; name a causal or seq2seq model")
+    return Backend(
+        name, _rates(module_times(model)), _read_by_module(model), None, max_positions(model),
+        None if open_again is None else lambda: startup("transformers", open_again), note,
+    )  # fmt: skip
+
+
+def module_times(model: nn.Module) -> Times:
+    """How long greedy generation takes a model in transformers."""
     vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
 
     def times(sequences: int, prompt: int, new: int) -> list[float]:
         ids = torch.tensor(some_ids(prompt, vocabulary))[None].expand(sequences, -1)
         return greedy_times(model, ids, new)
 
-    return Backend(
-        name, _rates(times), _read_by_module(model), None, max_positions(model),
-        None if open_again is None else lambda: startup("transformers", open_again), note,
-    )  # fmt: skip
+    return times
 
 
 def in_transformers(model: nn.Module, open_again: Mapping[str, Any] | None = None, note: str = "") -> Backend:

@@ -7,7 +7,6 @@ best of them counts.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from lowbit.engine.runtime_formats import ACTIVATIONS
 from lowbit.errors import RecipeError
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_module
-from lowbit.measure.environment import environment
+from lowbit.measure.environment import environment, usable_cores
 from lowbit.measure.interleave import BENCH, SpeedSettings, fit_settings, interleave
 from lowbit.measure.peers.peer import openers
 from lowbit.measure.quality import Progress
@@ -141,9 +140,7 @@ def bench(
     as_dtype(dtype)
     theirs, count = dtype or "float32", threads or _cores()
     peers = openers({"gguf": gguf, "llama_bench": llama_bench, "programs": programs}, count)
-    kinds: Sequence[str | None] = [activations] if activations is None or isinstance(activations, str) else activations
-    if not kinds:
-        raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
+    kinds = _kinds(activations)
     with torch_threads(count), ExitStack() as closing:
         asked = [(one, {"cache": cache, "activations": kind}) for one in _listed(model) for kind in kinds]
         found = [_engine_or_transformers(one, options, count, theirs) for one, options in asked]
@@ -169,6 +166,14 @@ def bench(
     limits = None if machine is None else machine.best()
     rows = [_row(each, one, fitted, limits) for each, one in zip(found, values, strict=True)]
     return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)
+
+
+def _kinds(activations: Sequence[str] | str | None) -> Sequence[str | None]:
+    """One or several; None: nothing was said of them."""
+    kinds = [activations] if activations is None or isinstance(activations, str) else activations
+    if not kinds:
+        raise RecipeError(f"no activations; give one or more of {', '.join(ACTIVATIONS)}, or nothing")
+    return kinds
 
 
 def _row(each: Backend, values: dict[str, list[float]], settings: SpeedSettings, limits: Limits | None) -> BenchRow:
@@ -215,6 +220,4 @@ def _label(model: Model) -> str:
 
 def _cores() -> int:
     module = core()
-    if module is not None:
-        return int(module.features()["cores"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores() if module is None else int(module.features()["cores"])

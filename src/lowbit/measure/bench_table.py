@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from lowbit.measure.markdown import markdown_table
+
 if TYPE_CHECKING:
     from lowbit.measure.bench import Bench, BenchRow
 
@@ -73,9 +75,9 @@ def markdown_bench(bench: Bench) -> str:
     """The same as Markdown."""
     shown = columns(bench)
     lines = [
-        "| " + " | ".join(name for name, _ in shown) + " |",
-        "| --- |" + " --: |" * (len(shown) - 1),
-        *("| " + " | ".join(text(row).replace("|", "\\|") for _, text in shown) + " |" for row in bench.rows),
+        *markdown_table(
+            [name for name, _ in shown], [[text(row) for _, text in shown] for row in bench.rows], ("program",)
+        ),
         *(["", *notes(bench)] if notes(bench) else []),
         "",
         f"{caption(bench)} {bench.machine}.",

@@ -25,15 +25,16 @@ class Environment:
 def environment() -> Environment:
     """What this process runs on."""
     return Environment(
-        lowbit=_version("lowbit"),
+        lowbit=version_of("lowbit"),
         torch=str(torch.__version__),
-        transformers=_version("transformers"),
+        transformers=version_of("transformers"),
         python=platform.python_version(),
         machine=_machine(),
     )
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """ "" when it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -46,7 +47,7 @@ def _machine() -> str:
         f"{platform.system()} {platform.machine()}",
         _processor(),
         f"{os.cpu_count() or 1} cores, {torch.get_num_threads()} threads used",
-        _memory(),
+        f"{memory_bytes() / 2**30:.0f} GiB" if memory_bytes() else "",
         torch.backends.cpu.get_cpu_capability(),
     ]
     if torch.cuda.is_available():
@@ -63,9 +64,14 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _memory() -> str:
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Bytes of memory of this machine; 0 where the system does not say."""
     try:
-        nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return ""
-    return f"{nbytes / 2**30:.0f} GiB"
+        return 0

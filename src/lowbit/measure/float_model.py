@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lowbit.interchange.hf.running import max_positions
-from lowbit.measure.backends import Backend, in_transformers, some_ids
+from lowbit.measure.backends import Backend, in_transformers, module_times
 from lowbit.measure.interleave import BATCH_PROMPT, Probe, SpeedSettings, Times, fit_settings, rate_probes
-from lowbit.measure.token_times import greedy_times, torch_threads
+from lowbit.measure.token_times import torch_threads
 
 Typed = Callable[[torch.dtype], nn.Module]
 """The model in a type. What it gave before may be the same module and be of that type then."""
@@ -32,8 +32,11 @@ def in_faster_types(typed: Typed, settings: SpeedSettings) -> Backend:
     plain = in_transformers(typed(torch.float32))
     types = faster_types(typed, settings)
 
+    def times(dtype: torch.dtype) -> Times:  # cast before the clock starts, when it is asked
+        return lambda *lengths: module_times(typed(dtype))(*lengths)
+
     def probes(wanted: SpeedSettings) -> Mapping[str, Probe]:
-        by_type = {dtype: rate_probes(_times(typed, dtype), wanted) for dtype in set(types.values())}
+        by_type = {dtype: rate_probes(times(dtype), wanted) for dtype in set(types.values())}
         return {name: by_type[dtype][name] for name, dtype in types.items() if name in by_type[dtype]}
 
     return Backend(f"transformers, {_names(types)}", probes, positions=plain.positions)
@@ -54,7 +57,7 @@ def faster_types(typed: Typed, settings: SpeedSettings) -> dict[str, torch.dtype
     for dtype in TYPES:
         model = typed(dtype)
         trial = fit_settings(SpeedSettings(prompt=16, new=6), [max_positions(model)])
-        times, start = _times(typed, dtype), time.monotonic()
+        times, start = module_times(model), time.monotonic()
         found: dict[str, list[float]] = {}
         for _ in range(3):  # the first warms up
             alone = times(1, trial.prompt, trial.new)
@@ -67,16 +70,6 @@ def faster_types(typed: Typed, settings: SpeedSettings) -> dict[str, torch.dtype
                 break
         seen[dtype] = {name: min(values) for name, values in found.items()}
     return {name: min(TYPES, key=lambda dtype: seen[dtype][name]) for name in seen[TYPES[0]]}
-
-
-def _times(typed: Typed, dtype: torch.dtype) -> Times:
-    def times(sequences: int, prompt: int, new: int) -> list[float]:
-        model = typed(dtype)  # before the clock starts
-        vocabulary = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
-        ids = torch.tensor(some_ids(prompt, vocabulary))[None].expand(sequences, -1)
-        return greedy_times(model, ids, new)
-
-    return times
 
 
 def _names(types: Mapping[str, torch.dtype]) -> str:

@@ -99,11 +99,7 @@ def in_fresh_process(argv: Sequence[str], *, timeout: float | None = None) -> Pe
         report = Path(folder) / "usage.json"
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(report)]
         process = subprocess.Popen(
-            launcher + command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            launcher + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         try:
             stdout, stderr = process.communicate(timeout=timeout)

@@ -85,11 +85,7 @@ class Reference:
 
 
 def measure_quality(
-    model: nn.Module,
-    windows: Windows,
-    *,
-    base: nn.Module | Reference | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, windows: Windows, *, base: nn.Module | Reference | None = None, progress: Progress | None = None
 ) -> Quality:
     """Quality of `model` on `windows`, compared with `base` when given. Models may be on different devices.
 

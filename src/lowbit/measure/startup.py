@@ -6,13 +6,12 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.readers.folder import quantization_method
 from lowbit.measure.memory import in_fresh_process
 from lowbit.pipeline.loading import as_dtype, load
 
@@ -69,7 +68,7 @@ def startup(what: str, arguments: Mapping[str, Any]) -> Startup:
 
 def load_module(model: str, dtype: str = "float32") -> nn.Module:
     """A folder that lowbit wrote or a float model by any of its names, in transformers, computing in `dtype`."""
-    if Path(model).is_dir() and quantization_method(Path(model)) == "lowbit":
+    if is_ours(model):
         return load(model, dtype=dtype)
     found = as_dtype(dtype)
     assert found is not None

@@ -15,8 +15,9 @@ from torch import nn
 
 from lowbit.errors import RecipeError
 from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.files.settings import is_ours
+from lowbit.interchange.hf.loading import load_tokenizer
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.readers.folder import load_tokenizer, quantization_method
 from lowbit.interchange.readers.module import ModuleSource
 from lowbit.measure.card import CardParts, Coverage
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
@@ -55,7 +56,7 @@ def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtyp
         parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
         return Subject(model, parts, given)
     path = Path(model)
-    if path.is_dir() and quantization_method(path) == "lowbit":
+    if is_ours(path):
         module = load(path, dtype=dtype)
         return Subject(module, folder_parts(path, module), given or (lambda: load_tokenizer(path, str(path))), model)
     source = open_source(model, tokenizer=tokenizer)

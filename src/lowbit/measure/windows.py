@@ -44,12 +44,7 @@ class Windows:
 
 
 def make_windows(
-    text: Text,
-    tokenizer: Any,
-    *,
-    length: int = 1024,
-    limit: int | None = None,
-    model: nn.Module | None = None,
+    text: Text, tokenizer: Any, *, length: int = 1024, limit: int | None = None, model: nn.Module | None = None
 ) -> Windows:
     """Cut `text` into windows of `length` tokens; the first `limit` of them when given. Conversations are rendered first.
 

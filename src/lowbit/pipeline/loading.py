@@ -14,8 +14,9 @@ from lowbit.formats import QTensor
 from lowbit.formats.format import FARTHEST
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.files.folder_writer import MANIFEST
-from lowbit.interchange.files.safetensors_reader import read_header, read_tensor
-from lowbit.interchange.readers.folder import quantization_method, read_json, remarks_on, weight_files
+from lowbit.interchange.files.safetensors_reader import read_tensor
+from lowbit.interchange.files.settings import check_ours, read_json
+from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.source import say_remarks
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, packed_weights, swap
@@ -43,20 +44,14 @@ def load(
     if kernel not in KERNELS:
         raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
     path = Path(folder)
-    if not path.is_dir():
-        raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
-    method = quantization_method(path)
-    if method != "lowbit":
-        raise SourceError(
-            f"{folder} is {'a float model' if method is None else f'quantized with {method}'}, not written by lowbit"
-        )
+    check_ours(folder)
     if "device_map" in options and str(device) != "cpu":
         raise RecipeError("device and device_map exclude each other; give one of them")
     if dtype is not None:
         options["dtype"] = as_dtype(dtype)
     from lowbit.interchange.hf.packed_model import load_packed
 
-    say_remarks(str(folder), remarks_on(path, weight_files(path)))
+    say_remarks(str(folder), remarks_on(path))
     model = load_packed(path, **options)
     model = model if "device_map" in options else model.to(device)
     if kernel == "dense":
@@ -86,8 +81,7 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     path = Path(folder)
     written = read_json(path / MANIFEST)
     section, facts = read_section(written.get("quantization"), str(path / MANIFEST)), written.get("tensors")
-    files = {file: read_header(file).entries for file in weight_files(path)}
-    stored = {name: (file, entry) for file, entries in files.items() for name, entry in entries.items()}
+    stored = entries_of(path)
     check_parts(section, {name: (entry.dtype, entry.shape) for name, (_, entry) in stored.items()}, str(path))
     packed, owners = {}, {name + ".": entry for name, entry in section.tensors.items()}
     for name, entry in section.tensors.items():

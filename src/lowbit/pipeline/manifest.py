@@ -12,10 +12,10 @@ import torch
 
 import lowbit
 from lowbit.calibration.data import Calibration
+from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf import configs as older_readers
 from lowbit.interchange.hf.loadable import check_loadable
 from lowbit.interchange.hf.section import with_guard
-from lowbit.interchange.readers.folder import read_json
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
@@ -24,7 +24,7 @@ from lowbit.weights.solve import with_exponent
 
 
 def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What config.json says of the quantized weights; all that a reader needs beside the files.
+    """What config.json says of the quantized weights; all that a reader needs next to the files.
 
     `facts` by tensor name, as `solved_facts` has them: formats have the exponents that values asked for. Before the work
     there are none, and formats are the planned ones.

@@ -91,7 +91,7 @@ def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration:
 
 
 def solved_facts(solved: Solved) -> dict[str, Any]:
-    """What the journal and the manifest keep of a solved tensor, beside its hashes."""
+    """What the journal and the manifest keep of a solved tensor, with its hashes."""
     facts: dict[str, Any] = {"error": solved.error}
     if solved.exponent:
         facts["exponent"] = solved.exponent

@@ -18,19 +18,19 @@ _LIVE_WIDTHS = (
 
 
 def calibrated_working_bytes(tensors: Sequence[TensorPlan]) -> int:
-    """Bytes beside Python and its libraries: what surrounds the blocks in float32, the largest block as stored and in
+    """Bytes on top of Python and its libraries: what lies outside the blocks in float32, the largest block as stored and in
     float32, the second moments of its widest input (float32 sums, float64 factors), activations of one micro-batch."""
     blocks: defaultdict[str, list[TensorPlan]] = defaultdict(list)
-    around = 0
+    outside = 0
     for t in tensors:
         found = _BLOCK.match(t.name)
         if found:
             blocks[found[1]].append(t)
         elif t.kind != "head":
-            around += 4 * t.count
+            outside += 4 * t.count
     worst = max((_block_bytes(part) for part in blocks.values()), default=0)
-    # An embedding is solved before the first block, beside its float32 copy.
-    return around + max(worst, around)
+    # An embedding is solved before the first block, next to its float32 copy.
+    return outside + max(worst, outside)
 
 
 def _block_bytes(block: Sequence[TensorPlan]) -> int:

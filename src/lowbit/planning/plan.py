@@ -100,7 +100,7 @@ class Plan:
         """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
 
         def working(t: TensorPlan) -> int:
-            reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack beside the parts it is made of
+            reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack and the parts it is made of
             if t.format is None:
                 return reading
             smallest = math.prod(t.shape[-2:]) if len(t.shape) > 2 else 1  # a slab cuts no expert apart

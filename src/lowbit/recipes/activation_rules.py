@@ -24,7 +24,7 @@ _OVER = "over="
 
 @dataclass(frozen=True)
 class InputRule:
-    """Inputs, or None for float ones, and for static ones the estimator of their range (minmax unless told)."""
+    """Inputs, or None for float ones, and for static ones the estimator of their range (minmax unless it is named)."""
 
     inputs: Inputs | None
     range: RangeMethod | None = None

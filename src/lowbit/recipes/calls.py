@@ -9,13 +9,13 @@ from lowbit.errors import RecipeError
 
 def call_parts(text: str) -> tuple[str, tuple[tuple[str, float | int | str], ...]]:
     """Name and options of `name(option=value,...)`."""
-    name, opened, rest = text.strip().partition("(")
+    name, opened, inside = text.strip().partition("(")
     if not opened:
         return name, ()
-    if not rest.endswith(")"):
+    if not inside.endswith(")"):
         raise RecipeError(f"{text!r} opens a '(' that it does not close")
     options: list[tuple[str, Any]] = []
-    for item in filter(None, rest[:-1].split(",")):
+    for item in filter(None, inside[:-1].split(",")):
         key, equals, value = item.partition("=")
         if not equals:
             raise RecipeError(f"{item!r} in {text!r} is not OPTION=VALUE")

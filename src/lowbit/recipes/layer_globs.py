@@ -37,11 +37,11 @@ def with_layers(
         (role, fmt) for role, fmt in usual.items() if any(plain.format_for(n, kinds[n]) != fmt for n in roles[role])
     )
     for role, formats in roles.items():
-        rest: defaultdict[Format | None, list[str]] = defaultdict(list)
+        others: defaultdict[Format | None, list[str]] = defaultdict(list)
         for name, fmt in formats.items():
             if fmt != usual[role]:
-                rest[fmt].append(name)
-        ours += tuple((pattern, fmt) for fmt, names in rest.items() for pattern in _numbered(names))
+                others[fmt].append(name)
+        ours += tuple((pattern, fmt) for fmt, names in others.items() for pattern in _numbered(names))
     ours = (*(e for e in ours if "*" in e[0]), *_merged(e for e in ours if "*" not in e[0]))
     # Globs of one role may reach into another where names are unusual: what went wrong is said by name, last.
     made = replace(plain, layers=ours)

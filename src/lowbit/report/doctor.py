@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from lowbit.formats import InputQuantizer
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.dispatch import survey
-from lowbit.measure.environment import environment
+from lowbit.measure.environment import environment, memory_bytes, usable_cores, version_of
 from lowbit.recipes.recipe import Recipe
 
 _PACKAGES = (
@@ -114,11 +113,11 @@ def examine(kernels: bool = True) -> Report:
     return Report(
         python=platform.python_version(),
         machine=environment().machine,
-        versions={name: _version(name) for name in _PACKAGES},
+        versions={name: version_of(name) for name in _PACKAGES},
         optional={name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         features=_features(),
         cores=os.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         threads=torch.get_num_threads(),
         operators={name: hasattr(torch, name) for name in OPERATORS},
         core=_core(),
@@ -183,13 +182,6 @@ def _times(product: Callable[[Tensor], Tensor], inputs: list[Tensor], repeats: i
     return tuple(found)
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _features() -> tuple[str, ...]:
     """The vector instructions that matter here, as Linux names them; elsewhere what PyTorch compiled for."""
     try:
@@ -197,8 +189,7 @@ def _features() -> tuple[str, ...]:
     except OSError:
         return (torch.backends.cpu.get_cpu_capability().lower(),)
     flags = next(
-        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))),
-        [],
+        (line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))), []
     )
     return tuple(name for name in _FEATURES if name in flags)
 
@@ -240,8 +231,4 @@ def _memory() -> tuple[int, int]:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         return tuple(int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))  # type: ignore[return-value]
     except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0
-    except (AttributeError, ValueError, OSError):
-        return 0, 0
+        return memory_bytes(), 0

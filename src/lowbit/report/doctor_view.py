@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowbit.report.doctor import OPERATORS, OPTIONAL, ROWS, SIDE, EngineState, Report
+from lowbit.report.layout import named_lines
 from lowbit.report.wording import bytes_text
 
 if TYPE_CHECKING:
@@ -15,15 +16,9 @@ if TYPE_CHECKING:
 def render_report(report: Report) -> RenderableType:
     """The report as lines, a table of kernels, and why kernels decline."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    lines = Table.grid(padding=(0, 2))
-    lines.add_column(style="cyan", no_wrap=True)
-    lines.add_column(overflow="fold")
-    for name, value in _lines(report):
-        lines.add_row(name, Text(value))
-    elements: list[RenderableType] = [lines]
+    elements: list[RenderableType] = [named_lines(_lines(report))]
     if report.kernels:
         elements += [Text(), _kernel_table(report), _declines(report)]
     return Group(*elements)

@@ -83,11 +83,7 @@ class Explanation:
         """Everything, as JSON values."""
         fmt, skip = self.format, ("blocks", "format", "fit", "solver")
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
-        out |= {
-            "format": str(fmt),
-            "fit": None if self.fit is None else str(self.fit),
-            "solver": str(self.solver),
-        }
+        out |= {"format": str(fmt), "fit": None if self.fit is None else str(self.fit), "solver": str(self.solver)}
         out |= {"rounding": rounding(fmt), "scaled_is": scaled_heading(fmt), "reading": reading(fmt)}
         out["blocks"] = [
             {**dataclasses.asdict(b), "errors": b.errors, "steps": [_step(s) for s in b.steps]} for b in self.blocks

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from lowbit.formats import IntGrid
 from lowbit.report.explain import BlockSteps, Explanation
 from lowbit.report.formulas import reading, rounding, scaled_heading
+from lowbit.report.layout import named_lines
 from lowbit.report.wording import bytes_text, count_text, shape_text, sparkline
 from lowbit.report.wording import number_text as num
 
@@ -18,32 +18,22 @@ if TYPE_CHECKING:
 
     from lowbit.formats import Format
 
+_NAMES = 8  # characters of the column of names, so that those of all blocks stand below one another
+
 
 def render_explanation(found: Explanation) -> RenderableType:
     """What the recipe means, every shown block step by step, and the errors over the whole array."""
     from rich.console import Group
     from rich.text import Text
 
-    elements: list[RenderableType] = [Text(found.recipe, style="bold"), _lines(_head(found)), Text()]
+    elements: list[RenderableType] = [Text(found.recipe, style="bold"), named_lines(_head(found), _NAMES), Text()]
     for block in found.blocks:
         elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
         elements.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
-    elements.append(_lines(_errors(found)))
+    elements.append(named_lines(_errors(found), _NAMES))
     return Group(*elements)
-
-
-def _lines(pairs: Sequence[tuple[str, str | Text]]) -> RenderableType:
-    """Names and what they stand for, wrapped within their own column."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="cyan", no_wrap=True, min_width=8)
-    table.add_column(overflow="fold")
-    for name, value in pairs:
-        table.add_row(name, value)
-    return table
 
 
 def _head(found: Explanation) -> list[tuple[str, str | Text]]:
@@ -104,7 +94,7 @@ def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
     if block.learned is not None:
         lines.append(("levels", "  ".join(dict.fromkeys(num(v, 4) for v in block.learned))))
     lines += [("round", rounding(fmt)), ("read", reading(fmt))]
-    return [*elements, _lines(lines), _values(fmt, block)]
+    return [*elements, named_lines(lines, _NAMES), _values(fmt, block)]
 
 
 def _place(block: BlockSteps) -> str:
@@ -137,10 +127,7 @@ def _errors(found: Explanation) -> list[tuple[str, str | Text]]:
     lines: list[tuple[str, str | Text]] = [
         ("error", f"mean |e| {mean}   max |e| {most}   rms {rms}"),
         ("relative", f"||x' - x|| / ||x|| = {num(100 * found.relative_error, 4)} %"),
-        (
-            "size",
-            f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})",
-        ),
+        ("size", f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})"),
     ]
     if sum(found.histogram) >= 256:
         lines.append(("before", f"{sparkline(found.histogram)}  {count_text(sum(found.histogram))} values"))

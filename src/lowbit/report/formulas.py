@@ -57,10 +57,7 @@ def _symmetric(r: Range, fmt: Format) -> tuple[str, str]:
 def _mx(r: Range, fmt: Format) -> tuple[str, str]:
     up, top = math.frexp(r.peak)[1] - 1, math.frexp(fmt.grid.hi)[1] - 1
     formula = "2^(floor(log2 max|x|) - floor(log2 highest level))"
-    return (
-        formula,
-        f"2^(floor(log2 {num(r.peak)}) - floor(log2 {num(fmt.grid.hi)})) = 2^({up} - {_signed(top)})",
-    )
+    return (formula, f"2^(floor(log2 {num(r.peak)}) - floor(log2 {num(fmt.grid.hi)})) = 2^({up} - {_signed(top)})")
 
 
 def _minmax(r: Range, fmt: Format) -> tuple[str, str]:

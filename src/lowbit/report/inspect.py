@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.files.safetensors_reader import read_header
+from lowbit.interchange.files.settings import read_config
+from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.progress import Progress
-from lowbit.interchange.readers.folder import read_config, remarks_on, weight_files
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
-from lowbit.report.wording import bytes_text, count_text, fitting, grouped, pattern_of, shape_text, span_text
+from lowbit.report.layout import fitted_table
+from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
 if TYPE_CHECKING:
@@ -138,19 +139,18 @@ def inspect_quantized(folder: Path) -> Inspection:
     config = read_config(folder)
     section = read_section(config.get("quantization_config"), str(folder / "config.json"))
     table = section.tensors
-    files = {file: read_header(file).entries for file in weight_files(folder)}
-    stored = {name: (e.dtype, e.shape) for entries in files.values() for name, e in entries.items()}
+    entries = {name: entry for name, (_, entry) in entries_of(folder).items()}
+    stored = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     check_parts(section, stored, str(folder))
     check_layers(config, stored, str(folder / "config.json"))
     sizes: dict[str, int] = {}
     kept: dict[str, tuple[tuple[int, ...], str]] = {}
-    say_remarks(str(folder), remarks_on(folder, list(files)))
-    for entries in files.values():
-        for name, entry in entries.items():
-            owner = next((t for t in _prefixes(name) if t in table), name)
-            sizes[owner] = sizes.get(owner, 0) + entry.nbytes
-            if owner not in table:
-                kept[owner] = (entry.shape, str(entry.dtype).removeprefix("torch."))
+    say_remarks(str(folder), remarks_on(folder))
+    for name, entry in entries.items():
+        owner = next((t for t in _prefixes(name) if t in table), name)
+        sizes[owner] = sizes.get(owner, 0) + entry.nbytes
+        if owner not in table:
+            kept[owner] = (entry.shape, str(entry.dtype).removeprefix("torch."))
     total = max(1, sum(sizes.values()))
     facts = []
     for name, nbytes in sizes.items():
@@ -188,9 +188,7 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
 
     `width` in characters: columns that matter less are left out until the table fits.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     head = Text.assemble((found.label, "bold"), f"  {found.model_class}, ")
@@ -205,12 +203,7 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     measured = _FLOAT if found.quantized is None else _PACKED
     headings = ["tensor", "shape", "kind", "stored as", *measured, "bytes", "share"]
     rows = [_row(group, found.quantized is None) for group in groups]
-    kept = fitting(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"))
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    for i in kept:
-        table.add_column(headings[i], justify="left" if i < 4 else "right", no_wrap=i > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(row[i] for i in kept))
+    table = fitted_table(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"), left=headings[:4])
     elements: list[RenderableType] = [head, table]
     if found.quantized is None:
         elements.append(_standing_out(found.tensors))

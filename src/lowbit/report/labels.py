@@ -17,11 +17,7 @@ _MARKER = 5.0  # half the side of a marker, in pixels at 100 dpi, with its margi
 
 
 def place_labels(
-    figure: Figure,
-    axes: Axes,
-    labels: Sequence[tuple[str, float, float]],
-    *,
-    avoid: Sequence[tuple[float, float]] = (),
+    figure: Figure, axes: Axes, labels: Sequence[tuple[str, float, float]], *, avoid: Sequence[tuple[float, float]] = ()
 ) -> None:
     """Write each (text, x, y) at the nearest place free of other labels, points and a line.
 

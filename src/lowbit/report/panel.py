@@ -8,16 +8,13 @@ from lowbit.measure.card import Card
 from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
 from lowbit.measure.verdict import slower, verdict
+from lowbit.report.layout import named_lines
+from lowbit.report.wording import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-VERDICT_COLOURS = {
-    "indistinguishable": "green",
-    "very close": "green",
-    "noticeable": "yellow",
-    "damaged": "red",
-}
+VERDICT_COLOURS = {"indistinguishable": "green", "very close": "green", "noticeable": "yellow", "damaged": "red"}
 ABSENT = "-"
 _SPEEDS = (
     ("decode", "decode", "one sequence"),
@@ -43,15 +40,6 @@ def _exponent(value: float) -> int:
     return int(f"{value:e}".partition("e")[2] or 0) if value else 0
 
 
-def _bytes_text(nbytes: int | None) -> str:
-    if nbytes is None:
-        return ABSENT
-    value, unit = nbytes / 2**20, "MiB"
-    if value >= 1024:
-        value, unit = value / 1024, "GiB"
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
 def card_lines(card: Card) -> list[tuple[str, str]]:
     """(name, value) of everything on the card that was measured, in reading order."""
     parts, lines = card.parts, []
@@ -63,7 +51,7 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     if parts.quantize_seconds is not None:
         lines.append(("quantizing took", f"{parts.quantize_seconds:.1f} s"))
     peaks = (("quantizing", parts.quantize_peak), ("running", card.run_peak))
-    known = [f"{_bytes_text(value)} {name}" for name, value in peaks if value is not None]
+    known = [f"{bytes_text(value)} {name}" for name, value in peaks if value is not None]
     if known:
         lines.append(("peak memory", ", ".join(known)))
     if card.text is not None:
@@ -77,10 +65,10 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
 def _size_lines(card: Card) -> list[tuple[str, str]]:
     parts, lines = card.parts, []
     if parts.bytes_after is not None:
-        text = _bytes_text(parts.bytes_after)
+        text = bytes_text(parts.bytes_after)
         if parts.bytes_before:
             times = parts.bytes_before / parts.bytes_after
-            text = f"{_bytes_text(parts.bytes_before)} → {text}  ({times:.1f} times smaller)"
+            text = f"{bytes_text(parts.bytes_before)} → {text}  ({times:.1f} times smaller)"
         lines.append(("size on disk", text))
     if parts.bits is not None:
         linear = "" if parts.linear_bits is None else f", {parts.linear_bits:.2f} in the linear layers"
@@ -155,7 +143,6 @@ def render_card(card: Card) -> RenderableType:
     """The card as a panel: a verdict in plain words, the figures, and both models' answers."""
     from rich.console import Group
     from rich.panel import Panel
-    from rich.table import Table
     from rich.text import Text
 
     elements: list[RenderableType] = []
@@ -163,12 +150,8 @@ def render_card(card: Card) -> RenderableType:
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
         elements.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
-    figures = Table.grid(padding=(0, 2))
-    figures.add_column(style="cyan", no_wrap=True)
-    figures.add_column(overflow="fold")
-    for name, value in card_lines(card):
-        figures.add_row(Text(name), Text(value, style="dim" if name.startswith("  ") else ""))
-    elements.append(figures)
+    figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in card_lines(card)]
+    elements.append(named_lines(figures))
     if card.sample is not None:
         elements.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
         if card.sample.base_answer is not None:

@@ -176,15 +176,7 @@ def _draw_points(axes: Axes, points: list[FrontierPoint], colour: str, marker: s
     errors = [[min(p.stderr or 0.0, 0.9 * p.kl) for p in points], [p.stderr or 0.0 for p in points]]
     axes.errorbar(sizes, values, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
     axes.scatter(
-        sizes,
-        values,
-        s=34,
-        marker=marker,
-        color=colour,
-        edgecolor="white",
-        linewidth=0.6,
-        label=name,
-        zorder=3,
+        sizes, values, s=34, marker=marker, color=colour, edgecolor="white", linewidth=0.6, label=name, zorder=3
     )
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.measure.card import json_ready
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.markdown import markdown_table
 from lowbit.measure.verdict import verdict
 from lowbit.report.panel import ABSENT, VERDICT_COLOURS, rate_text
+from lowbit.report.wording import fitting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,16 +43,7 @@ _COLUMNS = (
     _Column("quantize s", "quantize_seconds", lambda value: f"{value:.1f}"),
 )
 # What a narrow terminal can do without, the least missed first.
-_EXPENDABLE = (
-    "batch",
-    "prefill",
-    "quantize_seconds",
-    "kl_stderr",
-    "decode_ratio",
-    "linear_bits",
-    "mib",
-    "decode",
-)
+_EXPENDABLE = ("batch", "prefill", "quantize_seconds", "kl_stderr", "decode_ratio", "linear_bits", "mib", "decode")
 
 
 def compare_records(rows: Sequence[CompareRow]) -> list[dict[str, Any]]:
@@ -74,11 +67,7 @@ def _record(row: CompareRow) -> dict[str, Any]:
         return record
     parts, quality, speed = row.card.parts, row.card.quality, row.card.speed
     nbytes = parts.bytes_after if parts.bytes_after is not None else parts.weight_bytes
-    record |= {
-        "bits": parts.bits,
-        "linear_bits": parts.linear_bits,
-        "quantize_seconds": parts.quantize_seconds,
-    }
+    record |= {"bits": parts.bits, "linear_bits": parts.linear_bits, "quantize_seconds": parts.quantize_seconds}
     record["mib"] = None if nbytes is None else nbytes / 2**20
     if quality is not None:
         pairs = {"perplexity": quality.perplexity, "ratio": quality.ratio, "kl": quality.kl_mean}
@@ -113,18 +102,16 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
 
     columns, cells = _cells(rows)
     words = ["failed" if row.error else record["verdict"] or "" for row, record in _with_records(rows)]
-    fixed = _widest("recipe", *(row.recipe for row in rows)) + _widest("verdict", *words)
-    kept = _fitting(columns, cells, None if width is None else width - fixed - 2)
+    headings = [column.heading.replace(" ", "\n") for column in columns]
+    fixed = sum(2 + max(map(len, texts)) for texts in (["recipe", *(row.recipe for row in rows)], ["verdict", *words]))
+    expendable = [headings[i] for key in _EXPENDABLE for i, column in enumerate(columns) if column.key == key]
+    kept = range(len(columns)) if width is None else fitting(headings, cells, width - fixed - 2, expendable)
     table = Table(
-        box=box.SIMPLE_HEAD,
-        header_style="bold",
-        padding=(0, 1, 0, 0),
-        caption=_caption(rows),
-        caption_justify="left",
+        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), caption=_caption(rows), caption_justify="left"
     )
     table.add_column("recipe", no_wrap=True)
     for index in kept:
-        table.add_column(columns[index].heading.replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(headings[index], justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     errors: list[RenderableType] = []
     for row, word, values in zip(rows, words, cells, strict=True):
@@ -136,36 +123,14 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
     return Group(table, *errors)
 
 
-def _fitting(columns: list[_Column], cells: list[list[str]], width: int | None) -> list[int]:
-    """Which columns stay when together they may be `width` wide."""
-    kept = list(range(len(columns)))
-    needs = [_widest(*column.heading.split(), *(row[index] for row in cells)) for index, column in enumerate(columns)]
-    for key in _EXPENDABLE:
-        if width is None or sum(needs[index] for index in kept) <= width:
-            break
-        kept = [index for index in kept if columns[index].key != key]
-    return kept
-
-
-def _widest(*texts: str) -> int:
-    """Characters of a column that holds these, with the two that part it from the next."""
-    return max(map(len, texts)) + 2
-
-
 def markdown_compare(rows: Sequence[CompareRow]) -> str:
     """The same table as Markdown text, with a line below it that says what was measured on."""
     columns, cells = _cells(rows)
-    lines = [_markdown_row(["recipe", *(column.heading.replace("/ ", "/") for column in columns), "verdict"])]
-    lines.append(_markdown_row(["---", *("--:" for _ in columns), "---"]))
-    for row, record, values in zip(rows, compare_records(rows), cells, strict=True):
-        last = f"failed: {row.error}" if row.error else record["verdict"] or ""
-        lines.append(_markdown_row([f"`{row.recipe}`", *values, last]))
-    caption = _caption(rows)
+    headings = ["recipe", *(column.heading.replace("/ ", "/") for column in columns), "verdict"]
+    verdicts = [f"failed: {row.error}" if row.error else r["verdict"] or "" for row, r in _with_records(rows)]
+    table = [[f"`{row.recipe}`", *values, last] for row, values, last in zip(rows, cells, verdicts, strict=True)]
+    lines, caption = markdown_table(headings, table, left=("recipe", "verdict")), _caption(rows)
     return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def _caption(rows: Sequence[CompareRow]) -> str | None:

@@ -77,7 +77,7 @@ def _range(parts: Sequence[str]) -> str:
 def fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
     """The columns that stay in a table at most `width` wide; `expendable` ones go, the first named first."""
     kept = list(range(len(headings)))
-    needs = [max(len(heading), *(len(row[i]) for row in rows), 0) + 2 for i, heading in enumerate(headings)]
+    needs = [max(map(len, (*heading.split("\n"), *(row[i] for row in rows)))) + 2 for i, heading in enumerate(headings)]
     for name in expendable:
         if sum(needs[i] for i in kept) <= width:
             break

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowbit.solvers.rounding import Rounder
 
-BLOCK = 128  # columns that are updated one by one; the rest of the matrix sees them all at once
+BLOCK = 128  # columns that are updated one by one; all other columns see them all at once
 
 
 def feed_errors(weight: Tensor, upper: Tensor, rounder: Rounder, shift: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from lowbit.formats.blocks import reduce_blocks
 from lowbit.solvers.registry import Call
 from lowbit.solvers.zeros import exact_zeros, many_zeros
 
-_PIECE = 4096
+_CHUNK = 4096
 
 
 def fit_blocks(
@@ -85,12 +85,12 @@ def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | Non
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum along each row of [n, size]. Long rows are summed in pieces of a fixed size, so that the result does not
+    """Sum along each row of [n, size]. Long rows are summed in chunks of a fixed size, so that the result does not
     depend on how many threads share the work."""
-    if x.shape[1] <= _PIECE:
+    if x.shape[1] <= _CHUNK:
         return x.sum(1)
-    whole = x.shape[1] // _PIECE * _PIECE
-    sums = total(x[:, :whole].reshape(-1, _PIECE).sum(1).view(x.shape[0], -1))
+    whole = x.shape[1] // _CHUNK * _CHUNK
+    sums = total(x[:, :whole].reshape(-1, _CHUNK).sum(1).view(x.shape[0], -1))
     return sums + x[:, whole:].sum(1) if whole < x.shape[1] else sums
 
 

@@ -94,8 +94,8 @@ def round_nested(
     for start in [step, *layout.starts(answer)]:
         d = layout.stored(start)
         t = layout.integers(answer, d)
-        for turn in range(_ROUNDS + 1):
-            if turn:
+        for round_ in range(_ROUNDS + 1):
+            if round_:
                 d = layout.stored(_scales(t, answer, normal, layout, d))
             t = _sweep(t, d, answer, weights, layout)
             s = t * d[:, layout.member]
@@ -113,7 +113,7 @@ def _error(s: Tensor, answer: Tensor, normal: Tensor) -> Tensor:
 
 
 def _sweep(t: Tensor, step: Tensor, answer: Tensor, normal: Tensor, layout: Layout) -> Tensor:
-    """Each integer in turn becomes the best beside all others: t_i <- round(t_i - R_i / (A_ii d)), R = A (t d - a)."""
+    """Each integer in turn becomes the best given all others: t_i <- round(t_i - R_i / (A_ii d)), R = A (t d - a)."""
     d = step[:, layout.member]
     by_step, t = inverse(d), t.clone()
     residual = (normal @ (t * d - answer)[..., None])[..., 0]

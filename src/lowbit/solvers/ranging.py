@@ -60,10 +60,10 @@ def ranged(weight: Tensor, fmt: Format) -> Ranged:
 
 
 class Lost:
-    """Counts the blocks of a weight that came back as something else, over the pieces that it is solved in.
+    """Counts the blocks of a weight that came back as something else, over the slabs that it is solved in.
 
-    A block of a row counts when it is off by three times as much as the piece as a whole, and by 30 % at least: its scale is
-    so small beside the largest that no exponent serves both, or that a nested scale rounds it to nothing. Blocks of several
+    A block of a row counts when it is off by three times as much as the slab as a whole, and by 30 % at least: its scale is
+    so small next to the largest that no exponent serves both, or that a nested scale rounds it to nothing. Blocks of several
     rows share a scale by intent.
     """
 
@@ -71,7 +71,7 @@ class Lost:
         self.count = self.blocks = 0
 
     def add(self, x: Tensor, dense: Tensor, fmt: Format, error: float) -> None:
-        """A piece, what it came back as, and |x - dense| / |x|."""
+        """A slab, what it came back as, and |x - dense| / |x|."""
         if fmt.codebook is not None or fmt.block.rows != 1 or not x.numel():
             return
         off, size = reduce_blocks(_norms, fmt.block, x, dense)

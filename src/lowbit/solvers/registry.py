@@ -4,7 +4,7 @@ A fit is a function `(x, fmt, importance, *, options) -> scale` or `-> (scale, o
 `x` float32 [n, size], `importance` float32 [n, size] >= 0 or None, results float32 [n]; the offset is in
 level units, x ~= scale * (level - offset). A solver is `(weight, fmt, fit, stats, *, options) -> Found`, `stats` being
 what calibration saw of the weight's input (`solvers/stats.py`) or None. A transform rewrites a model and lives in a
-room of its own, which announces its packages here.
+package of its own, which announces itself here.
 Writing `@fit()` or `@solver()` above one, in a file of `solvers/fits` or `solvers/methods`, is all that adding it takes;
 what a method makes use of is said there, and a recipe that gives it anything else is an error.
 """
@@ -82,7 +82,7 @@ def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable
 
 
 def register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
-    """Register a method of another kind, which a room above this one knows: a transform, a weighting, a tuner."""
+    """Register a method of another kind, which a package above this one knows: a transform, a weighting, a tuner."""
     return _register(kind, function, **facts)
 
 
@@ -110,7 +110,7 @@ def solver(
     return lambda function: _register("solver", function, **facts)
 
 
-# Where methods are found; a room above this one adds its own packages (`announce`).
+# Where methods are found; a package above this one adds its own (`announce`).
 _PACKAGES = ["lowbit.solvers.fits", "lowbit.solvers.methods"]
 
 

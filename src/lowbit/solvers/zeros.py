@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit.formats import Format, stores
 
-RUN = 16  # zeros beside one another that are no chance
+RUN = 16  # adjacent zeros that are no chance
 _FEW = 4  # zeros that may be chance in a short block
 _LEAST_BITS = 6  # of a scale that is rounded so that its product with a zero-point is exact
 
@@ -53,10 +53,10 @@ def exact_zeros(scale: Tensor, offset: Tensor, fmt: Format, where: Tensor) -> tu
     if not isinstance(fmt.scale, str) or fmt.scale not in stores.FLOAT_STORES:
         return scale, offset
     bits = {"fp16": 11, "bf16": 8, "fp32": 24}
-    room = bits[fmt.offset.store] - (fmt.grid.bits if fmt.offset.store != "fp32" else 0)
-    if room < _LEAST_BITS:
+    bits_left = bits[fmt.offset.store] - (fmt.grid.bits if fmt.offset.store != "fp32" else 0)
+    if bits_left < _LEAST_BITS:
         return scale, offset
     mantissa, exponent = torch.frexp(scale)
-    kept = min(room, bits[fmt.scale])
+    kept = min(bits_left, bits[fmt.scale])
     short = torch.ldexp((mantissa * 2.0**kept).round() * 2.0**-kept, exponent)
     return torch.where(where, short, scale), torch.where(where, whole, offset)

@@ -11,7 +11,7 @@ from lowbit.tuning.gradient_descent import Moving, descend
 from lowbit.tuning.problem import ModelProblem, Tunables, Tuned
 from lowbit.tuning.registry import tuner
 
-_PIECE = 512  # tokens of one step: half a window costs less in attention, and more steps are worth more than long ones
+_CHUNK = 512  # tokens of one step: half a window costs less in attention, and more steps are worth more than long ones
 _HELD_OUT = 8  # windows at most
 
 
@@ -33,16 +33,16 @@ def distill(
         raise RecipeError(
             "distill holds out a tenth of the calibration windows and was given one; use samples=2 or more"
         )
-    held_out, pieces = split(problem.windows)
+    held_out, chunks = split(problem.windows)
     tunables = Tunables(problem)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < steps:
-        order += torch.randperm(len(pieces), generator=generator).tolist()
+        order += torch.randperm(len(chunks), generator=generator).tolist()
 
     def loss_at(step: int) -> Tensor:
         problem.say(step, steps)
-        ids = pieces[order[step]][None]
+        ids = chunks[order[step]][None]
         with torch.no_grad():
             wanted = problem.teacher(ids)
         with torch.enable_grad():
@@ -62,9 +62,9 @@ def distill(
 
 
 def split(windows: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """(windows that are held out, pieces [n] of the others that steps look at)."""
+    """(windows that are held out, chunks [n] of the others that steps look at)."""
     every = max(10, -(-len(windows) // _HELD_OUT))
     chosen = set(range(min(every, len(windows)) - 1, len(windows), every))
     held_out = [w for i, w in enumerate(windows) if i in chosen]
-    pieces = [p for i, w in enumerate(windows) if i not in chosen for p in w.split(_PIECE) if len(p) > 1]
-    return held_out, pieces or [w for i, w in enumerate(windows) if i not in chosen]
+    chunks = [p for i, w in enumerate(windows) if i not in chosen for p in w.split(_CHUNK) if len(p) > 1]
+    return held_out, chunks or [w for i, w in enumerate(windows) if i not in chosen]

@@ -1,4 +1,4 @@
-"""KL(float || quantized) of next-token distributions, in pieces, so that a large vocabulary needs little memory."""
+"""KL(float || quantized) of next-token distributions, in chunks, so that a large vocabulary needs little memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PIECE = 1 << 22  # logits in float32 at a time
+_CHUNK = 1 << 22  # logits in float32 at a time
 
 
 def divergence(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -28,7 +28,7 @@ class _Divergence(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits) if wanted else None
         total = 0.0
-        step = max(1, _PIECE // vocabulary)
+        step = max(1, _CHUNK // vocabulary)
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
             q = _log_softmax(logits[rows], temperature)

@@ -19,10 +19,10 @@ Student = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ModelProblem:
-    """A quantized model beside its float model, and text.
+    """A quantized model, its float model, and text.
 
     `weights` by parameter name, `transposed` those that their modules keep as [in, out]; `vectors`: what stays float.
-    `dtypes`: by name, what a dense weight is expanded to; float32 where it is not named. `say`: told how far it is,
+    `dtypes`: by name, what a dense weight is expanded to; float32 where it is not named. `say`: called with how far it is,
     (done, of).
     """
 

@@ -3,7 +3,7 @@
     gptq+distill@int4:g32               the whole model at once
     gptq+reconstruct(steps=50)@int4:g64 each block when its weights have codes
 
-Writing `@tuner(...)` above a function, in a file of this room, is all that adding one takes.
+Writing `@tuner(...)` above a function, in a file of this folder, is all that adding one takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lowbit.solvers.registry import announce
 from lowbit.solvers.registry import register as register_method
 
-announce("lowbit.tuning")  # a new tuner is a file of this room
+announce("lowbit.tuning")  # a new tuner is a file of this folder
 
 Scope = Literal["model", "block"]
 SCOPES: dict[str, Scope] = {}

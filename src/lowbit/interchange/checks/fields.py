@@ -107,5 +107,8 @@ DECODER: Mapping[str, Rule] = {
     "final_logit_softcapping": number(0, 1e9, above=True) | NULL,
     "embedding_multiplier": _multiplier, "attention_multiplier": _multiplier, "residual_multiplier": _multiplier,
     "logits_scaling": number(0, 1e9, above=True),
+    "num_experts": whole(1, 1 << 16), "num_local_experts": whole(1, 1 << 16), "num_experts_per_tok": whole(1, 1 << 16),
+    "moe_intermediate_size": whole(1, _SIZE), "norm_topk_prob": FLAG, "decoder_sparse_step": whole(1, MOST_LAYERS),
+    "mlp_only_layers": list_of(whole(0, MOST_LAYERS), most=MOST_LAYERS) | NULL,
     "pretraining_tp": whole(1, 1 << 10) | NULL,
 }  # fmt: skip

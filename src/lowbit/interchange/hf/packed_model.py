@@ -10,10 +10,11 @@ from torch import nn
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
-from lowbit.interchange.files.safetensors_reader import read_header
+from lowbit.interchange.files.settings import read_config
+from lowbit.interchange.files.weights import entries_of
 from lowbit.interchange.hf.calls import asking
+from lowbit.interchange.hf.loading import load_config
 from lowbit.interchange.inventory import model_class
-from lowbit.interchange.readers.folder import load_config, read_config, weight_files
 
 
 def load_packed(folder: Path, **options: Any) -> nn.Module:
@@ -22,7 +23,7 @@ def load_packed(folder: Path, **options: Any) -> nn.Module:
     SourceError where config.json and the weights do not make one, before anything of their size is built.
     """
     config, where = read_config(folder), str(folder / "config.json")
-    stored = {n: (e.dtype, e.shape) for file in weight_files(folder) for n, e in read_header(file).entries.items()}
+    stored = {name: (e.dtype, e.shape) for name, (_, e) in entries_of(folder).items()}
     check_parts(read_section(config.get("quantization_config"), where), stored, str(folder))
     check_layers(config, stored, where)
     build: Any = model_class(load_config(folder))

@@ -1,20 +1,13 @@
-"""A quantized checkpoint beside the float model that it belongs to: its config, and which weights the model keeps turned."""
+"""What a config says of quantization, and how it is taken out and put in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lowbit.interchange.inventory import inventory_of
-from lowbit.interchange.readers.quantized import QuantizedWeight
-from lowbit.interchange.readers.row_parts import turned
-
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 SECTIONS = ("quantization_config", "compression_config")  # where config.json says how a model is quantized
-
-
 # Where transformers does not know a quant_method it warns, and gives a model of random weights. This field names the file
 # of weights, and with words in it every version raises an error that shows them; our quantizer takes it out first.
 GUARD = "transformers_weights"
@@ -39,13 +32,3 @@ def as_float(config: PretrainedConfig) -> PretrainedConfig:
         for key in (*SECTIONS, "auto_map", GUARD):
             part.__dict__.pop(key, None)
     return config
-
-
-def oriented(weights: Mapping[str, QuantizedWeight], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
-    """The stored weights with those turned that modules of the model keep as [in, out], as GPT-2's Conv1D does."""
-    turned_names = {name for name, param in inventory_of(model).params.items() if param.kind == "conv1d"}
-    prefix = f"{model.base_model_prefix}."
-    return {
-        name: turned(weight) if name in turned_names or prefix + name in turned_names else weight
-        for name, weight in weights.items()
-    }

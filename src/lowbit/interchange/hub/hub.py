@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,17 @@ from lowbit.errors import SourceError
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
 from lowbit.interchange.files.safetensors_reader import DTYPES
+from lowbit.interchange.files.safetensors_writer import INDEX
+from lowbit.interchange.files.settings import quantization_section, quantized_by, read_config
+from lowbit.interchange.files.weights import SINGLE
 from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import plan_conversion
-from lowbit.interchange.hf.section import as_float, oriented
+from lowbit.interchange.hf.loading import load_config, load_tokenizer
+from lowbit.interchange.hf.section import as_float
 from lowbit.interchange.inventory import inventory_of, meta_model
-from lowbit.interchange.readers.folder import (
-    INDEX,
-    SINGLE,
-    FolderSource,
-    described,
-    load_config,
-    load_tokenizer,
-    quantization_method,
-    quantization_section,
-    read_config,
-)
+from lowbit.interchange.readers.folder import FolderSource, described
 from lowbit.interchange.readers.left_out import left_out
-from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, schemes, stored_model
+from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, quantized_checkpoint, schemes
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 
@@ -113,10 +106,9 @@ class HubHeaders(Source):
         unused: tuple[str, ...] = ()
         weights: Mapping[str, QuantizedWeight] = {}
         if section is not None:
-            stored = stored_model(Checkpoint(section, checkpoint, repo))
-            stored = replace(stored, weights=oriented(stored.weights, model))
-            weights, self.storage, unused = stored.weights, stored.about, stored.unused
-            checkpoint = stored.specs(checkpoint)
+            packed = quantized_checkpoint(Checkpoint(section, checkpoint, repo), model)
+            weights, self.storage, unused = packed.weights, packed.about, packed.unused
+            checkpoint = packed.specs(checkpoint)
         # without the values, two names of a tied tensor are taken to hold the same ones
         conversion = plan_conversion(model, checkpoint, repo, same=lambda a, b: True)
         unknown = {name: checkpoint[name] for name in conversion.extra}
@@ -162,7 +154,7 @@ def _spec(name: str, info: Any, where: str) -> TensorSpec:
 
 def _refuse_unknown(folder: Path, repo: str) -> None:
     """SourceError for a model that was quantized in a way that lowbit does not read."""
-    method = quantization_method(folder)
+    method = quantized_by(folder)
     if method is not None and method not in schemes():
         raise SourceError(
             f"{repo} is already quantized with {method}, which lowbit cannot read (it reads {', '.join(schemes())}); "

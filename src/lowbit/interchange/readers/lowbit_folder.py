@@ -13,19 +13,13 @@ from lowbit.formats import QTensor
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers, check_shapes
 from lowbit.interchange.companions import companions_of, copy_companions
-from lowbit.interchange.files.safetensors_reader import Entry, read_header, read_tensor
+from lowbit.interchange.files.safetensors_reader import read_tensor
+from lowbit.interchange.files.settings import check_ours, generation_of, read_config
+from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.hf.conversion import unread
+from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.section import as_float
 from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model, tied_names
-from lowbit.interchange.readers.folder import (
-    generation_of,
-    load_config,
-    load_tokenizer,
-    quantization_method,
-    read_config,
-    remarks_on,
-    weight_files,
-)
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.interchange.tensors import Contents, TensorPlan, TensorSpec
 
@@ -38,23 +32,12 @@ class LowbitFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise SourceError(f"there is no folder {str(folder)!r}; quantize a model into it first")
-        method = quantization_method(self.folder)
-        if method != "lowbit":
-            if method is None:
-                raise SourceError(f"{folder} is a float model, not written by lowbit; quantize it first")
-            raise SourceError(
-                f"{folder} is quantized with {method}, not written by lowbit; lowbit import makes a folder of lowbit of it"
-            )
+        check_ours(folder)
         where, config = str(self.folder / "config.json"), read_config(self.folder)
         section = read_section(config.get("quantization_config"), where)
         self.config = as_float(load_config(self.folder))
-        files = weight_files(self.folder)
-        say_remarks(str(folder), remarks_on(self.folder, files))
-        self._entries: dict[str, tuple[Path, Entry]] = {
-            name: (file, entry) for file in files for name, entry in read_header(file).entries.items()
-        }
+        say_remarks(str(folder), remarks_on(self.folder))
+        self._entries = entries_of(self.folder)
         check_parts(section, {name: (e.dtype, e.shape) for name, (_, e) in self._entries.items()}, str(self.folder))
         check_layers(config, self._entries, where)
         self._packed = section.tensors

@@ -2,7 +2,7 @@
 
 A scheme turns the tensors that one program stores for a weight (`q_proj.qweight`, `.qzeros`, `.scales`) into one
 QuantizedWeight (`q_proj.weight`) that can be read as float values and, where a format of lowbit has the same levels, blocks and
-scales, as a QTensor with the very same integers. A scheme is one file in `interchange/schemes/` with a function
+scales, as a QTensor with the very same integers. A scheme is one file in `interchange/readers/schemes/` with a function
 under `@scheme("its quant_method")`; nothing else knows its name.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ from torch import Tensor
 from lowbit.errors import SourceError
 from lowbit.formats import Format, Inputs, QTensor
 from lowbit.interchange.checks.foreign import check_foreign, method_of
+from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ReadPart = Callable[[str], Tensor]
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +131,16 @@ class Checkpoint:
         raise SourceError(f"{self.where}: tensor {tensor!r} {problem}; download the model again or correct config.json")
 
 
+def _as_modules_keep(weights: Mapping[str, QuantizedWeight], model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    """The weights, those transposed that modules of the model keep as [in, out], as GPT-2's Conv1D does."""
+    transposed = {name for name, param in inventory_of(model).params.items() if param.kind == "conv1d"}
+    prefix = f"{model.base_model_prefix}."
+    return {
+        name: replace(weight, transposed=True) if name in transposed or prefix + name in transposed else weight
+        for name, weight in weights.items()
+    }
+
+
 Scheme = Callable[[Checkpoint], QuantizedCheckpoint]
 
 
@@ -159,8 +173,8 @@ def schemes() -> Mapping[str, Scheme]:
     return dict(sorted(_REGISTRY.schemes.items()))
 
 
-def stored_model(checkpoint: Checkpoint) -> QuantizedCheckpoint:
-    """The weights of a quantized checkpoint. SourceError for a method that is not known, or tensors that do not fit it."""
+def quantized_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> QuantizedCheckpoint:
+    """The weights of a quantized checkpoint of the meta `model`. SourceError for a method that is not known, or tensors that do not fit it."""
     method = method_of(checkpoint.section, checkpoint.where)
     found = schemes().get(method)
     if found is None:
@@ -178,4 +192,4 @@ def stored_model(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     for name, spec in made.specs(checkpoint.tensors).items():
         if name.endswith(".weight") and len(spec.shape) > 1 and spec.dtype not in _FLOATS:
             checkpoint.refuse(name, f"is {spec.dtype}, and nothing beside it says how {method} quantized it")
-    return made
+    return replace(made, weights=_as_modules_keep(made.weights, model))

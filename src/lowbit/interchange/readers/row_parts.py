@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -173,8 +173,3 @@ def _joined(
             names = [name for name in next(iter(kept.values())) if name != "codes"]
     assert fmt is not None
     return from_row_parts(fmt, made)
-
-
-def turned(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight for a model that keeps it as [..., in, out]."""
-    return replace(weight, transposed=True)

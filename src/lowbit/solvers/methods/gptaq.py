@@ -25,9 +25,9 @@ def gptaq(
     weights. Source: Li et al. 2025 (GPTAQ), equation 15 and Algorithm 1.
     """
 
-    def shift(factor: Factor, seen: Stats) -> Tensor:
-        assert seen.drift is not None
-        change = seen.drift[factor.perm][:, factor.perm]
+    def shift(factor: Factor, moments: Stats) -> Tensor:
+        assert moments.drift is not None
+        change = moments.drift[factor.perm][:, factor.perm]
         return alpha * (change @ factor.upper.T).triu(1) @ factor.upper
 
     use = None if stats.drift is None else shift

@@ -47,7 +47,7 @@ def kmeans(
         return Found(encode(weight, fmt, levels=_or_empty(levels, fmt, weight)))
 
     if fmt.codebook.rows != -1 or fmt.codebook.cols != -1:
-        raise RecipeError(f"{fmt}: a codebook beside a scale is shared by the whole tensor; write cb=tensor")
+        raise RecipeError(f"{fmt}: a codebook together with a scale is shared by the whole tensor; write cb=tensor")
     plain = Format(TableGrid("start", tuple(torch.linspace(-1, 1, count).tolist())), fmt.block, fmt.scale)
     scale = run_fit(weight, plain, Call("absmax"), importance)[0]
     levels = None

@@ -17,8 +17,8 @@ class Entropy(RangeEstimator):
 
     |x| is counted in `bins` bins of equal width. For each i from the number of positive levels n to `bins`: P is
     the first i bins, with all that lies beyond in the last of them; Q gathers the first i bins (without what lies
-    beyond) into n equal pieces and spreads each evenly over those of its bins that are not empty. With an offset the
-    range is what was seen, cut at the threshold. Where one outlier is thousands of times the rest, all else shares a
+    beyond) into n equal parts and spreads each evenly over those of its bins that are not empty. With an offset the
+    range is what was seen, cut at the threshold. Where one outlier is thousands of times all others, these shares a
     bin and the choice is blind: mse sees finer. Source: Migacz 2017, "8-bit Inference with TensorRT".
     """
 
@@ -52,10 +52,10 @@ def divergence(counts: Tensor, i: int, levels: int) -> float:
     inside = counts[:i]
     p = inside.clone()
     p[-1] += counts[i:].sum()
-    piece = (torch.arange(i) * levels).div(i, rounding_mode="floor")
+    part = (torch.arange(i) * levels).div(i, rounding_mode="floor")
     filled = (inside > 0).double()
-    sums, cells = (torch.zeros(levels, dtype=torch.float64).index_add_(0, piece, v) for v in (inside, filled))
-    q = (sums / cells.clamp_min(1))[piece] * filled
+    sums, cells = (torch.zeros(levels, dtype=torch.float64).index_add_(0, part, v) for v in (inside, filled))
+    q = (sums / cells.clamp_min(1))[part] * filled
     mass = float(q.sum())
     both = p > 0
     if not mass or bool((q[both] == 0).any()):

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Inputs
-from lowbit.interchange.files.safetensors_reader import read_header, read_tensor
-from lowbit.interchange.readers.folder import weight_files
+from lowbit.interchange.files.safetensors_reader import read_tensor
+from lowbit.interchange.files.weights import entries_of
 
 
 def tensors_of(folder: Path, names: set[str]) -> dict[str, Tensor]:
     """Tensors of a folder as they are stored."""
-    entries = ((file, name, e) for file in weight_files(folder) for name, e in read_header(file).entries.items())
-    return {name: read_tensor(file, entry) for file, name, entry in entries if name in names}
+    return {name: read_tensor(*place) for name, place in entries_of(folder).items() if name in names}
 
 
 def levels_of(inputs: Inputs, parts: Mapping[str, Tensor]) -> tuple[Any, ...]:
