@@ -25,7 +25,7 @@ class Signals {
     }
 
     // Whether a handler raised an error. The interpreter is not held.
-    bool look() {
+    bool check() {
         if (Clock::now() < next_) return false;
         const nb::gil_scoped_acquire held;
         if (PyErr_CheckSignals() != 0) error_.emplace();
@@ -76,7 +76,7 @@ void forward(Decoder& self, KVCache& cache, const Ids& ids, const Ids& sequence,
     Signals signals;
     {
         const nb::gil_scoped_release released;
-        if (self.forward(tokens, cache, logits.data(), [&] { return signals.look(); })) return;
+        if (self.forward(tokens, cache, logits.data(), [&] { return signals.check(); })) return;
     }
     signals.raise();
 }

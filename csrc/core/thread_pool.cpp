@@ -33,8 +33,9 @@ constexpr auto kSpin = std::chrono::microseconds(300);
 constexpr int kSpinsBeforeYield = 2000;
 
 // Puts the calling thread on the `index`-th of the processors that it may use, and lets it go where it likes from there. A
-// new thread begins on the processor of the one that made it, and as both spin, the system may leave them there for a tenth of a second.
-void spread(int index) {
+// new thread begins on the processor of the one that made it, and as both spin, the system may leave them there for a tenth
+// of a second.
+void move_to_processor(int index) {
 #ifdef __linux__
     cpu_set_t all, one;
     if (sched_getaffinity(0, sizeof all, &all) != 0) return;
@@ -177,7 +178,7 @@ void ThreadPool::run_borrowed() {
 }
 
 void ThreadPool::work(int index) {
-    spread(index);
+    move_to_processor(index);
     std::uint64_t seen = 0;
     for (;;) {
         const auto start = std::chrono::steady_clock::now();

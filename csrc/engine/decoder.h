@@ -30,11 +30,12 @@ constexpr int padded(int width) { return (width + kTile - 1) / kTile * kTile; }
 
 class Decoder {
  public:
-    Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<ThreadPool> pool, const Kernels& kernels);
+    Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> ropes, std::shared_ptr<ThreadPool> pool,
+            const Kernels& kernels);
 
     // Logits [wanted_count, vocabulary]. The caller has checked ids, sequences and positions. interrupted: asked again and
-    // again by the thread that called, while more than one token is run; once it says so the rest is left out, and the result
-    // is false: logits, and keys and values at the positions of these tokens, are then worth nothing. All else is as before.
+    // again by the thread that called, while more than one token is run; once it says so nothing more is computed, and the
+    // result is false: logits, and keys and values at the positions of these tokens, are then worth nothing. All else is as before.
     // std::bad_alloc where there is no memory, with the same consequences.
     bool forward(const Tokens& tokens, KVCache& cache, float* logits, const std::function<bool()>& interrupted);
 

@@ -56,7 +56,7 @@ std::int32_t sample(float* logits, int vocabulary, const Sampling& how, const st
     if (how.top_p < 1) {
         double total = 0, sum = 0;
         for (const Candidate& c : candidates) total += weight(c.logit);
-        // Sorted piece by piece: the nucleus is nearly always small.
+        // Sorted in steps: the nucleus is nearly always small.
         std::size_t sorted = 0, taken = 0;
         while (taken < candidates.size() && (taken == 0 || sum < how.top_p * total)) {
             if (taken == sorted) {

@@ -4,7 +4,6 @@
 #include <math.h>  // sqrtf of C: an inline function of C++ could be shared with files that have fewer instructions
 
 #include "kernels/simd.h"
-#include "kernels/packed_weight.h"
 
 namespace lowbit {
 namespace {

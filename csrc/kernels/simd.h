@@ -2,6 +2,7 @@
 // one. Everything here and in the .inl files belongs to one translation unit, so that sets cannot be mixed up.
 #pragma once
 
+#include "kernels/packed_weight.h"
 #ifdef LOWBIT_SIMD
 #include LOWBIT_SIMD
 #else

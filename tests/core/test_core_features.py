@@ -15,18 +15,28 @@ from lowbit.kernels.core import core, why_absent
 
 pytestmark = pytest.mark.skipif(why_absent() is not None, reason=f"no C++ part: {why_absent()}")
 
-ORDER = ["avx512vnni", "avx512", "avx2", "portable"]
+LIST = Path(__file__).parents[2] / "csrc" / "kernels" / "isas.def"
+LINE = re.compile(r'^LOWBIT_ISA\((\w+), (\w+), (\w+), "([^"]*)", "([^"]*)", "([^"]*)"\)$', re.MULTILINE)
+SETS = {name: (extends, flags.split()) for name, _, extends, flags, *_ in LINE.findall(LIST.read_text())}
+ORDER = [*reversed(SETS)]
 
 
 def test_sets_of_instructions_are_nested_and_end_with_portable() -> None:
     isas = core().isas()
-    assert isas == ORDER[-len(isas) :]
+    assert isas == [isa for isa in ORDER if isa in isas]
     missing = core().features()["missing"]
     assert list(missing) == ORDER and missing["portable"] == []
-    for narrow, wide in zip(ORDER[1:], ORDER, strict=False):
+    for wide, (narrow, _) in SETS.items():
         assert set(missing[narrow]) <= set(missing[wide])
     for isa in isas:
         assert missing[isa] == []
+
+
+def test_flags_of_the_list_are_known() -> None:
+    """A flag that the core does not ask the processor for is one that it never has."""
+    assert ORDER[-1] == "portable" and len(SETS) == LIST.read_text().count("\nLOWBIT_ISA(")
+    known = core().features()["flags"]
+    assert not known or {flag for _, flags in SETS.values() for flag in flags} <= set(known)
 
 
 def test_features_are_sane() -> None:

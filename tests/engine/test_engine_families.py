@@ -117,7 +117,15 @@ def test_every_kind_of_weight(name: str, recipe: str, packed_folder: Folder) -> 
     assert bool(engine.describe().expanded) == expands and not engine.describe().rounded
 
 
-@pytest.mark.parametrize("recipe", ["smooth+absmax@int8:channel,a=int8:token", "int8:channel,a=minmax@int8:tensor"])
+DIVIDED = [
+    "smooth+absmax@int8:channel,a=int8:token",
+    "smooth+absmax@int4:g8,a=int8:token:divisor",
+    "smooth+absmax@int8:channel,a=int8:token:divisor",
+    "int8:channel,a=minmax@int8:tensor",
+]
+
+
+@pytest.mark.parametrize("recipe", DIVIDED)
 def test_divided_and_static_inputs(recipe: str, packed_folder: Folder) -> None:
     folder = packed_folder("qwen2", recipe, ("the cat and the hen are in the tree. " * 60,))
     engine, ids = Engine.open(folder, threads=1), tokens(65)

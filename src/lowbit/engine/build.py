@@ -242,7 +242,8 @@ class Builder:
                 return KernelWeight(codes, inputs, residual)
             reason = f"the levels of {found.value.format.grid} would have to be rounded"
         self.program.expanded[name] = reason
-        return KernelWeight(Floats(halved(found.value).flatten(0, -2)), inputs)
+        # Float weights multiply what is not rounded: a divisor of the inputs is one of the columns.
+        return KernelWeight(Floats(halved(found.value.dequantize(), inputs.divisor).flatten(0, -2)), Inputs(self.bits))
 
     def _input(self, name: str, found: Found) -> Inputs:
         quantizer = found.inputs

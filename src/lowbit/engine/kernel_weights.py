@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowbit.formats import QTensor
 from lowbit.kernels.layout import Codes, Floats, can_join
 
 if TYPE_CHECKING:
-    from lowbit import _core
+    import lowbit._core as _core
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +51,13 @@ class KernelWeight:
         return KernelWeight(self.value.part(start, stop), self.inputs, residual)
 
 
-def halved(q: QTensor) -> Tensor:
-    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal."""
-    dense = q.dequantize()
+def halved(dense: Tensor, divisor: Tensor | None) -> Tensor:
+    """The weight in float16, in float32 where that would lose bits of a row or overflow: 2^-14 is its smallest normal.
+
+    divisor: of its inputs, which the columns take over.
+    """
+    if divisor is not None:
+        dense = dense / divisor
     half = dense.to(torch.float16)
     off = torch.linalg.vector_norm(half.float() - dense, dim=-1)
     exact = off <= 2.0**-10 * torch.linalg.vector_norm(dense, dim=-1)  # False where it overflows
