@@ -8,7 +8,7 @@ guided+gptq@int4:g32                tokens count by their gradients
 gptq+distill@int4:g32               and a tuner of what is stored, after it
 rotate+awq+gptq@int4:g64            transforms of the model first, in this order
 smooth@int8:channel,a=int8:token    the inputs of linear layers in few bits too
-...,a=minmax@int8:tensor,a:*.down_proj=int8:g64,fallback=never      those of single layers: see `input_rules.py`
+...,a=minmax@int8:tensor,a:*.down_proj=int8:g64,fallback=never      those of single layers: see `activation_rules.py`
 kmeans@kmeans4:channel              a solver
 hqq+rtn@uint4:g64:zero=fp16         both
 int4:g32                            a format alone: the best data-free fit and solver for it

@@ -102,7 +102,7 @@ def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
 
 
 def _with_inputs(recipe: Recipe, key: str, value: str, whole: str) -> Recipe:
-    """`a=INPUTS`, `a:GLOB=INPUTS` or `fallback=INPUTS`: see `input_rules.py`."""
+    """`a=INPUTS`, `a:GLOB=INPUTS` or `fallback=INPUTS`: see `activation_rules.py`."""
     word, colon, pattern = key.partition(":")
     if colon and (word == "fallback" or not pattern):
         raise RecipeError(f"{key!r} in recipe {whole!r} names no layers; write a:*.down_proj={value}, for example")

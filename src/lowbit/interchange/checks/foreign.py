@@ -1,4 +1,4 @@
-"""The quantization_config of other programs: the fields that the readers in `interchange/schemes/` read, by quant_method."""
+"""The quantization_config of other programs: the fields that the readers in `interchange/readers/schemes/` read, by quant_method."""
 
 from __future__ import annotations
 
