@@ -39,7 +39,7 @@ ROOMS = (
     "report",
     "cli",
 )
-FREE = ("errors",)
+FREE = ("discovery", "errors")
 
 
 def run(code: str, *arguments: str) -> Any:

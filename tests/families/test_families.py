@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lowbit.families
+from lowbit.discovery import modules_of
 from lowbit.families import decoder_of, families, family_of
 from lowbit.families.fused import TOGETHER
 
@@ -44,6 +45,7 @@ def test_every_family_is_of_use() -> None:
 def test_reading_families_is_cheap_and_pulls_in_nothing_heavy() -> None:
     code = """
 import json, sys
+from lowbit.discovery import modules_of
 from lowbit.families import families
 families()
 print(json.dumps([n for n in ("torch", "transformers", "numpy", "gguf", "huggingface_hub") if n in sys.modules]))
@@ -60,11 +62,13 @@ def test_a_new_file_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "FAMILY = Family('made_up', ConfigFacts(LLAMA), decoder=Decoder())\n"
     )
     monkeypatch.setattr(lowbit.families, "__path__", [*lowbit.families.__path__, str(tmp_path)])
+    modules_of.cache_clear()
     families.cache_clear()
     try:
         assert decoder_of({"model_type": "made_up"}) == decoder_of({"model_type": "llama"})
     finally:
         sys.modules.pop("lowbit.families.made_up", None)
+        modules_of.cache_clear()
         families.cache_clear()
 
 

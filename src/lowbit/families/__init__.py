@@ -5,20 +5,18 @@ A file of this room that defines a `Family` adds it; nothing lists the files.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from lowbit.discovery import modules_of
 from lowbit.families.family import Config, Decoder, Family
 
 
 @cache
 def families() -> Mapping[str, Family]:
     """Every family by its `model_type`, in alphabetical order."""
-    files = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
-    found = {f.model_type: f for file in files for f in vars(file).values() if isinstance(f, Family)}
+    found = {f.model_type: f for file in modules_of(__name__) for f in vars(file).values() if isinstance(f, Family)}
     return dict(sorted(found.items()))
 
 

@@ -11,14 +11,13 @@ what a method makes use of is said there, and a recipe that gives it anything el
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from lowbit.discovery import modules_of
 from lowbit.errors import RecipeError, nearest
 from lowbit.formats import Format, stores
 from lowbit.solvers.found import Found
@@ -70,7 +69,6 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-_FOUND: list[str] = []
 
 
 def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
@@ -118,16 +116,12 @@ def announce(package: str) -> None:
     """Let `methods()` look into another package, once."""
     if package not in _PACKAGES:
         _PACKAGES.append(package)
-        _FOUND.clear()
 
 
 def methods(kind: str | None = None) -> dict[str, Method]:
     """Every registered method (of one kind), in alphabetical order."""
-    if not _FOUND:
-        for package in _PACKAGES:
-            for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-                importlib.import_module(f"{package}.{module.name}")
-        _FOUND.append("all")
+    for package in _PACKAGES:
+        modules_of(package)
     return {k: m for k, m in sorted(_METHODS.items()) if kind in (None, m.kind)}
 
 

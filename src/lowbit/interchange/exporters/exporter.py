@@ -7,14 +7,13 @@ that lowbit wrote. Everything around them (temporary names, reading back, compar
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lowbit.discovery import modules_of
 from lowbit.errors import ExportError, nearest
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
 from lowbit.interchange.opening import open_source
@@ -132,29 +131,19 @@ class Exporter(ABC):
         return open_source(out)
 
 
-@dataclass
-class _Registry:
-    found: dict[str, Exporter] = field(default_factory=dict)
-    complete: bool = False
-
-
-_REGISTRY = _Registry()
+_EXPORTERS: dict[str, Exporter] = {}
 
 
 def exporter(kind: type[Exporter]) -> type[Exporter]:
     """Register an exporter under its name."""
-    _REGISTRY.found[kind.name] = kind()
+    _EXPORTERS[kind.name] = kind()
     return kind
 
 
 def exporters() -> dict[str, Exporter]:
     """Every exporter by name, in alphabetical order."""
-    if not _REGISTRY.complete:
-        package = "lowbit.interchange.exporters"
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            importlib.import_module(f"{package}.{module.name}")
-        _REGISTRY.complete = True
-    return dict(sorted(_REGISTRY.found.items()))
+    modules_of("lowbit.interchange.exporters")
+    return dict(sorted(_EXPORTERS.items()))
 
 
 def exporter_named(name: str) -> Exporter:

@@ -8,15 +8,14 @@ under `@scheme("its quant_method")`; nothing else knows its name.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from lowbit.discovery import modules_of
 from lowbit.errors import SourceError
 from lowbit.formats import Format, Inputs, QTensor
 from lowbit.interchange.checks.foreign import check_foreign, method_of
@@ -144,20 +143,14 @@ def _as_modules_keep(weights: Mapping[str, QuantizedWeight], model: PreTrainedMo
 Scheme = Callable[[Checkpoint], QuantizedCheckpoint]
 
 
-@dataclass
-class _Registry:
-    schemes: dict[str, Scheme] = field(default_factory=dict)
-    complete: bool = False
-
-
-_REGISTRY = _Registry()
+_SCHEMES: dict[str, Scheme] = {}
 
 
 def scheme(*methods: str) -> Callable[[Scheme], Scheme]:
     """Register a reader of checkpoints whose `quant_method` is one of `methods`."""
 
     def register(function: Scheme) -> Scheme:
-        _REGISTRY.schemes.update(dict.fromkeys(methods, function))
+        _SCHEMES.update(dict.fromkeys(methods, function))
         return function
 
     return register
@@ -165,12 +158,8 @@ def scheme(*methods: str) -> Callable[[Scheme], Scheme]:
 
 def schemes() -> Mapping[str, Scheme]:
     """Every known scheme by `quant_method`."""
-    if not _REGISTRY.complete:
-        package = "lowbit.interchange.readers.schemes"
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            importlib.import_module(f"{package}.{module.name}")
-        _REGISTRY.complete = True
-    return dict(sorted(_REGISTRY.schemes.items()))
+    modules_of("lowbit.interchange.readers.schemes")
+    return dict(sorted(_SCHEMES.items()))
 
 
 def quantized_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> QuantizedCheckpoint:

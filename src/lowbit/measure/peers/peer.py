@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lowbit.discovery import modules_of
 from lowbit.measure.backends import Backend
 
 Opener = Callable[[], Backend]
@@ -25,7 +24,5 @@ def peer(function: Peer) -> Peer:
 
 def openers(asked: Mapping[str, Any], threads: int) -> list[Opener]:
     """What opens every program that was asked for, in alphabetical order of their files."""
-    package = "lowbit.measure.peers"
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+    modules_of("lowbit.measure.peers")
     return [opener for find in _PEERS for opener in find(asked, threads)]

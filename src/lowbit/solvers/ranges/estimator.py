@@ -7,15 +7,14 @@ adding one takes; its options are the keyword-only arguments of its constructor.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lowbit.discovery import modules_of
 from lowbit.errors import FormatError, RecipeError, nearest
 from lowbit.formats import TENSOR, Format, Inputs
 from lowbit.formats.inputs import range_to_scale
@@ -71,9 +70,7 @@ def estimator(kind: type[RangeEstimator]) -> type[RangeEstimator]:
 
 def estimators() -> dict[str, type[RangeEstimator]]:
     """Every range estimator by name, in alphabetical order."""
-    package = importlib.import_module("lowbit.solvers.ranges")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"lowbit.solvers.ranges.{module.name}")
+    modules_of("lowbit.solvers.ranges")
     return dict(sorted(_ESTIMATORS.items()))
 
 
