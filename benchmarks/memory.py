@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 import lowbit
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
-from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.hf.models import meta_model
 from lowbit.measure.memory import in_fresh_process
 
 RUN = """

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
+
+import pytest
 
 import lowbit
 from test_public import imports
@@ -17,6 +22,10 @@ CIRCLES = [
     {"lowbit.measure.bench", "lowbit.measure.bench_table"},
     {"lowbit.recipes.recipe", "lowbit.recipes.text"},
 ]
+
+
+# `logging` is among the public names too.
+SUBMODULES = {module.name for module in iter_modules(find_spec("transformers").submodule_search_locations)}  # type: ignore[union-attr]
 
 
 def modules() -> dict[str, Path]:
@@ -52,6 +61,45 @@ def test_no_new_circle_of_imports() -> None:
     graph = {name: {n for n in found if n not in inits or _uses(known[name], n)} for name, found in graph.items()}
     found = circles(graph)
     assert not [circle for circle in found if not any(circle <= allowed for allowed in CIRCLES)]
+
+
+def inside_transformers(source: str) -> set[str]:
+    """The submodules of transformers that some source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module or "")
+            if (
+                node.module == "transformers"
+            ):  # a submodule is no public name, even where its package has an attribute for it
+                found |= {f"transformers.{a.name}" for a in node.names if a.name in SUBMODULES}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # for importlib
+            found |= {node.value} if re.fullmatch(r"transformers(\.[a-z_]+)+", node.value) else set()
+    return {name for name in found if name.startswith("transformers.")}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from transformers.cache_utils import DynamicLayer",
+        "def f():\n    import transformers.masking_utils as masks",
+        "if TYPE_CHECKING:\n    from transformers import modeling_utils",
+        "importlib.import_module('transformers.core_model_loading')",
+    ],
+)
+def test_a_way_into_transformers_is_seen(source: str) -> None:
+    assert inside_transformers(source)
+    assert not inside_transformers(
+        "import transformers\nfrom transformers import DynamicLayer, logging\nfrom lowbit import nn"
+    )
+
+
+def test_one_door_to_the_internals_of_transformers() -> None:
+    doors = ("lowbit.interchange.hf.", "lowbit._hook")
+    found = {n: inside_transformers(p.read_text("utf-8")) for n, p in modules().items() if not n.startswith(doors)}
+    assert not {name: reached for name, reached in found.items() if reached}
 
 
 def _uses(path: Path, package: str) -> bool:

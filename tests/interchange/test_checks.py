@@ -30,7 +30,7 @@ from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers, layers_of
 from lowbit.interchange.checks.words import check_generation, check_tokenizer
 from lowbit.interchange.hf.bounds import no_more_than
-from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.hf.models import meta_model
 from tiny import TINY, save_tiny
 
 DECODERS = {name for name, family in families().items() if family.decoder}

@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 import lowbit
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.published import Published
-from lowbit.interchange.inventory import meta_model, tied_names
+from lowbit.interchange.inventory import tied_names
 from lowbit.interchange.tensors import TensorSpec
 from tiny import tiny_model
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowbit.blockwise.block_runner import forwards_replaced
 from lowbit.errors import SourceError
 from lowbit.formats import QTensor
-from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.hf.models import compute_buffers, meta_model
 from lowbit.interchange.source import Source
 
 
@@ -33,7 +33,7 @@ class Skeleton:
                 self.module.set_experts_implementation("eager")  # one product an expert, so that each is seen
         for config in (self.module.config, self.module.config.get_text_config()):
             config.use_cache = False
-        self._compute_buffers()
+        compute_buffers(self.module)
 
     def place(self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         """Give a parameter or buffer its values, floats in `dtype`; None takes them away. Unknown names are left out."""
@@ -107,16 +107,6 @@ class Skeleton:
             if places.get(leaf) is not None:
                 return places, leaf  # type: ignore[return-value]
         return None
-
-    def _compute_buffers(self) -> None:
-        """Buffers that no checkpoint holds: computed by the model's own initialization, as transformers does it."""
-        for module in self.module.modules():
-            buffers, hidden = module._buffers, module._non_persistent_buffers_set
-            computed = [k for k in hidden if (b := buffers.get(k)) is not None and b.is_meta]
-            for key in computed:
-                buffers[key] = torch.empty_like(buffers[key], device="cpu")  # type: ignore[arg-type]
-            if computed:
-                self.module._init_weights(module)
 
 
 def _zeros_of(module: nn.Embedding) -> Callable[..., Tensor]:

@@ -120,7 +120,7 @@ def load_calibration(
 def _longest(model: nn.Module | Source) -> int | None:
     """The longest sequence that `model` takes; of a source, of its skeleton without weights."""
     if isinstance(model, Source):
-        from lowbit.interchange.inventory import meta_model
+        from lowbit.interchange.hf.models import meta_model
 
         return max_positions(meta_model(model.config)) if model.config is not None else None
     return max_positions(model)
@@ -155,7 +155,7 @@ def _frame(tokenizer: Any, model: nn.Module | Source) -> Frame:
     """What the tokenizer puts around a text for `model`."""
     if not isinstance(model, Source):
         return Frame.of(tokenizer, model)
-    from lowbit.interchange.inventory import model_class
+    from lowbit.interchange.hf.models import model_class
 
     return Frame.of(tokenizer, None if model.config is None else model_class(model.config), model.config)
 

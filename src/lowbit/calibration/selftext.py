@@ -90,7 +90,7 @@ def write_windows(
     able = getattr(model, "can_generate", None)
     if able is not None and not able():
         raise TextError(f"a {type(model).__name__} does not write text to calibrate on: pass a text file or token ids")
-    from lowbit.calibration.decoding import grouped_attention
+    from lowbit.interchange.hf.fast_decoding import grouped_attention
 
     per_window = math.ceil(length / DOCUMENT)
     document = math.ceil(length / per_window)

@@ -76,7 +76,7 @@ def quiet() -> None:
     import logging
     import warnings
 
-    from transformers.utils import logging as theirs
+    from transformers import logging as theirs
 
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()

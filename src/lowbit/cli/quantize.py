@@ -193,7 +193,7 @@ def _warned(warnings: Mapping[str, str]) -> list[str]:
 
 def _trial(made: Any, out: Path) -> str:
     """How the result is tried: text is asked for where it answers, and it is loaded in Python where it does not."""
-    from lowbit.interchange.inventory import model_class
+    from lowbit.interchange.hf.models import model_class
 
     kind = None if made.source.config is None else model_class(made.source.config)
     if kind is not None and kind.can_generate() and kind.main_input_name == "input_ids":

@@ -25,8 +25,8 @@ from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.files.folder_writer import FolderWriter, check_apart
 from lowbit.interchange.files.safetensors_writer import Shard, shards_of
 from lowbit.interchange.hf.configs import write_config
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.published import Published, Together
-from lowbit.interchange.inventory import meta_model
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.left_out import to_json

@@ -6,23 +6,19 @@ but no memory, so it costs nothing for a model of any size. `inventory_of` looks
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lowbit.errors import SourceError
-from lowbit.interchange.hf.bounds import no_more_than
-from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.tensors import Kind
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 MIN_SIDE = 16  # a matrix thinner than this costs more in scales than it saves
 _ROUTER = re.compile(r"Router|Gate(?!d)")  # MixtralTopKRouter, Glm4MoeGate; not GatedMLP
@@ -96,50 +92,6 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     return tied
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The transformers class named by `config.architectures`, else the best automatic one. Never remote code."""
-    import transformers
-
-    for architecture in config.architectures or ():
-        found = getattr(transformers, str(architecture), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    for auto in (
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForSeq2SeqLM,
-        transformers.AutoModel,
-    ):
-        if type(config) in auto._model_mapping:
-            known: Any = auto._model_mapping[type(config)]
-            return known[0] if isinstance(known, (tuple, list)) else known
-    raise SourceError(
-        f"transformers {transformers.__version__} has no model for the architecture {config.architectures} of type "
-        f"{config.model_type!r}, and lowbit runs no code from a model folder; a newer transformers may know it"
-    )
-
-
-def meta_model(config: PretrainedConfig, tensors: int | None = None) -> PreTrainedModel:
-    """The model of `config` with all tensors on the meta device, its weights tied. SourceError when it fails.
-
-    tensors: how many the weights have, where they are at hand: building ends where the model needs many times as many.
-    """
-    cls = model_class(config)
-    config = copy.deepcopy(config)  # building may write to it
-    try:
-        with ExitStack() as stack:
-            for context in cls.get_init_context(torch.get_default_dtype(), False, False, None):
-                stack.enter_context(context)
-            stack.enter_context(no_more_than(tensors))
-            model = cls(config)
-        model.tie_weights()
-    except Exception as error:  # whatever a constructor does with a wrong config
-        raise SourceError(
-            f"{config.name_or_path or 'the config'}: cannot build {cls.__name__} from it ({one_line(error)}); "
-            "check the sizes in config.json"
-        ) from error
-    return model.eval()
-
-
 def _stored(module: nn.Module) -> Iterator[tuple[str, str, str, torch.Tensor]]:
     """(name, name of the owner, leaf, tensor) of every tensor that state_dict() holds, in its order."""
     for owner_name, owner in module.named_modules(remove_duplicate=False):
@@ -153,7 +105,7 @@ def _param(
     name: str, leaf: str, tensor: torch.Tensor, owner: nn.Module, parent: nn.Module | None, owner_name: str
 ) -> Param:
     """Classify one tensor by the class of the module that owns it."""
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     owner_class, shape = type(owner).__name__, tuple(tensor.shape)
     matrix = leaf == "weight" and len(shape) == 2 and tensor.is_floating_point()

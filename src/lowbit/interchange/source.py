@@ -6,7 +6,6 @@ reads one tensor at a time.
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -18,8 +17,6 @@ from torch import nn
 
 from lowbit.errors import SourceError, nearest
 from lowbit.interchange.end_tokens import end_tokens
-from lowbit.interchange.hf.calls import asking
-from lowbit.interchange.hf.torch_pool import settle_torch_pool
 from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -105,37 +102,22 @@ class Source(ABC):
         """The float model in evaluation mode, every tensor read once and cast to `dtype`."""
         if self.config is None:
             raise SourceError(f"{self.label} has no transformers config to build a model from; pass the module itself")
-        from lowbit.interchange.inventory import model_class
+        from lowbit.interchange.hf.models import float_model
 
-        settle_torch_pool()
-        weights = {name: _Unread(self, name) for name in self.tensors if name not in set(self.extra)}
-        build = model_class(self.config)
-        with asking("transformers", self.label, f"load {build.__name__} from it", "check the fields of its config"):
-            model: nn.Module = build.from_pretrained(
-                None, config=copy.deepcopy(self.config), state_dict=weights, dtype=dtype
-            )
+        known = {name: spec for name, spec in self.tensors.items() if name not in set(self.extra)}
+        model: Any = float_model(self.config, known, self.read, dtype, self.label)
         named = self.generation().get("eos_token_id")
         if named is not None and getattr(model, "generation_config", None) is not None:
             # Built from the config alone, it knows of no other end than the one there.
-            model.generation_config.eos_token_id = named  # type: ignore[union-attr]
-        return model.to(device).eval()
+            model.generation_config.eos_token_id = named
+        found: nn.Module = model.to(device).eval()
+        return found
 
     def spec(self, name: str) -> TensorSpec:
         """The spec of `name`. SourceError when there is no such tensor."""
         if name not in self.tensors:
             raise SourceError(f"{self.label} has no tensor {name!r}{nearest(name, self.tensors)}")
         return self.tensors[name]
-
-
-class _Unread:
-    """A tensor that transformers' loader reads by `[...]` when its turn comes."""
-
-    def __init__(self, source: Source, name: str) -> None:
-        self._source, self._name = source, name
-        self.shape, self.dtype = source.tensors[name].shape, source.tensors[name].dtype
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        return self._source.read(self._name)
 
 
 def say_remarks(label: str, remarks: Iterable[str]) -> None:

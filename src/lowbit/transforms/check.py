@@ -66,7 +66,7 @@ def check_family(config: PretrainedConfig, transform: Any, **options: Any) -> fl
 
     TransformError when the facts do not fit or do not hold; SourceError when no tiny model can be built.
     """
-    from lowbit.interchange.inventory import model_class
+    from lowbit.interchange.hf.models import model_class
     from lowbit.interchange.opening import open_source
 
     with torch.random.fork_rng(devices=[]):

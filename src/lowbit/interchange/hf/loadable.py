@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.conversion import plan_conversion
-from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lowbit.interchange.files.settings import read_config
 from lowbit.interchange.files.weights import entries_of
 from lowbit.interchange.hf.calls import asking
 from lowbit.interchange.hf.loading import load_config
-from lowbit.interchange.inventory import model_class
+from lowbit.interchange.hf.models import model_class
 
 
 def load_packed(folder: Path, **options: Any) -> nn.Module:

@@ -82,15 +82,20 @@ class Published:
         return forward
 
     def _reverted(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
         try:
-            made: dict[str, Tensor] = revert_weight_conversion(self._model, dict(tensors))
+            return as_saved(self._model, tensors)
         except Exception as error:  # the rules are transformers'
             raise SourceError(
                 f"{self._where}: transformers cannot name its tensors for saving ({one_line(error)})"
             ) from error
-        return made
+
+
+def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model under the names and in the pieces that `save_pretrained` gives them; any error of transformers' rules."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    made: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    return made
 
 
 def _groups(

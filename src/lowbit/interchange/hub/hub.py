@@ -19,8 +19,9 @@ from lowbit.interchange.files.weights import SINGLE
 from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
-from lowbit.interchange.inventory import inventory_of, meta_model
+from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.readers.folder import FolderSource, described
 from lowbit.interchange.readers.left_out import left_out
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, quantized_checkpoint, schemes

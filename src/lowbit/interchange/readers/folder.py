@@ -19,8 +19,9 @@ from lowbit.interchange.files.weights import entries_of, remarks_on, weight_file
 from lowbit.interchange.hf.configs import write_tokenizer
 from lowbit.interchange.hf.conversion import Conversion, plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
-from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model
+from lowbit.interchange.inventory import Inventory, Param, inventory_of
 from lowbit.interchange.readers.left_out import left_out
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, quantized_checkpoint
 from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of

@@ -18,8 +18,9 @@ from lowbit.interchange.files.settings import check_ours, generation_of, read_co
 from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.hf.conversion import unread
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
+from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
-from lowbit.interchange.inventory import Inventory, Param, inventory_of, meta_model, tied_names
+from lowbit.interchange.inventory import Inventory, Param, inventory_of, tied_names
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.interchange.tensors import Contents, TensorPlan, TensorSpec
 

@@ -21,7 +21,8 @@ from lowbit.formats import Format, QTensor
 from lowbit.formats.packing import pack, unpack
 from lowbit.interchange.exporters.exporter import Problem
 from lowbit.interchange.hf.calls import one_line
-from lowbit.interchange.inventory import meta_model
+from lowbit.interchange.hf.models import meta_model
+from lowbit.interchange.hf.published import as_saved
 from lowbit.interchange.tensors import Contents, TensorPlan
 
 if TYPE_CHECKING:
@@ -132,17 +133,13 @@ class _Whole(Exception):
 
 
 def _taken_apart(module: Any, stored: TensorPlan) -> list[Piece]:
-    from transformers.core_model_loading import revert_weight_conversion
-
     stack = stored.kind == "experts"
     turned = stored.transposed and stored.format is None
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if turned else stored.shape
     count = prod(shape[:-1]) if stack else prod(shape[:1])
     ids = torch.arange(count).view(*shape[:-1], 1) if stack else torch.arange(count)
     try:
-        made = revert_weight_conversion(
-            module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids}
-        )
+        made = as_saved(module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids})
     except Exception as error:  # the rules are transformers', met with a row_part one column wide
         raise _Whole(f"transformers cannot take it apart for saving ({one_line(error)})") from error
     if not stack:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.hf.gguf import config_keys, is_newer
 from lowbit.interchange.readers.gguf import rope as gguf_rope
 from lowbit.interchange.readers.gguf.header import GgufHeader
 
@@ -68,12 +69,10 @@ def completed(
 
     config: transformers' reading. values: name of a tensor -> float32. SourceError names what cannot be held.
     """
-    from transformers.integrations.gguf import is_gguf_arch_supported
-
     prefix = header.architecture + "."
     facts = {key.removeprefix(prefix): v for key, v in header.metadata.items() if key.startswith(prefix)}
     names = [name for name in gguf_rope.FACTOR_TENSORS if name in header.tensors]
-    if is_gguf_arch_supported(header.architecture):
+    if is_newer(header.architecture):
         return config, frozenset()  # transformers' newer tables are whole
     reading = _Reading(where, config, facts, frozenset(header.tensors), {name: values(name) for name in names})
     try:
@@ -88,15 +87,12 @@ def completed(
 
 def _read_key(reading: _Reading, architecture: str, key: str, value: Any) -> None:
     """Take one fact of the metadata, or refuse it."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-    kind = reading.config.model_type
-    mapped = GGUF_CONFIG_MAPPING.get(kind.removesuffix("_text"), GGUF_CONFIG_MAPPING.get(architecture, {}))
+    plain = (_HARMLESS, gguf_rope.KEYS, _LATER, config_keys(reading.config.model_type, architecture))
     if key in _KEYS:
         _KEYS[key](reading, value)
     elif key in _FIXED and value in _FIXED[key]:
         pass
-    elif mapped.get(key) is None and key not in _HARMLESS and key not in gguf_rope.KEYS and key not in _LATER:
+    elif not any(key in known for known in plain):
         raise reading.refuse(key, "an array" if value is None else value)
 
 

@@ -21,13 +21,14 @@ from lowbit.interchange.files.safetensors_reader import bytes_of, sampled
 from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.configs import write_tokenizer
 from lowbit.interchange.hf.conversion import plan_conversion
+from lowbit.interchange.hf.gguf import gguf_rules
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
-from lowbit.interchange.inventory import inventory_of, meta_model, model_class
+from lowbit.interchange.hf.models import meta_model, model_class
+from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.readers.folder import described, untie
 from lowbit.interchange.readers.gguf.blocks import float_type, is_quantized, stored_weight, type_name
 from lowbit.interchange.readers.gguf.config import completed
 from lowbit.interchange.readers.gguf.rope import FACTOR_TENSORS
-from lowbit.interchange.readers.gguf.rules import gguf_rules
 from lowbit.interchange.readers.gguf.splits import read_gguf
 from lowbit.interchange.readers.left_out import BUFFERS, SEVERAL_TOKENS, left_out
 from lowbit.interchange.readers.quantized import ReadPart

@@ -1,6 +1,6 @@
-"""How the tensors of a GGUF file become those of a transformers model, by transformers' own rules.
+"""What transformers' own tables say of a GGUF file: which keys its config is made of, and how its tensors become a model's.
 
-There are two kinds. Newer architectures are written as renamings and converters, like any other
+There are two kinds of rules. Newer architectures are written as renamings and converters, like any other
 checkpoint. Older ones have a `TensorProcessor` that undoes what llama.cpp did to one tensor: the
 row order of q and k for its rotary embedding, norms stored as w + 1, experts kept apart, ...
 """
@@ -42,6 +42,22 @@ class GgufRules:
     unused: tuple[str, ...] = ()
 
 
+def is_newer(architecture: str) -> bool:
+    """Whether transformers has rules of the newer kind for files of `architecture`; its reading of their config is whole."""
+    from transformers.integrations.gguf import is_gguf_arch_supported
+
+    found: bool = is_gguf_arch_supported(architecture)
+    return found
+
+
+def config_keys(model_type: str, architecture: str) -> frozenset[str]:
+    """The keys of the metadata, without the architecture in front, that transformers reads into fields of a config."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    table = GGUF_CONFIG_MAPPING.get(model_type.removesuffix("_text"), GGUF_CONFIG_MAPPING.get(architecture, {}))
+    return frozenset(key for key, field in table.items() if field is not None)
+
+
 def gguf_rules(
     architecture: str, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> GgufRules:
@@ -49,10 +65,10 @@ def gguf_rules(
 
     SourceError when transformers has none.
     """
-    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+    from transformers.integrations.gguf import get_gguf_conversion_mapping
 
     try:
-        if is_gguf_arch_supported(architecture):
+        if is_newer(architecture):
             specs = {name: TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()}
             transforms = get_gguf_conversion_mapping(architecture, model.config)
             return GgufRules(specs, transforms, lambda name, values: values(name), {name: (name,) for name in specs})
