@@ -22,7 +22,8 @@ import lowbit
 from lowbit.convert.importing import cast, model_type
 from lowbit.errors import SourceError
 from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import FolderWriter, check_apart
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_writer import Shard, shards_of
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.hf.published import Published, Together

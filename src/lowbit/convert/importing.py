@@ -20,7 +20,7 @@ from torch import Tensor
 from lowbit.errors import RecipeError, SourceError, WeightError
 from lowbit.formats import Format
 from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import check_apart
+from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress

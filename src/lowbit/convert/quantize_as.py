@@ -19,8 +19,8 @@ from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named
 from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import MANIFEST, check_apart
-from lowbit.interchange.files.places import TakenError, remove_folder
+from lowbit.interchange.files.finished import MANIFEST
+from lowbit.interchange.files.places import TakenError, check_apart, remove_folder
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source

