@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import lowbit
 from lowbit.errors import LowbitError, OutputError
 from lowbit.interchange.files import folder_writer
-from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.lock import locked
 from quantized_folders import awq_layer, save_quantized
 from tiers import mostly_nightly
 
@@ -307,19 +307,19 @@ def refused(model: Path, out: Path) -> str:
     return "not told"
 
 
-def test_a_claim_outlives_no_process(tmp_path: Path) -> None:
-    script = "import os, sys\nfrom lowbit.interchange.files.claim import claimed\nwith claimed(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
+def test_a_lock_outlives_no_process(tmp_path: Path) -> None:
+    script = "import os, sys\nfrom lowbit.interchange.files.lock import locked\nwith locked(sys.argv[1]):\n    print(1, flush=True)\n    sys.stdin.read()"
     child = subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "new" / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert child.stdout is not None and child.stdout.readline()
-    with pytest.raises(OutputError, match="another run"), claimed(tmp_path / "new" / "out"):
+    with pytest.raises(OutputError, match="another run"), locked(tmp_path / "new" / "out"):
         pass
-    with claimed(tmp_path / "new" / "other"):
+    with locked(tmp_path / "new" / "other"):
         pass
     child.kill()
     child.communicate()
-    with claimed(tmp_path / "new" / "out"), claimed(tmp_path / "new" / "deep" / "out"):
+    with locked(tmp_path / "new" / "out"), locked(tmp_path / "new" / "deep" / "out"):
         pass
     assert list((tmp_path / "new").iterdir()) == []
 

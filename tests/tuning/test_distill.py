@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.blockwise import model_tuner as tuned
 from lowbit.errors import RecipeError
-from lowbit.interchange.files import folder_writer
+from lowbit.interchange.files import atomic, folder_writer
 from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.recipes.recipe import Recipe
 from lowbit.tuning.distill import split
@@ -126,7 +126,7 @@ class Killed(BaseException):
 
 # Where a run ends: (object, name of the function, the call that does not return).
 KILLS: list[tuple[object, str, int]] = [
-    (tuned, "tune", 0), (tuned, "save_file", 0), (tuned, "sync", 0), (tuned, "sync", 1),
+    (tuned, "tune", 0), (tuned, "save_file", 0), (atomic, "sync", 2), (atomic, "sync", 3),
     (FolderWriter, "rewrite", 0), (FolderWriter, "rewrite", 1), (FolderWriter, "rewrite", 7), (FolderWriter, "_put", 30),
     (folder_writer, "sync", 3), (FolderWriter, "verify", 0), (FolderWriter, "finish", 0),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
 
 from lowbit.blockwise.block_runner import Saved
-from lowbit.interchange.files.folder_writer import sync
+from lowbit.interchange.files.atomic import sync
 
 _PLAIN = (bool, int, float, str, type(None))
 

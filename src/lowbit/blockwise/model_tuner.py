@@ -7,7 +7,6 @@ saved as one file in the unfinished folder before any of it goes to its place, s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,8 @@ from lowbit.blockwise.skeleton import Skeleton
 from lowbit.calibration.data import Calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import InputQuantizer, QTensor
-from lowbit.interchange.files.folder_writer import FolderWriter, sync
+from lowbit.interchange.files.atomic import replace_file
+from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
@@ -53,9 +53,7 @@ def tune_folder(
         changed, facts = tune(plan, source, calibration, writer.read, dtype, progress, exponents)
         fresh = path.with_name(_FILE + ".new")
         save_file(changed, fresh, metadata={"facts": json.dumps(facts, sort_keys=True)})
-        sync(fresh)
-        os.replace(fresh, path)
-        sync(writer.partial)
+        replace_file(fresh, path)
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         found = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118

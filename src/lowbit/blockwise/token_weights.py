@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.blockwise.precision import products_in
-from lowbit.interchange.files.folder_writer import sync
+from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.source import Source
 from lowbit.kernels.heap import trim
 from lowbit.solvers import Call
@@ -46,8 +45,7 @@ class TokenWeights:
             folder.mkdir(parents=True, exist_ok=True)
             fresh = path.with_name(FILE + ".new")
             save_file(tensors, fresh)
-            sync(fresh)
-            os.replace(fresh, path)
+            replace_file(fresh, path)
         return TokenWeights(path)
 
     def read(self, name: str, batch: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from lowbit.budget.sensitivity import CANDIDATES, Sensitivity, measure_sensitivi
 from lowbit.calibration.data import SELF, Calibration, load_calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
-from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -56,7 +56,7 @@ def allocate(
                 "the sensitivity is given, so that no text is looked at; leave calibration and its options out"
             )
         return allocation(source, sensitivity, wanted, **target)
-    with nullcontext() if sensitivity is None else claimed(sensitivity):
+    with nullcontext() if sensitivity is None else locked(sensitivity):
         found = _measured_or_read(source, sensitivity, text, candidates, progress)
     return allocation(source, found, wanted, **target)
 

@@ -35,6 +35,7 @@ from lowbit.budget.fisher import cut, squared_gradients
 from lowbit.calibration.windows import Frame
 from lowbit.errors import OutputError, RecipeError, SourceError, nearest
 from lowbit.formats import Format, QTensor, encode, parse_format, stores
+from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
@@ -105,7 +106,7 @@ class Sensitivity:
         fresh = path.with_name(path.name + ".part")
         try:
             fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            fresh.replace(path)
+            replace_file(fresh, path)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}; check the path and its rights") from None
         finally:

@@ -21,8 +21,9 @@ from torch import Tensor
 import lowbit
 from lowbit.convert.importing import cast, model_type
 from lowbit.errors import SourceError
-from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import FolderWriter, check_apart
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_writer import Shard, shards_of
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.hf.models import meta_model
@@ -74,7 +75,7 @@ def dequantize_model(
     names = _Names(source, wanted)
     shards = shards_of(names.stored(), max_shard_bytes)
     with (
-        claimed(out),
+        locked(out),
         FolderWriter(out, shards, _fingerprint(source, wanted, shards), _origin(source, wanted), overwrite) as writer,
     ):
         if not writer.finished:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
-from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder, sync
+from lowbit.interchange.files.atomic import replace_file, sync
+from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
@@ -81,7 +82,7 @@ def export(
         raise RecipeError(
             f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
         )
-    with claimed(out):
+    with locked(out):
         return written(kind, folder, out, kv, text, overwrite, progress)
 
 
@@ -130,8 +131,7 @@ def _put(fresh: Path, place: Path, out: Path, overwrite: bool) -> None:
         _log.info(f"{out} is already done: it has the very bytes that this export writes")
         remove_replaced(place)
     elif fresh.is_file():
-        os.replace(fresh, place)
-        sync(place.parent)
+        replace_file(fresh, place)
     else:
         replace_folder(fresh, place)
 

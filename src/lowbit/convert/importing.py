@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lowbit.errors import RecipeError, SourceError, WeightError
 from lowbit.formats import Format
-from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import check_apart
+from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -56,7 +56,7 @@ def import_model(
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
     plan = import_plan(source, rest, max_shard_bytes)
-    with claimed(out):
+    with locked(out):
         report = write_folder(plan, source, out, Options(overwrite=overwrite), solved=_results(plan, source, progress))
     return Quantized(plan, report, source, Path(out))
 

@@ -18,9 +18,9 @@ from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, wri
 from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named
-from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import MANIFEST, check_apart
-from lowbit.interchange.files.places import TakenError, remove_folder
+from lowbit.interchange.files.finished import MANIFEST
+from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.places import TakenError, check_apart, remove_folder
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
@@ -96,7 +96,7 @@ def quantized_as(
             if text.get("calibration") is not None and not _is_self(text["calibration"]):
                 # A text that cannot be used is better known now than after the work.
                 load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
-    with claimed(out):
+    with locked(out):
         check_free(out, ready.target, overwrite, contents_of(ready.plan, open_source(model, tokenizer=tokenizer)))
         options |= {"tokenizer": tokenizer}
         try:

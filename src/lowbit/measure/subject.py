@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import RecipeError
-from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.hf.loading import load_tokenizer
 from lowbit.interchange.opening import open_source

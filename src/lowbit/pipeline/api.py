@@ -17,8 +17,9 @@ from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with
 from lowbit.calibration.data import SELF, Calibration, load_calibration
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
-from lowbit.interchange.files.claim import claimed
-from lowbit.interchange.files.folder_writer import check_apart, head_of, replace_folder
+from lowbit.interchange.files.folder_writer import head_of
+from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import Progress
@@ -55,7 +56,7 @@ class Quantized:
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model folder `out`. OutputError when it is not empty and `overwrite` is not set."""
         if self._solved:
-            with claimed(out):
+            with locked(out):
                 options = Options(overwrite=overwrite)
                 write_folder(self.plan, self.source, out, options, solved=iter(self._solved), again=False)
             return Path(out)
@@ -67,7 +68,7 @@ class Quantized:
         check_apart(folder, out)
         fresh = out.resolve().with_name(f".{out.resolve().name}.lowbit-saving")
         try:
-            with claimed(out):
+            with locked(out):
                 try:
                     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
                     shutil.copytree(folder, fresh)
@@ -129,7 +130,7 @@ def quantize(
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         check_apart(Path(model), Path(out))
-    with claimed(out) if out is not None else nullcontext():
+    with locked(out) if out is not None else nullcontext():
         return _quantized(model, wanted, out, options)
 
 

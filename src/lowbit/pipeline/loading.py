@@ -13,7 +13,7 @@ from lowbit.errors import RecipeError, SourceError, nearest
 from lowbit.formats import QTensor
 from lowbit.formats.format import FARTHEST
 from lowbit.interchange.checks.section import check_parts, read_section
-from lowbit.interchange.files.folder_writer import MANIFEST
+from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.safetensors_reader import read_tensor
 from lowbit.interchange.files.settings import check_ours, read_json
 from lowbit.interchange.files.weights import entries_of, remarks_on

@@ -1,1 +1,1 @@
-"""Files and folders: safetensors, claims, atomic saving."""
+"""Files and folders: safetensors, locks, atomic saving."""

