@@ -128,7 +128,7 @@ def test_vectors_move_in_proportion_and_keep_their_type() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("piece", [1, 1 << 22])
 def test_divergence_is_that_of_the_textbook(temperature: float, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence_module, "_PIECE", piece)
+    monkeypatch.setattr(divergence_module, "_CHUNK", piece)
     generator = torch.Generator().manual_seed(3)
     z = torch.randn(7, 19, generator=generator).requires_grad_()
     t = torch.randn(7, 19, generator=generator)

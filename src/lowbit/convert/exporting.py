@@ -29,7 +29,7 @@ from lowbit.interchange.tensors import Contents
 
 TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
-_BESIDE = 64 << 20  # bytes of vocabularies and the like in a file of weights
+_EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
 
@@ -101,11 +101,11 @@ def written(
         cost = [note]
     place = out.resolve()
     try:
-        room = _room(place)
+        temporary = _temporary_folder(place)
     except OSError as error:
         raise _cannot(out, error) from error
     try:
-        fresh = room / place.name
+        fresh = temporary / place.name
         kind.write(folder, fresh, progress)
         apart, logits = compared(kind, folder, fresh)
         for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
@@ -118,7 +118,7 @@ def written(
             raise
         raise _cannot(out, system) from error
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     notes = (*kind.notes(folder.contents), *cost, *(() if kind.suffix else folder.left_files()))
     return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
 
@@ -142,7 +142,7 @@ def _same(fresh: Path, place: Path) -> bool:
     return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
 
 
-def _room(out: Path) -> Path:
+def _temporary_folder(out: Path) -> Path:
     """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
     place, name = out.parent, f"{out.name}.exporting-"
     for old in place.iterdir():
@@ -287,7 +287,7 @@ def check_free(out: Path, kind: Exporter, overwrite: bool, contents: Contents) -
     if _taken(out) and not overwrite:
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
         size, wanted = sum(f.stat().st_size for f in files), sum(t.bytes_after for t in contents.tensors.values())
-        if not files or abs(size - wanted) > wanted // 2 + _BESIDE:
+        if not files or abs(size - wanted) > wanted // 2 + _EXTRA:
             raise _exists(out)
 
 
