@@ -21,7 +21,8 @@ from torch import Tensor
 from lowbit.errors import SourceError
 from lowbit.formats import Format, QTensor, parse_inputs
 from lowbit.formats.blocks import Block
-from lowbit.formats.grids import IntGrid, parse_grid
+from lowbit.formats.grids import IntGrid
+from lowbit.formats.named_grids import parse_grid
 from lowbit.interchange.layouts.compressed import signed_codes
 from lowbit.interchange.layouts.nibbles import swap_nibbles
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
