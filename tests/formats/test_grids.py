@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 from lowbit.formats import CodebookGrid, Fp8Grid, Grid, IntGrid, TableGrid, parse_grid
-from lowbit.formats.qtensor import nearest_level
+from lowbit.formats.nearest import nearest_level
 from strategies import FIXED_GRIDS, steady
 
 ALL = [parse_grid(name) for name in FIXED_GRIDS] + [IntGrid(bits, narrow=True) for bits in range(2, 9)]

@@ -27,7 +27,7 @@ STEPS = ("fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")
 TEXT = ["the cat and the hen ate the rat in the tin " * 40]
 
 
-def straight(model: Path, out: Path) -> None:
+def quantize_as(model: Path, out: Path) -> None:
     ready = prepare(str(model), "int4:g32", "vllm")
     with quantized_as(str(model), ready, out):
         pass
@@ -47,7 +47,7 @@ JOBS: dict[str, Callable[[Path, Path], Any]] = {
     "import": lambda model, out: lowbit.import_model(model, out),
     "gguf": lambda model, out: lowbit.export(model, "gguf", out),
     "vllm": lambda model, out: lowbit.export(model, "vllm", out),
-    "straight": straight,
+    "quantize_as": quantize_as,
 }
 
 

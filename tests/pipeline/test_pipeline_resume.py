@@ -264,7 +264,7 @@ def test_progress_ends_at_all_bytes(tiny_folder: Float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("job", "every"),
     [("quantize", 5), ("gguf", 9), *(pytest.param(job, 1, marks=pytest.mark.slow) for job in (
-        "quantize", "calibrated", "replace", "dequantize", "import", "gguf", "vllm", "straight"))],
+        "quantize", "calibrated", "replace", "dequantize", "import", "gguf", "vllm", "quantize_as"))],
 )  # fmt: skip
 def test_killed_at_every_step(job: str, every: int, tiny_folder: Float, packed_folder: Any, tmp_path: Path) -> None:
     packed = job in ("gguf", "vllm")

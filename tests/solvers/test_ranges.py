@@ -142,17 +142,19 @@ def test_mse_is_the_best_of_its_candidates_on_the_values_themselves(fmt: str) ->
     for part in batches():
         one.observe(part)
     low, high = one.range()
-    predicted, bins = one.error(one.seen.bins(), low, high), one.seen.bins()
+    predicted, bins = one.error(one.histogram.bins(), low, high), one.histogram.bins()
     limit = 0.02 if one.format.grid.bits == 8 else 0.01
     assert near(predicted, cost(low, high), limit)
     for factor in (1.0, 0.5, 0.1, 0.05):
-        full = one.seen.low * factor, one.seen.high * factor
+        full = one.histogram.low * factor, one.histogram.high * factor
         if one.symmetric:
             full = -max(-full[0], full[1]), max(-full[0], full[1])
         assert near(one.error(bins, *full), cost(*full), limit)
         assert cost(low, high) <= cost(*full) * (1 + limit)
     if one.format.grid.bits == 4:
-        assert cost(low, high) < 0.75 * cost(one.seen.low if not one.symmetric else -one.seen.high, one.seen.high)
+        assert cost(low, high) < 0.75 * cost(
+            one.histogram.low if not one.symmetric else -one.histogram.high, one.histogram.high
+        )
 
 
 def test_the_error_of_mse_is_an_exact_integral() -> None:
@@ -164,7 +166,7 @@ def test_the_error_of_mse_is_an_exact_integral() -> None:
         s = peak / 7
         rounded = (x.double() / s).round().clamp(-8, 7) * s
         true = float((rounded - x).square().sum())
-        assert near(one.error(one.seen.bins(), -peak, peak), true, 2e-3)
+        assert near(one.error(one.histogram.bins(), -peak, peak), true, 2e-3)
 
 
 def test_constants_have_a_range() -> None:

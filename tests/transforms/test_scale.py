@@ -168,7 +168,7 @@ def test_edits_of_rows_give_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) 
     name = "transformer.h.0.attn.c_attn.weight"
     edit = Edit(lambda w: w * torch.arange(1.0, w.shape[-1] + 1), by_rows=True)
     one = TransformedSource(source, "test", {name: (edit,)}, arch).read(name)
-    monkeypatch.setattr("lowbit.transforms.transformed.PIECE", 100)
+    monkeypatch.setattr("lowbit.transforms.transformed.CHUNK", 100)
     two = TransformedSource(source, "test", {name: (edit,)}, arch).read(name)
     assert torch.equal(one, two) and two.is_contiguous()
     assert torch.allclose(one, source.read(name) * torch.arange(1.0, 33.0)[:, None].double())

@@ -1,4 +1,4 @@
-"""What `lowbit quantize` was asked for: names, texts and targets made into one job, checked before the work."""
+"""What `lowbit quantize` was asked for: names, texts and budgets made into one job, checked before the work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class Made:
+class Outcome:
     """What was written. exported: in the format of another program, None for lowbit's own."""
 
     quantized: Quantized
@@ -77,13 +77,13 @@ class Job:
         """The name of the result in the current folder, where none is given."""
         if self.ready is None:
             return default_folder(self.model, self.recipe)
-        return default_file(self.model, self.typed, self.ready.target)
+        return default_file(self.model, self.typed, self.ready.exporter)
 
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
         from lowbit.convert.quantize_as import candidates, prepare
 
-        kind, kv = (None, None) if self.ready is None else (self.ready.target.name, self.ready.kv)
+        kind, kv = (None, None) if self.ready is None else (self.ready.exporter.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
         recipe = budgets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
         # A recipe that looks at no text leaves it to the allocation.
@@ -92,7 +92,7 @@ class Job:
         return replace(self, recipe=recipe, ready=ready, text=text)
 
     @contextmanager
-    def made(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Made]:
+    def run(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Outcome]:
         """Quantize and write, with a bar; what came of it can be measured until the end of the block."""
         import lowbit
         from lowbit.convert.quantize_as import quantized_as
@@ -108,11 +108,11 @@ class Job:
                 else:
                     writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
                     quantized, exported = kept.enter_context(writing)
-            yield Made(quantized, exported, time.perf_counter() - start, peak_resident())
+            yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident())
 
 
 def default_file(model: str, recipe: str, kind: Exporter) -> Path:
-    """`<model's own name>-<recipe as it was typed>` with the target's ending, in the current folder."""
+    """`<model's own name>-<recipe as it was typed>` with the exporter's ending, in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
     return Path(f"{_base(model)}-{words}{kind.suffix or '-' + kind.name}")
 

@@ -14,7 +14,7 @@ import typer
 from lowbit.cli import budgets, console
 from lowbit.cli.export import summary
 from lowbit.cli.importing import left_out_of
-from lowbit.cli.job import CalibrationText, Job, Made
+from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.options import (
     KV,
     Calibration,
@@ -96,7 +96,7 @@ def quantize(
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
-    with _noted(kept), job.made(out, keep, overwrite) as made:
+    with _noted(kept), job.run(out, keep, overwrite) as made:
         screen.print(_written(made, out))
         measured = _measured(made, text, windows) if card else None
     if as_json:
@@ -121,7 +121,7 @@ def _noted(sensitivity: Path | None) -> Iterator[None]:
         raise
 
 
-def _measured(made: Made, text: str | None, windows: int) -> Card | None:
+def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
     from lowbit.errors import LowbitError
@@ -149,7 +149,7 @@ def _measured(made: Made, text: str | None, windows: int) -> Card | None:
     return replace(card, parts=replace(card.parts, quantize_seconds=made.seconds, quantize_peak=made.peak_bytes))
 
 
-def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
+def _plain(made: Outcome, out: Path, card: Card | None) -> dict[str, Any]:
     """For --json."""
     found: dict[str, Any] = {
         "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
@@ -164,7 +164,7 @@ def _plain(made: Made, out: Path, card: Card | None) -> dict[str, Any]:
     return found
 
 
-def _written(made: Made, out: Path) -> str:
+def _written(made: Outcome, out: Path) -> str:
     from lowbit.recipes.activation_rules import inputs_text
     from lowbit.report.wording import bytes_text
 

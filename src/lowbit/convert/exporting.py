@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import filecmp
-import gc
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -14,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from lowbit.convert.read_back import compared
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.atomic import replace_file, sync
@@ -24,12 +20,10 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
-from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import Contents
 
-TOKENS = 16  # that the logits are compared on
 _SHOWN = 5
-_BESIDE = 64 << 20  # bytes of vocabularies and the like in a file of weights
+_EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
 
@@ -101,11 +95,11 @@ def written(
         cost = [note]
     place = out.resolve()
     try:
-        room = _room(place)
+        temporary = _temporary_folder(place)
     except OSError as error:
         raise _cannot(out, error) from error
     try:
-        fresh = room / place.name
+        fresh = temporary / place.name
         kind.write(folder, fresh, progress)
         apart, logits = compared(kind, folder, fresh)
         for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
@@ -118,7 +112,7 @@ def written(
             raise
         raise _cannot(out, system) from error
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     notes = (*kind.notes(folder.contents), *cost, *(() if kind.suffix else folder.left_files()))
     return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
 
@@ -142,7 +136,7 @@ def _same(fresh: Path, place: Path) -> bool:
     return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
 
 
-def _room(out: Path) -> Path:
+def _temporary_folder(out: Path) -> Path:
     """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
     place, name = out.parent, f"{out.name}.exporting-"
     for old in place.iterdir():
@@ -197,68 +191,6 @@ def check_kv(kind: Exporter, kv: str, model: Contents) -> None:
         raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
-def compared(kind: Exporter, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
-    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
-    read = kind.reopen(out, folder)
-    ours = folder.dense()
-    unequal = {}
-    lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
-    if lacking:
-        raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
-    for name in ours.tensors:
-        if name in read.tensors:
-            apart = distance(read.read(name), ours.read(name))
-            if not apart <= kind.allowed(folder.contents.tensors[name]):
-                raise ExportError(
-                    f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
-                )
-            if apart > 0:
-                unequal[name] = apart
-    if not _fits(ours):
-        return unequal, None
-    logits = distance(logits_of(read), logits_of(ours))
-    if not logits <= kind.logits_allowed(folder.contents):
-        raise ExportError(
-            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the exporter "
-            "computes another model from this config; nothing was kept of the export"
-        )
-    return unequal, logits
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in float64; infinite where shapes differ or a value is not finite."""
-    if tuple(a.shape) != tuple(b.shape):
-        return float("inf")
-    a, b = a.float(), b.float()
-    if torch.equal(a, b):
-        return 0.0
-    norm = float(b.double().norm())
-    apart = float((a.double() - b.double()).norm()) / (norm or 1.0)
-    return apart if apart == apart else float("inf")
-
-
-def logits_of(source: Source) -> Tensor:
-    """float32 [1, tokens, vocabulary]: what the float model of a source gives for a fixed row of tokens."""
-    model = source.load_float()
-    config: Any = source.config
-    size = int(config.get_text_config().vocab_size)
-    ids = torch.randint(0, size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        found: Tensor = model(input_ids=ids).logits.float()
-    del model
-    gc.collect()
-    return found
-
-
-def _fits(source: Source) -> bool:
-    """Whether the float model takes at most half of this machine's memory; where that is unknown, yes."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return True
-    return 2 * 4 * sum(math.prod(spec.shape) for spec in source.tensors.values()) <= memory
-
-
 def target_names() -> dict[str, str]:
     """Name -> one line about it, of every target."""
     return {name: kind.summary for name, kind in exporters().items()}
@@ -287,7 +219,7 @@ def check_free(out: Path, kind: Exporter, overwrite: bool, contents: Contents) -
     if _taken(out) and not overwrite:
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
         size, wanted = sum(f.stat().st_size for f in files), sum(t.bytes_after for t in contents.tensors.values())
-        if not files or abs(size - wanted) > wanted // 2 + _BESIDE:
+        if not files or abs(size - wanted) > wanted // 2 + _EXTRA:
             raise _exists(out)
 
 

@@ -26,19 +26,19 @@ _COMPARED = 64  # tokens whose logits say what rounding keys and values costs
 
 
 class _Watched(DynamicCache):
-    """A cache that shows what comes in to `seen(keys, values, layer)`, and keeps what that gives back.
+    """A cache that passes what comes in to `on_update(keys, values, layer)`, and keeps what that returns.
 
     Keys come rotated, [batch, heads of keys, tokens, head_dim]; a layer with a window shows what it will drop too.
     """
 
-    def __init__(self, config: Any, seen: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, config: Any, on_update: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> None:
         super().__init__(config=config)
-        self._seen = seen
+        self._on_update = on_update
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        keys, values = self._seen(key_states, value_states, layer_idx)
+        keys, values = self._on_update(key_states, value_states, layer_idx)
         found: tuple[Tensor, Tensor] = super().update(keys, values, layer_idx, *args, **kwargs)
         return found
 
@@ -46,7 +46,7 @@ class _Watched(DynamicCache):
 def with_kv(
     kind: Exporter, folder: LowbitFolder, kv: str, text: Mapping[str, Any], progress: Progress | None = None
 ) -> tuple[Exporter, str]:
-    """The target with scales of a KV cache, and what that costs, in words.
+    """The exporter with scales of a KV cache, and what that costs, in words.
 
     `text`: calibration, samples, length and chat as in `quantize`; None for as much as usual. TextError for one that
     cannot be read, ExportError as in `kv_ranges`.
@@ -57,23 +57,25 @@ def with_kv(
     )  # fmt: skip
     model = load(folder.folder, torch.float32, kernel="expand")  # the reference: same command, same scales
     size = sum(file.stat().st_size for file in weight_files(folder.folder))
-    told = (lambda window: progress(f"keys and values: {window}", 0, size)) if progress else (lambda window: None)
-    ranges = kv_ranges(model, found, kv, told)
+    on_window = (lambda window: progress(f"keys and values: {window}", 0, size)) if progress else (lambda window: None)
+    ranges = kv_ranges(model, found, kv, on_window)
     cost = kv_cost(model, found.ids[0], ranges)
     note = f"{kv} keys and values move the logits by {cost:.1e} of their size, at the end of the first window"
     return kind.with_kv(ranges), note
 
 
-def kv_ranges(model: Any, text: Calibration, kind: str, told: Callable[[str], None] = lambda window: None) -> KVRanges:
+def kv_ranges(
+    model: Any, text: Calibration, kind: str, on_window: Callable[[str], None] = lambda window: None
+) -> KVRanges:
     """The largest |key| and |value| that each layer of `model` keeps while it reads `text`, a window at a time.
 
-    The cache of one window is in memory, and no logits. `told(which window)`.
+    The cache of one window is in memory, and no logits. `on_window` is given each window's name as its reading begins.
     ExportError when a layer keeps nothing, or something that is not finite.
     """
     config = model.config
     peaks: dict[int, list[float]] = {}
 
-    def seen(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def record(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         known = peaks.setdefault(layer, [0.0, 0.0])
         for i, x in enumerate((keys, values)):
             peak = float(x.abs().amax())
@@ -85,8 +87,8 @@ def kv_ranges(model: Any, text: Calibration, kind: str, told: Callable[[str], No
         return keys, values
 
     for i, window in enumerate(text.ids):
-        told(f"window {i + 1} of {len(text.ids)}")
-        _run(model.base_model, window, _Watched(config, seen))
+        on_window(f"window {i + 1} of {len(text.ids)}")
+        _run(model.base_model, window, _Watched(config, record))
     layers = int(config.get_text_config(decoder=True).num_hidden_layers)
     if sorted(peaks) != list(range(layers)):
         raise ExportError(f"{len(peaks)} of {layers} layers keep keys and values of their own; export without kv")

@@ -43,7 +43,7 @@ class Prepared:
     kv: what keys and values are to be kept in, None where that is not said
     """
 
-    target: Exporter
+    exporter: Exporter
     recipe: Recipe
     plan: Plan
     changes: dict[str, int]
@@ -60,10 +60,10 @@ def prepare(
     """
     kind, source = exporter_named(target), open_source(model, tokenizer=tokenizer)
     wanted = recipe_for(kind, recipe, source, calibrated)
-    seen = rewritten(source, wanted)
-    plan, changes = fitted(kind, make_plan(seen, wanted), seen)
+    rewritten_source = rewritten(source, wanted)
+    plan, changes = fitted(kind, make_plan(rewritten_source, wanted), rewritten_source)
     if kv is not None:
-        check_kv(kind, kv, contents_of(plan, seen))
+        check_kv(kind, kv, contents_of(plan, rewritten_source))
     return Prepared(kind, plan.recipe, plan, changes, kv)
 
 
@@ -97,7 +97,7 @@ def quantized_as(
                 # A text that cannot be used is better known now than after the work.
                 load_calibration(tokenizer=tokenizer, model=open_source(model, tokenizer=tokenizer), **_source(text))
     with locked(out):
-        check_free(out, ready.target, overwrite, contents_of(ready.plan, open_source(model, tokenizer=tokenizer)))
+        check_free(out, ready.exporter, overwrite, contents_of(ready.plan, open_source(model, tokenizer=tokenizer)))
         options |= {"tokenizer": tokenizer}
         try:
             made = quantize(model, ready.recipe, folder, overwrite=overwrite and keep is not None, **options)
@@ -121,11 +121,12 @@ def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], ov
     try:
         packed = LowbitFolder(folder)
         refuse(
-            ready.target,
-            ready.target.check(packed.contents) or ready.target.check_tokenizer(packed.tokenizer(), packed.contents),
+            ready.exporter,
+            ready.exporter.check(packed.contents)
+            or ready.exporter.check_tokenizer(packed.tokenizer(), packed.contents),
         )
         given = {"calibration": None, "samples": None, "length": None, "chat": False} | text
-        return written(ready.target, packed, out, ready.kv, given, overwrite)
+        return written(ready.exporter, packed, out, ready.kv, given, overwrite)
     except BaseException as error:
         if not isinstance(error, LowbitError) or type(error) is OutputError:
             error.add_note(f"{folder} is done, and the same command goes on from it")

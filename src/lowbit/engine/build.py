@@ -48,7 +48,7 @@ class Program:
 class Builder:
     """Builds the program of one model. activations: of weights whose recipe says nothing about them, "exact" or "int8".
 
-    Weights are packed while the next ones are read. So what describes a piece of the model is made later, by the function that
+    Weights are packed while the next ones are read. So what describes a part of the model is made later, by the function that
     the methods here return, which waits for its weights.
     """
 
@@ -151,14 +151,14 @@ class Builder:
             )
         packed = self._packed_so_far[before:]
 
-        def made() -> _core.ExpertsSpec:
+        def spec() -> _core.ExpertsSpec:
             nbytes = sum(weight.result().nbytes for weight in packed)
             self.program.idle_bytes += nbytes * (s.experts - s.top_k) // s.experts
             return self.core.ExpertsSpec(
                 router=routing(), experts=[mlp() for mlp in mlps], top_k=s.top_k, normalized=s.normalized
             )
 
-        return made
+        return spec
 
     def _product(self, names: list[str], cols: int, widths: list[int]) -> Later[_core.ProjectionSpec]:
         """Weights that read one input, one after another; packed as one where they can be."""

@@ -48,9 +48,9 @@ class ChatTemplate:
         pieces, length = [], 0
         try:
             sandbox = _sandbox(Budget())
-            made = Template.from_code(sandbox, _compiled(self.source), sandbox.make_globals(None))
+            template = Template.from_code(sandbox, _compiled(self.source), sandbox.make_globals(None))
             options = {"tools": tools, "documents": None, "add_generation_prompt": answer}
-            for piece in made.generate(**{**self.special, "messages": given, **options}):
+            for piece in template.generate(**{**self.special, "messages": given, **options}):
                 pieces.append(piece)
                 length += len(piece)
                 if length > most:

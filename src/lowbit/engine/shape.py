@@ -233,13 +233,13 @@ def _llama3(frequency: Any, rope: Mapping[str, Any], config: Config, positions: 
 
 
 def _yarn(frequency: Any, rope: Mapping[str, Any], config: Config, positions: int) -> tuple[Any, float]:
-    """YaRN (Peng et al. 2023, section 3): dimensions that turn often are kept, slow ones stretched, a ramp between."""
+    """YaRN (Peng et al. 2023, section 3): dimensions that rotate often are kept, slow ones stretched, a ramp between."""
     factor = float(rope["factor"])
     old = float(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
     theta, width = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0), 2 * len(frequency)
 
-    def dimension(turns: float) -> float:
-        return width * np.log(old / (turns * 2 * np.pi)) / (2 * np.log(theta))
+    def dimension(rotations: float) -> float:
+        return width * np.log(old / (rotations * 2 * np.pi)) / (2 * np.log(theta))
 
     low, high = dimension(float(rope.get("beta_fast") or 32)), dimension(float(rope.get("beta_slow") or 1))
     if rope.get("truncate", True):

@@ -83,8 +83,8 @@ class FolderWeights(Weights):
         if entry.transposed:
             raise EngineError(f"{name!r} is stored as [in, out]; the engine reads [out, in]")
         parts = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in entry.weight_parts()}
-        beside = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in entry.input_parts()}
-        quantizer = InputQuantizer.of(entry.inputs, entry.shape[-1], beside) if entry.inputs else None
+        input_parts = {part: read_tensor(*self._stored[f"{key}.{part}"]) for part in entry.input_parts()}
+        quantizer = InputQuantizer.of(entry.inputs, entry.shape[-1], input_parts) if entry.inputs else None
         return Found(QTensor.from_parts(entry.format, entry.shape, parts), quantizer)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """What lowbit knows of families of models, one file a family: the engine, transforms and exporters are views of it.
 
-A file of this room that defines a `Family` adds it; nothing lists the files.
+A file of this package that defines a `Family` adds it; nothing lists the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The record of a family of models: what its file in this room fills in.
+"""The record of a family of models: what its file in this package fills in.
 
 Names of tensors are those of modules in transformers 5, without `.weight`; `{i}` is the number of a layer. A wrong fact
 does not pass the tests: they hold the engine's logits against transformers', the float64 logits of a tiny random model
@@ -181,7 +181,7 @@ class Family:
     config          what becomes of each field of the config
     norm            "rms": x / rms(x) * weight; "layer": LayerNorm, which subtracts the mean and may add a bias
     plus_one        the norm multiplies by 1 + weight
-    partial_rotary  `partial_rotary_factor` says how much of a head turns; other families turn all of it whatever it says
+    partial_rotary  `partial_rotary_factor` says how much of a head is rotated; other families rotate all of it whatever it says
     decoder         for the engine, and for transforms where there is no `graph`
     """
 

@@ -2,8 +2,9 @@
 
 from lowbit.formats.blocks import CHANNEL, TENSOR, Block, group
 from lowbit.formats.format import Format, Offset
-from lowbit.formats.grids import CodebookGrid, Fp8Grid, Grid, IntGrid, TableGrid, parse_grid
+from lowbit.formats.grids import CodebookGrid, Fp8Grid, Grid, IntGrid, TableGrid
 from lowbit.formats.inputs import InputQuantizer, Inputs, parse_inputs, quantize_inputs, round_inputs
+from lowbit.formats.named_grids import parse_grid
 from lowbit.formats.parsing import NAMED, parse_format
 from lowbit.formats.qtensor import QTensor, encode
 

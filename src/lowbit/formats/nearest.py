@@ -64,3 +64,15 @@ def inverse(scale: Tensor) -> Tensor:
     """1 / scale, and 0 where the scale is 0 or so small that its inverse overflows (the block then rounds to 0)."""
     inverse = 1 / scale
     return torch.where(inverse.isfinite(), inverse, 0.0)
+
+
+def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
+    """uint8 [n, size]: for each row of `x` [n, size] the nearest of its own ascending `levels` [n, k].
+
+    Ties go to the lower level.
+    """
+    if levels.shape[0] == 1 and bool((levels[0, 1:] > levels[0, :-1]).all()):
+        codes = torch.arange(levels.shape[1], dtype=torch.uint8, device=x.device)
+        return NearestSearch(levels[0], torch.zeros_like(codes))(x).to(torch.uint8)
+    bounds = last_below_middle(levels)
+    return torch.searchsorted(bounds.contiguous(), x.contiguous()).to(torch.uint8)

@@ -32,8 +32,8 @@ def unit(cardinality: int) -> tuple[int, int]:
 def packed_bytes(count: int, cardinality: int) -> int:
     """Bytes that `count` codes take."""
     codes, size = unit(cardinality)
-    whole, rest = divmod(count, codes)
-    return whole * size + math.ceil(rest * size / codes)
+    whole, remainder = divmod(count, codes)
+    return whole * size + math.ceil(remainder * size / codes)
 
 
 def packed_shape(shape: tuple[int, ...], cardinality: int) -> tuple[int, ...]:

@@ -28,7 +28,8 @@ from lowbit.errors import FormatError, nearest
 from lowbit.formats import stores
 from lowbit.formats.blocks import CHANNEL, TENSOR, Block
 from lowbit.formats.format import Format, Offset, Store
-from lowbit.formats.grids import CodebookGrid, grid_names, parse_grid
+from lowbit.formats.grids import CodebookGrid
+from lowbit.formats.named_grids import grid_names, parse_grid
 
 # Formats with a name of their own; each is plain text in the grammar above.
 NAMED = {

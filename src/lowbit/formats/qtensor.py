@@ -23,7 +23,7 @@ from lowbit.errors import FormatError
 from lowbit.formats import stores
 from lowbit.formats.blocks import map_blocks, reduce_blocks
 from lowbit.formats.format import Format, Offset, Store
-from lowbit.formats.nearest import NearestSearch, inverse, last_below_middle
+from lowbit.formats.nearest import inverse, nearest_level
 from lowbit.formats.packing import pack, unpack
 
 Stored = Union[Tensor, "QTensor"]
@@ -247,18 +247,6 @@ def nearest_codes(x: Tensor, q: QTensor) -> Tensor:
         return fmt.grid.encode(block * inverse(scale)[:, None] + offset[:, None])
 
     return map_blocks(code, fmt.block, x, q.scales(), q.offsets(), dtype=torch.uint8)
-
-
-def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """uint8 [n, size]: for each row of `x` [n, size] the nearest of its own ascending `levels` [n, k].
-
-    Ties go to the lower level.
-    """
-    if levels.shape[0] == 1 and bool((levels[0, 1:] > levels[0, :-1]).all()):
-        codes = torch.arange(levels.shape[1], dtype=torch.uint8, device=x.device)
-        return NearestSearch(levels[0], torch.zeros_like(codes))(x).to(torch.uint8)
-    bounds = last_below_middle(levels)
-    return torch.searchsorted(bounds.contiguous(), x.contiguous()).to(torch.uint8)
 
 
 def _given(value: Tensor | None, what: str, fmt: Format) -> Tensor:

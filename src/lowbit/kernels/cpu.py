@@ -16,7 +16,7 @@ from lowbit.formats import InputQuantizer, Inputs, IntGrid, QTensor
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.kernel import Kernel
 from lowbit.kernels.layout import codes_of, pack, residual_of, why_not
-from lowbit.kernels.thread_pool import team
+from lowbit.kernels.thread_pool import multiplier
 
 _TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _LONGEST = 128  # columns of activations that share a scale
@@ -121,7 +121,7 @@ class Packed(Kernel):
                 raise ValueError(f"a bias of shape {tuple(bias.shape)} for a weight with {packed.rows} rows")
             bias = bias.to(x.dtype).contiguous()
             at = bias.data_ptr()
-        team(self.isa).linear_at(packed.factor, x.data_ptr(), count, y.data_ptr(), packed.values[x.dtype], at)
+        multiplier(self.isa).linear_at(packed.factor, x.data_ptr(), count, y.data_ptr(), packed.values[x.dtype], at)
         return y
 
 

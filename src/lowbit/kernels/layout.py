@@ -164,10 +164,10 @@ def codes_of(q: QTensor) -> Codes:
 
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """table[codes] for uint8 codes, in pieces: an index takes eight bytes."""
+    """table[codes] for uint8 codes, in chunks: an index takes eight bytes."""
     flat, out = codes.reshape(-1), torch.empty(codes.numel(), dtype=table.dtype)
-    for piece, into in zip(flat.split(_CHUNK), out.split(_CHUNK)):
-        torch.index_select(table, 0, piece.int(), out=into)
+    for chunk, into in zip(flat.split(_CHUNK), out.split(_CHUNK)):
+        torch.index_select(table, 0, chunk.int(), out=into)
     return out.view(codes.shape)
 
 

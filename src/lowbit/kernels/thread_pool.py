@@ -1,6 +1,6 @@
 """The threads that multiply packed weights, shared by all weights of a process.
 
-PyTorch's OpenMP threads spin for milliseconds after every parallel loop. A second team beside them would wait for
+PyTorch's OpenMP threads spin for milliseconds after every parallel loop. A second pool beside them would wait for
 processors that do nothing, so the threads of that runtime are borrowed, through the names that its ABI fixes. Where
 there is none, or it has other names (macOS, Windows), the core has threads of its own.
 """
@@ -20,28 +20,28 @@ from lowbit.kernels.core import core
 
 _NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 _lock = threading.Lock()
-_teams: dict[tuple[int, str], Any] = {}
+_multipliers: dict[tuple[int, str], Any] = {}
 _lost: list[Any] = []  # of a process that forked; their threads are not here, and freeing them would wait for these
 
 
-def team(isa: str = "") -> Any:
+def multiplier(isa: str = "") -> Any:
     """The `Multiplier` of `lowbit._core` for as many threads as PyTorch uses now; `isa` "": the best set of kernels."""
     key = torch.get_num_threads(), isa
-    found = _teams.get(key)
+    found = _multipliers.get(key)
     return found if found is not None else _make(key)
 
 
 def _make(key: tuple[int, str]) -> Any:
     threads, isa = key
     with _lock:
-        if key not in _teams:
-            if not _teams:
+        if key not in _multipliers:
+            if not _multipliers:
                 _forget_in_children()
-            for old in [k for k in _teams if k[0] != threads]:
-                del _teams[old]  # who is in a product keeps it alive
+            for old in [k for k in _multipliers if k[0] != threads]:
+                del _multipliers[old]  # who is in a product keeps it alive
             module: Any = core()
-            _teams[key] = module.Multiplier(module.ThreadPool(threads, openmp()), isa)
-        return _teams[key]
+            _multipliers[key] = module.Multiplier(module.ThreadPool(threads, openmp()), isa)
+        return _multipliers[key]
 
 
 @cache
@@ -66,5 +66,5 @@ def _forget_in_children() -> None:
 def _forget() -> None:
     global _lock
     _lock = threading.Lock()
-    _lost.extend(_teams.values())
-    _teams.clear()
+    _lost.extend(_multipliers.values())
+    _multipliers.clear()

@@ -30,9 +30,9 @@ def check_used(recipe: Recipe, tensors: Sequence[TensorPlan], with_text: bool) -
         served = [(t, stats) for t, stats in quantized if _serves(recipe, call, t, stats)]
         for option, _ in call.options if served else ():
             if all(option in call.method.ignores(t.format, stats) for t, stats in served if t.format is not None):
-                beside = " beside calibration text" if with_text and call.method.kind == "fit" else ""
+                where = " beside calibration text" if with_text and call.method.kind == "fit" else ""
                 raise RecipeError(
-                    f"{option!r} of {call.name!r} makes no difference to any tensor of this recipe{beside}; leave it out"
+                    f"{option!r} of {call.name!r} makes no difference to any tensor of this recipe{where}; leave it out"
                 )
 
 

@@ -15,7 +15,7 @@ from lowbit.errors import RecipeError, nearest
 from lowbit.solvers.registry import announce
 from lowbit.solvers.registry import register as register_method
 
-announce("lowbit.transforms")  # a new transform is a file of this room
+announce("lowbit.transforms")  # a new transform is a file of this package
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def check_order(names: Sequence[str]) -> None:
 
 def _moved(names: Sequence[str], item: str, before: str) -> list[str]:
     """`names` with `item` put directly before `before`."""
-    rest = [n for n in names if n != item]
-    at = rest.index(before)
-    return [*rest[:at], item, *rest[at:]]
+    others = [n for n in names if n != item]
+    at = others.index(before)
+    return [*others[:at], item, *others[at:]]

@@ -92,15 +92,15 @@ def _values(link: Link, r: Rotation, edits: Edits) -> None:
     d = link.head_dim
     rows = link.rows().unique(sorted=True)  # each value row once, head by head
 
-    def turn_rows(w: Tensor) -> Tensor:
-        turned = w.clone()
+    def rotate_rows(w: Tensor) -> Tensor:
+        rotated = w.clone()
         heads = w[rows].reshape(-1, d, *w.shape[1:]).movedim(1, -1)
-        turned[rows] = r.apply(heads).movedim(-1, 1).reshape(-1, *w.shape[1:])
-        return turned
+        rotated[rows] = r.apply(heads).movedim(-1, 1).reshape(-1, *w.shape[1:])
+        return rotated
 
-    _add(edits, link.producer, Edit(turn_rows))
+    _add(edits, link.producer, Edit(rotate_rows))
     if link.bias is not None:
-        _add(edits, link.bias, Edit(turn_rows))
+        _add(edits, link.bias, Edit(rotate_rows))
     _add(edits, link.consumer, Edit(_by_heads(r, d), by_rows=True))
 
 

@@ -23,7 +23,7 @@ from lowbit.interchange.tensors import TensorSpec
 from lowbit.transforms.arch import Arch
 from lowbit.transforms.hadamard import Rotation
 
-PIECE = 1 << 22  # elements that are in float64 at a time, where rows can be rewritten apart from each other
+CHUNK = 1 << 22  # elements that are in float64 at a time, where rows can be rewritten apart from each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,24 +83,24 @@ class TransformedSource(Source):
         base, edits = self._chain(name)
         if not edits:
             return base()
-        tensor, turned = base(), name in self.arch.transposed
-        rows = tensor.mT if turned else tensor
-        if tensor.dim() < 2 or not all(edit.by_rows for edit in edits) or tensor.numel() <= PIECE:
+        tensor, transposed = base(), name in self.arch.transposed
+        rows = tensor.mT if transposed else tensor
+        if tensor.dim() < 2 or not all(edit.by_rows for edit in edits) or tensor.numel() <= CHUNK:
             done = _apply(rows, edits).to(spec.dtype)
         else:
             done = torch.empty(rows.shape, dtype=spec.dtype)
-            step = max(1, PIECE // max(1, prod(rows.shape[1:])))
-            for piece, out in zip(rows.split(step), done.split(step)):
-                out.copy_(_apply(piece, edits))
-        return (done.mT if turned else done).contiguous()
+            step = max(1, CHUNK // max(1, prod(rows.shape[1:])))
+            for chunk, out in zip(rows.split(step), done.split(step)):
+                out.copy_(_apply(chunk, edits))
+        return (done.mT if transposed else done).contiguous()
 
     def exact(self, name: str) -> Tensor:
         """The rewritten tensor in float64, as stored: [in, out] where the module keeps it so."""
         base, edits = self._chain(name)
         tensor = base()
-        turned = name in self.arch.transposed
-        done = _apply(tensor.mT if turned else tensor, edits)
-        return done.mT if turned else done
+        transposed = name in self.arch.transposed
+        done = _apply(tensor.mT if transposed else tensor, edits)
+        return done.mT if transposed else done
 
     def _chain(self, name: str) -> tuple[Callable[[], Tensor], tuple[Edit, ...]]:
         """How to read what the innermost source stores, and every edit from there to here."""

@@ -78,7 +78,7 @@ def _descend(
 ) -> Tuned:
     held_out, others = held_out_batches(problem.batches)
 
-    def oriented(name: str, weight: Tensor) -> Tensor:
+    def in_module_layout(name: str, weight: Tensor) -> Tensor:
         return weight.transpose(-1, -2) if name in problem.transposed else weight
 
     def dtype(name: str) -> torch.dtype:
@@ -87,12 +87,12 @@ def _descend(
     def loss_at(step: int) -> Tensor:
         batch = others[step % len(others)]
         with torch.enable_grad():
-            dense = {name: oriented(name, w.dense(dtype(name))) for name, w in weights.items()}
+            dense = {name: in_module_layout(name, w.dense(dtype(name))) for name, w in weights.items()}
             return relative_error(problem.forward(dense, batch), problem.target(batch))
 
     @torch.no_grad()
     def score() -> float:
-        dense = {name: oriented(name, w.tuned().dequantize(dtype(name))) for name, w in weights.items()}
+        dense = {name: in_module_layout(name, w.tuned().dequantize(dtype(name))) for name, w in weights.items()}
         found = [relative_error(problem.forward(dense, batch), problem.target(batch)) for batch in held_out]
         return float(sum(found)) / len(found)
 

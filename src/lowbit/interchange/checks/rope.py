@@ -100,7 +100,7 @@ def _check_long(config: Mapping[str, Any], rope: Mapping[str, Any], where: str, 
     old = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     if old is not None and (not is_number(old) or old < 2):
         refuse(where, f"{path}original_max_position_embeddings", old, "a number from 2 up")
-    wanted = _transposed(config, rope) // 2
+    wanted = _rotated_channels(config, rope) // 2
     if plain and wanted and len(short) != wanted:
         refuse(where, f"{path}short_factor", short, f"a list of {wanted}, one for each frequency of a head")
 
@@ -112,15 +112,15 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or (width // heads if whole else 0)  # type: ignore[operator]
 
 
-def _transposed(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
-    """How many channels of a head turn; 0 where the config alone does not say."""
+def _rotated_channels(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """How many channels of a head are rotated; 0 where the config alone does not say."""
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return int(_head_dim(config) * share)
 
 
 def _check_share(config: Mapping[str, Any], rope: Mapping[str, Any], where: str, path: str) -> None:
-    """At most a whole head turns, and at least one pair of its channels."""
-    share, turned = rope.get("partial_rotary_factor"), _transposed(config, rope)
-    if share is not None and (share > 1 or (_head_dim(config) and (turned < 2 or turned % 2))):
+    """At most a whole head is rotated, and at least one pair of its channels."""
+    share, rotated = rope.get("partial_rotary_factor"), _rotated_channels(config, rope)
+    if share is not None and (share > 1 or (_head_dim(config) and (rotated < 2 or rotated % 2))):
         allowed = "a share of a head, above 0 up to 1, that is an even number of channels"
         refuse(where, f"{path}partial_rotary_factor", share, allowed)

@@ -24,7 +24,7 @@ from lowbit.interchange.tensors import Contents, TensorPlan
 if TYPE_CHECKING:
     from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
-KEPT = 1e-6  # how far a tensor that was not quantized may be: some targets store 1 + w, which float32 rounds
+KEPT = 1e-6  # how far a tensor that was not quantized may be: some formats store 1 + w, which float32 rounds
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Vllm(FolderExporter):
         return None if refusal is None else Problem(layer.name, *refusal)
 
     def problem_of_transposed(self, layer: TensorPlan) -> Problem | None:
-        """vLLM's GPT-2 turns what is called `weight`, whoever stored it, and leaves packed words as they are."""
+        """vLLM's GPT-2 transposes what is called `weight`, whoever stored it, and leaves packed words as they are."""
         if "weight" not in self.spec(layer):
             return None
         assert layer.format is not None

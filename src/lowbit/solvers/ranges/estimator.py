@@ -26,15 +26,15 @@ class RangeEstimator(ABC):
 
     def __init__(self, fmt: Format) -> None:
         self.format, self.symmetric = fmt, fmt.offset is None
-        self.seen = Histogram()
+        self.histogram = Histogram()
 
     def observe(self, x: Tensor) -> None:
         """See one batch, of any shape. WeightError when it is not finite."""
-        self.seen.add(x)
+        self.histogram.add(x)
 
     def range(self) -> tuple[float, float]:
         """(low, high); low = -high where it is symmetric. FormatError when nothing was observed."""
-        if not self.seen.total:
+        if not self.histogram.total:
             raise FormatError("no inputs were observed, so that they have no range; calibrate with some text first")
         low, high = self.estimate()
         if self.symmetric:
@@ -48,7 +48,7 @@ class RangeEstimator(ABC):
 
     def clipped(self) -> float:
         """Share of the observed values that lie outside of the range."""
-        return self.seen.share_outside(*self.range())
+        return self.histogram.share_outside(*self.range())
 
     def input_parts(self, inputs: Inputs) -> dict[str, Tensor]:
         """`input_scale` (and `input_offset`) as stored for these static inputs, float32 [1, 1]."""

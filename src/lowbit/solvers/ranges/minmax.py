@@ -10,4 +10,4 @@ class MinMax(RangeEstimator):
     """Least to largest value of all batches. Clips nothing; one outlier widens every step."""
 
     def estimate(self) -> tuple[float, float]:
-        return self.seen.low, self.seen.high
+        return self.histogram.low, self.histogram.high

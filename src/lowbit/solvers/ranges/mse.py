@@ -31,8 +31,8 @@ class Mse(RangeEstimator):
         self.factors = [2.0 ** (-i / steps) for i in range(steps * octaves + 1)]
 
     def estimate(self) -> tuple[float, float]:
-        low, high = self.seen.low, self.seen.high
-        peak, bins = max(abs(low), abs(high)), self.seen.bins()
+        low, high = self.histogram.low, self.histogram.high
+        peak, bins = max(abs(low), abs(high)), self.histogram.bins()
 
         def best(candidates: Iterable[tuple[float, float]]) -> tuple[float, float]:
             return min((c for c in candidates if c[0] <= c[1]), key=lambda ends: self.error(bins, *ends))

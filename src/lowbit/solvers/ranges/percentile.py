@@ -24,7 +24,7 @@ class Percentile(RangeEstimator):
 
     def estimate(self) -> tuple[float, float]:
         if self.symmetric:
-            peak = quantile(self.seen.of_magnitudes(), self.p / 100)
+            peak = quantile(self.histogram.of_magnitudes(), self.p / 100)
             return -peak, peak
-        bins, tail = self.seen.bins(), (100 - self.p) / 200
+        bins, tail = self.histogram.bins(), (100 - self.p) / 200
         return quantile(bins, tail), quantile(bins, 1 - tail)

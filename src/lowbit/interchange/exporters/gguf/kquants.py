@@ -24,7 +24,7 @@ def nested(part: Any, rows: int, count: int) -> tuple[Any, Any]:
 
 
 def minus(bytes_of_scale: Any) -> Any:
-    """float16 with its sign turned: ggml subtracts minima, whose scale we keep negative. Zero stays +0."""
+    """float16 with its sign flipped: ggml subtracts minima, whose scale we keep negative. Zero stays +0."""
     bits = bytes_of_scale.view(np.uint16)
     return np.where(bits == 0, bits, bits ^ 0x8000).astype(np.uint16).view(np.uint8)
 

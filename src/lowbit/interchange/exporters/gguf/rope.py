@@ -24,9 +24,9 @@ def rope_of(config: Any, layers: str = "full_attention") -> dict[str, Any]:
 
 
 def refusal(config: Any, who: str, kinds: Collection[str], partial: bool) -> str | None:
-    """Why llama.cpp would turn queries and keys otherwise than transformers does, or None.
+    """Why llama.cpp would rotate queries and keys otherwise than transformers does, or None.
 
-    kinds: of scaling that the family has there. partial: it turns only a share of each head.
+    kinds: of scaling that the family has there. partial: it rotates only a share of each head.
     """
     rope = rope_of(config)
     kind = rope.get("rope_type", "default")
@@ -46,7 +46,7 @@ def refusal(config: Any, who: str, kinds: Collection[str], partial: bool) -> str
 
 
 def describe(writer: GGUFWriter, config: Any, partial: bool) -> None:
-    """Add what the metadata say of positions. partial: the family turns only a share of each head."""
+    """Add what the metadata say of positions. partial: the family rotates only a share of each head."""
     rope = rope_of(config)
     if not rope:
         return

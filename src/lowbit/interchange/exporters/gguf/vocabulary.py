@@ -113,14 +113,14 @@ def _ends(tokenizer: Any, ends: Collection[int]) -> dict[str, int]:
     if eos not in ends:
         eos = min(ends, default=None)
     names = tokenizer.convert_ids_to_tokens(sorted(ends))
-    rest = [i for i, name in zip(sorted(ends), names, strict=True) if i != eos and name not in LLAMA_CPP_ENDS]
-    if len(rest) > 2:
+    others = [i for i, name in zip(sorted(ends), names, strict=True) if i != eos and name not in LLAMA_CPP_ENDS]
+    if len(others) > 2:
         raise SourceError(
-            f"{len(ends)} tokens end a text and GGUF has room for three: llama.cpp would write on past token {rest[2]}; "
+            f"{len(ends)} tokens end a text and GGUF has room for three: llama.cpp would write on past token {others[2]}; "
             "leave some out of eos_token_id in generation_config.json"
         )
     places = ("add_eos_token_id", "add_eot_token_id", "add_eom_token_id")
-    return dict(zip(places, [eos, *rest], strict=False)) if eos is not None else {}
+    return dict(zip(places, [eos, *others], strict=False)) if eos is not None else {}
 
 
 def _tokens(tokenizer: Any, spec: dict[str, Any], size: int, characters: bool) -> tuple[list[str], list[int]]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from lowbit.errors import SourceError
 from lowbit.formats import Format, QTensor, parse_inputs
 from lowbit.formats.blocks import Block
-from lowbit.formats.grids import IntGrid, parse_grid
+from lowbit.formats.grids import IntGrid
+from lowbit.formats.named_grids import parse_grid
 from lowbit.interchange.layouts.compressed import signed_codes
 from lowbit.interchange.layouts.nibbles import swap_nibbles
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedCheckpoint, QuantizedWeight, ReadPart, scheme
@@ -29,7 +30,7 @@ from lowbit.interchange.readers.schemes.parts import check_shape, check_type, qt
 
 _GRIDS = {"nf4": "nf4", "fp4": "bnb_fp4"}
 _STATE = ".weight.quant_state.bitsandbytes__"
-_BESIDE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _MOST = 1 << 16  # bytes of a state that is still JSON and not a mistake
 
 
@@ -84,7 +85,7 @@ def _four_bits(checkpoint: Checkpoint, module: str, kind: str, name: str) -> Qua
         check_shape(checkpoint, f"{weight}.nested_quant_map", (256,))
     else:
         check_type(checkpoint, f"{weight}.absmax", torch.float32)
-    parts = (weight, name, *(n for leaf in _BESIDE if (n := f"{weight}.{leaf}") in checkpoint.tensors))
+    parts = (weight, name, *(n for leaf in _STATE_PARTS if (n := f"{weight}.{leaf}") in checkpoint.tensors))
     fmt = Format(parse_grid(_GRIDS[kind]), Block(1, state.size), "fp32")
     scales = partial(_scales, weight, state, nested)
     why = ""

@@ -33,7 +33,7 @@ from lowbit.interchange.readers.schemes.parts import (
 from lowbit.interchange.tensors import TensorSpec
 
 BY_ORDER = "actorder put its columns into groups that are not consecutive"
-_BESIDE = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point",
+_EXTRA = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_scale", "input_zero_point",
            "input_global_scale")  # fmt: skip
 _CACHE = re.compile(r"\.(k_scale|v_scale|k_zero_point|v_zero_point|q_scale|output_scale|output_zero_point)$")
 
@@ -53,9 +53,9 @@ def compressed_tensors(checkpoint: Checkpoint) -> QuantizedCheckpoint:
     weights, unused = {}, [name for name in checkpoint.tensors if _CACHE.search(name)]
     for module in checkpoint.modules("weight_scale"):
         found = _layer(checkpoint, module, _group_of(groups, module, checkpoint))
-        beside = [n for leaf in _BESIDE if (n := f"{module}.{leaf}") in checkpoint.tensors]
+        extra = [n for leaf in _EXTRA if (n := f"{module}.{leaf}") in checkpoint.tensors]
         if found is None:  # "dense": float weights that were rounded to levels but not stored as codes
-            unused += [f"{module}.weight_scale", *beside]
+            unused += [f"{module}.weight_scale", *extra]
         else:
             weights[f"{module}.weight"] = found
     bits = sorted({f"{g['weights'].get('type', 'int')}{g['weights'].get('num_bits', 8)}" for g in groups})
@@ -274,5 +274,5 @@ def _plain(
 
 
 def _parts(checkpoint: Checkpoint, module: str, *names: str) -> tuple[str, ...]:
-    """What the layer is made of, and what lies beside it."""
-    return (*names, *(n for leaf in _BESIDE if (n := f"{module}.{leaf}") in checkpoint.tensors))
+    """What the layer is made of, and its extra tensors."""
+    return (*names, *(n for leaf in _EXTRA if (n := f"{module}.{leaf}") in checkpoint.tensors))

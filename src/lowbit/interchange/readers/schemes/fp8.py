@@ -52,14 +52,15 @@ def _weight(checkpoint: Checkpoint, spec: TensorSpec, size: Any) -> QuantizedWei
     scale = checkpoint.spec(names[0])
     block = _block(checkpoint, spec, scale, size)
     fmt = Format(Fp8Grid(3 if spec.dtype == _FLOAT8[0] else 2), block, store_of(checkpoint, scale))
-    beside = [n for n in (f"{spec.name.removesuffix('.weight')}.{leaf}" for leaf in ("activation_scale", "input_scale"))
-              if n in checkpoint.tensors]  # fmt: skip
-    inputs, note = _inputs(checkpoint, size if block.rows != -1 else None, beside, len(spec.shape) == 2)
+    layer = spec.name.removesuffix(".weight")
+    names_of_scales = (f"{layer}.activation_scale", f"{layer}.input_scale")
+    input_scales = [n for n in names_of_scales if n in checkpoint.tensors]
+    inputs, note = _inputs(checkpoint, size if block.rows != -1 else None, input_scales, len(spec.shape) == 2)
     return QuantizedWeight(
-        spec.shape, (spec.name, scale.name, *beside), fmt, partial(_quantized, spec.name, scale.name, fmt), note=note,
-        inputs=inputs,
+        spec.shape, (spec.name, scale.name, *input_scales), fmt, partial(_quantized, spec.name, scale.name, fmt),
+        note=note, inputs=inputs,
         input_parts=None if inputs is None or not inputs.static else lambda read: {
-            "input_scale": read(beside[0]).to(torch.float32).reshape(1, 1)
+            "input_scale": read(input_scales[0]).to(torch.float32).reshape(1, 1)
         },
     )  # fmt: skip
 
@@ -86,12 +87,12 @@ def _shapes(block: Block, shape: tuple[int, ...]) -> set[tuple[int, ...]]:
     return found
 
 
-def _inputs(checkpoint: Checkpoint, size: Any, beside: list[str], matrix: bool) -> tuple[Inputs | None, str]:
+def _inputs(checkpoint: Checkpoint, size: Any, input_scales: list[str], matrix: bool) -> tuple[Inputs | None, str]:
     """How inputs are stored: in groups as wide as a block, in one static scale, or for each token."""
     if not matrix:
         return None, ""
     kind = checkpoint.section.get("activation_scheme", "dynamic")
-    if kind == "static" and beside:
+    if kind == "static" and input_scales:
         return parse_inputs("e4m3:tensor:static"), ""
     if kind != "dynamic":
         return None, f"its inputs ({kind}) stay float"

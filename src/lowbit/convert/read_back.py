@@ -1,0 +1,81 @@
+"""What was exported, read back by other code: every weight and a few logits are compared with lowbit's own."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import ExportError
+from lowbit.interchange.exporters.exporter import Exporter
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
+from lowbit.interchange.source import Source
+
+TOKENS = 16  # that the logits are compared on
+
+
+def compared(kind: Exporter, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
+    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
+    read = kind.reopen(out, folder)
+    ours = folder.dense()
+    unequal = {}
+    lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
+    if lacking:
+        raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
+    for name in ours.tensors:
+        if name in read.tensors:
+            apart = distance(read.read(name), ours.read(name))
+            if not apart <= kind.allowed(folder.contents.tensors[name]):
+                raise ExportError(
+                    f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
+                )
+            if apart > 0:
+                unequal[name] = apart
+    if not _fits(ours):
+        return unequal, None
+    logits = distance(logits_of(read), logits_of(ours))
+    if not logits <= kind.logits_allowed(folder.contents):
+        raise ExportError(
+            f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the exporter "
+            "computes another model from this config; nothing was kept of the export"
+        )
+    return unequal, logits
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b| in float64; infinite where shapes differ or a value is not finite."""
+    if tuple(a.shape) != tuple(b.shape):
+        return float("inf")
+    a, b = a.float(), b.float()
+    if torch.equal(a, b):
+        return 0.0
+    norm = float(b.double().norm())
+    apart = float((a.double() - b.double()).norm()) / (norm or 1.0)
+    return apart if apart == apart else float("inf")
+
+
+def logits_of(source: Source) -> Tensor:
+    """float32 [1, tokens, vocabulary]: what the float model of a source gives for a fixed row of tokens."""
+    model = source.load_float()
+    config: Any = source.config
+    size = int(config.get_text_config().vocab_size)
+    ids = torch.randint(0, size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=ids).logits.float()
+    del model
+    gc.collect()
+    return found
+
+
+def _fits(source: Source) -> bool:
+    """Whether the float model takes at most half of this machine's memory; where that is unknown, yes."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return True
+    return 2 * 4 * sum(math.prod(spec.shape) for spec in source.tensors.values()) <= memory
