@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -110,3 +112,13 @@ def test_the_same_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_a_process_that_multiplied_ends_without_a_word() -> None:
+    program = (
+        "import torch, lowbit; from lowbit.nn.packed import PackedWeight; "
+        "q = lowbit.quantize_tensor(torch.randn(32, 64), 'int8:channel'); "
+        "from lowbit.kernels.thread_pool import multiplier; multiplier(); print(q.shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and "leaked" not in done.stderr, done.stderr

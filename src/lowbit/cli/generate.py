@@ -26,8 +26,8 @@ def generate(
 ) -> None:
     """Let a model answer, word by word. Takes quantized folders and float models alike.
 
-    The Llama family runs in lowbit's own engine, any other model in transformers. Several prompts are answered side
-    by side and printed one after another.
+    Most families of decoders run in lowbit's own engine, any other model in transformers, which is then said. Several
+    prompts are answered side by side and printed one after another.
     """
     sampling, stop = how.sampling(), how.stops()
     generator = how.generator(model)

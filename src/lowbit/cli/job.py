@@ -98,6 +98,9 @@ class Job:
         from lowbit.convert.quantize_as import quantized_as
         from lowbit.measure.memory import peak_resident
 
+        needs = self.recipe.needs_calibration
+        if self.text.calibration is None and needs is not None:
+            console.dim(f"{needs} needs text: the model writes its own (--calibration self)")
         start = time.perf_counter()
         exported = None
         with ExitStack() as kept:

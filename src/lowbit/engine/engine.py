@@ -1,4 +1,4 @@
-"""Engine: a model of the Llama family, its weights packed, run by the C++ decoder."""
+"""Engine: a decoder of one of the families in `families/`, its weights packed, run by the C++ core."""
 
 from __future__ import annotations
 

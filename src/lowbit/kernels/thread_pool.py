@@ -7,6 +7,7 @@ there is none, or it has other names (macOS, Windows), the core has threads of i
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -36,7 +37,7 @@ def _make(key: tuple[int, str]) -> Any:
     with _lock:
         if key not in _multipliers:
             if not _multipliers:
-                _forget_in_children()
+                _forget_in_time()
             for old in [k for k in _multipliers if k[0] != threads]:
                 del _multipliers[old]  # who is in a product keeps it alive
             module: Any = core()
@@ -58,7 +59,8 @@ def openmp() -> tuple[int, int, int] | None:
 
 
 @cache
-def _forget_in_children() -> None:
+def _forget_in_time() -> None:
+    atexit.register(_multipliers.clear)  # before the interpreter goes, which nanobind would call a leak
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
 

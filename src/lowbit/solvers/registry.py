@@ -57,7 +57,7 @@ class Method:
         elif fmt.scale is None:
             return f"finds a scale, and {fmt} has none; leave it out, or give the codebook a scale with cb=tensor"
         elif self.offset == "never" and fmt.offset is not None:
-            return f"is symmetric and cannot fill the offset of {fmt}; use minmax, mse, search or hqq"
+            return f"is symmetric and cannot fill the offset of {fmt}; use {_with_offset()}"
         elif self.offset == "always" and fmt.offset is None:
             return f"needs an offset and {fmt} has none; add ':asym', ':zero=fp32' or ':min=fp16'"
         return None
@@ -69,6 +69,12 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
+
+
+def _with_offset() -> str:
+    """The fits that fill an offset, as a sentence lists them."""
+    names = [name for name, method in methods("fit").items() if method.offset != "never"]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
