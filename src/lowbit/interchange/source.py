@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lowbit.interchange.inventory import Inventory
     from lowbit.interchange.readers.left_out import LeftOut
-    from lowbit.interchange.readers.row_parts import QuantizedTensor
+    from lowbit.interchange.readers.quantized_tensor import QuantizedTensor
 
 _log = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
 
     def part(target: str, values: ReadValues) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
-        whole = True  # what is read need not be the tensor itself: `row_parts.py` asks for its scales, row by row
+        whole = True  # what is read need not be the tensor itself: `rows.py` sends row numbers, one column wide
         for name in sources[target]:
             found = values(name)
             whole = whole and tuple(found.shape) == shapes[name]
