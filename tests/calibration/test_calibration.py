@@ -16,6 +16,7 @@ from lowbit.calibration import decoding, selftext
 from lowbit.calibration.data import Calibration, load_calibration
 from lowbit.calibration.windows import Frame
 from lowbit.errors import TextError
+from lowbit.interchange.hf.fast_decoding import grouped_attention
 from lowbit.interchange.opening import open_source
 from tiny import VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
@@ -319,7 +320,7 @@ def test_decoding_step_by_step_is_the_whole_forward(name):
     ids = torch.randint(3, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model(ids).logits
-        with decoding.grouped_attention(model):
+        with grouped_attention(model):
             decoder = decoding.Decoder(model, 12)
             found = torch.stack([decoder.read(column[:, None]) for column in ids.unbind(1)], 1)
         assert (found - expected).norm() / expected.norm() < 1e-5
@@ -330,7 +331,7 @@ def test_decoding_step_by_step_is_the_whole_forward(name):
 def test_a_prompt_is_read_at_once_and_tokens_follow_one_by_one(name):
     model, prompt = tiny_model(name), torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(0))
     encoder_ids = prompt.flip(1) if name == "t5" else None
-    with torch.inference_mode(), decoding.grouped_attention(model):
+    with torch.inference_mode(), grouped_attention(model):
         found = [*decoding.decode(model, prompt, lambda logits: logits.argmax(-1), 6, encoder_ids)]
         ids = torch.cat([prompt, torch.stack(found, 1)], 1)
         given = {"input_ids": ids} if encoder_ids is None else {"input_ids": encoder_ids, "decoder_input_ids": ids}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lowbit.interchange.inventory import Inventory
     from lowbit.interchange.readers.left_out import LeftOut
-    from lowbit.interchange.readers.row_parts import QuantizedTensor
+    from lowbit.interchange.readers.quantized_tensor import QuantizedTensor
 
 _log = logging.getLogger(__name__)
 
@@ -105,13 +105,12 @@ class Source(ABC):
         from lowbit.interchange.hf.models import float_model
 
         known = {name: spec for name, spec in self.tensors.items() if name not in set(self.extra)}
-        model: Any = float_model(self.config, known, self.read, dtype, self.label)
+        model = float_model(self.config, known, self.read, dtype, self.label)
         named = self.generation().get("eos_token_id")
         if named is not None and getattr(model, "generation_config", None) is not None:
             # Built from the config alone, it knows of no other end than the one there.
-            model.generation_config.eos_token_id = named
-        found: nn.Module = model.to(device).eval()
-        return found
+            model.generation_config.eos_token_id = named  # type: ignore[union-attr]
+        return model.to(device).eval()
 
     def spec(self, name: str) -> TensorSpec:
         """The spec of `name`. SourceError when there is no such tensor."""

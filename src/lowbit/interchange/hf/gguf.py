@@ -42,18 +42,13 @@ class GgufRules:
     unused: tuple[str, ...] = ()
 
 
-def is_newer(architecture: str) -> bool:
-    """Whether transformers has rules of the newer kind for files of `architecture`; its reading of their config is whole."""
+def config_keys(model_type: str, architecture: str) -> frozenset[str] | None:
+    """The keys of the metadata, without the architecture in front, that transformers reads into a config; None where it takes all."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf import is_gguf_arch_supported
 
-    found: bool = is_gguf_arch_supported(architecture)
-    return found
-
-
-def config_keys(model_type: str, architecture: str) -> frozenset[str]:
-    """The keys of the metadata, without the architecture in front, that transformers reads into fields of a config."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
+    if is_gguf_arch_supported(architecture):  # transformers' newer tables are whole
+        return None
     table = GGUF_CONFIG_MAPPING.get(model_type.removesuffix("_text"), GGUF_CONFIG_MAPPING.get(architecture, {}))
     return frozenset(key for key, field in table.items() if field is not None)
 
@@ -65,10 +60,10 @@ def gguf_rules(
 
     SourceError when transformers has none.
     """
-    from transformers.integrations.gguf import get_gguf_conversion_mapping
+    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
 
     try:
-        if is_newer(architecture):
+        if is_gguf_arch_supported(architecture):
             specs = {name: TensorSpec(name, shape, torch.float32) for name, shape in shapes.items()}
             transforms = get_gguf_conversion_mapping(architecture, model.config)
             return GgufRules(specs, transforms, lambda name, values: values(name), {name: (name,) for name in specs})
@@ -106,7 +101,7 @@ def _processed(architecture: str, model: PreTrainedModel, shapes: Mapping[str, t
 
     def part(target: str, values: ReadValues) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
-        whole = True  # what is read need not be the tensor itself: `row_parts.py` asks for its scales, row by row
+        whole = True  # what is read need not be the tensor itself: `rows.py` sends row numbers, one column wide
         for name in sources[target]:
             found = values(name)
             whole = whole and tuple(found.shape) == shapes[name]

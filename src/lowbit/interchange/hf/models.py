@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.bounds import no_more_than
@@ -75,22 +76,14 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 
 def float_model(
-    config: PretrainedConfig,
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    where: str,
-) -> PreTrainedModel:
+    config: PretrainedConfig, specs: Mapping[str, TensorSpec], read: Callable[[str], torch.Tensor], dtype: torch.dtype, where: str
+) -> nn.Module:  # fmt: skip
     """The model of `config` with the tensors `specs`, each read once by its name and cast to `dtype`. SourceError when it fails."""
     settle_torch_pool()
+    weights = {name: _Unread(name, spec, read) for name, spec in specs.items()}
     build: Any = model_class(config)
     with asking("transformers", where, f"load {build.__name__} from it", "check the fields of its config"):
-        model: PreTrainedModel = build.from_pretrained(
-            None,
-            config=copy.deepcopy(config),
-            state_dict={name: _Unread(name, spec, read) for name, spec in specs.items()},
-            dtype=dtype,
-        )
+        model: nn.Module = build.from_pretrained(None, config=copy.deepcopy(config), state_dict=weights, dtype=dtype)
     return model
 
 

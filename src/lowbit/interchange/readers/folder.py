@@ -24,7 +24,7 @@ from lowbit.interchange.hf.section import as_float
 from lowbit.interchange.inventory import Inventory, Param, inventory_of
 from lowbit.interchange.readers.left_out import left_out
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, quantized_checkpoint
-from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
+from lowbit.interchange.readers.quantized_tensor import QuantizedTensor, tensor_of
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 

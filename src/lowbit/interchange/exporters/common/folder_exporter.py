@@ -93,8 +93,8 @@ class FolderExporter(Exporter):
         )
 
     def check(self, model: Contents) -> list[Problem]:
-        pieces = published(model)
-        return [*pieces.problems, *pieces.of_wholes(self.problems(pieces.contents))]
+        found = published(model)
+        return [*found.problems, *found.of_wholes(self.problems(found.contents))]
 
     def problems(self, model: Contents) -> list[Problem]:
         """What is wrong with a model under its published names, experts apart."""

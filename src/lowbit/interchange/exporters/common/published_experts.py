@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, QTensor
-from lowbit.formats.packing import pack, unpack
 from lowbit.interchange.exporters.exporter import Problem
 from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.published import as_saved
+from lowbit.interchange.rows import each_once, gather, numbered, row_parts_of, why_whole
 from lowbit.interchange.tensors import Contents, TensorPlan
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.*)$")
 
 
 @dataclass(frozen=True)
-class Piece:
+class PublishedTensor:
     """A published tensor: `rows`, int64, of the tensor `whole` of the model, counted over all its experts; None for all."""
 
     tensor: TensorPlan
@@ -41,18 +41,18 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A model under its published names. `contents` lists the pieces in place of the tensors that they are of.
+class PublishedModel:
+    """A model under its published names. `contents` lists the published tensors in place of those that they are of.
 
     `problems`: of tensors that cannot be taken apart, which are missing from `contents`.
     """
 
     contents: Contents
-    by_name: Mapping[str, Piece]
+    by_name: Mapping[str, PublishedTensor]
     problems: tuple[Problem, ...] = ()
 
     def of_wholes(self, problems: list[Problem]) -> list[Problem]:
-        """Problems of pieces as problems of the model's tensors, each said once."""
+        """Problems of published tensors as problems of the model's tensors, each said once."""
         named = [
             replace(p, tensor=self.by_name[p.tensor].whole if p.tensor in self.by_name else p.tensor) for p in problems
         ]
@@ -62,39 +62,39 @@ class Pieces:
 
 
 class PublishedFolder:
-    """A folder that lowbit wrote, read by its published names. A whole stack is in memory while its pieces are read."""
+    """A folder that lowbit wrote, read by its published names. A whole stack is in memory while it is read."""
 
     def __init__(self, folder: LowbitFolder) -> None:
-        self.folder, self.pieces = folder, published(folder.contents)
-        self.contents = self.pieces.contents
-        self._open: tuple[str, Tensor | Stack] | None = None
+        self.folder, self.model = folder, published(folder.contents)
+        self.contents = self.model.contents
+        self._open: tuple[str, Format | None, dict[str, Tensor]] | None = None  # name of a stack, and its row parts
 
     def read(self, name: str) -> Tensor | QTensor:
         """As `LowbitFolder.read`."""
-        piece = self.pieces.by_name[name]
-        if piece.rows is None:
-            return self.folder.read(piece.whole)
-        if self._open is None or self._open[0] != piece.whole:
-            read = self.folder.read(piece.whole)
-            turned = self.folder.contents.tensors[piece.whole].transposed and isinstance(read, Tensor)
-            whole = read.transpose(-1, -2) if turned and isinstance(read, Tensor) else read
-            self._open = piece.whole, Stack(whole) if isinstance(whole, QTensor) else whole
-        found = self._open[1]
-        if isinstance(found, Stack):
-            return found.rows(piece.rows)
-        return found.reshape(-1, found.shape[-1])[piece.rows]
+        found = self.model.by_name[name]
+        if found.rows is None:
+            return self.folder.read(found.whole)
+        if self._open is None or self._open[0] != found.whole:
+            read = self.folder.read(found.whole)
+            if isinstance(read, QTensor):
+                self._open = found.whole, read.format, row_parts_of(read)
+            else:
+                turned = read.transpose(-1, -2) if self.folder.contents.tensors[found.whole].transposed else read
+                self._open = found.whole, None, {"": turned.reshape(-1, turned.shape[-1])}
+        _, fmt, parts = self._open
+        return parts[""][found.rows] if fmt is None else gather(fmt, found.rows, [(0, parts)])
 
     def read_inputs(self, name: str) -> dict[str, Tensor]:
         """As `LowbitFolder.read_inputs`."""
-        return self.folder.read_inputs(self.pieces.by_name[name].whole)
+        return self.folder.read_inputs(self.model.by_name[name].whole)
 
 
-def published(model: Contents) -> Pieces:
-    """The pieces of a model. One without experts has every tensor as its own piece."""
+def published(model: Contents) -> PublishedModel:
+    """A model under its published names. One without experts keeps every tensor as it is."""
     if model.config is None or not any(t.kind == "experts" for t in model.tensors.values()):
-        return Pieces(model, {name: Piece(stored, name) for name, stored in model.tensors.items()})
+        return PublishedModel(model, {name: PublishedTensor(stored, name) for name, stored in model.tensors.items()})
     module = meta_model(model.config)
-    found: list[Piece] = []
+    found: list[PublishedTensor] = []
     problems = []
     for stored in model.tensors.values():
         try:
@@ -113,7 +113,7 @@ def published(model: Contents) -> Pieces:
         tensors={p.tensor.name: p.tensor for p in found},
         tied={a: names.get(n, n) for a, n in model.tied.items()},
     )
-    return Pieces(contents, {p.tensor.name: p for p in found}, tuple(problems))
+    return PublishedModel(contents, {p.tensor.name: p for p in found}, tuple(problems))
 
 
 def without_number(name: str) -> str:
@@ -132,93 +132,29 @@ class _Whole(Exception):
     """Why a tensor cannot be taken apart."""
 
 
-def _taken_apart(module: Any, stored: TensorPlan) -> list[Piece]:
+def _taken_apart(module: Any, stored: TensorPlan) -> list[PublishedTensor]:
     stack = stored.kind == "experts"
     turned = stored.transposed and stored.format is None
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2]) if turned else stored.shape
     count = prod(shape[:-1]) if stack else prod(shape[:1])
-    ids = torch.arange(count).view(*shape[:-1], 1) if stack else torch.arange(count)
+    ids = numbered(shape) if stack else torch.arange(count)
     try:
         made = as_saved(module, {stored.name: ids.transpose(-1, -2) if stored.transposed and stack else ids})
-    except Exception as error:  # the rules are transformers', met with a row_part one column wide
+    except Exception as error:  # the rules are transformers', met with a tensor one column wide
         raise _Whole(f"transformers cannot take it apart for saving ({one_line(error)})") from error
     if not stack:
         if len(made) != 1:
             raise _Whole("transformers saves it in several pieces")
-        return [Piece(replace(stored, name=next(iter(made))), stored.name)]
-    if stored.format is not None and (why := _why_whole(stored.format, stored.shape)) is not None:
+        return [PublishedTensor(replace(stored, name=next(iter(made))), stored.name)]
+    if stored.format is not None and (why := why_whole(stored.format, stored.shape, joined=False)) is not None:
         raise _Whole(why)
-    pieces = []
+    found = []
     for name, rows in made.items():
         rows = rows.transpose(-1, -2) if stored.transposed and rows.dim() > 1 else rows
         if rows.dim() != 2 or rows.shape[-1] != 1:
             raise _Whole("transformers saves its experts as one tensor, and readers want one for each")
-        piece = replace(
-            stored, name=name, shape=(len(rows), shape[-1]), kind="linear", transposed=False,
-        )  # fmt: skip
-        pieces.append(Piece(piece, stored.name, rows.reshape(-1)))
-    if not torch.equal(torch.cat([p.rows for p in pieces if p.rows is not None]).sort().values, torch.arange(count)):
+        tensor = replace(stored, name=name, shape=(len(rows), shape[-1]), kind="linear", transposed=False)
+        found.append(PublishedTensor(tensor, stored.name, rows.reshape(-1)))
+    if not each_once(torch.cat([p.rows for p in found if p.rows is not None]), count):
         raise _Whole("transformers does more than move rows where it takes it apart")
-    return pieces
-
-
-def _why_whole(fmt: Format, shape: tuple[int, ...]) -> str | None:
-    """Why rows of a stack of this format are no tensor of it, or None."""
-    if fmt.codebook is not None:
-        return f"{fmt} has levels of its own for the whole stack"
-    if fmt.block.rows not in (1, -1):
-        return f"{fmt} has scales for blocks of several rows, which gates and ups may share"
-    groups = fmt.block.counts(shape)[2]
-    for nested in (fmt.scale, fmt.offset.store if fmt.offset else None):
-        if not isinstance(nested, Format):
-            continue
-        runs = nested.block.cols > 0 and nested.block.rows in (1, -1) and groups % nested.block.cols == 0
-        one = (nested.block.rows, nested.block.cols) == (-1, -1)
-        if nested.offset is not None or isinstance(nested.scale, Format) or not (one or (runs and fmt.block.rows == 1)):
-            return f"{fmt} has scales that run over several rows"
-    return None
-
-
-class Stack:
-    """A quantized stack [experts, out, in] that `published` takes apart, its codes unpacked once."""
-
-    def __init__(self, q: QTensor) -> None:
-        self.q, self.codes = q, q.unpacked()
-        self.counts = q.format.block.counts(q.shape)
-        self.parts = {name: self._flat(name) for name in ("scale", "offset") if getattr(q, name) is not None}
-
-    def rows(self, rows: Tensor) -> QTensor:
-        """[len(rows), in]: these rows, counted over all experts. Codes and scales are moved, none is changed."""
-        fmt, width = self.q.format, self.q.shape[-1]
-        shape = (len(rows), width)
-        codes = self.codes.view(-1, width)[rows].contiguous()
-        batch, per, groups = self.counts
-        found = {}
-        for name, values in self.parts.items():
-            if fmt.block.rows == 1:
-                picked = values.view(batch * per, groups)[rows]
-            else:  # a scale for each expert: its rows are of one
-                picked = values.view(batch, groups)[rows[:1] // self.q.shape[-2]]
-            found[name] = self._stored(name, picked, fmt.block.counts(shape), rows)
-        return QTensor(fmt, shape, pack(codes, fmt.grid.cardinality), found.get("scale"), found.get("offset"))
-
-    def _flat(self, name: str) -> Tensor:
-        """Scales or offsets as values or codes, one for each block."""
-        value = getattr(self.q, name)
-        if isinstance(value, QTensor):
-            return value.unpacked().view(-1)
-        packed = name == "offset" and self.q.format.offset is not None and self.q.format.offset.store == "grid"
-        return unpack(value, self.counts, self.q.format.grid.cardinality).reshape(-1) if packed else value.reshape(-1)
-
-    def _stored(self, name: str, picked: Tensor, counts: tuple[int, int, int], rows: Tensor) -> Any:
-        value, fmt = getattr(self.q, name), self.q.format
-        if not isinstance(value, QTensor):
-            packed = name == "offset" and fmt.offset is not None and fmt.offset.store == "grid"
-            shaped = picked.reshape(counts).contiguous()
-            return pack(shaped, fmt.grid.cardinality) if packed else shaped
-        how, flat, outer = value.format, picked.reshape(-1).contiguous(), value.scale
-        assert isinstance(outer, Tensor)
-        if outer.numel() > 1:  # for runs of scales, some to a row
-            outer = outer.reshape(self.counts[0] * self.counts[1], -1)[rows]
-        scale = outer.reshape(how.block.counts((flat.numel(),))).clone()
-        return QTensor(how, (flat.numel(),), pack(flat, how.grid.cardinality), scale)
+    return found

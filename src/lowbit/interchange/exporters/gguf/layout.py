@@ -12,9 +12,10 @@ from torch import Tensor
 from lowbit.families.family import Family
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import without_exponent
-from lowbit.interchange.exporters.common.published_experts import Pieces, Stack, number_of, published, without_number
+from lowbit.interchange.exporters.common.published_experts import PublishedModel, number_of, published, without_number
 from lowbit.interchange.exporters.gguf.metadata import gguf_of
 from lowbit.interchange.exporters.gguf.types import BlockType, type_of
+from lowbit.interchange.rows import gather, row_parts_of
 from lowbit.interchange.tensors import Contents, TensorPlan
 
 _FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -69,7 +70,7 @@ def place(family: Family, model: Contents) -> list[Placed]:
     ]
 
 
-def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tuple[str | None, Tensor | None]]]:
+def _parts(family: Family, model: Contents, saved: PublishedModel) -> dict[str, list[tuple[str | None, Tensor | None]]]:
     """Name in the model -> (name in the file, rows of the stack or None) of what it becomes."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -77,8 +78,8 @@ def _parts(family: Family, model: Contents, pieces: Pieces) -> dict[str, list[tu
     architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == gguf_of(family).architecture)
     known = get_tensor_name_map(architecture, model.config.get_text_config().num_hidden_layers)
     together: dict[tuple[str, str], list[tuple[int, Tensor | None]]] = {}
-    for name, piece in pieces.by_name.items():
-        together.setdefault((piece.whole, without_number(name)), []).append((number_of(name), piece.rows))
+    for name, tensor in saved.by_name.items():
+        together.setdefault((tensor.whole, without_number(name)), []).append((number_of(name), tensor.rows))
     found: dict[str, list[tuple[str | None, Tensor | None]]] = {}
     for (whole, name), experts in together.items():
         stacked = [rows for _, rows in sorted(experts, key=lambda e: e[0]) if rows is not None]
@@ -114,7 +115,9 @@ def bytes_in_file(placed: Placed, tensor: Tensor | QTensor) -> Any:
     if isinstance(tensor, QTensor):
         assert placed.block is not None
         tensor = without_exponent(tensor, placed.tensor.name)
-        packed = placed.block.pack(tensor if placed.rows is None else Stack(tensor).rows(placed.rows))
+        if placed.rows is not None:
+            tensor = gather(tensor.format, placed.rows, [(0, row_parts_of(tensor))])
+        packed = placed.block.pack(tensor)
         return packed[_rows(placed, len(packed)).numpy()] if placed.heads else packed
     if placed.tensor.transposed:
         tensor = tensor.transpose(-1, -2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 
 import torch
 
 from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.layouts.gguf import FORMATS, UNPACK
 from lowbit.interchange.readers.quantized import QuantizedWeight, ReadPart
-from lowbit.interchange.readers.row_parts import from_row_parts
+from lowbit.interchange.rows import from_row_parts
 
 _FLOATS = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
@@ -45,5 +46,5 @@ def _quantized(name: str, kind: str, fmt: Format, shape: tuple[int, ...], read: 
 
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     row_parts = UNPACK[kind](read(name).reshape(-1, size))
-    rows = (*shape[:-1], -1)
-    return from_row_parts(fmt, {part: row_part.reshape(rows) for part, row_part in row_parts.items()})
+    rows = prod(shape[:-1])
+    return from_row_parts(fmt, shape, {name: part.reshape(rows, -1) for name, part in row_parts.items()})

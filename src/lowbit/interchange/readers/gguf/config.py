@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.calls import one_line
-from lowbit.interchange.hf.gguf import config_keys, is_newer
+from lowbit.interchange.hf.gguf import config_keys
 from lowbit.interchange.readers.gguf import rope as gguf_rope
 from lowbit.interchange.readers.gguf.header import GgufHeader
 
@@ -72,12 +72,13 @@ def completed(
     prefix = header.architecture + "."
     facts = {key.removeprefix(prefix): v for key, v in header.metadata.items() if key.startswith(prefix)}
     names = [name for name in gguf_rope.FACTOR_TENSORS if name in header.tensors]
-    if is_newer(header.architecture):
-        return config, frozenset()  # transformers' newer tables are whole
+    known = config_keys(config.model_type, header.architecture)
+    if known is None:
+        return config, frozenset()
     reading = _Reading(where, config, facts, frozenset(header.tensors), {name: values(name) for name in names})
     try:
         for key, value in facts.items():
-            _read_key(reading, header.architecture, key, value)
+            _read_key(reading, known, key, value)
         for finish in (_rope, _window, _biases, _tokens, _FINISH.get(config.model_type, lambda reading: None)):
             finish(reading)
     except (TypeError, ValueError, ArithmeticError) as error:  # a word for a number, and their like
@@ -85,14 +86,13 @@ def completed(
     return _changed(reading), frozenset(names)
 
 
-def _read_key(reading: _Reading, architecture: str, key: str, value: Any) -> None:
+def _read_key(reading: _Reading, known: frozenset[str], key: str, value: Any) -> None:
     """Take one fact of the metadata, or refuse it."""
-    plain = (_HARMLESS, gguf_rope.KEYS, _LATER, config_keys(reading.config.model_type, architecture))
     if key in _KEYS:
         _KEYS[key](reading, value)
     elif key in _FIXED and value in _FIXED[key]:
         pass
-    elif not any(key in known for known in plain):
+    elif not any(key in keys for keys in (known, _HARMLESS, gguf_rope.KEYS, _LATER)):
         raise reading.refuse(key, "an array" if value is None else value)
 
 

@@ -32,7 +32,7 @@ from lowbit.interchange.readers.gguf.rope import FACTOR_TENSORS
 from lowbit.interchange.readers.gguf.splits import read_gguf
 from lowbit.interchange.readers.left_out import BUFFERS, SEVERAL_TOKENS, left_out
 from lowbit.interchange.readers.quantized import ReadPart
-from lowbit.interchange.readers.row_parts import QuantizedTensor, tensor_of
+from lowbit.interchange.readers.quantized_tensor import QuantizedTensor, tensor_of
 from lowbit.interchange.source import Source
 
 if TYPE_CHECKING:
