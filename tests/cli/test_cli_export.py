@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -12,6 +13,7 @@ import transformers
 from typer.testing import CliRunner
 
 from lowbit.cli.main import app
+from lowbit.interchange.exporters.exporter import exporters
 from lowbit.interchange.opening import open_source
 from tiny import _ROPE, save_tiny, tiny_tokenizer
 
@@ -123,3 +125,9 @@ def test_options_that_would_be_ignored(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf.lowbit" / "mine.txt").write_text("precious")
     said = run("quantize", folder, "w4", "--as", "gguf", "-o", tmp_path / "x.gguf", "--no-card", code=2)
     assert "in the way" in said and (tmp_path / "x.gguf.lowbit" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "quantize"])
+def test_the_help_names_every_exporter(command: str) -> None:
+    words = set(re.findall(r"\w+", run(command, "--help")))
+    assert exporters().keys() <= words

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import lowbit
 from lowbit.errors import SourceError
+from lowbit.interchange.checks.foreign import METHODS
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.quantized import schemes
 from lowbit.nn.swap import packed_weights
 from quantized_folders import (
     Made,
@@ -339,3 +341,7 @@ def test_a_module_that_no_group_names_is_an_error(tmp_path: Path) -> None:
     save_quantized(tmp_path, section, packed_layer)
     with pytest.raises(SourceError, match=r"no config_groups of config.json names"):
         open_source(tmp_path)
+
+
+def test_the_section_of_every_scheme_is_checked_at_the_door() -> None:
+    assert schemes().keys() - {"lowbit"} <= METHODS.keys()  # lowbit's own has `checks/section.py`

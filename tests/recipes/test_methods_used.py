@@ -87,6 +87,7 @@ def test_every_option_makes_a_difference_or_is_refused(name: str) -> None:
     method, different = methods()[name], set()
     for recipe in recipes_of(method):
         for option in method.options:
+            assert option in OTHER, f"{name} has an option {option!r}: give OTHER a second value for it"
             call = Call(name, ((option, OTHER[option]),))
             other = replace(recipe, fit=call) if method.kind == "fit" else replace(recipe, solver=call)
             for with_stats in {method.needs != "nothing", True}:

@@ -86,8 +86,13 @@ def _register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable
 
 
 def register(kind: str, function: Callable[..., Any], **facts: Any) -> Callable[..., Any]:
-    """Register a method of another kind, which a package above this one knows: a transform, a weighting, a tuner."""
+    """Register a method of another kind, which a package above this one knows: a transform, a tuner."""
     return _register(kind, function, **facts)
+
+
+def weighting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a weighting of tokens under the name of its function."""
+    return _register("weighting", function)
 
 
 def fit(

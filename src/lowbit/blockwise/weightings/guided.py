@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lowbit.blockwise.block_runner import model_inputs
 from lowbit.blockwise.capture import InputCapture
 from lowbit.errors import SourceError
-from lowbit.solvers.registry import register
+from lowbit.solvers.registry import weighting
 
 _CLIPPED = 0.999  # quantile of the weights that larger ones are cut to
 
 
+@weighting
 def guided(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], context: AbstractContextManager[Any],
     *, seed: int = 0,
@@ -84,6 +85,3 @@ def _normal(parts: list[Tensor]) -> list[Tensor]:
         limit = whole.max()
     mean = whole.clamp(max=limit).mean()
     return [part.clamp(max=limit) / mean for part in parts]
-
-
-register("weighting", guided)
