@@ -111,20 +111,12 @@ def test_doctor_says_which_set_is_live_and_what_others_lack(monkeypatch: pytest.
     assert "portable, 3 threads; slow" in shown()
 
 
-def run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """What is run: all but what stands under `if TYPE_CHECKING`."""
-    for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
-            yield node
-            yield from run_nodes(node)
-
-
 def test_only_one_file_imports_it_and_never_with_lowbit() -> None:
     source = Path(lowbit.__file__).parent
     naming = [
         path.relative_to(source).as_posix()
         for path in source.rglob("*.py")
-        for node in run_nodes(ast.parse(path.read_text("utf-8")))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if (isinstance(node, ast.ImportFrom) and any(alias.name == "_core" for alias in node.names))
         or (isinstance(node, ast.Constant) and node.value == "lowbit._core")
     ]

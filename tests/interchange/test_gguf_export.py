@@ -162,7 +162,7 @@ def test_what_cannot_be_held_is_said_with_the_nearest(room: Path) -> None:
 def test_a_model_of_another_family_is_refused_before_anything_is_written(room: Path) -> None:
     save_tiny("bloom", room / "bloom")
     lowbit.quantize(room / "bloom", "q8_0,embed=q8_0", room / "bloom-q")
-    with pytest.raises(ExportError, match=r"BloomForCausalLM is not among .* the nearest is .*LlamaForCausalLM"):
+    with pytest.raises(ExportError, match=r"BloomForCausalLM is not among .* the nearest is LlamaForCausalLM"):
         lowbit.export(room / "bloom-q", "gguf", room / "bloom.gguf")
     assert not list(room.glob("bloom.gguf*"))
 

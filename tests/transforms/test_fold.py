@@ -25,7 +25,7 @@ def test_folding_keeps_the_function(name: str, head: int) -> None:
         expected = source.read(norm.weight) if kept else torch.full_like(weight, 0.0 if norm.plus_one else 1.0)
         assert torch.equal(weight, expected)
         changed += not kept
-    assert changed >= min(3, len(arch_of(source).norms))
+    assert changed >= (1 if name.startswith("olmo") else 3)  # OLMo 2 has none before its linears but the last
 
 
 def test_a_linear_takes_the_weight_into_its_columns_and_the_bias_into_its_bias() -> None:

@@ -22,7 +22,6 @@ from lowbit.kernels.layout import Floats, codes_of, pack, residual_of, why_not
 if TYPE_CHECKING:
     import lowbit._core as _core
 
-ACTIVATIONS = ("exact", "int8")
 
 T = TypeVar("T")
 Later = Callable[[], T]

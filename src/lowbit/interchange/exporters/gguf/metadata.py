@@ -21,8 +21,9 @@ def family_of(config: PretrainedConfig | None) -> Family | None:
 
 
 def known_classes() -> str:
-    """Every class that can be written, for messages."""
-    return ", ".join(f.gguf.model_class for f in families().values() if f.gguf)
+    """Every class that can be written, for messages; Llama, which most models are like, first."""
+    found = [f.gguf for f in families().values() if f.gguf]
+    return ", ".join(g.model_class for g in sorted(found, key=lambda g: g.model_class != "LlamaForCausalLM"))
 
 
 def gguf_of(family: Family) -> Gguf:
