@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from lowbit.budget.allocation import Allocation, Row
 from lowbit.budget.knapsack import choose
 from lowbit.budget.sensitivity import Sensitivity
+from lowbit.budget.sizes import parse_size
 from lowbit.errors import RecipeError
 from lowbit.families.fused import TOGETHER
 from lowbit.formats import Format, parse_format
@@ -84,18 +84,6 @@ def allocation(
         return problem.within_bytes(parse_size(value))
     plan = problem.plan(problem.uniform(problem.options[0]))
     return problem.within_bytes(parse_size(value), plan.kv.bytes_at(context) * sequences + overhead, at_most=True)
-
-
-def parse_size(size: float | str) -> int:
-    """Bytes from `80MB` (10^6), `8GiB` (2^30), `500 kB`, `1.5G` (as GB) or a whole number of bytes."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)(b?)\s*", str(size).lower())
-    if found is None or (found[3] and not found[2]):
-        raise RecipeError(f"{size!r} is no size; write it as 80MB, 7.5GB, 8GiB, or in bytes")
-    power = " kmgt".index(found[2] or " ")
-    out = float(found[1]) * (1024 if found[3] else 1000) ** power
-    if not math.isfinite(out) or out < 1:
-        raise RecipeError(f"{size!r} is no size; it must be at least one byte")
-    return int(out)
 
 
 def _positive(name: str, value: Any) -> float:
