@@ -48,7 +48,9 @@ def loosely(text: str, names: Iterable[str] = ()) -> Loose | None:
     text, found, at = text.lower().strip(), Loose(), 0
     known = sorted(names, key=len, reverse=True)
     while at < len(text):
-        name = next((n for n in known if text.startswith(n, at) and not text[at + len(n) : at + len(n) + 1].isalnum()), None)
+        name = next(
+            (n for n in known if text.startswith(n, at) and not text[at + len(n) : at + len(n) + 1].isalnum()), None
+        )
         match = None if name else _LOOSE.match(text, at)
         if name is None and match is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,20 @@ def open_headers(model: str | Path | nn.Module) -> Source:
     from lowbit.interchange.hub import hub
 
     return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
+
+
+def open_checked(
+    model: str | Path | nn.Module, check: Callable[[Source], None], *, tokenizer: Any = None
+) -> Source:  # fmt: skip
+    """Like `open_source`, once `check` has seen config and headers: what it raises comes before an id's weights are fetched."""
+    from lowbit.interchange.hub import hub
+
+    if hub.claims(model):
+        check(hub.open_headers(str(model)))
+        return open_source(model, tokenizer=tokenizer)
+    source = open_source(model, tokenizer=tokenizer)
+    check(source)
+    return source
 
 
 def _not_found(model: Any) -> str:

@@ -13,6 +13,7 @@ from lowbit.errors import LowbitError, nearest
 from lowbit.formats import parse_format
 from lowbit.formats.named_grids import grid_names
 from lowbit.formats.parsing import NAMED, meant_format
+from lowbit.formats.spelling import loosely
 from lowbit.recipes.presets import PRESETS
 from lowbit.solvers.registry import methods
 
@@ -121,9 +122,11 @@ def _composition(word: str) -> str | None:
     """Methods and a format in any order, with any signs between them: `gptq-4bit-128g`, `int4@gptq`, `awq:w4`."""
     inputs = _INT8_INPUTS.search(word)
     rest = _INT8_INPUTS.sub(r"\1", word)
-    taken = {*NAMED, *grid_names()}
-    names = [n for n in {**methods(), **PRESETS} if n not in taken and accepted(n) == n and not _BITS.fullmatch(n)]
-    found = re.compile(rf"(?<![a-z0-9])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![a-z0-9])")
+    # What a format is made of is not looked for among the methods: `nf4` and `w4` are presets too, `per-channel` a block.
+    names = [n for n in {**methods(), **PRESETS} if not meant_format(n) and not meant_format(f"int8:{n}")]
+    found = re.compile(
+        rf"(?<![a-z0-9])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?![a-z0-9])"
+    )
     steps = found.findall(rest)
     rest = found.sub(":", rest).strip(_SIGNS)
     fmt = meant_format(rest)
@@ -140,7 +143,5 @@ def _composition(word: str) -> str | None:
 
 def _says_block(text: str) -> bool:
     """Whether a loosely written format says which weights share a scale."""
-    from lowbit.formats.spelling import loosely
-
     found = loosely(text, [*grid_names(), *NAMED])
-    return found is not None and bool(found.block)
+    return found is not None and (bool(found.block) or found.grid in NAMED)
