@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from lowbit.errors import LowbitError, nearest
+from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import parse_format
 from lowbit.formats.named_grids import grid_names
 from lowbit.formats.parsing import NAMED, meant_format
@@ -39,6 +39,23 @@ def accepted(name: str) -> str:
     if word in NAMED or word in grid_names():
         return word
     return {_squashed(preset): preset for preset in PRESETS}.get(_squashed(word), word)
+
+
+def of_bits(bits: int | None, group_size: int | None = None) -> str:
+    """The recipe that `--bits 4` and `--group-size 64` stand for: a preset of so many bits, or integers in groups.
+
+    group_size: weights of a row that share a scale, -1 for a whole row; None leaves it to the preset. RecipeError for what
+    no format has.
+    """
+    if bits is None:
+        raise RecipeError(f"--group-size {group_size} goes with --bits; add --bits 4, or write int4:g{group_size}")
+    if not 2 <= bits <= 8:
+        raise RecipeError(f"--bits is a number from 2 to 8, not {bits}; `lowbit recipes` lists what else there is")
+    if group_size is None:
+        return f"w{bits}" if f"w{bits}" in PRESETS else f"int{bits}:g32"
+    if group_size != -1 and group_size < 1:
+        raise RecipeError(f"--group-size is a number of weights such as 64, or -1 for a whole row, not {group_size}")
+    return f"int{bits}:channel" if group_size == -1 else f"int{bits}:g{group_size}"
 
 
 def instead(name: str, parse: Callable[[str], object]) -> str | None:
