@@ -17,20 +17,23 @@ from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.options import (
     KV,
+    Bits,
     Calibration,
     Chat,
     Context,
     FitMemory,
+    GroupSize,
     Json,
     Model,
     QuantizeAs,
-    Recipe,
+    RecipeOrBits,
     Samples,
     SensitivityFile,
     TargetBits,
     TargetKL,
     TargetSize,
     Text,
+    recipe_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -47,10 +50,12 @@ def register(app: typer.Typer) -> None:
 
 def quantize(
     model: Model,
-    recipe: Recipe = "w4",
+    recipe: RecipeOrBits = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
     ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
@@ -75,6 +80,7 @@ def quantize(
     """Quantize MODEL, read it back, and measure what that cost."""
     from lowbit.errors import RecipeError
 
+    typed = recipe_of(recipe, bits, group_size)
     target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
@@ -82,7 +88,7 @@ def quantize(
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     console.quiet()
     calibration = "self" if target and calibration is None else calibration
-    job = Job.of(model, recipe, target_format, CalibrationText(calibration, samples, chat), kv)
+    job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
     out = out or job.default_out()
     if card and text is not None:
         from lowbit.calibration.text import load_text
@@ -90,6 +96,8 @@ def quantize(
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
     screen.print(f"[bold]{console.escaped(model)}[/bold]  {console.escaped(job.recipe.title)}")
+    for line in job.advice():
+        screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
     if target:
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")

@@ -31,6 +31,7 @@ from lowbit.recipes.layer_globs import globs_of, with_layers
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import EMBED, KEEP, Recipe
 from lowbit.recipes.rewriting import rewritten
+from lowbit.recipes.spelling import accepted
 
 DATA_FREE, CALIBRATED = "search", "qronos"  # the methods of a mix, which names formats alone
 _TEXT = ("calibration", "samples", "length", "chat")
@@ -159,6 +160,7 @@ def recipe_for(kind: Exporter, text: str | Recipe, source: Source, calibrated: b
     """
     if isinstance(text, str):
         name, comma, settings = text.partition(",")
+        name = accepted(name)
         method = CALIBRATED if calibrated else DATA_FREE
         if name in kind.mixes():
             mix = kind.mix(name, floats_of(source))
