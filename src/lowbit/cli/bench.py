@@ -70,7 +70,8 @@ def bench(
     elif markdown:
         sys.stdout.write(str(found))
     else:
-        console.stdout().print(render_bench(found))
+        screen = console.stdout()
+        screen.print(render_bench(found, width=screen.width))
 
 
 def named(programs: list[str]) -> dict[str, str]:

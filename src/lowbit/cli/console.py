@@ -45,6 +45,9 @@ def _console(stream: Any, stderr: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # as of any other write: the command ends quietly
 
+        def print(self, *objects: Any, crop: bool = False, **how: Any) -> None:
+            super().print(*objects, crop=crop, **how)  # a long name runs over the edge of the terminal, and is whole
+
     width = None if stream.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 25)).columns
     return Own(stderr=stderr, highlight=False, width=width)
 

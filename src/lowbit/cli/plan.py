@@ -38,12 +38,11 @@ def plan(
 def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
     """A row for each group of like tensors, or for `every` tensor, and the totals.
 
-    `width` in characters: columns that matter less are left out until the table fits.
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
     """
     from rich.console import Group
-    from rich.text import Text
 
-    from lowbit.report.layout import fitted_table, named_lines
+    from lowbit.report.layout import headline, named_lines, table_or_list
     from lowbit.report.wording import grouped, pattern_of
 
     def alike(t: TensorPlan) -> Any:
@@ -52,12 +51,14 @@ def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> Render
     groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
     stays = [i for i, group in enumerate(groups) if group[0].format is None]
     rows = [_row(group) for group in groups]
-    table = fitted_table(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"), _LEFT, dim=stays)
-    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, named_lines(_totals(plan)))
+    less = ("count", "before", "now", "bits/\nweight", "shape")
+    table = table_or_list(_HEADINGS, rows, width, expendable=less, left=_LEFT, dim=stays)
+    head = headline(plan.label, plan.recipe.title, width)
+    return Group(head, table, named_lines(_totals(plan)))
 
 
 _LEFT = ("tensor", "shape", "now", "becomes")
-_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/weight", "before", "after")
+_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/\nweight", "before", "after")
 
 
 def _row(group: list[TensorPlan]) -> list[str]:
