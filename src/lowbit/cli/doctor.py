@@ -16,6 +16,9 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     kernels: Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time the kernels, some seconds.")] = True,
+    every: Annotated[
+        bool, typer.Option("--all", help="List also the kernels that are slower than the one that is used.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what this machine offers: versions, vector units, whether the engine runs, kernels and how fast they are, memory, disk."""
@@ -24,4 +27,4 @@ def doctor(
 
     with console.stderr().status("timing kernels"):
         report = examine(kernels)
-    console.print_result(as_json, report.to_dict, lambda width: render_report(report))
+    console.print_result(as_json, report.to_dict, lambda width: render_report(report, every=every, width=width))

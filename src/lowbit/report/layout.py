@@ -216,4 +216,3 @@ def _joined(first: Text, second: Text) -> Text:
     from rich.text import Text
 
     return Text().append_text(first).append_text(second)
-

@@ -79,7 +79,9 @@ def fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, 
     from rich.cells import cell_len
 
     kept = list(range(len(headings)))
-    needs = [max(map(cell_len, (*heading.split("\n"), *(row[i] for row in rows)))) + 2 for i, heading in enumerate(headings)]
+    needs = [
+        max(map(cell_len, (*heading.split("\n"), *(row[i] for row in rows)))) + 2 for i, heading in enumerate(headings)
+    ]
     for name in expendable:
         if sum(needs[i] for i in kept) <= width:
             break
