@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit plan meta-llama/Llama-3.1-70B w4 --context 32768")(plan)
+    app.command(
+        rich_help_panel="Make",
+        short_help="Say what a recipe would make of a model, before any work.",
+        epilog="Examples:\nlowbit plan smollm2\nlowbit plan Qwen/Qwen3-0.6B w4 --context 32768",
+    )(plan)
 
 
 def plan(
     model: Model,
     recipe: Recipe = "w4",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context that the KV cache is sized for.")] = 4096,
-    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Say how large the KV cache is at N tokens.")] = 4096,
+    every: Annotated[
+        bool, typer.Option("--all", help="List each tensor by itself instead of groups that are alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what every tensor would become, the exact size and the memory needed, before a weight is read."""

@@ -13,6 +13,7 @@ import typer
 
 from lowbit.cli import budgets, console
 from lowbit.cli.export import summary
+from lowbit.cli.help import MEASURING, PROGRAMS
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.options import (
@@ -20,9 +21,11 @@ from lowbit.cli.options import (
     Calibration,
     Chat,
     Context,
+    FewWindows,
     FitMemory,
     Json,
     Model,
+    Overwrite,
     QuantizeAs,
     Recipe,
     Samples,
@@ -42,19 +45,37 @@ _WARNED = 5  # tensors that are named one by one
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit quantize smollm2 w4 -o small")(quantize)
+    app.command(
+        rich_help_panel="Make",
+        short_help="Make a model small, and measure what that cost.",
+        epilog="Examples:\nlowbit quantize smollm2\nlowbit quantize smollm2 w4 --calibration self -o small\n"
+        "lowbit quantize smollm2 w4 --target-size 80MB\nlowbit quantize smollm2 q4_k_m --as gguf -o small.gguf",
+    )(quantize)
 
 
 def quantize(
     model: Model,
     recipe: Recipe = "w4",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="Write here; MODEL-RECIPE in this folder when it is left out.",
+            show_default=False,
+        ),
     ] = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
-        typer.Option("--keep", help="With --as: also keep lowbit's folder, under this name.", show_default=False),
+        typer.Option(
+            "--keep",
+            metavar="PATH",
+            help="With --as, also keep lowbit's own folder, under this name.",
+            show_default=False,
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     kv: KV = None,
     calibration: Calibration = None,
@@ -67,12 +88,22 @@ def quantize(
     context: Context = None,
     sensitivity: SensitivityFile = None,
     text: Text = None,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text the card is measured on.")] = 4,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Reload the result and measure what it cost.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    windows: FewWindows = 4,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card/--no-card",
+            help="Measure what the result cost, which is done unless --no-card is given.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL, read it back, and measure what that cost."""
+    """Make a model small, read the result back, and measure what that cost.
+
+    Without a RECIPE it is w4: 4.5 bits in the linear layers and 8 in the embedding.
+    """
     from lowbit.errors import RecipeError
 
     target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
