@@ -67,6 +67,15 @@ def print_result(as_json: bool, plain: Callable[[], Any], drawn: Callable[[int],
         screen.print(drawn(screen.width))
 
 
+def say(screen: Console, text: str, style: str = "") -> None:
+    """Text without markup, wrapped between words only: a recipe or a path in it can be copied."""
+    from rich.text import Text
+
+    from lowbit.report.layout import Lines, wrapped
+
+    screen.print(Lines(wrapped(Text(text, style), screen.width)))
+
+
 def escaped(text: str) -> str:
     """`text` that is printed as it is, whatever brackets it has."""
     from rich.markup import escape

@@ -61,7 +61,7 @@ def export(
     if as_json:
         console.print_json(made.to_json())
     else:
-        console.stdout().print(summary(made), markup=False)
+        console.say(console.stdout(), summary(made))
 
 
 def summary(made: Exported) -> str:

@@ -105,6 +105,7 @@ def quantize(
     Without a RECIPE it is w4: 4.5 bits in the linear layers and 8 in the embedding.
     """
     from lowbit.errors import RecipeError
+    from lowbit.report.layout import headline
 
     target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
@@ -120,15 +121,15 @@ def quantize(
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
-    screen.print(f"[bold]{console.escaped(model)}[/bold]  {console.escaped(job.recipe.title)}")
+    screen.print(headline(model, job.recipe.title, screen.width))
     kept = None
     if target:
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
-        screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
+        console.say(screen, f"{instead} ({count} tensors)", style="dim")
     with _noted(kept), job.run(out, keep, overwrite) as made:
-        screen.print(_written(made, out))
+        console.say(screen, _written(made, out))
         measured = _measured(made, text, windows) if card else None
     if as_json:
         console.print_json(_plain(made, out, measured))
@@ -199,18 +200,15 @@ def _written(made: Outcome, out: Path) -> str:
     from lowbit.recipes.activation_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
-    said = "".join(
-        f"\n{console.escaped(line)}"
-        for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
-    )
+    said = "".join(f"\n{line}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings)))
     if made.exported is not None:
-        return f"{console.escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
+        return f"{summary(made.exported)}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
-    inputs = f"\ninputs: {console.escaped(inputs_text(counts, ranges))}" if counts else ""
+    inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
     return (
-        f"{console.escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
+        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
         f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
     )
 
