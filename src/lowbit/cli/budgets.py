@@ -49,14 +49,14 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
             **target,
         )
     plan = found.plan
-    screen.print(
+    console.say(
+        screen,
         f"sensitivity {'read from' if known else 'kept in'} {sensitivity}; predicted KL {found.predicted_kl:.4f} nats/token, "
         f"{plan.linear_bits_per_weight:.3f} bits per weight in the linear layers, {bytes_text(plan.output_bytes)}",
-        markup=False, highlight=False,
-    )  # fmt: skip
+    )
     total = sum(formats_of(found.rows).values())
     shares = ", ".join(f"{count / total:.0%} {fmt}" for fmt, count in formats_of(found.rows).items())
-    screen.print(f"formats: {shares}", markup=False, highlight=False)
+    console.say(screen, f"formats: {shares}")
     for line in found.found_sensitive()[:6]:
-        screen.print(f"  {line}", style="dim", markup=False, highlight=False)
+        console.say(screen, f"  {line}", style="dim")
     return found.recipe

@@ -9,16 +9,28 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Calibration, FewWindows, Json, Length, Model, Samples, Speed, Text
+from lowbit.cli.help import OUTPUT
+from lowbit.cli.options import Calibration, FewWindows, Json, Length, Markdown, Model, Samples, Speed, Text
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit compare smollm2 w8 w4 int4:g64 nf4 --windows 8 --plots figures")(compare)
+    app.command(
+        rich_help_panel="Measure",
+        short_help="Measure many recipes on one model, in one table.",
+        epilog="Examples:\nlowbit compare smollm2\nlowbit compare smollm2 w8 w4 int4:g64 nf4 --windows 8 --plots figures",
+    )(compare)
 
 
 def compare(
     model: Model,
-    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every data-free preset when left out.")] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE]...",
+            help="The recipes; every preset that needs no text when they are left out.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     text: Text = None,
@@ -26,9 +38,15 @@ def compare(
     length: Length = 1024,
     speed: Speed = False,
     plots: Annotated[
-        Path | None, typer.Option(help="Also draw two figures into this folder (needs matplotlib).", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also draw two figures into this folder, which needs matplotlib.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
     as_json: Json = False,
 ) -> None:
     """Measure many recipes on one model and print one table."""

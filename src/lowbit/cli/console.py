@@ -45,6 +45,9 @@ def _console(stream: Any, stderr: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # as of any other write: the command ends quietly
 
+        def print(self, *objects: Any, crop: bool = False, **how: Any) -> None:
+            super().print(*objects, crop=crop, **how)  # a long name runs over the edge of the terminal, and is whole
+
     width = None if stream.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 25)).columns
     return Own(stderr=stderr, highlight=False, width=width)
 
@@ -62,6 +65,15 @@ def print_result(as_json: bool, plain: Callable[[], Any], drawn: Callable[[int],
     else:
         screen = stdout()
         screen.print(drawn(screen.width))
+
+
+def say(screen: Console, text: str, style: str = "") -> None:
+    """Text without markup, wrapped between words only: a recipe or a path in it can be copied."""
+    from rich.text import Text
+
+    from lowbit.report.layout import Lines, wrapped
+
+    screen.print(Lines(wrapped(Text(text, style), screen.width)))
 
 
 def escaped(text: str) -> str:

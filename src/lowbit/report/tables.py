@@ -11,8 +11,8 @@ from lowbit.measure.card import json_ready
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.markdown import markdown_table
 from lowbit.measure.verdict import verdict
+from lowbit.report.layout import Lines, table_or_list, wrapped
 from lowbit.report.panel import ABSENT, VERDICT_COLOURS, rate_text
-from lowbit.report.wording import fitting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,6 +42,7 @@ _COLUMNS = (
     _Column("batch tok/s", "batch", rate_text),
     _Column("quantize s", "quantize_seconds", lambda value: f"{value:.1f}"),
 )
+_UNBOUNDED = 1000  # columns
 # What a narrow terminal can do without, the least missed first.
 _EXPENDABLE = ("batch", "prefill", "quantize_seconds", "kl_stderr", "decode_ratio", "linear_bits", "mib", "decode")
 
@@ -93,34 +94,27 @@ def _cells(rows: Sequence[CompareRow]) -> tuple[list[_Column], list[list[str]]]:
 def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> RenderableType:
     """The comparison as a table, rows in the order given, the float model's set apart; errors below it.
 
-    `width` in characters: columns that matter less are left out until the table fits.
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
+    width = _UNBOUNDED if width is None else width
     columns, cells = _cells(rows)
     words = ["failed" if row.error else record["verdict"] or "" for row, record in _with_records(rows)]
-    headings = [column.heading.replace(" ", "\n") for column in columns]
-    fixed = sum(2 + max(map(len, texts)) for texts in (["recipe", *(row.recipe for row in rows)], ["verdict", *words]))
-    expendable = [headings[i] for key in _EXPENDABLE for i, column in enumerate(columns) if column.key == key]
-    kept = range(len(columns)) if width is None else fitting(headings, cells, width - fixed - 2, expendable)
-    table = Table(
-        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), caption=_caption(rows), caption_justify="left"
-    )
-    table.add_column("recipe", no_wrap=True)
-    for index in kept:
-        table.add_column(headings[index], justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    errors: list[RenderableType] = []
-    for row, word, values in zip(rows, words, cells, strict=True):
-        last = Text(word, style=VERDICT_COLOURS.get(word, "red"))
-        style = "dim" if row.is_base else ""
-        table.add_row(Text(row.recipe), *(values[i] for i in kept), last, style=style, end_section=row.is_base)
-        if row.error:
-            errors.append(Text.assemble((f"{row.recipe} failed: ", "red"), row.error))
-    return Group(table, *errors)
+    headings = ["recipe", *(column.heading.replace(" ", "\n") for column in columns), "verdict"]
+    expendable = [column.heading.replace(" ", "\n") for key in _EXPENDABLE for column in columns if column.key == key]
+    body = [
+        [Text(row.recipe), *map(Text, values), Text(word, style=VERDICT_COLOURS.get(word, "red"))]
+        for row, word, values in zip(rows, words, cells, strict=True)
+    ]
+    base = [number for number, row in enumerate(rows) if row.is_base]
+    table = table_or_list(
+        headings, body, width, expendable=expendable, left=("recipe", "verdict"), dim=base, ruled=base
+    )  # fmt: skip
+    said = [Text(caption, "italic")] if (caption := _caption(rows)) else []
+    said += [Text.assemble((f"{row.recipe} failed: ", "red"), row.error) for row in rows if row.error]
+    return Group(table, Lines([line for text in said for line in wrapped(text, width)]))
 
 
 def markdown_compare(rows: Sequence[CompareRow]) -> str:
