@@ -141,9 +141,9 @@ def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Cal
 
 
 @contextmanager
-def steps(unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
-    """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted, in `unit`."""
-    with progress("", unit) as shown:
+def steps() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted."""
+    with progress("") as shown:
         yield shown.say, shown.move
 
 

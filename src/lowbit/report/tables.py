@@ -82,9 +82,7 @@ def row_line(row: CompareRow) -> str:
         figures.append(f"perplexity {estimate_text(quality.perplexity)}")
     elif quality is not None:
         found = verdict(quality)
-        figures.append(
-            f"KL {estimate_text(quality.kl_mean)} nats per token{'' if found is None else f', {found.word}'}"
-        )
+        figures.append(f"KL {estimate_text(quality.kl_mean)}{'' if found is None else f', {found.word}'}")
     earlier = " (from the run before)" if row.earlier else ""
     return f"{'the float model' if row.is_base else row.recipe}: {', '.join(figures)}{earlier}"
 
