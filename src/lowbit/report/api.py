@@ -57,6 +57,10 @@ class Drawing:
         # Spread over the depth, and shifted a little so that not every one is the same projection.
         places = (len(linear) * (2 * i + 1) // (2 * self.LAYERS) + 2 * i for i in range(self.LAYERS))
         self.layers = list(dict.fromkeys(linear[min(place, len(linear) - 1)] for place in places)) if linear else []
+        self.note = (
+            f"Shown are {len(self.layers)} of the {len(linear)} linear layers, from the beginning, the middle and the end of the "
+            f"model, by at most {self.SAMPLE} of the weights of each."
+        )
         self.panels: list[figures.WeightPanel] = []
 
     def add(self, recipe: str, made: Quantized) -> None:
@@ -71,8 +75,11 @@ class Drawing:
     def save(self, rows: list[CompareRow]) -> None:
         """Draw weights.png and frontier.png."""
         try:
-            figures.save_figure(figures.draw_weights(self.panels), self.folder / "weights.png")
+            figures.save_figure(figures.draw_weights(self.panels, note=self.note), self.folder / "weights.png")
             points = figures.frontier_points(rows, "bits")
-            figures.save_figure(figures.draw_frontier(points, title=self.source.label), self.folder / "frontier.png")
+            figures.save_figure(
+                figures.draw_frontier(points, title=f"{self.source.label}: what each recipe costs"),
+                self.folder / "frontier.png",
+            )
         except OSError as error:
             raise OutputError(f"cannot draw into {self.folder}: {error.strerror or error}") from error
