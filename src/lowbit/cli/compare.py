@@ -69,7 +69,7 @@ def compare(
     else:
         screen = console.stdout()
         screen.print(render_compare(rows, width=screen.width))
-        if plots is not None:
+        if plots is not None and (plots / "frontier.png").is_file():
             screen.print(f"figures are in {plots}", style="dim", markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
+
+_log = logging.getLogger("lowbit")
 
 
 def compare(
@@ -73,10 +76,13 @@ class Drawing:
             self.panels.append(figures.WeightPanel(layer, recipe, before[::stride].clone(), after[::stride].clone()))
 
     def save(self, rows: list[CompareRow]) -> None:
-        """Draw weights.png and frontier.png."""
+        """Draw weights.png and frontier.png, as far as there is something to draw: what was measured is worth more than a figure."""
+        points = figures.frontier_points(rows, "bits")
+        if not self.panels or not points:
+            _log.warning("no recipe was quantized with a loss that can be drawn, so figures are left out")
+            return
         try:
             figures.save_figure(figures.draw_weights(self.panels, note=self.note), self.folder / "weights.png")
-            points = figures.frontier_points(rows, "bits")
             figures.save_figure(
                 figures.draw_frontier(points, title=f"{self.source.label}: what each recipe costs"),
                 self.folder / "frontier.png",

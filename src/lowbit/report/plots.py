@@ -6,6 +6,7 @@ said by colour alone. matplotlib is optional and drawn without a display or any 
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -200,8 +201,9 @@ def _draw_verdicts(axes: Axes) -> None:
         first, last = max(low, bottom), min(high, row.kl)
         if first < last:
             axes.axhspan(first, last, color=colour, zorder=0, linewidth=0)
-            places.append((first * last) ** 0.5)
-            words.append(row.word)
+            if math.log(last / first) > 0.04 * math.log(high / low):  # a thinner band has no room for its word
+                places.append((first * last) ** 0.5)
+                words.append(row.word)
         bottom = row.kl
     right = axes.secondary_yaxis("right")
     right.set_yticks(places, words, fontsize=9.5)
