@@ -39,12 +39,12 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()
-    with console.count_bar("measuring sensitivity", "steps") as move:
+    with console.progress("measuring how much each layer minds each format") as shown:
         found = lowbit.allocate(
             model,
             recipe,
             sensitivity=sensitivity,
-            progress=lambda what, done, total: move(done, total),
+            progress=lambda what, done, total: shown.move(done, total, what),
             **text,
             **target,
         )

@@ -168,7 +168,7 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.steps("windows") as (say, progress):
+        with console.steps() as (say, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
