@@ -12,24 +12,30 @@ from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
 
 
 def compare(
-    model: str | Path | nn.Module, recipes: list[str] | None = None, *, plots: str | Path | None = None, **options: Any
-) -> list[CompareRow]:
+    model: str | Path | nn.Module, recipes: list[str] | None = None, *, plots: str | Path | None = None,
+    keep: str | Path | None = None, keep_after: bool = True, **options: Any,
+) -> list[CompareRow]:  # fmt: skip
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
-    `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). Other
-    options are those of `lowbit.measure.api.compare`: calibration, samples, text, windows, length, speed, tokenizer, progress, on_row.
+    `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). `keep`: a file in which
+    rows are kept as they are finished; the same call goes on from them when it was interrupted, and `keep_after=False` takes them away when
+    all is done. Other options are those of `lowbit.measure.api.compare`: calibration, samples, text, windows, length, speed, tokenizer,
+    progress, on_step, on_row.
     """
-    if plots is None:
-        return api.compare(model, recipes, **options)
-    drawing = Drawing(open_source(model), Path(plots))
-    rows = api.compare(model, recipes, on_made=drawing.add, **options)
-    drawing.save(rows)
+    file = None if keep is None else RowFile(keep)
+    drawing = None if plots is None else Drawing(open_source(model), Path(plots))
+    rows = api.compare(model, recipes, on_made=None if drawing is None else drawing.add, keep=file, **options)
+    if drawing is not None:
+        drawing.save(rows)
+    if file is not None and not keep_after:
+        file.forget()
     return rows
 
 
