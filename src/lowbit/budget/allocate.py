@@ -19,7 +19,7 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
 
@@ -35,7 +35,7 @@ def allocate(
     chat: bool = False,
     candidates: tuple[str, ...] = CANDIDATES,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **target: Any,
 ) -> Allocation:
     """A format for each layer of `model`, so that it is as good as can be under one target; see `budget.allocation`.
@@ -57,7 +57,7 @@ def allocate(
             )
         return allocation(source, sensitivity, wanted, **target)
     with nullcontext() if sensitivity is None else locked(sensitivity):
-        found = _measured_or_read(source, sensitivity, text, candidates, progress)
+        found = _measured_or_read(source, sensitivity, text, candidates, heard(progress))
     return allocation(source, found, wanted, **target)
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.convert.read_back import compared
+from lowbit.display import Displayed
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.tensors import Contents
 
@@ -27,8 +28,8 @@ _EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Displayed):
     """What was written, and how far it is from ours when read back.
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
@@ -44,6 +45,9 @@ class Exported:
     notes: tuple[str, ...] = ()
     unequal: tuple[str, ...] = ()
 
+    def _brief(self) -> str:
+        return f"{self.target}, {self.path}, {self.nbytes:,} bytes"
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
@@ -55,7 +59,7 @@ class Exported:
 def export(
     model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
     samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
@@ -77,7 +81,7 @@ def export(
             f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
         )
     with locked(out):
-        return written(kind, folder, out, kv, text, overwrite, progress)
+        return written(kind, folder, out, kv, text, overwrite, heard(progress))
 
 
 def written(

@@ -20,7 +20,7 @@ from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import OnStep
+from lowbit.interchange.progress import OnStep, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
@@ -63,7 +63,7 @@ def evaluate(
     prompt: str | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
     """Measure a model, and against the float model it was made from when `against` is given.
@@ -99,7 +99,7 @@ def evaluate(
     tok = tokenizer_of()
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=module)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
-    quality = measure_quality(module, cut, base=base, progress=progress)
+    quality = measure_quality(module, cut, base=base, progress=heard(progress))
     sample = None
     if prompt:
         say("answering a prompt")
@@ -149,7 +149,7 @@ def compare(
     length: int = 1024,
     speed: bool | SpeedSettings = False,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
     on_made: Callable[[str, Quantized], None] | None = None,
     calibration: Any = None,
@@ -230,7 +230,7 @@ def compare(
     )  # fmt: skip
     with nullcontext() if file is None else file.noted([key for index, key in keys.items() if index >= 0]):
         rows = table.compare(
-            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=progress, on_row=finished,
+            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=heard(progress), on_row=finished,
             steps=steps, kept=kept, built_again=on_made is not None,
         )  # fmt: skip
     return list(rows)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with_survey
 from lowbit.calibration.data import SELF, Calibration, load_calibration
+from lowbit.display import Displayed
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.folder_writer import head_of
@@ -22,7 +23,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.pipeline.driver import fingerprint, write_folder
 from lowbit.pipeline.in_memory import packed_copy, solve_in_memory
@@ -38,7 +39,7 @@ from lowbit.weights.finite import check_finite, check_source
 from lowbit.weights.solve import Solved
 
 
-class Quantized:
+class Quantized(Displayed):
     """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`."""
 
     def __init__(self, plan: Plan, report: Report, source: Source, folder: Path | None = None) -> None:
@@ -81,8 +82,9 @@ class Quantized:
             ) from error
         return out
 
-    def __repr__(self) -> str:
-        return f"Quantized({self.plan.label}, {self.report})"
+    def _brief(self) -> str:
+        bits = f"{self.plan.bits_per_weight:.3f} bits per weight"
+        return f"{self.plan.label}, {self.plan.recipe.name or self.plan.recipe}, {bits}"
 
 
 def quantize(
@@ -91,7 +93,7 @@ def quantize(
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     max_shard_bytes: int = MAX_SHARD,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
@@ -114,7 +116,7 @@ def quantize(
     at, and for `samples`, `length` and `chat` without a text.
     """
     options = Options(
-        tokenizer, progress, max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
+        tokenizer, heard(progress), max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
     )
     wanted = Recipe.of(recipe)
     if calibration is not None:

@@ -16,12 +16,13 @@ from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
+from lowbit.report.comparison import Comparison
 
 
 def compare(
     model: str | Path | nn.Module, recipes: list[str] | None = None, *, plots: str | Path | None = None,
     keep: str | Path | None = None, keep_after: bool = True, **options: Any,
-) -> list[CompareRow]:  # fmt: skip
+) -> Comparison:  # fmt: skip
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
     `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). `keep`: a file in which
@@ -36,7 +37,7 @@ def compare(
         drawing.save(rows)
     if file is not None and not keep_after:
         file.forget()
-    return rows
+    return Comparison(rows)
 
 
 class Drawing:

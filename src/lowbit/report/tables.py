@@ -16,7 +16,6 @@ from lowbit.report.panel import ABSENT, VERDICT_COLOURS, estimate_text, rate_tex
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.text import Text
 
 
 @dataclass(frozen=True)
