@@ -46,6 +46,10 @@ def allocate(
     (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
     text or with other candidates; a text that the model would have to write first is not compared.
     `allocation.recipe` goes to `quantize`.
+
+    >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=2, length=64)
+    >>> found.plan.linear_bits_per_weight <= 5
+    True
     """
     source = open_source(model, tokenizer=tokenizer)
     wanted = Recipe.of(recipe).calibrated()

@@ -70,6 +70,9 @@ def dequantize_model(
 
     `dtype`: of every float tensor; None takes the type that the model's config names. WeightError when a value does not fit
     it. Nothing is at `out` before the folder is whole.
+
+    >>> lowbit.dequantize_model(quantized, folder / "float", dtype="float32").error
+    0.0
     """
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)

@@ -69,6 +69,9 @@ def export(
     `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
     quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
     ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+
+    >>> lowbit.export(quantized, "gptq", folder / "for-gptq").weights
+    0.0
     """
     kind = exporter_named(target)
     folder = LowbitFolder(_folder_of(model))

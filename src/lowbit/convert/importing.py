@@ -52,6 +52,9 @@ def import_model(
     Codes and scales stay what they are wherever a format of lowbit has the same values; `report.layers` has an error
     of 0 for these. What no format holds is kept as float in the model's own type, or takes the format `rest`.
     RecipeError for a float model, SourceError for one that cannot be read.
+
+    >>> lowbit.import_model(gptq, folder / "imported").report.layers[1].error
+    0.0
     """
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)

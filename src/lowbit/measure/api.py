@@ -74,6 +74,10 @@ def evaluate(
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
     loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.
+
+    >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
+    >>> card.quality.kl_mean.value > 0  # nats per token
+    True
     """
     say = told or (lambda what: None)
     wanted = as_dtype(dtype)

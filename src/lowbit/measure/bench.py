@@ -138,6 +138,10 @@ def bench(
 
     EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be, and for
     a `dtype` that nobody computes in.
+
+    >>> found = lowbit.bench(quantized, rounds=1, settings=few)
+    >>> found.rows[0].median("decode") > 0  # tokens per second
+    True
     """
     if rounds < 1:
         raise RecipeError(f"rounds={rounds}; measure 1 or more")

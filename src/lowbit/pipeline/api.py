@@ -40,7 +40,7 @@ from lowbit.weights.solve import Solved
 
 
 class Quantized(Displayed):
-    """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`."""
+    """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`. It prints as its layers with their errors."""
 
     def __init__(self, plan: Plan, report: Report, source: Source, folder: Path | None = None) -> None:
         self.plan, self.report, self.source, self.folder = plan, report, source, folder
@@ -114,6 +114,10 @@ def quantize(
     given. `samples` windows (32) of `length` tokens (1024); `chat` wraps documents in the model's chat template.
     `on_layer(solved)` sees each tensor with its errors when it is done. RecipeError for a text that the recipe does not look
     at, and for `samples`, `length` and `chat` without a text.
+
+    >>> q = lowbit.quantize(model, "w4")
+    >>> q.plan.linear_bits_per_weight
+    4.5
     """
     options = Options(
         tokenizer, heard(progress), max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
@@ -230,14 +234,26 @@ def plan(
     model: str | Path | nn.Module, recipe: str | Format | Recipe = "w4", *, context: int = 4096,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Plan:  # fmt: skip
-    """What a recipe would make of a model, from its config and headers alone: no weight is read."""
+    """What a recipe would make of a model, from its config and headers alone: no weight is read. Sizes are bytes, exact.
+
+    `context`: tokens that the KV cache is sized for. `max_shard_bytes`: a larger model has several weight files. RecipeError for a
+    recipe that does nothing for this model, SourceError for what is no model.
+
+    >>> lowbit.plan(model, "int8:channel").linear_bits_per_weight < 10
+    True
+    """
     wanted = Recipe.of(recipe)
     return make_plan(rewritten(open_headers(model), wanted), wanted, context=context, max_shard_bytes=max_shard_bytes)
 
 
 def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
     """Quantize one tensor of 0 to 3 dimensions by the linear-layer part of a recipe, without statistics of its input: a
-    solver that needs them gives way to round-to-nearest."""
+    solver that needs them gives way to round-to-nearest. `x` is rounded in float32, and must be finite (WeightError).
+
+    >>> q = lowbit.quantize_tensor(torch.tensor([-0.3, 0.0, 0.1, 0.7]), "absmax")
+    >>> q.dequantize().shape, q.nbytes
+    (torch.Size([4]), 8)
+    """
     wanted = Recipe.of(recipe)
     if x.dim() > 3:
         raise WeightError(f"a tensor of {x.dim()} dimensions has no rows and columns; reshape it to 3 or fewer")

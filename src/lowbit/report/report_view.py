@@ -48,12 +48,16 @@ def _parts(report: Report, width: int) -> list[RenderableType]:
     headings = ["tensor", "count", "became", "bits/\nweight", "error %", *(_OUTPUTS if measured else ())]
     stays = [i for i, group in enumerate(groups) if group[0].format is None]
     rows = [_row(group, measured) for group in groups]
-    table = table_or_list(
-        headings, rows, width, expendable=("count", "bits/\nweight"), left=("tensor", "became"), dim=stays
-    )
+    table = table_or_list(headings, rows, width, expendable=_LESS, left=("tensor", "became"), dim=stays)
     return [table, named_lines(_lines(report, measured))]
 
 
+_LESS = (
+    "count",
+    "bits/\nweight",
+    "rounded to\nnearest %",
+    "error %",
+)  # what a narrow table does without, the least missed first
 _OUTPUTS = ("output\nerror %", "rounded to\nnearest %")
 
 
