@@ -20,7 +20,7 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_checked
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
 
@@ -36,7 +36,7 @@ def allocate(
     chat: bool = False,
     candidates: tuple[str, ...] = CANDIDATES,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **target: Any,
 ) -> Allocation:
     """A format for each layer of `model`, so that it is as good as can be under one target; see `budget.allocation`.
@@ -48,6 +48,10 @@ def allocate(
     text or with other candidates; a text that the model would have to write first is not compared.
     A target that no choice of formats meets is a RecipeError with the nearest that one does, before text or a weight is
     read. `allocation.recipe` goes to `quantize`.
+
+    >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=2, length=64)
+    >>> found.plan.linear_bits_per_weight <= 5
+    True
     """
     wanted = Recipe.of(recipe).calibrated()
     names = sensitivity.candidates if isinstance(sensitivity, Sensitivity) else candidates
@@ -60,7 +64,7 @@ def allocate(
             )
         return allocation(source, sensitivity, wanted, **target)
     with nullcontext() if sensitivity is None else locked(sensitivity):
-        found = _measured_or_read(source, sensitivity, text, candidates, progress)
+        found = _measured_or_read(source, sensitivity, text, candidates, heard(progress))
     return allocation(source, found, wanted, **target)
 
 

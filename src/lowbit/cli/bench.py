@@ -112,7 +112,7 @@ def bench(
     if as_json:
         console.print_json(found.to_dict())
     elif markdown:
-        sys.stdout.write(str(found))
+        sys.stdout.write(found.to_markdown())
     else:
         screen = console.stdout()
         screen.print(render_bench(found, width=screen.width))

@@ -35,22 +35,15 @@ def dequantize(
 ) -> None:
     """Write a quantized model, of lowbit or another program, as an ordinary float folder, which transformers reads alone."""
     import lowbit
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.results_view import dequantized_text
 
     console.quiet()
     with console.bytes_bar("writing") as progress:
         made = lowbit.dequantize_model(model, out, dtype=dtype, progress=progress, overwrite=overwrite)
-    name = str(made.dtype).removeprefix("torch.")
     if as_json:
         console.print_json({
-            "folder": str(out), "dtype": name, "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
+            "folder": str(out), "dtype": str(made.dtype).removeprefix("torch."), "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
             "notes": list(made.notes),
         })  # fmt: skip
         return
-    loss = "no value was rounded" if made.error == 0.0 else f"rounding cost a relative error of {made.error:.2g}"
-    console.stdout().print(
-        "\n".join([f"{out}: {made.tensors} tensors, {bytes_text(made.bytes)} of {name}; {loss}", *made.notes]),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.stdout().print(dequantized_text(made), markup=False, highlight=False, soft_wrap=True)

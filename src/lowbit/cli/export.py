@@ -13,8 +13,6 @@ from lowbit.cli.options import KV, As, Chat, Json, KVCalibration, Overwrite, Sam
 if TYPE_CHECKING:
     from lowbit.convert.exporting import Exported
 
-_NAMED = 2  # weights that are named
-
 
 def register(app: typer.Typer) -> None:
     app.command(
@@ -66,11 +64,6 @@ def export(
 
 def summary(made: Exported) -> str:
     """One line on what was written and how it compared, then what else people should know."""
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.results_view import exported_text
 
-    weights = "every weight equal"
-    if made.unequal:
-        named = " and ".join(made.unequal) if len(made.unequal) <= _NAMED else f"{len(made.unequal)} weights"
-        weights += f" but {named}, within {made.weights:.1e}"
-    logits = "" if made.logits is None else f", logits within {made.logits:.1e}"
-    return "\n".join([f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}", *made.notes])
+    return exported_text(made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,15 +26,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""
-    from lowbit.interchange.files.settings import is_ours
-    from lowbit.interchange.opening import open_source
-    from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
+    import lowbit
+    from lowbit.report.inspect import render_inspection
 
     console.quiet()
-    if is_ours(model):
-        found = inspect_quantized(Path(model))
-    else:
-        source = open_source(model)
-        with console.bytes_bar("reading") as progress:
-            found = inspect_source(source, progress)
+    with console.bytes_bar("reading") as progress:
+        found = lowbit.inspect(model, progress=progress)
     console.print_result(as_json, found.to_dict, lambda width: render_inspection(found, every=every, width=width))

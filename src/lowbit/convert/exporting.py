@@ -14,12 +14,13 @@ from typing import Any
 
 from lowbit.convert.conversions import Conversion, conversions, converted, sentences
 from lowbit.convert.read_back import compared
+from lowbit.display import Displayed
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.tensors import Contents
 
@@ -28,8 +29,8 @@ _EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Displayed):
     """What was written, and how far it is from ours when read back.
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
@@ -46,6 +47,9 @@ class Exported:
     unequal: tuple[str, ...] = ()
     conversions: tuple[Conversion, ...] = ()
 
+    def _brief(self) -> str:
+        return f"{self.target}, {self.path}, {self.nbytes:,} bytes"
+
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
@@ -58,7 +62,7 @@ class Exported:
 def export(
     model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
     samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
@@ -68,6 +72,9 @@ def export(
     `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
     quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
     ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+
+    >>> lowbit.export(quantized, "gptq", folder / "for-gptq").weights
+    0.0
     """
     kind = exporter_named(target)
     folder = LowbitFolder(_folder_of(model))
@@ -80,7 +87,7 @@ def export(
             f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
         )
     with locked(out):
-        return written(kind, folder, out, kv, text, overwrite, progress)
+        return written(kind, folder, out, kv, text, overwrite, heard(progress))
 
 
 def written(

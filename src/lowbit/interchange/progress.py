@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(name of the tensor at hand, bytes done, bytes in all)`. A call that brings no more bytes says what begins; a
@@ -32,3 +33,10 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
+
+P = TypeVar("P")
+
+
+def heard(progress: P | bool | None) -> P | None:
+    """The callback; None where `progress` only says whether a bar is wanted, which `lowbit.quantize` and its like draw themselves."""
+    return None if isinstance(progress, bool) else progress

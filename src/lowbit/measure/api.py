@@ -20,7 +20,7 @@ from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import OnStep, Step
+from lowbit.interchange.progress import OnStep, Step, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
@@ -63,7 +63,7 @@ def evaluate(
     prompt: str | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
     """Measure a model, and against the float model it was made from when `against` is given.
@@ -75,6 +75,10 @@ def evaluate(
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
     loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed", and `progress` how many windows
     of text are done, then how many runs of a program, each of how many. TextError when the text is shorter than a window.
+
+    >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
+    >>> card.quality.kl_mean.value > 0  # nats per token
+    True
     """
     say = told or (lambda what: None)
     wanted = as_dtype(dtype)
@@ -100,7 +104,7 @@ def evaluate(
     tok = tokenizer_of()
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=module)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
-    quality = measure_quality(module, cut, base=base, progress=progress)
+    quality = measure_quality(module, cut, base=base, progress=heard(progress))
     sample = None
     if prompt:
         say("answering a prompt")
@@ -109,7 +113,7 @@ def evaluate(
     if settings := _settings(speed):
         cast = subject.name is not None and not isinstance(against, nn.Module)
         what = module if subject.name is None else subject.name
-        rates, run_peak = _speed(what, module, base, cast, tok, settings, say, progress)
+        rates, run_peak = _speed(what, module, base, cast, tok, settings, say, heard(progress))
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
@@ -150,7 +154,7 @@ def compare(
     length: int = 1024,
     speed: bool | SpeedSettings = False,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
     on_made: Callable[[str, Quantized], None] | None = None,
     calibration: Any = None,
@@ -234,7 +238,7 @@ def compare(
     )  # fmt: skip
     with nullcontext() if file is None else file.noted([key for index, key in keys.items() if index >= 0]):
         rows = table.compare(
-            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=progress, on_row=finished,
+            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=heard(progress), on_row=finished,
             steps=steps, kept=kept, built_again=on_made is not None,
         )  # fmt: skip
     return list(rows)

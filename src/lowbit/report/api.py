@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lowbit.calibration.data import SAMPLES
 from lowbit.errors import OutputError
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import OnStep
 from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.quality import Progress
 from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
+from lowbit.report.comparison import Comparison
 
 _log = logging.getLogger("lowbit")
 
 
 def compare(
-    model: str | Path | nn.Module, recipes: list[str] | None = None, *, plots: str | Path | None = None,
-    keep: str | Path | None = None, keep_after: bool = True, **options: Any,
-) -> list[CompareRow]:  # fmt: skip
+    model: str | Path | nn.Module,
+    recipes: Sequence[str] | None = None,
+    *,
+    calibration: Any = None,
+    samples: int = SAMPLES,
+    text: str | Path | Sequence[str] | None = None,
+    windows: int | None = None,
+    length: int = 1024,
+    speed: bool | SpeedSettings = False,
+    plots: str | Path | None = None,
+    keep: str | Path | None = None,
+    keep_after: bool = True,
+    tokenizer: Any = None,
+    progress: Progress | bool | None = None,
+    on_step: OnStep | None = None,
+    on_row: Callable[[CompareRow], None] | None = None,
+) -> Comparison:
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
-    `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). `keep`: a file in which
-    rows are kept as they are finished; the same call goes on from them when it was interrupted, and `keep_after=False` takes them away when
-    all is done. Other options are those of `lowbit.measure.api.compare`: calibration, samples, text, windows, length, speed, tokenizer,
-    progress, on_step, on_row.
+    Each recipe is quantized, written, read back by `from_pretrained` and measured on `windows` windows (all when None) of `length` tokens of
+    `text`: a file, strings or a dataset id, Python's own manual when None. `calibration`: text (as in `quantize`), `samples` windows of it, for
+    every recipe that looks at data; the others do without. `speed`: also tokens per second. `plots`: a folder for two figures, weights before
+    and after and quality against size (needs matplotlib).
+
+    `keep`: a file in which rows are kept as they are finished; the same call goes on from them when it was interrupted, and `keep_after=False`
+    takes them away when all is done. `on_row` sees each row, `on_step` what is at work and the time left, and `progress(windows done, windows
+    in all)` counts those of the float model and of every recipe.
+
+    The rows are a list, the float model's first, and print as one table. A recipe that ends in a LowbitError is a row with its text.
+    TextError for a text that is shorter than a window, OutputError for a folder that cannot be drawn into.
+
+    >>> rows = lowbit.compare(model, ["w8", "w4"], text=text, windows=1, length=64)
+    >>> [row.recipe for row in rows]
+    ['float32', 'w8', 'w4']
     """
     file = None if keep is None else RowFile(keep)
     drawing = None if plots is None else Drawing(open_source(model), Path(plots))
-    rows = api.compare(model, recipes, on_made=None if drawing is None else drawing.add, keep=file, **options)
+    rows = api.compare(
+        model, recipes, calibration=calibration, samples=samples, text=text, windows=windows, length=length, speed=speed,
+        tokenizer=tokenizer, progress=progress, on_step=on_step, on_row=on_row,
+        on_made=None if drawing is None else drawing.add, keep=file,
+    )  # fmt: skip
     if drawing is not None:
         drawing.save(rows)
     if file is not None and not keep_after:
         file.forget()
-    return rows
+    return Comparison(rows)
 
 
 class Drawing:

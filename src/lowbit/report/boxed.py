@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowbit.report.layout import Lines, NamedLines, wrapped
 
@@ -39,7 +39,7 @@ class Boxed:
             return
         in_frame = self.title.cell_len <= inner
         below = None if self.footer is None or self.footer.cell_len > widest else self.footer
-        inside = [*([] if in_frame else [title, Text()]), *self.before, self.lines, *self.after]
+        inside: list[Any] = [*([] if in_frame else [title, Text()]), *self.before, self.lines, *self.after]
         if below is None and self.footer is not None:
             inside += [Text(), self.footer]
         yield Panel(

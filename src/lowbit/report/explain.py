@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.display import Displayed
 from lowbit.errors import WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.formats.blocks import as_matrices
@@ -58,8 +59,8 @@ class BlockSteps:
         return next((s.stored for s in self.steps if s.symbol in "zm"), None)
 
 
-@dataclass(frozen=True)
-class Explanation:
+@dataclass(frozen=True, repr=False)
+class Explanation(Displayed):
     """What a recipe does to one array: some blocks in every detail, and the errors over all of it."""
 
     label: str
@@ -78,6 +79,9 @@ class Explanation:
     nbytes: int
     histogram: tuple[int, ...]
     histogram_after: tuple[int, ...]
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.recipe}, relative error {self.relative_error:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.display import Displayed
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.files.settings import read_config
@@ -68,8 +69,8 @@ class TensorFacts:
     inputs: str | None = None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Displayed):
     """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known."""
 
     label: str
@@ -77,6 +78,9 @@ class Inspection:
     tensors: tuple[TensorFacts, ...]
     tied: dict[str, str]
     quantized: str | None = None
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.model_class}, {len(self.tensors)} tensors, {self.nbytes:,} bytes"
 
     @property
     def parameters(self) -> int:
