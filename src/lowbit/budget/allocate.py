@@ -75,7 +75,12 @@ def _measured_or_read(
     known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
     if known is not None and (text["source"] is None or text["source"] == SELF):
         return _same(known, path, candidates, None)
-    calibration = load_calibration(tokenizer=None, model=source, **text)
+
+    def on_token(done: int, total: int) -> None:
+        if progress is not None:
+            progress("the model writes calibration text", done, total)
+
+    calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **text)
     if known is not None:
         return _same(known, path, candidates, calibration)
     found = measure_sensitivity(

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit plan meta-llama/Llama-3.1-70B w4 --context 32768")(plan)
+    app.command(
+        rich_help_panel="Make",
+        short_help="Say what a recipe would make of a model, before any work.",
+        epilog="Examples:\nlowbit plan smollm2\nlowbit plan Qwen/Qwen3-0.6B w4 --context 32768",
+    )(plan)
 
 
 def plan(
@@ -25,8 +29,10 @@ def plan(
     recipe: RecipeOrBits = None,
     bits: Bits = None,
     group_size: GroupSize = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context that the KV cache is sized for.")] = 4096,
-    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Say how large the KV cache is at N tokens.")] = 4096,
+    every: Annotated[
+        bool, typer.Option("--all", help="List each tensor by itself instead of groups that are alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what every tensor would become, the exact size and the memory needed, before a weight is read."""
@@ -41,12 +47,11 @@ def plan(
 def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
     """A row for each group of like tensors, or for `every` tensor, and the totals.
 
-    `width` in characters: columns that matter less are left out until the table fits.
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
     """
     from rich.console import Group
-    from rich.text import Text
 
-    from lowbit.report.layout import fitted_table, named_lines
+    from lowbit.report.layout import headline, named_lines, table_or_list
     from lowbit.report.wording import grouped, pattern_of
 
     def alike(t: TensorPlan) -> Any:
@@ -55,12 +60,14 @@ def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> Render
     groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
     stays = [i for i, group in enumerate(groups) if group[0].format is None]
     rows = [_row(group) for group in groups]
-    table = fitted_table(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"), _LEFT, dim=stays)
-    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, named_lines(_totals(plan)))
+    less = ("count", "before", "now", "bits/\nweight", "shape")
+    table = table_or_list(_HEADINGS, rows, width, expendable=less, left=_LEFT, dim=stays)
+    head = headline(plan.label, plan.recipe.title, width)
+    return Group(head, table, named_lines(_totals(plan)))
 
 
 _LEFT = ("tensor", "shape", "now", "becomes")
-_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/weight", "before", "after")
+_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/\nweight", "before", "after")
 
 
 def _row(group: list[TensorPlan]) -> list[str]:
