@@ -17,11 +17,11 @@ from lowbit.interchange.files.safetensors_reader import DTYPES
 from lowbit.interchange.files.safetensors_writer import INDEX
 from lowbit.interchange.files.settings import quantization_section, quantized_by, read_config
 from lowbit.interchange.files.weights import SINGLE
-from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
+from lowbit.interchange.hub.failures import explained, without_their_words
 from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.readers.folder import FolderSource, described
 from lowbit.interchange.readers.left_out import left_out
@@ -70,16 +70,17 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                allow_patterns=None if patterns is None else list(patterns),
-                ignore_patterns=list(ignored),
-                local_files_only=local_files_only,
+        with without_their_words():
+            return Path(
+                snapshot_download(
+                    repo,
+                    allow_patterns=None if patterns is None else list(patterns),
+                    ignore_patterns=list(ignored),
+                    local_files_only=local_files_only,
+                )
             )
-        )
     except Exception as error:
-        raise _explained(repo, error) from error
+        raise explained(repo, error) from error
 
 
 class HubHeaders(Source):
@@ -94,11 +95,12 @@ class HubHeaders(Source):
         _refuse_unknown(self.folder, repo)
         self.config = as_float(load_config(self.folder))
         try:
-            found = get_safetensors_metadata(repo)
+            with without_their_words():
+                found = get_safetensors_metadata(repo)
         except Exception as error:
             if isinstance(error, NotASafetensorsRepoError):
                 refuse_adapter(self.folder, repo, always=True)
-            raise _explained(repo, error) from error
+            raise explained(repo, error) from error
         checkpoint = {}
         for file, headers in sorted(found.files_metadata.items()):
             for name, info in headers.tensors.items():
@@ -166,37 +168,3 @@ def _refuse_unknown(folder: Path, repo: str) -> None:
             f"{repo} is already quantized with {method}, which lowbit cannot read (it reads {', '.join(schemes())}); "
             "give the original float model"
         )
-
-
-def _explained(repo: str, error: Exception) -> SourceError:
-    """An error of huggingface_hub as a SourceError that says what to do."""
-    from huggingface_hub import errors
-
-    name, detail = type(error).__name__, one_line(error, 200)
-    if isinstance(error, errors.GatedRepoError):
-        problem, remedy = (
-            "is gated",
-            f"accept its terms at https://huggingface.co/{repo} and run `hf auth login`",
-        )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        problem, remedy = (
-            "is no local folder and was not found on Hugging Face",
-            "check the spelling; if it is private run `hf auth login`",
-        )
-    elif isinstance(error, errors.NotASafetensorsRepoError):
-        problem = "has no safetensors weights"
-        remedy = (
-            "convert it where you trust its pickle: from_pretrained(id).save_pretrained(folder), then give the folder"
-        )
-    elif isinstance(error, errors.SafetensorsParsingError):
-        problem, remedy = f"has a safetensors header that cannot be read ({detail})", "tell its owners"
-    elif isinstance(error, OSError) and not isinstance(
-        error, (errors.HfHubHTTPError, ConnectionError, FileNotFoundError)
-    ):
-        problem, remedy = f"could not be stored ({detail})", "free some space in the Hugging Face cache"
-    else:
-        problem = (
-            f"is no local folder and not in the local cache, and Hugging Face cannot be reached ({name}: {detail})"
-        )
-        remedy = "go online and repeat, or give a local folder"
-    return SourceError(f"{repo} {problem}; {remedy}")
