@@ -21,7 +21,9 @@ FORMS = ["", *COMMANDS]
 
 
 def shown(command: str, width: int = 80) -> list[str]:
-    result = CliRunner().invoke(app, [*([command] if command else []), "--help"], env={"COLUMNS": str(width)}, prog_name="lowbit")
+    result = CliRunner().invoke(
+        app, [*([command] if command else []), "--help"], env={"COLUMNS": str(width)}, prog_name="lowbit"
+    )
     assert result.exit_code == 0, result.output
     return result.stdout.splitlines()
 

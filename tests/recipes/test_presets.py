@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,6 @@ def test_a_preset_says_what_it_is_and_when_to_take_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_bits_that_are_said_are_those_that_are_stored(name: str) -> None:
-    import re
-
     said = float(re.search(r"([\d.]+)[ -]bit", PRESETS[name].about)[1])  # type: ignore[index]
     if PRESETS[name].about.startswith("4-bit floats"):
         said = float(re.search(r": ([\d.]+) bits", PRESETS[name].about)[1])  # type: ignore[index]
@@ -55,7 +54,9 @@ def test_what_is_said_of_losses_was_measured(kl: dict[str, float]) -> None:
     assert kl["w4"] < kl["hqq"] and kl["per-channel"] < kl["fp8"] < 0.05
     assert kl["nf4"] == pytest.approx(kl["w4"], rel=0.1) and kl["nvfp4"] == pytest.approx(kl["w4"], rel=0.1)
     assert 25 < kl["absmax"] / kl["w8"] < 40 and kl["zeropoint"] / kl["w8"] > 20
-    assert kl["symmetric"] == pytest.approx(kl["absmax"], rel=0.05) and kl["linear"] == pytest.approx(kl["zeropoint"], rel=1e-4)
+    assert kl["symmetric"] == pytest.approx(kl["absmax"], rel=0.05) and kl["linear"] == pytest.approx(
+        kl["zeropoint"], rel=1e-4
+    )
     assert kl["minmax"] == pytest.approx(kl["zeropoint"], rel=0.05)
     assert 10 * kl["per-channel"] < kl["blockwise"] < kl["absmax"]
     assert kl["nl4"] / kl["kmeans"] == pytest.approx(2 / 3, abs=0.05)

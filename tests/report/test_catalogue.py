@@ -78,6 +78,6 @@ def test_every_method_begins_with_a_plain_sentence(entries: list[Entry]) -> None
     for entry in entries:
         if entry.kind == "format":
             continue
-        assert entry.summary.endswith(".") and entry.summary[0].isupper() or entry.kind == "preset", entry
+        assert (entry.summary.endswith(".") and entry.summary[0].isupper()) or entry.kind == "preset", entry
         formula = set("=^{}\\*") | ({"|", "_"} if entry.kind != "preset" else set())
         assert not formula & set(entry.summary), f"{entry.name}: a formula belongs on a later line"

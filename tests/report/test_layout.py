@@ -13,7 +13,9 @@ from lowbit.report.boxed import Boxed
 from lowbit.report.layout import headline, named_lines, table_or_list, wrapped
 
 WIDTHS = (60, 80, 100, 140)
-LONG = "rotate+awq+qronos@uint3:g32:s=(uint6:g8):min=(int6:g8),a=minmax@int8:tensor,a:*.down_proj=int8:g64,fallback=never"
+LONG = (
+    "rotate+awq+qronos@uint3:g32:s=(uint6:g8):min=(int6:g8),a=minmax@int8:tensor,a:*.down_proj=int8:g64,fallback=never"
+)
 HEADINGS = ["recipe", "bits/\nweight", "what it is", "MiB"]
 ROWS = [["w4", "4.50", "the one to start with", "84.3"], ["gptq@int4:g64", "4.25", "", "81"]]
 
@@ -48,7 +50,10 @@ def test_wrapping_counts_cells_and_keeps_styles() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rows_that_fit_are_a_table_in_columns(width: int) -> None:
     lines = lines_of(table_or_list(HEADINGS, ROWS, width, left=HEADINGS[::2]), width)
-    assert [line.split() for line in lines if line.strip("─ ")][:2] == [["bits/"], ["recipe", "weight", "what", "it", "is", "MiB"]]
+    assert [line.split() for line in lines if line.strip("─ ")][:2] == [
+        ["bits/"],
+        ["recipe", "weight", "what", "it", "is", "MiB"],
+    ]
     first, second = (next(line for line in lines if row[0] in line) for row in ROWS)
     assert first.index("84.3") + 4 == second.index("81") + 2, "numbers end below each other"
     assert widest(lines) <= width
