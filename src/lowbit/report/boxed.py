@@ -39,7 +39,8 @@ class Boxed:
             return
         in_frame = self.title.cell_len <= inner
         below = None if self.footer is None or self.footer.cell_len > widest else self.footer
-        inside: list[RenderableType] = [*([] if in_frame else [title, Text()]), *self.before, self.lines, *self.after]
+        head: list[RenderableType] = [] if in_frame else [title, Text()]
+        inside: list[RenderableType] = [*head, *self.before, self.lines, *self.after]
         if below is None and self.footer is not None:
             inside += [Text(), self.footer]
         yield Panel(
