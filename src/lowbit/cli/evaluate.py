@@ -36,7 +36,7 @@ def evaluate(
     import lowbit
 
     console.quiet()
-    with console.steps("windows") as (say, progress):
+    with console.steps() as (say, progress):
         card = lowbit.evaluate(
             model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )

@@ -79,6 +79,15 @@ class Job:
             return default_folder(self.model, self.recipe)
         return default_file(self.model, self.typed, self.ready.exporter)
 
+    def advice(self) -> tuple[str, ...]:
+        """What is unusual in how the recipe groups weights of this model, known from its headers."""
+        from lowbit.pipeline.api import plan
+        from lowbit.planning.advice import may_advise
+
+        if self.ready is not None:
+            return self.ready.plan.advice
+        return plan(self.model, self.recipe).advice if may_advise(self.recipe) else ()
+
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
         from lowbit.convert.quantize_as import candidates, prepare
@@ -117,15 +126,16 @@ class Job:
 def default_file(model: str, recipe: str, kind: Exporter) -> Path:
     """`<model's own name>-<recipe as it was typed>` with the exporter's ending, in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
-    return Path(f"{_base(model)}-{words}{kind.suffix or '-' + kind.name}")
+    return Path(f"{own_name(model)}-{words}{kind.suffix or '-' + kind.name}")
 
 
 def default_folder(model: str, recipe: Recipe) -> Path:
     """`<model's own name>-<recipe>` in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.name or str(recipe)).strip("-")
-    return Path(f"{_base(model)}-{words}")
+    return Path(f"{own_name(model)}-{words}")
 
 
-def _base(model: str) -> str:
+def own_name(model: str) -> str:
+    """The model's own name, as files that are made of it begin."""
     path = Path(model)
     return (path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name) or "model"

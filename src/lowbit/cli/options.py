@@ -22,6 +22,32 @@ Recipe = Annotated[
         help="A preset (`lowbit recipes` lists them), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
     ),
 ]
+RecipeOrBits = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="A preset (`lowbit recipes` lists them), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
+        show_default="w4",
+    ),
+]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        "--bits",
+        metavar="N",
+        help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.",
+        show_default=False,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        "--group-size",
+        metavar="N",
+        help="With --bits: weights that share a scale, as intN:gSIZE; -1 for a whole row.",
+        show_default=False,
+    ),
+]
 As = Annotated[
     str,
     typer.Option(
@@ -187,3 +213,20 @@ Threads = Annotated[
         min=1, metavar="N", help="Let the engine use N threads.", show_default="all cores", rich_help_panel=ENGINE
     ),
 ]
+
+
+def recipe_of(recipe: str | None, bits: int | None, group_size: int | None) -> str:
+    """The recipe that was given, or what --bits and --group-size stand for, or w4. RecipeError for both."""
+    from lowbit.errors import RecipeError
+    from lowbit.recipes.spelling import of_bits
+
+    if bits is None and group_size is None:
+        return "w4" if recipe is None else recipe
+    meant = of_bits(bits, group_size)
+    if recipe is not None:
+        given = "--bits" if group_size is None else "--bits and --group-size"
+        raise RecipeError(
+            f"the recipe {recipe} and {given} (here {meant}) both say what weights become; give one of them, or a method with "
+            f"this format, such as gptq@{meant if ':' in meant else 'int4:g32'}"
+        )
+    return meant

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Model, Recipe
+from lowbit.cli.options import Bits, GroupSize, Json, Model, RecipeOrBits, recipe_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: Model,
-    recipe: Recipe = "w4",
+    recipe: RecipeOrBits = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     context: Annotated[int, typer.Option(min=1, metavar="N", help="Say how large the KV cache is at N tokens.")] = 4096,
     every: Annotated[
         bool, typer.Option("--all", help="List each tensor by itself instead of groups that are alike.")
@@ -36,8 +38,9 @@ def plan(
     """Say what every tensor would become, the exact size and the memory needed, before a weight is read."""
     import lowbit
 
+    typed = recipe_of(recipe, bits, group_size)
     console.quiet()
-    made = lowbit.plan(model, recipe, context=context)
+    made = lowbit.plan(model, typed, context=context)
     console.print_result(as_json, made.to_json, lambda width: render_plan(made, every=every, width=width))
 
 
@@ -108,4 +111,4 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
     elif plan.kv_bytes:
         lines.append(("state", bytes_text(plan.kv_bytes)))
-    return lines + [("note", note) for note in plan.notes]
+    return lines + [("note", note) for note in (*plan.notes, *plan.advice)]

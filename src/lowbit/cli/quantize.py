@@ -18,22 +18,25 @@ from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.options import (
     KV,
+    Bits,
     Calibration,
     Chat,
     Context,
     FewWindows,
     FitMemory,
+    GroupSize,
     Json,
     Model,
     Overwrite,
     QuantizeAs,
-    Recipe,
+    RecipeOrBits,
     Samples,
     SensitivityFile,
     TargetBits,
     TargetKL,
     TargetSize,
     Text,
+    recipe_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
 def quantize(
     model: Model,
-    recipe: Recipe = "w4",
+    recipe: RecipeOrBits = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +69,8 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
@@ -107,6 +112,7 @@ def quantize(
     from lowbit.errors import RecipeError
     from lowbit.report.layout import headline
 
+    typed = recipe_of(recipe, bits, group_size)
     target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
     if keep is not None and target_format is None:
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
@@ -114,7 +120,7 @@ def quantize(
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     console.quiet()
     calibration = "self" if target and calibration is None else calibration
-    job = Job.of(model, recipe, target_format, CalibrationText(calibration, samples, chat), kv)
+    job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
     out = out or job.default_out()
     if card and text is not None:
         from lowbit.calibration.text import load_text
@@ -122,6 +128,8 @@ def quantize(
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
     screen.print(headline(model, job.recipe.title, screen.width))
+    for line in job.advice():
+        screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
     if target:
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
@@ -160,7 +168,7 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.steps("windows") as (say, progress):
+        with console.steps() as (say, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
