@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,6 @@ def test_a_preset_says_what_it_is_and_when_to_take_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_bits_that_are_said_are_those_that_are_stored(name: str) -> None:
-    import re
-
     said = float(re.search(r"([\d.]+)[ -]bit", PRESETS[name].about)[1])  # type: ignore[index]
     if PRESETS[name].about.startswith("4-bit floats"):
         said = float(re.search(r": ([\d.]+) bits", PRESETS[name].about)[1])  # type: ignore[index]

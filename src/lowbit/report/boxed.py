@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowbit.report.layout import Lines, NamedLines, wrapped
 
@@ -34,12 +34,13 @@ class Boxed:
         widest = max((line.cell_len for line in self.lines.drawn(inner)), default=0)
         title = Lines([self.title] if self.title.cell_len <= inner else wrapped(self.title, inner))
         if widest > inner or max(line.cell_len for line in title.lines) > inner:
-            footer = [] if self.footer is None else [Text(), self.footer]
+            footer: list[RenderableType] = [] if self.footer is None else [Text(), self.footer]
             yield Group(Lines(wrapped(self.title, width)), Text(), *self.before, self.lines, *self.after, *footer)
             return
         in_frame = self.title.cell_len <= inner
         below = None if self.footer is None or self.footer.cell_len > widest else self.footer
-        inside: list[Any] = [*([] if in_frame else [title, Text()]), *self.before, self.lines, *self.after]
+        head: list[RenderableType] = [] if in_frame else [title, Text()]
+        inside: list[RenderableType] = [*head, *self.before, self.lines, *self.after]
         if below is None and self.footer is not None:
             inside += [Text(), self.footer]
         yield Panel(

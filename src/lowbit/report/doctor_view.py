@@ -23,7 +23,7 @@ def render_report(report: Report, *, every: bool = False, width: int = 80) -> Re
     if report.kernels:
         few, many = (_rows_text(rows) for rows in (ROWS[0], ROWS[-1]))
         head = Text.assemble(("Kernels", "bold"), f"\n{_INTRODUCTION.format(side=SIDE, few=few, many=many)}")
-        elements += [Text(), Lines(wrapped(head, width)), *_kernel_tables(report, every, width)]
+        elements += [Text(), Lines([*wrapped(head, width), Text()]), *_kernel_tables(report, every, width)]
         if not every:
             elements.append(Lines([*wrapped(Text(_SLOWER, "dim"), width), Text()]))
         elements.append(Lines(_declines(report, width)))
@@ -90,7 +90,7 @@ def _kernel_tables(report: Report, every: bool, width: int) -> list[RenderableTy
         line = Text.assemble((f"inputs in {trials[0].dtype}", "cyan"), f"  the float product takes {taken}")
         able = [t for t in trials if t.declines is None and t.kernel != "dense"]
         rows = [_cells(t, dense) for t in able if t.chosen_for or every]
-        elements += [Text(), Lines(wrapped(line, width)), table_or_list(headings, rows, width, left=_LEFT)]
+        elements += [Lines(wrapped(line, width)), table_or_list(headings, rows, width, left=_LEFT)]
     return elements
 
 
@@ -117,7 +117,7 @@ def _declines(report: Report, width: int) -> list[Text]:
             recipes = reasons.setdefault((trial.kernel, trial.declines), [])
             if trial.recipe not in recipes:
                 recipes.append(trial.recipe)
-    lines = list[Text]()
+    lines = [Text("Kernels that take no weight of a recipe, and why", "bold")] if reasons else list[Text]()
     for (kernel, reason), recipes in reasons.items():
         lines += wrapped(Text.assemble((f"{kernel} declines {', '.join(recipes)}: ", "cyan"), reason), width)
     return lines
