@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-TEXT = (
-    "the model writes calibration text"  # a name in `Progress` of what comes before the tensors, and counts by itself
-)
-
+# A name in `Progress` of what comes before the tensors, and counts by itself.
+TEXT = "the model writes calibration text"
 Progress = Callable[[str, int, int], None]
 """Called as `progress(name of the tensor at hand, bytes done, bytes in all)`. A call that brings no more bytes says what begins; a
 second pass over the model counts again from nothing."""
