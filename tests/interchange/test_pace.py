@@ -95,11 +95,11 @@ def test_a_step_from_outside_counts_down_and_promises_nothing_when_it_is_late(cl
 
 def test_stages_learn_what_their_kind_costs(clock: FakeClock) -> None:
     shown: list[Step] = []
-    quantize = [Stage(f"{name}: quantizing", ("without text",), unit="bytes") for name in "ab"]
+    quantize = [Stage(f"{name}: quantizing", ("without text",), unit="%") for name in "ab"]
     measure = [Stage(f"{name}: measuring", ("windows",), 4, "windows") for name in "ab"]
     stages = Stages([quantize[0], measure[0], quantize[1], measure[1]], shown.append, clock)
     stages.begin(quantize[0])
-    assert shown[-1] == Step("a: quantizing", unit="bytes")  # nothing is known, and nothing is claimed
+    assert shown[-1] == Step("a: quantizing", unit="%")  # nothing is known, and nothing is claimed
     clock.now += 10
     stages.move(50, 100)
     # 10 s of this and 20 s of its like; of measuring nothing is known.

@@ -40,6 +40,11 @@ def test_without_a_terminal_there_is_a_line_at_once_and_one_now_and_then() -> No
     lines = Lines(tracker, said.append, lambda: now[0])
     lines.tick()
     assert said == []  # nothing has begun: an error of what was asked for stands alone
+    waiting = Lines(tracker, (late := list[str]()).append, lambda: now[0])
+    now[0] = EVERY
+    waiting.tick()
+    assert late == ["quantizing"]  # but not for long
+    now[0] = 0.0
     lines.begin()
     for second in range(1, 36):
         now[0] = second

@@ -20,7 +20,7 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_checked
-from lowbit.interchange.progress import Progress, heard
+from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
 
@@ -82,7 +82,7 @@ def _measured_or_read(
 
     def on_token(done: int, total: int) -> None:
         if progress is not None:
-            progress("the model writes calibration text", done, total)
+            progress(TEXT, done, total)
 
     calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **text)
     if known is not None:

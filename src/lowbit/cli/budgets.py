@@ -36,6 +36,7 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
     """The recipe for the target; what it found is printed."""
     import lowbit
     from lowbit.budget.allocation import formats_of
+    from lowbit.interchange.progress import TEXT
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()
@@ -44,7 +45,7 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
             model,
             recipe,
             sensitivity=sensitivity,
-            progress=lambda what, done, total: shown.move(done, total, what),
+            progress=lambda what, done, total: shown.move(done, total, what, what == TEXT),
             **text,
             **target,
         )

@@ -133,8 +133,9 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
-    """`bytes_bar`, and a function that takes what became of each layer: the bar then shows the error of its output,
+    """A bar moved by calls of (name, done, in all), which shows the share, and a function that takes what became of each layer: the bar then shows the error of its output,
     of round-to-nearest and of the result, and the memory of the process."""
+    from lowbit.interchange.progress import TEXT
     from lowbit.measure.memory import peak_resident
 
     found = {"text": ""}
@@ -148,8 +149,8 @@ def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Cal
             )
         found["text"] = f"{errors}, {peak_resident() / 2**20:.0f} MiB of memory"
 
-    with bytes_bar(what) as move:
-        yield lambda name, done, total: move(name + found["text"], done, total), layer
+    with progress(what, "%") as shown:
+        yield lambda name, done, total: shown.move(done, total, name + found["text"], name == TEXT), layer
 
 
 @contextmanager

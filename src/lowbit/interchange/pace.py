@@ -65,12 +65,13 @@ class Tracker:
         step = Step(what, unit=self._step.unit, at_least=True)  # what comes after it is not known here
         self._step, self._pace, self.begun = step, Pace(self._clock), True
 
-    def move(self, done: int, total: int, note: str = "") -> None:
-        """So much is done."""
+    def move(self, done: int, total: int, note: str = "", more: bool | None = None) -> None:
+        """So much is done. more: whether other work comes after this, so that the time left is a lower bound; None: as before."""
         if self._pace is None:
             self._pace = Pace(self._clock)
         self._pace.report(done)
-        self._step = replace(self._step, done=done, total=total, note=note)
+        at_least = self._step.at_least if more is None else more
+        self._step = replace(self._step, done=done, total=total, note=note, at_least=at_least)
         self.begun = True
 
     def show(self, step: Step) -> None:
@@ -121,19 +122,23 @@ class Stages:
         self._ahead, self._show, self._clock = list(stages), show, clock
         self._costs: dict[str, list[float]] = {}  # kind -> seconds for one of its count
         self._now: Stage | None = None
-        self._start, self._done, self._total = clock(), 0, 0
+        self._start = self._pass = clock()  # of the stage at hand, and of a pass of it that counts again from nothing
+        self._done = self._total = 0
 
     def begin(self, stage: Stage) -> None:
         """The next of the stages begins, and those before it that did not are left out."""
         self._finish()
         while self._ahead and self._ahead.pop(0) != stage:
             pass
-        self._now, self._start, self._done = stage, self._clock(), 0
-        self._total = 0 if stage.unit == "bytes" else stage.count  # of bytes, the stage's own reports say how many
+        self._now, self._done = stage, 0
+        self._start = self._pass = self._clock()
+        self._total = 0 if stage.unit == "%" else stage.count  # its own reports say of how much
         self._tell()
 
     def move(self, done: int, total: int) -> None:
         """So much of the stage at hand is done."""
+        if done < self._done:
+            self._pass = self._clock()
         self._done, self._total = done, total
         self._tell()
 
@@ -163,7 +168,7 @@ class Stages:
             return 0.0
         took = self._clock() - self._start
         if self._done and self._total:
-            return took * self._total / self._done - took
+            return (self._clock() - self._pass) * (self._total - self._done) / self._done
         known = self._guess(self._now)
         return None if known is None else max(0.0, known - took)
 

@@ -20,7 +20,7 @@ from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import OnStep, Step, heard
+from lowbit.interchange.progress import TEXT, OnStep, Step, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
@@ -188,13 +188,17 @@ def compare(
     def looks_at_text(wanted: Recipe) -> bool:
         return calibration is not None and wanted.calibrated().uses_calibration
 
+    def told(name: str, done: int, total: int) -> None:
+        if name != TEXT:  # what it takes is no part of the rest
+            steps.move(done, total)
+
     def build(recipe: str) -> Built:
         start = time.perf_counter()
         wanted = Recipe.parse(recipe)
         looks = looks_at_text(wanted)
         text: dict[str, Any] = {"calibration": calibration} if looks else {}
         text |= {"samples": samples} if looks or wanted.needs_calibration is not None else {}
-        made = quantize(model, recipe, tokenizer=tokenizer, progress=lambda _, done, of: steps.move(done, of), **text)
+        made = quantize(model, recipe, tokenizer=tokenizer, progress=told, **text)
         seconds = time.perf_counter() - start
         if on_made is not None:
             on_made(recipe, made)

@@ -31,7 +31,7 @@ class CompareSteps:
             title = f"{recipe} (recipe {index + 1} of {len(recipes)})"
             stages = {}
             if index not in kept or redrawn:
-                stages["quantizing"] = Stage(f"{title}: quantizing", alike(recipe), 1, "bytes")
+                stages["quantizing"] = Stage(f"{title}: quantizing", alike(recipe), 1, "%")
             if index not in kept:
                 stages["measuring"] = Stage(f"{title}: measuring", (_RECIPE, _FLOAT), windows, "windows")
                 if speed:

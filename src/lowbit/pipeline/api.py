@@ -23,7 +23,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
-from lowbit.interchange.progress import Progress, heard
+from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.pipeline.driver import fingerprint, write_folder
 from lowbit.pipeline.in_memory import packed_copy, solve_in_memory
@@ -179,7 +179,7 @@ def _text(given: Source, source: Source, plan: Plan, options: Options) -> Calibr
 
     def on_token(done: int, total: int) -> None:
         if told is not None:
-            told("the model writes calibration text", plan.bytes_before * done // total, plan.bytes_before)
+            told(TEXT, plan.bytes_before * done // total, plan.bytes_before)
 
     return load_calibration(options.calibration, tokenizer, source, on_token=on_token, **options.of_text())
 

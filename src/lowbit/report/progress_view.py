@@ -37,6 +37,8 @@ def done_text(step: Step) -> str:
     """'3/8 windows', '45 of 130 MiB', or empty where nothing is counted."""
     if not step.total:
         return ""
+    if step.unit == "%":
+        return f"{100 * step.done / step.total:.0f} %"
     if step.unit != "bytes":
         return f"{step.done}/{step.total} {step.unit}".rstrip()
     done, total = bytes_text(step.done), bytes_text(step.total)
@@ -79,14 +81,22 @@ class Lines:
         self._tracker, self._write, self._clock = tracker, write, clock
         self._last: float | None = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was said."""
+        return self._last is not None
+
     def begin(self) -> None:
         """Say what begins, at once: a log or a pipe shows where a long command is."""
         self._write(self._tracker.now().what)
         self._last = self._clock()
 
     def tick(self) -> None:
-        """Say how far it is, if the last line is long enough ago."""
-        if self._last is not None and self._clock() - self._last >= EVERY:
+        """Say how far it is, if the last line is long enough ago; also what has not told of itself yet, such as models that are loaded."""
+        if self._last is None:
+            if self._tracker.elapsed >= EVERY and self._tracker.now().what:
+                self.begin()
+        elif self._clock() - self._last >= EVERY:
             self._write(line_text(self._tracker.now(), self._tracker.elapsed))
             self._last = self._clock()
 
@@ -105,20 +115,17 @@ class Shown:
         if self._lines is not None:
             self._lines.begin()
 
-    def move(self, done: int, total: int, note: str = "") -> None:
+    def move(self, done: int, total: int, note: str = "", more: bool | None = None) -> None:
+        self._tracker.move(done, total, note, more)
         self._first()
-        self._tracker.move(done, total, note)
 
     def show(self, step: Step) -> None:
-        first = not self._tracker.begun
         self._tracker.show(step)
-        if first and self._lines is not None:
-            self._lines.begin()
+        self._first()
 
     def _first(self) -> None:
-        if (
-            not self._tracker.begun and self._lines is not None
-        ):  # not before: an error of what was asked for stands alone
+        # Not before something is reported: an error of what was asked for stands alone.
+        if self._lines is not None and not self._lines.begun:
             self._lines.begin()
 
 
@@ -145,7 +152,8 @@ def drawn(tracker: Tracker, console: Console, write: Callable[[str], Any]) -> It
     from rich.text import Text
 
     def picture() -> RenderableType:
-        return moving_lines(tracker.now(), tracker.elapsed) if tracker.begun else Text("")
+        step = tracker.now()
+        return moving_lines(step, tracker.elapsed) if step.what else Text("")
 
     with Live(console=console, transient=True, get_renderable=picture, redirect_stdout=False) as live:
         yield Shown(tracker, None, lambda line: live.console.print(line, markup=False, highlight=False))
