@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture()
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def watch(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """From here on standard error is a terminal. No fixture, as pytest puts its own in place before the test begins."""
     found = Terminal()
     monkeypatch.setattr(sys, "stderr", found)
     monkeypatch.setenv("TERM", "xterm")
@@ -52,13 +52,14 @@ CALLS: dict[str, Callable[[Path, Any], Any]] = {
     "export": lambda at, p: lowbit.export(at / "q", "gptq", at / "gptq", overwrite=True, progress=p),
 }
 WORDS = {
-    "quantize": "quantizing", "inspect": "reading", "evaluate": "loading the model", "compare": "w8: KL",
+    "quantize": "quantizing", "inspect": "reading", "evaluate": "measuring quality", "compare": "the float model: perplexity",
     "dequantize_model": "writing", "export": "exporting",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_who_watches_sees_a_bar_without_asking(name: str, folder: Path, terminal: Terminal) -> None:
+def test_who_watches_sees_a_bar_without_asking(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
     CALLS[name](folder, None)
     said = terminal.getvalue()
     assert WORDS[name] in said
@@ -66,8 +67,10 @@ def test_who_watches_sees_a_bar_without_asking(name: str, folder: Path, terminal
 
 
 @pytest.mark.parametrize("name", ["quantize", "compare"])
-def test_who_asks_for_none_or_gives_a_function_sees_none(name: str, folder: Path, terminal: Terminal) -> None:
-    heard: list[Any] = []
+def test_who_asks_for_none_or_gives_a_function_sees_none(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal, heard = watch(monkeypatch), list[Any]()
     CALLS[name](folder, lambda *report: heard.append(report))
     assert heard and heard[-1][-2] == heard[-1][-1], "the last report says that all is done"
     CALLS[name](folder, False)
@@ -87,7 +90,8 @@ def test_a_pipe_gets_lines_for_who_asks_and_nothing_for_others(folder: Path) -> 
         assert ("quantizing" in done.stderr) is said, done.stderr
 
 
-def test_an_error_takes_the_bar_away_and_is_raised(folder: Path, terminal: Terminal) -> None:
+def test_an_error_takes_the_bar_away_and_is_raised(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = watch(monkeypatch)
     with pytest.raises(lowbit.LowbitError):
         lowbit.evaluate(folder / "q", text=["short"], length=64)
     assert "\x1b[?25l" in terminal.getvalue() and terminal.getvalue().count("\x1b[?25l") == terminal.getvalue().count(
@@ -95,9 +99,8 @@ def test_an_error_takes_the_bar_away_and_is_raised(folder: Path, terminal: Termi
     )
 
 
-def test_calls_inside_a_call_draw_nothing_of_their_own(
-    folder: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_inside_a_call_draw_nothing_of_their_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch(monkeypatch)
     drawn = []
     picture = watching.picture
     monkeypatch.setattr(watching, "picture", lambda *what: drawn.append(what) or picture(*what))  # type: ignore[func-returns-value]
