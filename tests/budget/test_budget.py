@@ -13,9 +13,10 @@ import torch
 import transformers
 
 import lowbit
-from lowbit.budget.choose import allocate, allocation, parse_size
+from lowbit.budget.choose import allocate, allocation
 from lowbit.budget.knapsack import choose
 from lowbit.budget.sensitivity import Sensitivity
+from lowbit.budget.sizes import parse_size
 from lowbit.errors import RecipeError
 from lowbit.formats import parse_format
 from lowbit.interchange.opening import open_source

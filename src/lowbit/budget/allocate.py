@@ -12,13 +12,14 @@ from torch import nn
 from lowbit.budget.allocation import Allocation
 from lowbit.budget.choose import allocation
 from lowbit.budget.fisher import text_digest
+from lowbit.budget.reach import check_reach
 from lowbit.budget.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
 from lowbit.calibration.data import SELF, Calibration, load_calibration
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
-from lowbit.interchange.opening import open_source
+from lowbit.interchange.opening import open_checked
 from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
@@ -47,14 +48,16 @@ def allocate(
     text or with other candidates; a text that the model would have to write first is not compared. `samples` windows of `length` tokens
     (32 of 1024) are taken of the text; `chat` wraps documents in the model's chat template. `candidates`: formats that a layer may have.
     `progress(what, steps done, steps in all)`.
-    `allocation.recipe` goes to `quantize`.
+    A target that no choice of formats meets is a RecipeError with the nearest that one does, before text or a weight is
+    read. `allocation.recipe` goes to `quantize`.
 
     >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=4, length=128)
     >>> found.plan.linear_bits_per_weight <= 5
     True
     """
-    source = open_source(model, tokenizer=tokenizer)
     wanted = Recipe.of(recipe).calibrated()
+    names = sensitivity.candidates if isinstance(sensitivity, Sensitivity) else candidates
+    source = open_checked(model, lambda headers: check_reach(headers, wanted, names, **target), tokenizer=tokenizer)
     text = {"source": calibration, "samples": samples, "length": length, "chat": chat}
     if isinstance(sensitivity, Sensitivity):
         if any(text.values()):
@@ -78,7 +81,12 @@ def _measured_or_read(
     known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
     if known is not None and (text["source"] is None or text["source"] == SELF):
         return _same(known, path, candidates, None)
-    calibration = load_calibration(tokenizer=None, model=source, **text)
+
+    def on_token(done: int, total: int) -> None:
+        if progress is not None:
+            progress("the model writes calibration text", done, total)
+
+    calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **text)
     if known is not None:
         return _same(known, path, candidates, calibration)
     found = measure_sensitivity(

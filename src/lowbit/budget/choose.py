@@ -7,30 +7,19 @@ saveable, and followed later without the measurement.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from lowbit.budget.allocation import Allocation, Row
+from lowbit.budget.choices import SHARE, Choices
 from lowbit.budget.knapsack import choose
+from lowbit.budget.reach import OVERHEAD, Room, check_bits, check_bytes, room, the_target, too_few, too_little
 from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
-from lowbit.families.fused import TOGETHER
-from lowbit.formats import Format, parse_format
 from lowbit.interchange.source import Source
-from lowbit.interchange.tensors import MULTIPLIED, Specs, TensorPlan
-from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
-from lowbit.recipes.layer_globs import with_layers
+from lowbit.planning.plan import MAX_SHARD, Plan
 from lowbit.recipes.recipe import Recipe
-
-# Last words of names that read the same input, which engines (vLLM, llama.cpp and others) store as one matrix.
-SHARE = tuple(parts for _, parts in TOGETHER)
-# Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
-OVERHEAD = 600_000_000
-_WITHIN = 0.01
 
 
 def allocate(
@@ -70,102 +59,34 @@ def allocation(
     RecipeError when the target cannot be met, with the nearest one that can.
     """
     targets = {"target_size": target_size, "target_bits": target_bits, "target_kl": target_kl, "fit_memory": fit_memory}
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise RecipeError(f"one target is needed of {', '.join(targets)}; given: {', '.join(given) or 'none'}")
-    (name, value), base = next(iter(given.items())), Recipe.of(recipe)
+    name, value = the_target(targets)
     sensitivity.check(source)
-    problem = _Problem(source, sensitivity, base, embeddings, share, context, max_shard_bytes)
+    problem = _Problem(
+        source, sensitivity, Recipe.of(recipe), embeddings=embeddings, share=share, context=context,
+        max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
     if name == "target_kl":
-        return problem.smallest(_positive(name, value))
+        return problem.within_kl(value)
     if name == "target_bits":
-        return problem.within_bits(_positive(name, value))
-    if name == "target_size":
-        return problem.within_bytes(parse_size(value))
-    plan = problem.plan(problem.uniform(problem.options[0]))
-    return problem.within_bytes(parse_size(value), plan.kv.bytes_at(context) * sequences + overhead, at_most=True)
+        return problem.within_bits(value)
+    return problem.within_bytes(room(problem, name, value, sequences, overhead))
 
 
-def parse_size(size: float | str) -> int:
-    """Bytes from `80MB` (10^6), `8GiB` (2^30), `500 kB`, `1.5G` (as GB) or a whole number of bytes."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)(b?)\s*", str(size).lower())
-    if found is None or (found[3] and not found[2]):
-        raise RecipeError(f"{size!r} is no size; write it as 80MB, 7.5GB, 8GiB, or in bytes")
-    power = " kmgt".index(found[2] or " ")
-    out = float(found[1]) * (1024 if found[3] else 1000) ** power
-    if not math.isfinite(out) or out < 1:
-        raise RecipeError(f"{size!r} is no size; it must be at least one byte")
-    return int(out)
+class _Problem(Choices):
+    """The same with the predicted KL of every option of every group."""
 
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise RecipeError(f"{name} is a number above 0, not {value!r}")
-    return float(value)
-
-
-class _Problem:
-    """Groups of tensors that share a format, and for each the size and predicted KL of every option."""
-
-    def __init__(
-        self, source: Source, sensitivity: Sensitivity, recipe: Recipe, embeddings: bool,
-        share: Sequence[Sequence[str]], context: int, max_shard_bytes: int,
-    ) -> None:  # fmt: skip
-        self.source, self.sensitivity, self.recipe = source, sensitivity, recipe
-        self.context, self.max_shard_bytes = context, max_shard_bytes
-        self.embeddings = embeddings
-        tensors = make_plan(source, recipe).tensors
-        kinds = MULTIPLIED + (("embedding", "head") if embeddings else ())
-        self.tensors = {t.name: t for t in tensors}
-        self.kinds = {n: p.kind for n, p in source.inventory.params.items() if p.keep is None}
-        self.options = [parse_format(text) for text in sensitivity.candidates]
-        free = [
-            t for t in tensors
-            if t.name in self.kinds and t.kind in kinds and not any(recipe.matches(p, t.name) for p, _ in recipe.layers)
-        ]  # fmt: skip
-        if not free:
-            raise RecipeError(f"no layer of {source.label} is left to allocate: the recipe {recipe} decides them all")
-        for t in free:
+    def __init__(self, source: Source, sensitivity: Sensitivity, recipe: Recipe, **how: Any) -> None:
+        super().__init__(source, recipe, sensitivity.candidates, **how)
+        for t in (t for g in self.groups for t in g):
             if t.name not in sensitivity.kl:
                 raise RecipeError(f"the sensitivity lacks {t.name!r}; measure it again with this model")
-        self.groups = _groups(free, share)
-        stored = [
-            [[TensorPlan(t.name, t.shape, t.kind, t.dtype, t.transposed, f, None) for t in g] for f in self.options]
-            for g in self.groups
-        ]
-        self.data = [[float(sum(t.bytes_after for t in ts)) for ts in by_option] for by_option in stored]
-        self.sizes = [
-            [float(sum(t.bytes_after + _header_bytes(t.stored()) for t in ts)) for ts in by_option]
-            for by_option in stored
-        ]
+        self.sensitivity = sensitivity
         self.kl = [[sum(sensitivity.kl[t.name][str(f)] for t in g) for f in self.options] for g in self.groups]
 
-    def uniform(self, option: Format) -> tuple[int, ...]:
-        """The picks of one format for all."""
-        return (self.options.index(option),) * len(self.groups)
-
-    def plan(self, picks: Sequence[int]) -> Plan:
-        """The exact plan of picks."""
-        recipe = self.as_recipe(picks)
-        return make_plan(self.source, recipe, context=self.context, max_shard_bytes=self.max_shard_bytes)
-
-    def as_recipe(self, picks: Sequence[int]) -> Recipe:
-        """The recipe of picks; its format is the one that most weights have and that its method serves."""
-        chosen: dict[str, Format | None] = {}
-        weights: defaultdict[Format, int] = defaultdict(int)
-        for group, pick in zip(self.groups, picks):
-            for t in group:
-                chosen[t.name] = self.options[pick]
-                if t.kind in MULTIPLIED:
-                    weights[self.options[pick]] += t.count
-        calls = [call for call in (self.recipe.fit, self.recipe.solver) if call is not None]
-        served = [f for f in weights if all(call.method.declines(f) is None for call in calls)]
-        base = max(served, key=lambda f: weights[f], default=self.recipe.format)
-        return with_layers(self.recipe, chosen, self.kinds, base)
-
-    def within_bytes(self, target: int, reserved: int = 0, at_most: bool = False) -> Allocation:
-        """Files of at most `target - reserved` bytes; a target beyond all candidates is an error unless `at_most`."""
-        limit = target - reserved
+    def within_bytes(self, room: Room) -> Allocation:
+        """Files of at most `room.limit` bytes; a target beyond all candidates is an error unless it is a limit only."""
+        check_bytes(self, room)
+        limit = room.limit
         uniform = [self.uniform(f) for f in self.options]
         exact = [self.plan(picks).output_bytes for picks in uniform]
         # What files hold beyond the sizes that are summed here: fixed tensors, and the digits of offsets, which no
@@ -186,37 +107,21 @@ class _Problem:
                 break
             fixed += plan.output_bytes - limit
         if picks is None:
-            least = self.plan(tuple(min(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
-            raise RecipeError(
-                f"{_size(target)} is too little: the smallest that the candidates make of {self.source.label} is "
-                f"{_size(least + reserved)}" + (f", {_size(reserved)} of it beside the weights" if reserved else "")
-            )
+            raise too_little(self, room)
         plan = self.plan(picks)
-        if not at_most and plan.output_bytes < (1 - _WITHIN) * target:
-            largest = self.plan(tuple(max(range(len(s)), key=s.__getitem__) for s in self.sizes)).output_bytes
-            if largest < (1 - _WITHIN) * target:
-                raise RecipeError(_too_much(_size(target), _size(largest)))
         return self._allocation(plan, picks, bound, limit)
 
     def within_bits(self, target: float) -> Allocation:
         """Linear layers of at most `target` bits per weight, kept ones counted as they are."""
-        if self.embeddings:
-            raise RecipeError("target_bits counts linear layers only; leave embeddings out, or give a target_size")
-        linear = [t for t in self.tensors.values() if t.kind in MULTIPLIED]
-        count, free = sum(t.count for t in linear), {t.name for g in self.groups for t in g}
-        fixed = sum(t.bytes_after for t in linear if t.name not in free)
+        check_bits(self, target)
+        count, fixed = self.linear()
         found = choose(self.kl, self.data, math.floor(target * count / 8 * (1 + 1e-12)) - fixed)
         if found is None:
-            least = 8 * (fixed + sum(min(s) for s in self.data)) / count
-            raise RecipeError(f"{target:g} bits are too few: the candidates reach {least:.4f} bits per weight")
+            raise too_few(self, target)
         plan = self.plan(found.picks)
-        if plan.linear_bits_per_weight < (1 - _WITHIN) * target:
-            largest = 8 * (fixed + sum(max(s) for s in self.data)) / count
-            if largest < (1 - _WITHIN) * target:
-                raise RecipeError(_too_much(f"{target:g} bits per weight", f"{largest:.4f}"))
         return self._allocation(plan, found.picks, found.bound, None)
 
-    def smallest(self, kl: float) -> Allocation:
+    def within_kl(self, kl: float) -> Allocation:
         """The smallest files whose predicted KL is at most `kl`, that of fixed tensors included."""
         fixed = sum(row.kl or 0.0 for row in self._rows(self.plan(self.uniform(self.options[0]))) if row.fixed)
         found = choose(self.sizes, self.kl, kl - fixed)
@@ -244,30 +149,3 @@ class _Problem:
                 assert plan.recipe.format_for(t.name, t.kind) == self.options[pick], t.name
         gap = 0.0 if bound is None else max(0.0, value - bound)
         return Allocation(plan.recipe, plan, rows, sum(r.kl or 0.0 for r in rows), gap, limit)
-
-
-def _groups(tensors: Sequence[TensorPlan], share: Sequence[Sequence[str]]) -> list[list[TensorPlan]]:
-    """Tensors that get one format: neighbours whose last words are in one entry of `share`."""
-    entry = {word: i for i, words in enumerate(share) for word in words}
-    groups: dict[tuple[str, int | str], list[TensorPlan]] = {}
-    for t in tensors:
-        parent, _, word = t.name.removesuffix(".weight").rpartition(".")
-        groups.setdefault((parent, entry.get(word, word)), []).append(t)
-    return list(groups.values())
-
-
-def _header_bytes(stored: Specs) -> int:
-    """About what a tensor takes in the header of a file; what is amiss (digits) the exact plan makes up for."""
-    entries = {
-        name: {"dtype": "BF16", "shape": list(shape), "data_offsets": [10**9, 10**9]}
-        for name, (_, shape) in stored.items()
-    }
-    return len(json.dumps(entries, separators=(",", ":"))) - 1
-
-
-def _too_much(target: str, largest: str) -> str:
-    return f"{target} is more than these candidates reach, {largest} at most: ask for that, or measure wider candidates"
-
-
-def _size(size: int) -> str:
-    return f"{size:,} bytes"

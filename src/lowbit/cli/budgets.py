@@ -14,6 +14,7 @@ def chosen(
 ) -> dict[str, Any]:  # fmt: skip
     """The one target that was given, as arguments of `lowbit.allocate`; empty for none. RecipeError for more than one,
     and for options that would be ignored."""
+    from lowbit.budget.sizes import typed_size
     from lowbit.errors import RecipeError
 
     given = {"target_size": size, "target_bits": bits, "target_kl": kl, "fit_memory": memory}
@@ -25,6 +26,9 @@ def chosen(
         raise RecipeError("--context belongs to --fit-memory and would be ignored; leave it out")
     if sensitivity is not None and not found:
         raise RecipeError("--sensitivity would be ignored without a target; add --target-bits, for example")
+    for option, typed in (("--target-size", size), ("--fit-memory", memory)):
+        if typed is not None:
+            typed_size(option, typed)
     return found | ({"context": context} if context is not None else {})
 
 
@@ -35,24 +39,24 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()
-    with console.count_bar("measuring sensitivity", "steps") as move:
+    with console.progress("measuring how much each layer minds each format") as shown:
         found = lowbit.allocate(
             model,
             recipe,
             sensitivity=sensitivity,
-            progress=lambda what, done, total: move(done, total),
+            progress=lambda what, done, total: shown.move(done, total, what),
             **text,
             **target,
         )
     plan = found.plan
-    screen.print(
+    console.say(
+        screen,
         f"sensitivity {'read from' if known else 'kept in'} {sensitivity}; predicted KL {found.predicted_kl:.4f} nats/token, "
         f"{plan.linear_bits_per_weight:.3f} bits per weight in the linear layers, {bytes_text(plan.output_bytes)}",
-        markup=False, highlight=False,
-    )  # fmt: skip
+    )
     total = sum(formats_of(found.rows).values())
     shares = ", ".join(f"{count / total:.0%} {fmt}" for fmt, count in formats_of(found.rows).items())
-    screen.print(f"formats: {shares}", markup=False, highlight=False)
+    console.say(screen, f"formats: {shares}")
     for line in found.found_sensitive()[:6]:
-        screen.print(f"  {line}", style="dim", markup=False, highlight=False)
+        console.say(screen, f"  {line}", style="dim")
     return found.recipe

@@ -10,17 +10,29 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.help import OUTPUT
 from lowbit.cli.job import own_name
-from lowbit.cli.options import Calibration, FewWindows, Json, Length, Model, Samples, Speed, Text
+from lowbit.cli.options import Calibration, FewWindows, Json, Length, Markdown, Model, Samples, Speed, Text
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit compare smollm2 w8 w4 int4:g64 nf4 --windows 8 --plots figures")(compare)
+    app.command(
+        rich_help_panel="Measure",
+        short_help="Measure many recipes on one model, in one table.",
+        epilog="Examples:\nlowbit compare smollm2\nlowbit compare smollm2 w8 w4 int4:g64 nf4 --windows 8 --plots figures",
+    )(compare)
 
 
 def compare(
     model: Model,
-    recipes: Annotated[list[str] | None, typer.Argument(help="Recipes; every data-free preset when left out.")] = None,
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE]...",
+            help="The recipes; every preset that needs no text when they are left out.",
+            show_default=False,
+        ),
+    ] = None,
     calibration: Calibration = None,
     samples: Samples = None,
     text: Text = None,
@@ -28,17 +40,25 @@ def compare(
     length: Length = 1024,
     speed: Speed = False,
     plots: Annotated[
-        Path | None, typer.Option(help="Also draw two figures into this folder (needs matplotlib).", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also draw two figures into this folder, which needs matplotlib.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     keep: Annotated[
         Path | None,
         typer.Option(
-            help="Keep finished rows in this file; the same command goes on from them. When left out, an interrupted run keeps them in "
-            "MODEL.compare.json here, and one that ends well takes them away.",
+            metavar="FILE",
+            help="Keep finished rows in this file; the same command goes on from them. When it is left out, a run that is interrupted "
+            "keeps them in MODEL.compare.json here, and one that ends well removes that file.",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
     as_json: Json = False,
 ) -> None:
     """Measure many recipes on one model and print one table.
@@ -69,7 +89,7 @@ def compare(
     else:
         screen = console.stdout()
         screen.print(render_compare(rows, width=screen.width))
-        if plots is not None:
+        if plots is not None and (plots / "frontier.png").is_file():
             screen.print(f"figures are in {plots}", style="dim", markup=False)
 
 

@@ -68,6 +68,15 @@ def print_result(as_json: bool, plain: Callable[[], Any], drawn: Callable[[int],
         screen.print(drawn(screen.width))
 
 
+def say(screen: Console, text: str, style: str = "") -> None:
+    """Text without markup, wrapped between words only: a recipe or a path in it can be copied."""
+    from rich.text import Text
+
+    from lowbit.report.layout import Lines, wrapped
+
+    screen.print(Lines(wrapped(Text(text, style), screen.width)))
+
+
 def escaped(text: str) -> str:
     """`text` that is printed as it is, whatever brackets it has."""
     from rich.markup import escape
@@ -144,9 +153,9 @@ def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Cal
 
 
 @contextmanager
-def steps(unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
-    """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted, in `unit`."""
-    with progress("", unit) as shown:
+def steps() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+    """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted."""
+    with progress("") as shown:
         yield shown.say, shown.move
 
 

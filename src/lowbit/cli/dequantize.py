@@ -8,26 +8,32 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Model
+from lowbit.cli.options import Json, Model, Overwrite
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit dequantize smollm2-w4 -o smollm2-float --dtype bfloat16")(dequantize)
+    app.command(
+        rich_help_panel="Convert",
+        short_help="Write a quantized model as an ordinary float folder.",
+        epilog="Example:  lowbit dequantize smollm2-w4 -o smollm2-float --dtype bfloat16",
+    )(dequantize)
 
 
 def dequantize(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Write this folder.", show_default=False)],
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16; what the model's config names when left out.", show_default=False
+            metavar="TYPE",
+            help="Write float32, bfloat16 or float16; what the model's config names when it is left out.",
+            show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized model (of lowbit or another program) as an ordinary float folder, which transformers reads alone."""
+    """Write a quantized model, of lowbit or another program, as an ordinary float folder, which transformers reads alone."""
     import lowbit
     from lowbit.report.results_view import dequantized_text
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json
+from lowbit.cli.options import Json, Recipe
 
 if TYPE_CHECKING:
     from lowbit.report.explain import Explanation
@@ -16,7 +16,12 @@ _TENSOR_ELEMENTS = 16  # of a block of a model's tensor; the block may be a mill
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog='Example:  lowbit explain "[-0.3, 0, 0.1, 0.7]" absmax')(explain)
+    app.command(
+        rich_help_panel="Look",
+        short_help="Show each step of the arithmetic on a few numbers.",
+        epilog='Examples:\nlowbit explain "[-0.3, 0, 0.1, 0.7]" absmax\n'
+        "lowbit explain smollm2:model.layers.0.self_attn.q_proj int4:g32",
+    )(explain)
 
 
 def explain(
@@ -26,8 +31,10 @@ def explain(
             help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.', show_default=False, metavar="WHAT"
         ),
     ],
-    recipe: Annotated[str, typer.Argument(help="A preset, a format such as int4:g32, or METHOD@FORMAT.")] = "w4",
-    rows: Annotated[int, typer.Option(min=1, help="Of a model's tensor: the rows whose first block is shown.")] = 1,
+    recipe: Recipe = "w4",
+    rows: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Show the first block of each of N rows of a model's tensor.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Show each step of the arithmetic: range, scale, zero-point, codes, values, error."""

@@ -11,12 +11,18 @@ from lowbit.cli.options import Json, Model
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit inspect smollm2 --all")(inspect)
+    app.command(
+        rich_help_panel="Look",
+        short_help="Show the tensors of a model: shapes, ranges, outliers, bits.",
+        epilog="Examples:\nlowbit inspect smollm2\nlowbit inspect smollm2-w4 --all",
+    )(inspect)
 
 
 def inspect(
     model: Model,
-    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="List each tensor by itself instead of groups that are alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what is in a model: shapes, ranges, outliers and bytes; formats and bits of a quantized one."""

@@ -79,6 +79,15 @@ class Job:
             return default_folder(self.model, self.recipe)
         return default_file(self.model, self.typed, self.ready.exporter)
 
+    def advice(self) -> tuple[str, ...]:
+        """What is unusual in how the recipe groups weights of this model, known from its headers."""
+        from lowbit.pipeline.api import plan
+        from lowbit.planning.advice import may_advise
+
+        if self.ready is not None:
+            return self.ready.plan.advice
+        return plan(self.model, self.recipe).advice if may_advise(self.recipe) else ()
+
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
         from lowbit.convert.quantize_as import candidates, prepare

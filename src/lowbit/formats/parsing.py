@@ -30,6 +30,7 @@ from lowbit.formats.blocks import CHANNEL, TENSOR, Block
 from lowbit.formats.format import Format, Offset, Store
 from lowbit.formats.grids import CodebookGrid
 from lowbit.formats.named_grids import grid_names, parse_grid
+from lowbit.formats.spelling import loosely
 
 # Formats with a name of their own; each is plain text in the grammar above.
 NAMED = {
@@ -56,6 +57,7 @@ _OPTIONS = ("sym", "asym", "narrow", "s=", "zero=", "min=", "cb=", "l=", "x=")
 
 # How deep formats may be nested. The deepest in use is one.
 _DEEPEST = 4
+_LONGEST = 80  # characters of a text whose meaning is guessed at
 
 
 class _Failure(Exception):
@@ -64,18 +66,34 @@ class _Failure(Exception):
 
 
 def parse_format(text: str) -> Format:
-    """The format that `text` describes; FormatError showing the position otherwise.
+    """The format that `text` describes, in capitals or not; FormatError showing the position otherwise.
 
     >>> lowbit.parse_format("int4:g32").nbytes((4096, 4096))  # bytes of codes and scales
     9437184
     """
     try:
-        return _parse(text, 0)
+        return _parse(text.lower() if text.isascii() else text, 0)
     except _Failure as failure:
-        message = f"format {text!r} does not parse at position {failure.at + 1}: {failure.why}"
+        why, meant = failure.why, meant_format(text)
+        if meant is not None:
+            why = f"{why.partition('; did you mean')[0]}; did you mean {meant!r}?"
+        message = f"format {text!r} does not parse at position {failure.at + 1}: {why}"
         raise FormatError(f"{message}\n  {text}\n  {' ' * failure.at}^") from None
     except FormatError as error:
         raise FormatError(f"format {text!r}: {error}") from None
+
+
+def meant_format(text: str) -> str | None:
+    """The right spelling of a text that does not parse and most likely means a format, None where none is likely."""
+    found = loosely(text, [*grid_names(), *NAMED]) if len(text) <= _LONGEST else None
+    if found is None:
+        return None
+    meant = found.text()
+    try:
+        _parse(meant, 0)
+    except (_Failure, FormatError):
+        return None
+    return meant
 
 
 def _split(text: str, start: int, separator: str = ":") -> list[tuple[int, str]]:

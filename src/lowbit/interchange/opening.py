@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lowbit.errors import SourceError
+from lowbit.interchange.files.adapter import refuse_adapter
 from lowbit.interchange.source import Source, say_remarks
 
 WHAT_A_MODEL_CAN_BE = (
@@ -48,11 +50,26 @@ def open_headers(model: str | Path | nn.Module) -> Source:
     return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
 
 
+def open_checked(
+    model: str | Path | nn.Module, check: Callable[[Source], None], *, tokenizer: Any = None
+) -> Source:  # fmt: skip
+    """Like `open_source`, once `check` has seen config and headers: what it raises comes before an id's weights are fetched."""
+    from lowbit.interchange.hub import hub
+
+    if hub.claims(model):
+        check(hub.open_headers(str(model)))
+        return open_source(model, tokenizer=tokenizer)
+    source = open_source(model, tokenizer=tokenizer)
+    check(source)
+    return source
+
+
 def _not_found(model: Any) -> str:
     """What was looked for under this name, and what would do."""
     if not isinstance(model, (str, Path)):
         return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}"
     path = Path(model)
     if path.is_file():
+        refuse_adapter(path.parent, str(path.parent))
         return f"{model} is a file but not a .gguf file; {WHAT_A_MODEL_CAN_BE}"
     return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name; {WHAT_A_MODEL_CAN_BE}"

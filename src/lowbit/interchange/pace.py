@@ -62,7 +62,8 @@ class Tracker:
 
     def say(self, what: str) -> None:
         """Something begins, of which nothing is counted yet."""
-        self._step, self._pace, self.begun = Step(what, unit=self._step.unit), Pace(self._clock), True
+        step = Step(what, unit=self._step.unit, at_least=True)  # what comes after it is not known here
+        self._step, self._pace, self.begun = step, Pace(self._clock), True
 
     def move(self, done: int, total: int, note: str = "") -> None:
         """So much is done."""
@@ -120,19 +121,20 @@ class Stages:
         self._ahead, self._show, self._clock = list(stages), show, clock
         self._costs: dict[str, list[float]] = {}  # kind -> seconds for one of its count
         self._now: Stage | None = None
-        self._start, self._done, self._total = clock(), 0, 1
+        self._start, self._done, self._total = clock(), 0, 0
 
     def begin(self, stage: Stage) -> None:
         """The next of the stages begins, and those before it that did not are left out."""
         self._finish()
         while self._ahead and self._ahead.pop(0) != stage:
             pass
-        self._now, self._start, self._done, self._total = stage, self._clock(), 0, stage.count
+        self._now, self._start, self._done = stage, self._clock(), 0
+        self._total = 0 if stage.unit == "bytes" else stage.count  # of bytes, the stage's own reports say how many
         self._tell()
 
     def move(self, done: int, total: int) -> None:
         """So much of the stage at hand is done."""
-        self._done, self._total = done, max(total, 1)
+        self._done, self._total = done, total
         self._tell()
 
     def drop(self) -> None:
@@ -159,9 +161,9 @@ class Stages:
     def _left_of_this(self) -> float | None:
         if self._now is None:
             return 0.0
-        took, share = self._clock() - self._start, self._done / self._total
-        if share > 0:
-            return took / share - took
+        took = self._clock() - self._start
+        if self._done and self._total:
+            return took * self._total / self._done - took
         known = self._guess(self._now)
         return None if known is None else max(0.0, known - took)
 
@@ -171,7 +173,7 @@ class Stages:
         for kind in stage.kinds:
             if kind in self._costs:
                 return stage.count * sum(self._costs[kind]) / len(self._costs[kind])
-            if here is not None and stage is not here and kind in here.kinds and self._done:
+            if here is not None and stage is not here and kind in here.kinds and self._done and self._total:
                 return stage.count * (self._clock() - self._start) / (here.count * self._done / self._total)
         return None
 
@@ -180,6 +182,6 @@ class Stages:
         seconds, bound = self.left()
         known = seconds > 0 or not bound
         step = Step(
-            self._now.what, self._done, self._total, self._now.unit, seconds if known else None, bound and known
+            self._now.what, self._done, self._total or None, self._now.unit, seconds if known else None, bound and known
         )
         self._show(step)

@@ -20,7 +20,7 @@ from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, SourceError
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import OnStep, heard
+from lowbit.interchange.progress import OnStep, Step, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
@@ -73,7 +73,8 @@ def evaluate(
     tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, and of
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
-    loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.
+    loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed", and `progress` how many windows
+    of text are done, then how many runs of a program, each of how many. TextError when the text is shorter than a window.
 
     >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
     >>> card.quality.kl_mean.value > 0  # nats per token
@@ -112,13 +113,13 @@ def evaluate(
     if settings := _settings(speed):
         cast = subject.name is not None and not isinstance(against, nn.Module)
         what = module if subject.name is None else subject.name
-        rates, run_peak = _speed(what, module, base, cast, tok, settings, say)
+        rates, run_peak = _speed(what, module, base, cast, tok, settings, say, heard(progress))
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
 def _speed(
     model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
-    settings: SpeedSettings, say: Callable[[str], None],
+    settings: SpeedSettings, say: Callable[[str], None], progress: Progress | None,
 ) -> tuple[Speed, int | None]:  # fmt: skip
     """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
 
@@ -131,7 +132,7 @@ def _speed(
         if base is not None and cast:
             with torch_threads(program.threads):
                 other = in_faster_types(base.to, settings)
-        found = measure_speed(program, base=other, settings=settings)
+        found = measure_speed(program, base=other, settings=settings, progress=progress)
     except _FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None
     if program.first is None or found.model is None:
@@ -170,10 +171,13 @@ def compare(
     model, text and version are not measured again (`CompareRow.earlier`).
     """
     names = _names(recipes, calibration is not None)
+    tell = on_step or (lambda step: None)
     source = open_source(model, tokenizer=tokenizer)
     run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
+    tell(Step("loading the float model"))
     base = source.load_float(run)
     tok = source.tokenizer()
+    tell(Step("cutting the text into windows"))
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
     float_bytes = sum(spec.nbytes for spec in source.tensors.values())
     base_parts = CardParts(
@@ -229,7 +233,7 @@ def compare(
         return (f"quantizing {wanted}", f"quantizing {'with' if with_text else 'without'} text")
 
     steps = CompareSteps(
-        names, cut.count, on_step or (lambda step: None), alike, speed=settings is not None, kept=kept,
+        names, cut.count, tell, alike, speed=settings is not None, kept=kept,
         redrawn=on_made is not None,
     )  # fmt: skip
     with nullcontext() if file is None else file.noted([key for index, key in keys.items() if index >= 0]):

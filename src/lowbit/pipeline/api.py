@@ -156,7 +156,7 @@ def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | 
     folder = Path(tempfile.mkdtemp(prefix="lowbit-")) if out is None else None
     target = Path(out) if out is not None else folder / "model"  # type: ignore[operator]
     try:
-        report = write_folder(plan, source, out or target, options, text, key=key)
+        report = write_folder(plan, source, target, options, text, key=key, again=out is not None)
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -175,7 +175,13 @@ def _text(given: Source, source: Source, plan: Plan, options: Options) -> Calibr
         raise RecipeError("calibrated methods run on the CPU in this version; leave device out")
     check_source(given, plan.recipe)
     tokenizer = None if _has_ids(options.calibration) else source.tokenizer()
-    return load_calibration(options.calibration, tokenizer, source, **options.of_text())
+    told = options.progress
+
+    def on_token(done: int, total: int) -> None:
+        if told is not None:
+            told("the model writes calibration text", plan.bytes_before * done // total, plan.bytes_before)
+
+    return load_calibration(options.calibration, tokenizer, source, on_token=on_token, **options.of_text())
 
 
 def _check_uses(used: bool, recipe: Recipe) -> None:

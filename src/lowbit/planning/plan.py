@@ -20,6 +20,7 @@ from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shar
 from lowbit.interchange.inventory import Inventory
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
+from lowbit.planning.advice import advice
 from lowbit.planning.kv_cache import KVCache, kv_cache
 from lowbit.planning.memory import calibrated_working_bytes
 from lowbit.planning.tensor import SLAB, by_rows, has_inputs
@@ -141,6 +142,11 @@ class Plan(Displayed):
         found = Counter(str(t.inputs) for t in self.tensors if t.inputs is not None)
         return dict(found.most_common())
 
+    @cached_property
+    def advice(self) -> tuple[str, ...]:
+        """What is unusual in how weights are grouped, a sentence each; empty where nothing is."""
+        return advice(self)
+
     def note_of(self, name: str) -> str:
         """Why the inputs of a weight are not what the recipe has for all; empty where they are."""
         ratio = None if self.survey is None else self.survey.exploded.get(name)
@@ -160,6 +166,7 @@ class Plan(Displayed):
         out["tied"] = dict(self.tied)
         out["inputs"] = self.input_counts()
         out["notes"] = list(self.notes)
+        out["advice"] = list(self.advice)
         if self.survey is not None:
             out["ranges"] = self.survey.to_json()
         out["tensors"] = [

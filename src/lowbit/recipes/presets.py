@@ -174,7 +174,7 @@ PRESETS: dict[str, Preset] = {
         text="minmax@uint8:tensor:asym,embed=uint8:tensor:asym",
         group=LEARN,
         about="8 bits from the lowest value, level 0, to the highest, level 255, of a whole tensor",
-        when="Take it to learn that signed and unsigned levels are the same thing: it loses exactly what `zeropoint` loses.",
+        when="Take it to learn that signed and unsigned levels are the same thing: it loses the same as `zeropoint`.",
         source="5 Key Points to Unlock LLM Quantization",
     ),
     "symmetric": Preset(
@@ -223,7 +223,7 @@ PRESETS: dict[str, Preset] = {
     "kmeans": Preset(
         text="kmeans@kmeans4:channel",
         group=LEARN,
-        about="4.4 bits in the linear layers, 8 in the embedding, on 16 levels learned for each row",
+        about="4 bits and 16 learned levels for each row in the linear layers, 8 bits in the embedding",
         when="Take it to learn what levels of its own bring a row; without text nl4, which is a little larger, lost a third less.",
         source="Deep Compression; SqueezeLLM",
     ),

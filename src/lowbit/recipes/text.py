@@ -14,6 +14,7 @@ from lowbit.recipes.activation_rules import parse_fallback, parse_rule
 from lowbit.recipes.calls import call_parts
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import EMBED, KEEP, Recipe, format_text
+from lowbit.recipes.spelling import accepted, instead
 from lowbit.solvers import Call
 from lowbit.solvers.registry import methods
 
@@ -28,16 +29,31 @@ def parse_recipe(text: str) -> Recipe:
     if text.endswith(".toml"):
         return _from_toml(Path(text))
     head, *settings = _split(text.strip(), ",")
+    head = accepted(head)
     if head in PRESETS:
         recipe = replace(parse_recipe(PRESETS[head].text), name=head)
         return replace(_with_settings(recipe, settings, text), name=None if settings else head)
+    try:
+        recipe = _composed(head)
+    except LowbitError:
+        said = instead(head, parse_recipe)
+        if said is None:
+            raise
+        raise RecipeError(said) from None
+    return _with_settings(recipe, settings, text)
+
+
+def _composed(head: str) -> Recipe:
+    """A format, or steps and a format."""
     steps, at, fmt = head.rpartition("@")
     if not at and _looks_like_name(head):
         known = list(dict.fromkeys([*PRESETS, *methods()]))
         if head in methods():
             raise RecipeError(f"method {head!r} needs a format: write {head}@int4:g32, for example")
-        raise RecipeError(f"unknown recipe {head!r}{nearest(head, known)} (presets: {', '.join(PRESETS)})")
-    return _with_settings(_with_steps(Recipe(parse_format(fmt)), _split(steps, "+") if at else []), settings, text)
+        hint = nearest(head, known)
+        every = "`lowbit recipes` lists them all" if hint else f"presets: {', '.join(PRESETS)}"
+        raise RecipeError(f"unknown recipe {head!r}{hint} ({every})")
+    return _with_steps(Recipe(parse_format(fmt)), _split(steps, "+") if at else [])
 
 
 def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:

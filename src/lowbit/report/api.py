@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
 from lowbit.report.comparison import Comparison
+
+_log = logging.getLogger("lowbit")
 
 
 def compare(
@@ -92,6 +95,10 @@ class Drawing:
         # Spread over the depth, and shifted a little so that not every one is the same projection.
         places = (len(linear) * (2 * i + 1) // (2 * self.LAYERS) + 2 * i for i in range(self.LAYERS))
         self.layers = list(dict.fromkeys(linear[min(place, len(linear) - 1)] for place in places)) if linear else []
+        self.note = (
+            f"Shown are {len(self.layers)} of the {len(linear)} linear layers, from the beginning, the middle and the end of the "
+            f"model, by at most {self.SAMPLE} of the weights of each."
+        )
         self.panels: list[figures.WeightPanel] = []
 
     def add(self, recipe: str, made: Quantized) -> None:
@@ -104,10 +111,16 @@ class Drawing:
             self.panels.append(figures.WeightPanel(layer, recipe, before[::stride].clone(), after[::stride].clone()))
 
     def save(self, rows: list[CompareRow]) -> None:
-        """Draw weights.png and frontier.png."""
+        """Draw weights.png and frontier.png, as far as there is something to draw: what was measured is worth more than a figure."""
+        points = figures.frontier_points(rows, "bits")
+        if not self.panels or not points:
+            _log.warning("no recipe was quantized with a loss that can be drawn, so figures are left out")
+            return
         try:
-            figures.save_figure(figures.draw_weights(self.panels), self.folder / "weights.png")
-            points = figures.frontier_points(rows, "bits")
-            figures.save_figure(figures.draw_frontier(points, title=self.source.label), self.folder / "frontier.png")
+            figures.save_figure(figures.draw_weights(self.panels, note=self.note), self.folder / "weights.png")
+            figures.save_figure(
+                figures.draw_frontier(points, title=f"{self.source.label}: what each recipe costs"),
+                self.folder / "frontier.png",
+            )
         except OSError as error:
             raise OutputError(f"cannot draw into {self.folder}: {error.strerror or error}") from error

@@ -116,9 +116,31 @@ def table_or_list(
     of text; numbers stand to the right. dim: indices of rows that matter less. ruled: indices of rows with a line below them.
     """
     texts = [[as_text(cell) for cell in row] for row in rows]
-    kept = fitting(headings, [[cell.plain for cell in row] for row in texts], width + _GAP, expendable)
+    table = _fitting_table(headings, texts, width, expendable, left, dim, ruled)
+    return Lines(_list(headings, texts, width, dim) if table is None else table)
+
+
+def columns_shown(
+    headings: Sequence[str], rows: Sequence[Sequence[Cell]], width: int, expendable: Sequence[str] = ()
+) -> list[int]:
+    """Indices of the columns that `table_or_list` shows of the same rows."""
+    texts = [[as_text(cell) for cell in row] for row in rows]
+    listed = _fitting_table(headings, texts, width, expendable) is None
+    return list(range(len(headings))) if listed else _kept(headings, texts, width, expendable)
+
+
+def _kept(headings: Sequence[str], texts: Sequence[Sequence[Text]], width: int, expendable: Sequence[str]) -> list[int]:
+    return fitting(headings, [[cell.plain for cell in row] for row in texts], width + _GAP, expendable)
+
+
+def _fitting_table(
+    headings: Sequence[str], texts: Sequence[Sequence[Text]], width: int, expendable: Sequence[str],
+    left: Collection[str] = (), dim: Collection[int] = (), ruled: Collection[int] = (),
+) -> list[Text] | None:  # fmt: skip
+    """The lines of a table with the columns that have room; None where it does not fit without what it needs."""
+    kept = _kept(headings, texts, width, expendable)
     table = _table([headings[i] for i in kept], [[row[i] for i in kept] for row in texts], left, dim, ruled)
-    return Lines(table if _width(table) <= width else _list(headings, texts, width, dim))
+    return table if _width(table) <= width else None
 
 
 def _width(lines: Sequence[Text]) -> int:

@@ -151,10 +151,12 @@ def render_card(card: Card) -> RenderableType:
         before.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
     figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in card_lines(card)]
     if card.sample is not None:
-        after.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
-        if card.sample.base_answer is not None:
-            after.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
-        after.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
+        answers = [
+            ("\nprompt  ", card.sample.prompt),
+            ("float   ", card.sample.base_answer),
+            ("lowbit  ", card.sample.answer),
+        ]
+        after += [Text.assemble((who, "cyan"), said, overflow="fold") for who, said in answers if said is not None]
     footer = None
     if card.environment is not None:
         footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")

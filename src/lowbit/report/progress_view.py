@@ -45,7 +45,8 @@ def done_text(step: Step) -> str:
 
 def line_text(step: Step, elapsed: float) -> str:
     """One plain line: what is at work, how much of it is done, how long it went and will go on."""
-    return f"{step.what}: {_figures(step, elapsed)}"
+    note = f"; {step.note}" if step.note else ""
+    return f"{step.what}: {_figures(step, elapsed)}{note}"
 
 
 def _figures(step: Step, elapsed: float) -> str:

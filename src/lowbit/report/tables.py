@@ -11,7 +11,7 @@ from lowbit.measure.card import json_ready
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.markdown import markdown_table
 from lowbit.measure.verdict import verdict
-from lowbit.report.layout import Lines, table_or_list, wrapped
+from lowbit.report.layout import Lines, columns_shown, table_or_list, wrapped
 from lowbit.report.panel import ABSENT, VERDICT_COLOURS, estimate_text, rate_text
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ def row_line(row: CompareRow) -> str:
         figures.append(f"perplexity {estimate_text(quality.perplexity)}")
     elif quality is not None:
         found = verdict(quality)
-        figures.append(
-            f"KL {estimate_text(quality.kl_mean)} nats per token{'' if found is None else f', {found.word}'}"
-        )
+        figures.append(f"KL {estimate_text(quality.kl_mean)}{'' if found is None else f', {found.word}'}")
     earlier = " (from the run before)" if row.earlier else ""
     return f"{'the float model' if row.is_base else row.recipe}: {', '.join(figures)}{earlier}"
 
@@ -148,9 +146,10 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
     table = table_or_list(
         headings, body, width, expendable=expendable, left=("recipe", "verdict"), dim=base, ruled=base
     )  # fmt: skip
-    below = [Text(line, "dim") for line in (*_caption(rows), _meanings(columns)) if line]
-    below += [Text.assemble((f"{row.recipe} failed: ", "red"), row.error) for row in rows if row.error]
-    return Group(table, Lines([line for text in below for line in wrapped(text, width)]))
+    shown = [columns[i - 1] for i in columns_shown(headings, body, width, expendable) if 0 < i <= len(columns)]
+    said = [Text(line, style="dim") for line in (*_caption(rows), _meanings(shown))]
+    said += [Text.assemble((f"{row.recipe} failed: ", "red"), row.error) for row in rows if row.error]
+    return Group(table, Lines([line for text in said for line in wrapped(text, width)]))
 
 
 def markdown_compare(rows: Sequence[CompareRow]) -> str:

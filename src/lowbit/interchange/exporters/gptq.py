@@ -64,7 +64,11 @@ class Gptq(FolderExporter):
         assert fmt is not None
         nearest = nearest_integers(fmt, width)
         if layer.inputs is not None:
-            return Problem(layer.name, f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them", "no a=")
+            return Problem(
+                layer.name,
+                f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them",
+                "the same recipe without a=",
+            )
         if (reason := why_not_integers(fmt)) is not None:
             return Problem(layer.name, reason, nearest)
         if (reason := undivided(fmt, width)) is not None:

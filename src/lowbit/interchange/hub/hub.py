@@ -12,6 +12,7 @@ import torch
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
+from lowbit.interchange.files.adapter import ADAPTER, refuse_adapter
 from lowbit.interchange.files.safetensors_reader import DTYPES
 from lowbit.interchange.files.safetensors_writer import INDEX
 from lowbit.interchange.files.settings import quantization_section, quantized_by, read_config
@@ -29,7 +30,7 @@ from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ("config.json", MODULES, *READ_BY_TRANSFORMERS)
+_SMALL = ("config.json", ADAPTER, MODULES, *READ_BY_TRANSFORMERS)
 _WEIGHTS = (SINGLE, INDEX, "model-*.safetensors")
 _NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
@@ -86,6 +87,7 @@ class HubHeaders(Source):
 
     def __init__(self, repo: str) -> None:
         from huggingface_hub import get_safetensors_metadata
+        from huggingface_hub.errors import NotASafetensorsRepoError
 
         self.label = repo
         self.folder = snapshot(repo, _SMALL)
@@ -94,6 +96,8 @@ class HubHeaders(Source):
         try:
             found = get_safetensors_metadata(repo)
         except Exception as error:
+            if isinstance(error, NotASafetensorsRepoError):
+                refuse_adapter(self.folder, repo, always=True)
             raise _explained(repo, error) from error
         checkpoint = {}
         for file, headers in sorted(found.files_metadata.items()):
@@ -154,7 +158,8 @@ def _spec(name: str, info: Any, where: str) -> TensorSpec:
 
 
 def _refuse_unknown(folder: Path, repo: str) -> None:
-    """SourceError for a model that was quantized in a way that lowbit does not read."""
+    """SourceError for an adapter, and for a model that was quantized in a way that lowbit does not read."""
+    refuse_adapter(folder, repo)
     method = quantized_by(folder)
     if method is not None and method not in schemes():
         raise SourceError(
