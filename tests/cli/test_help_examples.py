@@ -7,6 +7,7 @@ lowbit's own and before a name of the hub.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -29,7 +30,10 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+")
 NEEDS = {
     "--gguf": (lambda: shutil.which("llama-bench") is not None, "measures llama.cpp, whose llama-bench is not here"),
     "--plots": (lambda: importlib.util.find_spec("matplotlib") is not None, "draws with matplotlib, which is not here"),
-    "gguf": (lambda: importlib.util.find_spec("gguf") is not None, "reads back with the gguf package, which is not here"),
+    "gguf": (
+        lambda: importlib.util.find_spec("gguf") is not None,
+        "reads back with the gguf package, which is not here",
+    ),
 }
 # Examples that only a model of a real one's size makes sense of -> what is typed here instead.
 SMALLER = {"--target-size 80MB": "--target-size 55kB"}
@@ -108,6 +112,6 @@ def test_an_example_does_what_it_says(name: str, line: str, room: Path) -> None:
     words = shlex.split(line)
     if "--json" in words:
         json.loads(result.stdout)
-    for option, out in zip(words, words[1:]):
+    for option, out in itertools.pairwise(words):
         if option in ("-o", "--out", "--plots"):
             assert (room / out).exists(), line

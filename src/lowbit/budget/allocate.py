@@ -41,15 +41,17 @@ def allocate(
 ) -> Allocation:
     """A format for each layer of `model`, so that it is as good as can be under one target; see `budget.allocation`.
 
-    The target is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
+    The `target` is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
     and `sequences`: weights and KV cache together). `recipe` gives the method; its format is only a starting point.
     `sensitivity`: what `measure_sensitivity` gave, or a file: read where it exists, else measured on `calibration`
     (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
-    text or with other candidates; a text that the model would have to write first is not compared.
+    text or with other candidates; a text that the model would have to write first is not compared. `samples` windows of `length` tokens
+    (32 of 1024) are taken of the text; `chat` wraps documents in the model's chat template. `candidates`: formats that a layer may have.
+    `progress(what, steps done, steps in all)`.
     A target that no choice of formats meets is a RecipeError with the nearest that one does, before text or a weight is
     read. `allocation.recipe` goes to `quantize`.
 
-    >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=2, length=64)
+    >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=4, length=128)
     >>> found.plan.linear_bits_per_weight <= 5
     True
     """

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lowbit
 from lowbit.convert.importing import cast, model_type
 from lowbit.display import Displayed
 from lowbit.errors import SourceError
@@ -36,6 +35,7 @@ from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan, TensorSpec
 from lowbit.pipeline.loading import as_dtype
 from lowbit.planning.plan import MAX_SHARD, notes_on
+from lowbit.version import __version__
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,7 +157,7 @@ def _norm(values: Tensor) -> float:
 
 def _fingerprint(source: Source, dtype: torch.dtype, shards: tuple[Shard, ...]) -> str:
     facts = {
-        "dequantize": str(dtype), "source": source.identity(), "version": lowbit.__version__, "torch": torch.__version__,
+        "dequantize": str(dtype), "source": source.identity(), "version": __version__, "torch": torch.__version__,
         "headers": [hashlib.sha256(s.header).hexdigest() for s in shards],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -166,7 +166,7 @@ def _fingerprint(source: Source, dtype: torch.dtype, shards: tuple[Shard, ...]) 
 def _origin(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """Where the values come from, as the manifest says it. No time, no path."""
     return {
-        "lowbit": lowbit.__version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
+        "lowbit": __version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
         "source": source.identity(), "notes": list(notes_on(source)),
         "left_out": to_json(source.left_out, source.left_files()),
     }  # fmt: skip

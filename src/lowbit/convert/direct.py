@@ -32,8 +32,8 @@ def quantize_as(
     """Quantize a float model into the format of another program, in one step.
 
     recipe: as in `quantize`, or a mix of the target's own, such as "q4_k_m". target: "gguf", "vllm", "gptq" or "awq". out: what to write,
-    a file whose name ends in .gguf or a folder. keep: also keep lowbit's own folder, under this name. kv: as in `export`. The others are
-    those of `quantize`. What was written is read back and compared before it gets its name.
+    a file whose name ends in .gguf or a folder. keep: also keep lowbit's own folder, under this name. kv: as in `export`. calibration,
+    samples, length, chat and on_layer are those of `quantize`. What was written is read back and compared before it gets its name.
 
     ExportError when the target cannot hold what the recipe asks for, with the nearest that it can; OutputError when `out` is not free.
 

@@ -62,7 +62,7 @@ def chat(
 ) -> Conversation:
     """A conversation with a model: `chat(model).ask("Hello")` answers, and what was read once is not read again.
 
-    system: what the model is told first. The others are those of `generate`. EngineError for a model without a chat template.
+    system: what the model is told first. activations, cache, threads and sampling are those of `generate`. EngineError for a model without a chat template.
 
     >>> talk = lowbit.chat(model, system="You answer in one sentence.")
     >>> len(talk.ask("Why?", max_new_tokens=4).tokens) <= 4

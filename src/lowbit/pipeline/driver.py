@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import lowbit
 from lowbit.blockwise.model_tuner import tune_folder
 from lowbit.blockwise.quantizing import BlockwiseQuantizer
 from lowbit.blockwise.range_survey import survey_entry
@@ -24,6 +23,7 @@ from lowbit.pipeline.manifest import check_loads, origin, write_config
 from lowbit.pipeline.options import DEFAULTS, Options
 from lowbit.pipeline.report import Report, make_report, solved_facts
 from lowbit.planning.plan import Plan
+from lowbit.version import __version__
 from lowbit.weights.solve import Solved, solve
 
 Results = Iterator[tuple[Solved, str]]  # what weights became, with the SHA-256 of their source bytes
@@ -37,7 +37,7 @@ def fingerprint(
 
     facts = {
         "transformers": transformers.__version__, "device": torch.device(device).type,
-        "source": source.identity(), "recipe": str(plan.recipe), "version": lowbit.__version__,
+        "source": source.identity(), "recipe": str(plan.recipe), "version": __version__,
         "calibration": calibration and calibration.sha256,
         "settings": calibration and {"autocast": fast_dtype() != torch.float32},
         "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],

@@ -82,10 +82,10 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
     Its quantized parameters are replaced by packed weights, the kept ones get their values; the module is changed and
     returned. SourceError when folder and module do not fit.
 
-    >>> plain = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    >>> plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
     >>> _ = lowbit.quantize(plain, "int8:channel").save(folder / "plain")
-    >>> lowbit.load_into(torch.nn.Sequential(torch.nn.Linear(64, 8)), folder / "plain")(torch.zeros(1, 64)).shape
-    torch.Size([1, 8])
+    >>> lowbit.load_into(torch.nn.Sequential(torch.nn.Linear(64, 64)), folder / "plain")(torch.zeros(1, 64)).shape
+    torch.Size([1, 64])
     """
     path = Path(folder)
     written = read_json(path / MANIFEST)

@@ -57,7 +57,7 @@ def explain(
 
     >>> found = lowbit.explain([-0.3, 0, 0.1, 0.7], "absmax")
     >>> found.blocks[0].codes
-    (73, 127, 145, 254)
+    (74, 128, 146, 255)
     """
     wanted = Recipe.of(recipe)
     if isinstance(what, str) and not what.lstrip().startswith(("[", "(")):

@@ -102,8 +102,8 @@ class _Cell(Shown):
         super().say(what)
         self._draw(True)
 
-    def move(self, done: int, total: int, note: str = "") -> None:
-        super().move(done, total, note)
+    def move(self, done: int, total: int, note: str = "", more: bool | None = None) -> None:
+        super().move(done, total, note, more)
         self._draw()
 
     def show(self, step: Any) -> None:
