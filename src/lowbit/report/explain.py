@@ -23,10 +23,10 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.report.at_work.case import COLUMNS, ROWS, SEED, Case, checked, made_up
 from lowbit.report.at_work.inputs import show_inputs
 from lowbit.report.at_work.trace import Trace, registered
+from lowbit.report.bits import bits_text
 from lowbit.report.explain_blocks import BlockSteps, blocks_of
 from lowbit.report.explain_what import chosen, parse_array
 from lowbit.report.formulas import Step, reading, rounding, scaled_heading
-from lowbit.report.remarks import bits_text
 from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.ranging import in_range
 
@@ -108,7 +108,9 @@ def explain(
     weight, fmt = found.weight.detach().to(torch.float32), found.format
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise WeightError(f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold")
+        raise WeightError(
+            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold"
+        )
     given = None if inputs is None else _inputs(inputs)
     if given is not None:
         wanted = wanted.calibrated()
@@ -116,7 +118,9 @@ def explain(
         if not (wanted.uses_calibration or wanted.transforms or wanted.stores_inputs):
             raise RecipeError(f"{wanted.title} looks at no inputs, so that those given change nothing; leave them out")
     elif wanted.calibrated() != wanted:
-        remarks.append(f"With calibration text {wanted.name} is {wanted.calibrated()}; `lowbit explain` shows that too.")
+        remarks.append(
+            f"With calibration text {wanted.name} is {wanted.calibrated()}, which `lowbit explain` shows too."
+        )
     case = _case(weight, wanted, fmt, given, remarks)
     shown = _blocks(found.label, weight, wanted, fmt, found.rows, found.elements)
     traces = () if case is None else tuple(_traces(case))
@@ -148,17 +152,21 @@ def _case(weight: Tensor, recipe: Recipe, fmt: Format, given: Tensor | None, rem
     small = matrix[:ROWS, :COLUMNS].contiguous()
     if small.shape != matrix.shape and _stages(recipe, fmt):
         remarks.append(
-            f"The method is shown on the first {small.shape[0]} row{'s' * (len(small) > 1)} and {small.shape[1]} columns of the weight, "
-            "as a small weight of their own."
+            f"The method is shown on the first {_count(len(small), 'row')} and {_count(small.shape[1], 'column')} of the weight, as a "
+            "small weight of their own."
         )
     if x is None:
         x = made_up(small.shape[1])
         if _looks_at_inputs(recipe, given):
             remarks.append(
-                f"The {len(x)} inputs x of the layer are made up (seed {SEED}); give your own with --inputs \"[[...], [...]]\"."
+                f'The {len(x)} inputs x of the layer are made up (seed {SEED}); give your own with --inputs "[[...], [...]]".'
             )
     calibrated = given is not None or recipe.needs_calibration is not None
     return Case.of(small, x[:, : small.shape[1]].contiguous(), recipe, fmt, calibrated)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number != 1 else what
 
 
 def _stages(recipe: Recipe, fmt: Format) -> list[Call]:
@@ -212,7 +220,7 @@ def _blocks(label: str, weight: Tensor, recipe: Recipe, fmt: Format, rows: int |
         nbytes=q.nbytes,
         histogram=_histogram(weight, reach),
         histogram_after=_histogram(after, reach),
-        bits_from=bits_text(fmt, tuple(weight.shape), q.bits_per_weight),
+        bits_from=bits_text(q),
     )
 
 

@@ -20,6 +20,7 @@ from lowbit.report.remarks import remarks
 from lowbit.report.stored import kept_text
 from lowbit.solvers import Call
 
+
 @dataclass(frozen=True)
 class BlockSteps:
     """One block: where it is (half-open ranges), its steps, and its first values one by one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -40,17 +41,23 @@ def render_explanation(found: Explanation, width: int = _WIDTH) -> RenderableTyp
     from rich.console import Group
     from rich.text import Text
 
-    elements: list[RenderableType] = [Text(found.recipe, style="bold"), named_lines(_head(found), _NAMES), Text()]
+    title = found.recipe if len(found.recipe) <= width else found.recipe.replace(" = ", " =\n  ", 1)
+    heading = Text(title, style="bold", no_wrap=True, overflow="ignore")
+    elements: list[RenderableType] = [heading, named_lines(_head(found), _NAMES), Text()]
+    alone = ", without inputs" if found.inputs is not None else ""
     if found.at_work:
-        elements.append(Text("Each value on its own", style="bold"))
+        elements.append(Text(f"Each value on its own{alone}", style="bold"))
     for block in found.blocks:
         elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
         elements.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
     elements.append(named_lines(_errors(found), _NAMES))
+    if found.at_work:
+        elements.append(Text())
     if found.inputs is not None:
-        elements += [Text("\nThe inputs x of the layer, one in a row", style="bold")]
+        elements += [Text("The inputs x of the layer, one in a row", style="bold")]
+        elements += [Text("From here on w is a value of the weight W, and x one of an input; the output is x W^T.")]
         heads = ("input", *(f"x{k}" for k in range(len(found.inputs[0]))))
         rows = [(i, *row) for i, row in enumerate(found.inputs)]
         elements.append(Text(folded(heads, rows, width), no_wrap=True))
@@ -65,7 +72,9 @@ def render_names(found: Names) -> RenderableType:
     from rich.text import Text
 
     lines = [Text(f"{found.said}:"), *(Text(f"  {name}", no_wrap=True, overflow="ignore") for name in found.names)]
-    return Group(*lines, Text("\nShow the first:"), Text(f"  {found.first}", style="cyan", no_wrap=True, overflow="ignore"))
+    return Group(
+        *lines, Text("\nShow the first:"), Text(f"  {found.first}", style="cyan", no_wrap=True, overflow="ignore")
+    )
 
 
 def _head(found: Explanation) -> list[tuple[str, str | Text]]:
@@ -91,10 +100,14 @@ def _symbols(found: Explanation) -> str:
     if fmt.scale is not None:
         words.insert(1, "s the scale, one level's worth")
     if fmt.offset is not None:
-        kind = "m the minimum, the value of level 0" if fmt.offset_kind == "min" else "z the zero-point, the level that 0 is at"
+        kind = (
+            "m the minimum, the value of level 0"
+            if fmt.offset_kind == "min"
+            else "z the zero-point, the level that 0 is at"
+        )
         words.insert(2, kind)
-    if found.fit is not None and "hi" in found.fit.method.summary:
-        words.append("lo and hi the lowest and the highest level")
+    named = re.findall(r"\b(?:lo|hi)\b", found.fit.method.summary if found.fit is not None else "")
+    words += [{"lo": "lo the lowest level", "hi": "hi the highest level"}[name] for name in sorted(set(named))]
     return "; ".join([*words, "code the number that is stored for a level"])
 
 

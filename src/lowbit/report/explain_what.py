@@ -92,7 +92,11 @@ def chosen(
         if alone is None:
             return _of_model(what, _wanted(recipe), fmt, rows)
         array = example_for(alone)
-        said = f"No array was given: {array} is shown." if len(array) < 60 else "No array was given: one of its own is shown."
+        said = (
+            f"No array was given: {array} is shown."
+            if len(array) < 60
+            else "No array was given: one of its own is shown."
+        )
         return What(parse_array(array), alone, fmt or alone.format, label, rows, elements, (said,))
     wanted = _wanted(recipe)
     weight = parse_array(what) if isinstance(what, str) else what
@@ -126,7 +130,7 @@ def recipe_alone(text: str) -> Recipe | None:
         known = [*PRESETS, *methods(), *estimators()]
         hint = nearest(text, known)
         raise RecipeError(
-            f"{text!r} is neither a recipe or method{hint}, nor an array such as \"{ARRAY}\", nor MODEL:TENSOR such as "
+            f'{text!r} is neither a recipe or method{hint}, nor an array such as "{ARRAY}", nor MODEL:TENSOR such as '
             f"smollm2:q_proj; `lowbit recipes` lists recipes and methods"
         ) from error
 

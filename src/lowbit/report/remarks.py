@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from lowbit.formats import Format, IntGrid
-from lowbit.formats.format import Store
-from lowbit.formats.stores import store_bytes
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 
@@ -32,7 +32,7 @@ def _ties(scaled: Tensor, codes: Tensor, fmt: Format) -> list[str]:
     """Values in the middle between two levels, and those that only look so in four decimals."""
     levels = sorted({float(v) for v in fmt.grid.levels.tolist() if v == v})
     found = fmt.grid.decode(codes).tolist()
-    middles = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
     if isinstance(fmt.grid, IntGrid):
         middles = [levels[0] - 0.5, *middles, levels[-1] + 0.5]
     exact: dict[float, str] = {}
@@ -42,11 +42,16 @@ def _ties(scaled: Tensor, codes: Tensor, fmt: Format) -> list[str]:
         if value == middle:
             exact.setdefault(value, f"{num(value, 9)} goes to {num(level, 6)}")
         elif abs(value - middle) < _NEAR * max(1.0, min(1.0, abs(value))):
-            near.setdefault(value, f"{num(value, 9)}, which is {'above' if value > middle else 'below'} {num(middle)}, goes to {num(level, 6)}")
+            near.setdefault(
+                value,
+                f"{num(value, 9)}, which is {'above' if value > middle else 'below'} {num(middle)}, goes to {num(level, 6)}",
+            )
     said = []
     rule = "the even level" if isinstance(fmt.grid, IntGrid) else "the level with the even code"
     if exact:
-        said.append(f"Ties: a value in the middle between two levels goes to {rule}: {'; '.join(list(exact.values())[:4])}.")
+        said.append(
+            f"Ties: a value in the middle between two levels goes to {rule}: {'; '.join(list(exact.values())[:4])}."
+        )
     if near:
         said.append(f"Nearly ties: with all its digits {'; '.join(list(near.values())[:4])}.")
     return said
@@ -60,7 +65,9 @@ def _clipped(x: Tensor, scaled: Tensor, fmt: Format) -> list[str]:
     out = []
     for value, at in zip(x.tolist(), scaled.tolist()):
         rounded = float(round(at)) if whole else at
-        if not lo <= rounded <= hi and (at < lo - room or at > hi + room or (whole and rounded != min(max(rounded, lo), hi))):
+        if not lo <= rounded <= hi and (
+            at < lo - room or at > hi + room or (whole and rounded != min(max(rounded, lo), hi))
+        ):
             end, name = (hi, "highest") if at > hi else (lo, "lowest")
             out.append(f"x = {num(value)} is at {num(at)}, beyond the {name} level {num(end)}, and gets that")
     if not out:
@@ -75,52 +82,11 @@ def _unused(fmt: Format, fit: Call) -> list[str]:
         return []
     last = -(2 ** (grid.bits - 1))
     if grid.lo > last:
-        return [f"The code for {last} is never used: 'narrow' ends the levels at {num(grid.lo)}, as far from 0 as {num(grid.hi)}."]
+        return [
+            f"The code for {last} is never used: 'narrow' ends the levels at {num(grid.lo)}, as far from 0 as {num(grid.hi)}."
+        ]
     if fit.name == "absmax" and fmt.offset is None:
-        return [f"Level {last} is never used: absmax takes the largest magnitude to {num(grid.hi)}, whichever sign it has."]
+        return [
+            f"Level {last} is never used: absmax takes the largest magnitude to {num(grid.hi)}, whichever sign it has."
+        ]
     return []
-
-
-def bits_text(fmt: Format, shape: tuple[int, ...], bits: float) -> str:
-    """Where the bits of each value come from: with the array's own blocks, and with whole ones where these are longer."""
-    _, rows, cols = (1, *(shape if len(shape) > 1 else (1, *shape)))[-3:] if shape else (1, 1, 1)
-    block = fmt.block
-    if block.rows != 1 and block.rows != -1:
-        return ""
-    here = cols if block.cols == -1 else min(block.cols, cols)
-    shared = (rows * cols if block.cols == -1 else rows * here) if block.rows == -1 else here
-    extra = _overhead(fmt)
-    said = ""
-    if extra is not None and cols % max(1, here) == 0:
-        each = fmt.grid.bits + extra / shared
-        if abs(each - bits) < 1e-9:
-            said = f"{fmt.grid.bits} for the code + {extra} for {_shared_names(fmt)} that {shared} values share = {num(bits, 5)}"
-    if block.cols == -1:
-        return said
-    whole = fmt.bits_per_weight((4096, 32 * block.cols if isinstance(fmt.scale, str) else 4096))
-    if abs(whole - bits) < 1e-9:
-        return said
-    if extra is not None and block.rows == 1:
-        return f"{said}; with {block.cols} values to a scale, {fmt.grid.bits} + {extra}/{block.cols} = {num(whole, 5)}".lstrip("; ")
-    return f"{said}; in a large weight, whose blocks are whole, {num(whole, 5)}".lstrip("; ")
-
-
-def _overhead(fmt: Format) -> int | None:
-    """Bits of the scale and the offset of one block; None where these have a format of their own."""
-    kept: list[Store] = [] if fmt.scale is None else [fmt.scale]
-    if fmt.offset is not None and fmt.offset.store != "grid":
-        kept.append(fmt.offset.store)
-    if fmt.codebook is not None or (fmt.offset is not None and fmt.offset.store == "grid"):
-        return None
-    total = 0
-    for store in kept:
-        if not isinstance(store, str):
-            return None
-        total += 8 * store_bytes(store)
-    return total
-
-
-def _shared_names(fmt: Format) -> str:
-    if fmt.offset is None:
-        return "the scale"
-    return "the scale and the minimum" if fmt.offset_kind == "min" else "the scale and the zero-point"

@@ -38,7 +38,11 @@ def _nested(inner: QTensor, how: Format, at: int, part: str) -> str:
     read = f"{num(level)} x {num(scale, 7)}"
     if offsets is not None:
         zero = float(offsets.reshape(-1)[place])
-        read = f"{num(scale, 7)} x ({num(level)} - {num(zero, 7)})" if how.offset_kind != "min" else f"{read} + {num(zero, 7)}"
+        read = (
+            f"{num(scale, 7)} x ({num(level)} - {num(zero, 7)})"
+            if how.offset_kind != "min"
+            else f"{read} + {num(zero, 7)}"
+        )
     named = f"code {code}" + (f", level {num(level)}" if float(code) != level else "")
     deeper = "" if isinstance(how.scale, str) else f" ({how.scale})"
     store = how.scale if isinstance(how.scale, str) else "few bits again"

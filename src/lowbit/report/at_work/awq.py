@@ -58,7 +58,7 @@ def awq(case: Case, call: Call) -> Shown:
     errors = [("round-to-nearest", found.plain), (f"{call.name}, then round-to-nearest", found.error)]
     parts = (
         "Columns whose inputs are large matter most, so they are multiplied by s_k before rounding, and the input is divided "
-        "by s_k: x W' = (x / s) (W s)'. A larger weight in the same group is rounded relatively less. "
+        "by s_k: x W^T = (x / s) (W s)^T. A larger weight in the same group is rounded relatively less. "
         f"s_k = mean|x_k|^alpha, and {points} values of alpha are tried on the inputs:",
         Listing("alphas", ("alpha", "output error", "largest s / smallest s"), tuple(tried), shown, best),
         f"alpha = {num(found.alpha)} has the least error. alpha = 0 scales nothing and is round-to-nearest.",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.trace import Outcome
+from lowbit.report.at_work.trace import OF_WEIGHTS, Outcome
 from lowbit.solvers import Call
 
 
@@ -22,11 +24,20 @@ def first_block(case: Case) -> tuple[Tensor, Tensor | None]:
     return block, case.known.importance.expand(case.weight.shape)[:rows, :cols].reshape(1, -1)
 
 
-def kept_errors(case: Case, plain: str, call: Call) -> Outcome:
-    """The mean squared error of the weights, with the range-based fit and with this one."""
+def kept_errors(
+    case: Case, plain: str, call: Call, measure: str = OF_WEIGHTS, cost: Callable[[Tensor], Tensor] | None = None
+) -> Outcome:
+    """The error of the weights with the range-based fit `plain` and with this one, as the fit counts it: `cost` of the
+    differences [N, K], squares times what is known of the inputs unless given; summed over all."""
+    if cost is None:
+        cost = partial(_squares, case)
     fmt, errors = case.format, []
     for name, fit in ((f"{plain}, the whole range", Call(plain)), (str(call), call)):
         case_of = replace(case, recipe=replace(case.recipe, fit=fit, solver=None))
         q = case_of.recipe.solver_for(fmt)(case.weight, fmt, fit, case.known)
-        errors.append((name, float((q.dequantize() - case.weight).double().square().sum(1).mean())))
-    return Outcome.of(q.unpacked(), q.dequantize(), errors)
+        errors.append((name, float(cost((q.dequantize() - case.weight).double()).sum())))
+    return Outcome.of(q.unpacked(), q.dequantize(), errors, measure)
+
+
+def _squares(case: Case, off: Tensor) -> Tensor:
+    return off.square() if case.known is None else off.square() * case.known.importance

@@ -15,12 +15,12 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats, StatsBuilder
 
-ROWS, COLUMNS, TOKENS, SEED = 4, 16, 8, 0
+ROWS, COLUMNS, TOKENS, SEED = 4, 32, 8, 0
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A weight float32 [N, K] and inputs float32 [T, K] of its layer, y = x W', as the methods of a recipe find them.
+    """A weight float32 [N, K] and inputs float32 [T, K] of its layer, y = x W^T, as the methods of a recipe find them.
 
     inputs        what the layer sees behind quantized layers
     inputs_float  the same in the float model
@@ -73,7 +73,7 @@ class Case:
         return solver(self.weight, fmt, self.recipe.fit_for(fmt), self.known)  # type: ignore[no-any-return]
 
     def output_error(self, values: Tensor, inputs: Tensor | None = None) -> float:
-        """The mean over the inputs of |x_f W' - x Q'|^2 for Q = `values` [N, K], float64. `inputs`: x, where another."""
+        """The mean over the inputs of |x_f W^T - x Q^T|^2 for Q = `values` [N, K], float64. `inputs`: x, where another."""
         x = self.inputs if inputs is None else inputs
         off = self.inputs_float.double() @ self.weight.double().T - x.double() @ values.double().T
         return float(off.square().sum(1).mean())

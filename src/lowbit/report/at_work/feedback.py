@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit.formats import QTensor, stores
 from lowbit.formats.qtensor import nearest_codes
 from lowbit.report.at_work.case import Case, step_of
-from lowbit.report.at_work.trace import Cell, Listing, Outcome, Shown, Trace, matrix, shows
+from lowbit.report.at_work.trace import WIDEST, Cell, Listing, Outcome, Shown, Trace, matrix, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.coordinate_descent import feed_errors
@@ -21,7 +21,7 @@ from lowbit.solvers.methods.qronos import corrected
 from lowbit.solvers.rounding import Rounder, empty, with_values
 from lowbit.solvers.zeros import zero_runs
 
-EXAMPLE = "[0.62, -0.31, 0.18, 0.44, -0.75, 0.09, 0.27, -0.53]"
+EXAMPLE = "[0.66, -0.04, -0.12, 0.14, -0.29, -0.56]"
 _ORDERS = (
     "as they stand",
     "the one with the largest mean x_k^2 first",
@@ -94,7 +94,9 @@ def feedback(case: Case, call: Call) -> Shown:
     rows: list[tuple[Cell, ...]] = []
     for k in order:
         now, value = float(found.now[row, k]), float(found.value[row, k])
-        rows.append((k, float(found.target[row, k]), now, float(levels[row, k]), int(codes[row, k]), value, now - value))
+        rows.append(
+            (k, float(found.target[row, k]), now, float(levels[row, k]), int(codes[row, k]), value, now - value)
+        )
     many = f" (row 0 of {len(case.weight)}; rows do not affect one another)" if len(case.weight) > 1 else ""
     parts += [
         f"Each line rounds one column{many}. `now` is the weight as the earlier columns have moved it; e is what rounding "
@@ -108,6 +110,7 @@ def feedback(case: Case, call: Call) -> Shown:
                 (f"w{k}", *(float(found.moves[row, k, j]) if order.index(j) > i else "" for j in order))
                 for i, k in enumerate(order[:-1])
             ),
+            () if len(order) > 2 * WIDEST else None,
         ),
     ]
     final, errors, told = _results(case, call, found, options)
@@ -125,38 +128,37 @@ def _preparation(case: Case, call: Call, found: Steps, options: dict[str, float]
     if drifts:
         parts.append(
             "x_f is the input in the float model, and x the same input behind layers that are quantized already; here x is "
-            f"x_f rounded to multiples of {num(step_of(case.inputs_float))}. What counts is the output, x_f W' against x Q'."
+            f"x_f rounded to multiples of {num(step_of(case.inputs_float))}. What counts is the output, x_f W^T against x Q^T."
         )
     parts.append(
-        f"H = X'X / {len(case.inputs)} says what errors cost: with e = w - q the mean squared error of the output is e H e'. "
+        f"H = X^T X / {len(case.inputs)} says what errors cost: with e = w - q the mean squared error of the output is e H e^T. "
         f"{num(100 * found.factor.damp)} % of its mean diagonal is added to the diagonal, so that it can be inverted:"
     )
     parts.append(matrix("hessian", found.factor.hessian, "H"))
     if call.name == "qronos":
         parts += [
-            f"First each weight goes {num(100 * options['blend'])} % of the way to the W that makes x W' most like the float "
+            f"First each weight goes {num(100 * options['blend'])} % of the way to the W that makes x W^T most like the float "
             "model's output (least squares). From here on w is this corrected weight:",
             Listing(
                 "corrected",
                 ("column", "w given", "w corrected"),
-                tuple(
-                    (k, float(case.weight[0, k]), float(found.target[0, k])) for k in range(case.weight.shape[1])
-                ),
+                tuple((k, float(case.weight[0, k]), float(found.target[0, k])) for k in range(case.weight.shape[1])),
             ),
         ]
     scales = found.start.scales()
     assert scales is not None
     shown = "  ".join(num(float(s)) for s in scales[0, 0, :8].tolist())
     parts.append(
-        f"The scales are found before any rounding by the fit {case.recipe.fit_for(case.format)}, and an error in column k "
-        f"counts H_kk times: s = {shown}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
+        f"The scales are found before any rounding by the fit {case.recipe.fit_for(case.format)}"
+        + (" for the corrected weights" if call.name == "qronos" else "")
+        + f", for which an error in column k counts H_kk times: s = {shown}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
     )
     rule = "w_j changes by -e U_ij / U_ii"
     if call.name == "gptaq":
         rule += " + w_i P_ij; P makes up for what the earlier layers changed in input i"
     parts.append(
         f"After column i is rounded, each later column j makes up for the error as well as it can: {rule}. U is upper "
-        "triangular with U'U = inv(H)."
+        "triangular with U^T U = inv(H)."
     )
     return parts
 
@@ -169,7 +171,10 @@ def _results(
     final = call.solve(case.weight, fmt, fit, case.stats)
     errors = [
         ("round-to-nearest", case.output_error(_real(case, with_values(found.start, found.target)).dequantize())),
-        (f"{call.name}, column by column", case.output_error(_real(case, with_values(found.start, found.value)).dequantize())),
+        (
+            f"{call.name}, column by column",
+            case.output_error(_real(case, with_values(found.start, found.value)).dequantize()),
+        ),
     ]
     if call.name == "qronos":
         plain = case.nearest().dequantize()
@@ -182,8 +187,12 @@ def _results(
         changed = final.trace.end < before.end
         told.append(
             f"Polish, {int(options['polish'])} rounds at most: all scales are set anew by least squares for the codes that were "
-            "found, then every weight is tried once more while the others stay. A round is kept only where e H e' falls; "
-            + (f"here it falls from {num(before.end, 4)} to {num(final.trace.end, 4)}." if changed else "here none helps.")
+            "found, then every weight is tried once more while the others stay. A round is kept only where e H e^T falls; "
+            + (
+                f"here it falls from {num(before.end, 4)} to {num(final.trace.end, 4)}."
+                if changed
+                else "here none helps."
+            )
         )
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))

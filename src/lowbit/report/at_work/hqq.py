@@ -46,7 +46,9 @@ def hqq(case: Case, call: Call) -> Shown:
     fmt = case.format
     x = stores.times_power(block, -fmt.exponent) if fmt.exponent else block
     if float(x.min()) == float(x.max()):
-        return Shown(Trace(str(call), ("All values of the block are equal and come back exactly; nothing moves.",)), case)
+        return Shown(
+            Trace(str(call), ("All values of the block are equal and come back exactly; nothing moves.",)), case
+        )
     found = iterations(x, fmt.plain, options)
     best = min(range(len(found)), key=lambda i: found[i][2])
     end = "stops when the mean error no longer falls" if best < len(found) - 1 else "ends at the number of iterations"
@@ -57,6 +59,11 @@ def hqq(case: Case, call: Call) -> Shown:
         f"Measured is |error|^{num(options['p'])}, which a few outliers do not rule. The loop {end}:",
         Listing("iterations", ("iteration", "zero-point", "mean |x - x'|"), tuple(found), best=best),
     )
-    return Shown(Trace(str(call), parts, kept_errors(case, "minmax", call)), case)
-
-
+    return Shown(
+        Trace(
+            str(call),
+            parts,
+            kept_errors(case, "minmax", call, "Mean |w - q| of all weights", lambda off: off.abs() / off.numel()),
+        ),
+        case,
+    )

@@ -42,7 +42,15 @@ def show_inputs(case: Case) -> Trace | None:
         for name in estimators():
             ranged = _seen(case.inputs, inputs, chosen if name == own else RangeMethod(name))
             low, high = ranged.range()
-            rows.append((name, low, high, 100 * ranged.clipped(), _rms(case.inputs, inputs, chosen if name == own else RangeMethod(name))))
+            rows.append(
+                (
+                    name,
+                    low,
+                    high,
+                    100 * ranged.clipped(),
+                    _rms(case.inputs, inputs, chosen if name == own else RangeMethod(name)),
+                )
+            )
         summary = (estimators()[own].__doc__ or "").split("\n")[0]
         parts += [
             f"The range of static inputs is found on calibration text and stored. {chosen}: {summary} Here every input is "

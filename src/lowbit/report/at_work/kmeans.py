@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.trace import Listing, Outcome, Shown, Trace, shows
-from lowbit.report.wording import number_text as num
+from lowbit.report.at_work.trace import OF_WEIGHTS, Listing, Outcome, Shown, Trace, shows
 from lowbit.solvers import Call
 
 EXAMPLE = (
@@ -79,16 +78,17 @@ def kmeans(case: Case, call: Call) -> Shown | None:
         + (", each counted by the mean square of its input" if case.known is not None else "")
         + ". They start close together where weights are many. Then, again and again: each weight goes to its nearest level, "
         "and each level moves to the mean of its weights. Last, levels that are hardly used move to where errors are "
-        f"largest, as long as that helps; {len(found) - 1} iterations here, of which some are shown, and `kept` is what is "
+        f"largest, as long as that helps; here after {len(found) - 1} iterations, some of which are shown; `kept` is what is "
         f"stored (in {fmt.levels_store}):",
         Listing("levels", ("iteration", "error", *heads), tuple(table), some),
     ]
     distinct = len(x.unique())
     if distinct <= len(final):
-        parts.append(f"The row has {distinct} different values, so that each has a level of its own and comes back as it is.")
+        parts.append(
+            f"The row has {distinct} different values, so that each has a level of its own and comes back as it is."
+        )
     spare = len(final) - len(nearest.unique())
     if spare:
         parts.append(f"{spare} of the {len(final)} levels serve no value of this row.")
     errors = (("levels as they start", found[0][1]), (str(call), last))
-    parts.append(f"The error is the sum of squares; it fell from {num(found[0][1], 4)} to {num(last, 4)}.")
-    return Shown(Trace(str(call), tuple(parts), Outcome.of(q.unpacked(), q.dequantize(), errors)), case)
+    return Shown(Trace(str(call), tuple(parts), Outcome.of(q.unpacked(), q.dequantize(), errors, OF_WEIGHTS)), case)

@@ -12,7 +12,7 @@ from lowbit.report.at_work.trace import Cell, Listing, Outcome, Shown, Trace, ma
 from lowbit.solvers import Call
 from lowbit.transforms.hadamard import rotation_for
 
-EXAMPLE = "[0.12, -0.25, 0.31, -0.08, 0.2, -0.17, 0.05, 1.9]"
+EXAMPLE = "[-0.17, 0.1, -0.13, 0.35, 0.03, -0.23, -0.98, 0.11]"
 _NAMES = {
     "hadamard": "a Hadamard matrix with random signs: every entry has the same size, so that each value is spread over all",
     "random": "a random orthogonal matrix, as no Hadamard matrix of this size is known",
@@ -35,13 +35,14 @@ def rotate(case: Case, call: Call) -> Shown:
         inputs=q.apply(case.inputs),
         inputs_float=q.apply(case.inputs_float),
     )
-    rows: list[tuple[Cell, ...]] = []
-    for name, before, turned in (("w", case.weight, after.weight), ("x", case.inputs, after.inputs)):
-        for i in range(min(4, len(before))):
-            rows.append((f"{name} {i}", *(v for pair in zip(spread(before[i]), spread(turned[i])) for v in pair)))
+    pairs = [(f"w {i}", case.weight[i], after.weight[i]) for i in range(len(case.weight))]
+    pairs += [(f"x {i}", case.inputs[i], after.inputs[i]) for i in range(min(4, len(case.inputs)))]
+    rows: list[tuple[Cell, ...]] = [
+        (name, *(v for pair in zip(spread(before), spread(turned)) for v in pair)) for name, before, turned in pairs
+    ]
     parts: list[str | Listing] = [
         "One large value makes the scale of all its neighbours large. Weights and inputs are both turned by an orthogonal "
-        f"matrix Q, which leaves the product as it is, (x Q)(W Q)' = x W'. Q here is {_NAMES[q.kind]} (seed {q.seed}).",
+        f"matrix Q, which leaves the product as it is, (x Q)(W Q)^T = x W^T. Q here is {_NAMES[q.kind]} (seed {q.seed}).",
     ]
     if q.size <= 8:
         parts.append(matrix("rotation", q.matrix(), "Q"))

@@ -96,9 +96,10 @@ def search(case: Case, call: Call) -> Shown:
     if float(x.min()) == float(x.max()):
         said = "All values of the block are equal: the scale is chosen so that they come back exactly, and nothing is searched."
         return Shown(Trace(str(call), (said,)), case)
-    weighed = "by the mean square of its input" if v is not None else f"by |x|^{num(options['emphasis'])}"
-    if v is None and options["emphasis"]:
-        v = x.abs() if options["emphasis"] == 1 else x.abs().pow(options["emphasis"])
+    known, emphasis = v is not None, options["emphasis"]
+    weighed = "by the mean square of its input" if known else f"by |w|^{num(emphasis)}, as large weights matter more"
+    if v is None and emphasis:
+        v = x.abs() if emphasis == 1 else x.abs().pow(emphasis)
     if fmt.offset is None:
         rows, heads = candidates(x, fmt, v, options), ("tried", "s", "s refitted", "error")
         peak, extreme = float(x[0, x.abs().argmax()]), fmt.grid.extreme if fmt.scale_signed else fmt.grid.reach
@@ -107,11 +108,20 @@ def search(case: Case, call: Call) -> Shown:
         rows = affine_candidates(x, fmt, torch.ones_like(x) if v is None else v, options)
         heads, start = ("tried", "s", "z in levels", "error"), ""
     best = min(range(len(rows)), key=lambda i: float(rows[i][3] or 0.0))
-    near = sorted(range(len(rows)), key=lambda i: float(rows[i][3] or 0.0))[:_SHOWN]
+    near = _distinct(rows)[:_SHOWN]
     parts = (
         f"{start}{len(rows)} scales are tried for each block. For each, values are rounded, and then the scale is set anew to "
         "what is best for these levels (least squares). An error on a value is squared and counted "
-        f"{weighed}, and the least sum wins. The whole range and the best ones for the first block:",
+        f"{weighed}, and the least sum wins. The whole range and the best for the first block:",
         Listing("candidates", heads, tuple(rows), tuple(sorted({0, best, *near})), best),
     )
-    return Shown(Trace(str(call), parts, kept_errors(case, plain_fit(case), call)), case)
+    cost = None if known else lambda off: off.square() * case.weight.abs().pow(emphasis)
+    return Shown(Trace(str(call), parts, kept_errors(case, plain_fit(case), call, cost=cost)), case)
+
+
+def _distinct(rows: list[tuple[Cell, ...]]) -> list[int]:
+    """Places of the rows by their error, those that end like one before left out."""
+    seen: dict[str, int] = {}
+    for i in sorted(range(len(rows)), key=lambda i: (float(rows[i][3] or 0.0), i)):
+        seen.setdefault(num(float(rows[i][3] or 0.0), 4), i)
+    return list(seen.values())

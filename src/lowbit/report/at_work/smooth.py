@@ -35,7 +35,7 @@ def smooth(case: Case, call: Call) -> Shown:
     how = searched if options["points"] else f"a = {num(found.alpha)}"
     parts = (
         "Inputs in few bits suffer from channels that are much larger than the others. Each input channel is divided by s_k "
-        "and the weight's column multiplied by it, which leaves x W' as it is: "
+        "and the weight's column multiplied by it, which leaves x W^T as it is: "
         f"s_k = max|x_k|^a / max|w_k|^(1 - a), with {how}.",
         Listing("columns", ("column", "max|x|", "max|w|", "s", "max|x/s|", "max|w s|"), columns),
         f"Inputs in {kept} and weights in {case.format}: how far each is off, and the output of the layer:",

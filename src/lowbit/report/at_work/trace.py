@@ -17,6 +17,9 @@ from lowbit.report.at_work.case import Case
 from lowbit.solvers import Call
 
 Cell = float | int | str | None
+WIDEST = 8  # columns of a matrix that is drawn; JSON has larger ones
+OUTPUT = "Error of the layer's output, the mean over the inputs of |x W^T - x Q^T|^2"
+OF_WEIGHTS = "Error of all weights as the method counts it"
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,24 @@ class Listing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the method gives: codes and values by rows, and errors by name, of which the first is round-to-nearest's.
+    """What the method gives: codes and values by rows, and errors by name, of which the first is what it is compared with.
 
-    The errors are the mean over the inputs of the squared error of the layer's output, summed over the rows.
+    `measure`: what the errors are of, the layer's output unless said otherwise.
     """
 
     codes: tuple[tuple[int, ...], ...]
     values: tuple[tuple[float, ...], ...]
     errors: tuple[tuple[str, float], ...]
+    measure: str = OUTPUT
 
     @staticmethod
-    def of(codes: Tensor, values: Tensor, errors: Sequence[tuple[str, float]]) -> Outcome:
+    def of(codes: Tensor, values: Tensor, errors: Sequence[tuple[str, float]], measure: str = OUTPUT) -> Outcome:
         """From codes [N, K] and values [N, K]."""
         return Outcome(
-            tuple(tuple(map(int, row)) for row in codes.tolist()), tuple(map(tuple, values.tolist())), tuple(errors)
+            tuple(tuple(map(int, row)) for row in codes.tolist()),
+            tuple(map(tuple, values.tolist())),
+            tuple(errors),
+            measure,
         )
 
 
@@ -68,7 +75,12 @@ class Trace:
         found |= {part.name: part.to_dict() for part in self.parts if isinstance(part, Listing)}
         if self.outcome is not None:
             made = self.outcome
-            found["outcome"] = {"codes": made.codes, "values": made.values, "errors": dict(made.errors)}
+            found["outcome"] = {
+                "codes": made.codes,
+                "values": made.values,
+                "errors": dict(made.errors),
+                "measure": made.measure,
+            }
         return found
 
 
@@ -115,4 +127,5 @@ def registered(call: Call) -> Registered | None:
 def matrix(name: str, values: Tensor, rows: str = "row", columns: str = "") -> Listing:
     """A matrix [n, k] with its row and column numbers."""
     heads = tuple(f"{columns}{k}" for k in range(values.shape[1]))
-    return Listing(name, (rows, *heads), tuple((i, *row) for i, row in enumerate(values.tolist())))
+    shown = () if values.shape[1] > WIDEST else None
+    return Listing(name, (rows, *heads), tuple((i, *row) for i, row in enumerate(values.tolist())), shown)

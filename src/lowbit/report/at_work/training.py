@@ -32,7 +32,7 @@ def weighting(case: Case, call: Call) -> Shown:
     """One sentence."""
     said = (
         f"{call.name} weighs tokens by the gradients of a whole model, which one array cannot show: here every input counts "
-        "the same. In a model H = sum of g_t x_t x_t', where g_t is how much the loss depends on the layer's output at "
+        "the same. In a model H = sum of g_t x_t^T x_t, where g_t is how much the loss depends on the layer's output at "
         "token t."
     )
     return Shown(Trace(str(call), (said,)), case)
