@@ -120,11 +120,13 @@ def test_feedback_stores_what_the_solver_stores(recipe: str) -> None:
     assert trace.outcome.errors[-1][1] == pytest.approx(float(off.square().sum(1).mean()), rel=1e-5)
     # Without polish the shown columns are the solver's own.
     found = steps(case, wanted.solver)
-    if wanted.solver.method.needs == "drift" or trace.outcome.errors[1][1] < trace.outcome.errors[0][1]:
-        options = {k: 0 for k in ("polish",) if k in wanted.solver.method.options}
-        bare = replace(wanted.solver, options=tuple({**dict(wanted.solver.options), **options}.items()))
-        plain = bare(weight, wanted.format, wanted.fit_for(wanted.format), builder.stats()).dequantize()
-        torch.testing.assert_close(found.value, plain, rtol=1e-6, atol=1e-7)
+    options = {k: 0 for k in ("polish",) if k in wanted.solver.method.options}
+    bare = replace(wanted.solver, options=tuple({**dict(wanted.solver.options), **options}.items()))
+    plain = bare.solve(weight, wanted.format, wanted.fit_for(wanted.format), builder.stats())
+    kept = any("kept instead of them" in said for said in trace.to_dict()["said"])
+    assert kept == (wanted.solver.name != "gptaq" and plain.trace.end == plain.trace.start)
+    if not kept:
+        torch.testing.assert_close(found.value, plain.weight.dequantize(), rtol=1e-6, atol=1e-7)
 
 
 def test_the_moves_add_up_to_what_the_columns_were() -> None:
@@ -190,7 +192,7 @@ def test_clip_ratios_end_at_the_scale_of_the_fit() -> None:
     for _, s, clipped, error in shown["rows"]:
         level = np.clip(np.round(x / s), -8, 7)
         assert error == pytest.approx(float(((level * s - x) ** 2).sum()), rel=1e-4)
-        assert clipped == int(((np.round(x / s) > 7) | (np.round(x / s) < -8)).sum())
+        assert clipped == int(((x / s > 7.0001) | (x / s < -8.0001)).sum())
 
 
 @pytest.mark.parametrize("fmt", ["int4:g32", "iq4nl:g32", "e4m3:channel", "uint4:g32:min=fp16", "uint4:g32:asym",
@@ -257,7 +259,9 @@ def test_inputs_that_nothing_looks_at_are_an_error() -> None:
         explain("[1, 2]", "absmax", inputs=[[1, 2]])
 
 
-@pytest.mark.parametrize(("inputs", "word"), [("[[1, 2, 3]]", "needs 2 numbers"), ("[[1, 1e999]]", "infinite"), ("[1", "array")])
+@pytest.mark.parametrize(
+    ("inputs", "word"), [("[[1, 2, 3]]", "needs 2 numbers"), ("[[1, 1e999]]", "infinite"), ("[1", "array")]
+)
 def test_wrong_inputs_are_an_error(inputs: str, word: str) -> None:
     with pytest.raises(WeightError, match=word):
         explain("[1, 2]", "gptq", inputs=inputs)
@@ -267,12 +271,14 @@ def test_made_up_inputs_are_the_same_everywhere() -> None:
     assert made_up(2)[:2].tolist() == torch.tensor(MADE_UP).tolist()
 
 
-MADE_UP = [[0.0, 0.0], [0.0, 0.0]]
+MADE_UP = [[1.3, 10.1], [-0.8, -4.6]]
 
 
 @pytest.mark.parametrize("array", ["[0, 0, 0, 0]", "[0.5]", "[[1e-30, 2e-30], [3e-30, 1e-30]]", "[[[1, 2]], [[3, 4]]]",
                                    "[3, 3, 3]", "[1e30, -2e30, 3e28]"])  # fmt: skip
-@pytest.mark.parametrize("recipe", ["gptq", "qronos@int4:g32", "awq", "smoothquant", "hqq", "kmeans", "w4", "nf4", "rotate", "mse"])
+@pytest.mark.parametrize(
+    "recipe", ["gptq", "qronos@int4:g32", "awq", "smoothquant", "hqq", "kmeans", "w4", "nf4", "rotate", "mse"]
+)
 def test_odd_arrays_are_shown_too(array: str, recipe: str) -> None:
     found = explain(array, recipe)
     json.dumps(found.to_dict(), allow_nan=False)

@@ -9,16 +9,22 @@ import typer
 from lowbit.cli import console
 from lowbit.cli.options import Json
 
-USAGE = """Show each step of the arithmetic of a recipe. Name what to quantize, a recipe, or both:
+USAGE = """Show each step of the arithmetic of a recipe.
+Name what to quantize, a recipe, or both; without a recipe w4 is shown.
 
-  lowbit explain nf4                                 a recipe or method, on an array of its own
-  lowbit explain "[-0.3, 0, 0.1, 0.7]" zeropoint     your numbers; brackets in brackets are rows
-  lowbit explain "[0.6, -0.3, 0.2]" gptq --inputs "[[1, 2, 3], [1, 0, 2]]"
-                                                     and inputs of the layer, for methods that see them
-  lowbit explain smollm2:q_proj w4                   a tensor of a model, by its name or the end of it
-  lowbit explain smollm2:                            which tensors it has
+A recipe or a method, on an array of its own:
+  lowbit explain nf4
+Your own numbers (brackets in brackets are rows):
+  lowbit explain "[-0.3, 0, 0.1, 0.7]" zeropoint
+Your own numbers, and inputs of the layer for methods that look at inputs:
+  lowbit explain "[0.6, -0.3]" gptq --inputs "[[1, 2], [1, 0]]"
+A tensor of a model, by its name or by the end of it:
+  lowbit explain smollm2:model.layers.0.self_attn.q_proj w4
+The tensors of a model whose names end so, or one of each kind:
+  lowbit explain smollm2:q_proj
+  lowbit explain smollm2:
 
-`lowbit recipes` lists recipes and methods. Without a recipe w4 is shown."""
+`lowbit recipes` lists recipes and methods."""
 
 
 def register(app: typer.Typer) -> None:

@@ -12,6 +12,8 @@ from lowbit.report.at_work.case import Case
 from lowbit.report.at_work.trace import OF_WEIGHTS, Outcome
 from lowbit.solvers import Call
 
+EXAMPLE = "[-0.28, -0.28, 0.09, -0.39, 0.16, 0.39, 0.74, 0.17]"
+
 
 def first_block(case: Case) -> tuple[Tensor, Tensor | None]:
     """Values [1, size] of the block of row 0 and column 0, and what an error of each counts, [1, size] or None."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from lowbit.formats import stores
-from lowbit.report.at_work.blocks import first_block, kept_errors
+from lowbit.report.at_work.blocks import EXAMPLE, first_block, kept_errors
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.rotate import EXAMPLE
 from lowbit.report.at_work.trace import Listing, Shown, Trace, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
@@ -35,15 +34,15 @@ def mse(case: Case, call: Call) -> Shown:
             s, z = as_stored(*affine(x.amin(1) * factor, x.amax(1) * factor, fmt), fmt)
         scaled = x * torch.where(s > 0, 1 / s, 0.0) + z
         off = ((fmt.grid.round(scaled) - z) * s - x).square()
-        beyond = int(((scaled > fmt.grid.hi + 0.5) | (scaled < fmt.grid.lo - 0.5)).sum())
+        beyond = int(((scaled > fmt.grid.hi + 1e-4) | (scaled < fmt.grid.lo - 1e-4)).sum())
         rows.append((factor, float(s), beyond, float((off if v is None else off * v).sum())))
     best = min(range(len(rows)), key=lambda i: rows[i][3])
     shown = tuple(i for i in range(len(rows)) if i % max(1, len(rows) // 10) == 0 or i == best)
     weighed = "" if v is None else ", each times the mean square of its input"
     parts = (
-        "The scale may be smaller than the largest value asks for: that value is then clipped, and all others are rounded "
-        f"more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins; some are shown:",
-        Listing("clip_ratios", ("share of the range", "s", "values clipped", "error"), tuple(rows), shown, best),
+        "The scale may be smaller than the largest value asks for: that value is then beyond "
+        f"the highest level and gets it, and all others are rounded more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins; some are shown:",
+        Listing("clip_ratios", ("share of the range", "s", "values beyond", "error"), tuple(rows), shown, best),
         "Nothing is gained by clipping this block." if best == 0 else f"{num(100 * rows[best][0], 4)} % of the range has the least error.",
     )  # fmt: skip
     return Shown(Trace(str(call), parts, kept_errors(case, plain_fit(case), call)), case)

@@ -180,10 +180,16 @@ def _results(
         plain = case.nearest().dequantize()
         errors[0] = ("round-to-nearest of w as given", case.output_error(plain))
     told: list[str | Listing] = []
+    bare = replace(
+        call, options=tuple(sorted({**dict(call.options), **dict.fromkeys(options.keys() & {"polish"}, 0)}.items()))
+    )
+    before = bare.solve(case.weight, fmt, fit, case.stats).trace
+    assert before is not None
+    if call.name != "gptaq" and before.end >= before.start:
+        told.append(
+            "Here each value rounded on its own has no larger e H e^T than the columns above, and is kept instead of them."
+        )
     if options.get("polish") and final.trace is not None:
-        without = replace(call, options=tuple(sorted({**dict(call.options), "polish": 0}.items())))
-        before = without.solve(case.weight, fmt, fit, case.stats).trace
-        assert before is not None
         changed = final.trace.end < before.end
         told.append(
             f"Polish, {int(options['polish'])} rounds at most: all scales are set anew by least squares for the codes that were "
@@ -196,8 +202,6 @@ def _results(
         )
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))
-    if call.method.needs != "drift" and final.trace is not None and final.trace.end >= final.trace.start:
-        told.append("On this array nothing is better than round-to-nearest, whose codes are kept.")
     return final, errors, told
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.formats import Format, stores
-from lowbit.report.at_work.blocks import first_block, kept_errors
+from lowbit.report.at_work.blocks import EXAMPLE, first_block, kept_errors
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.rotate import EXAMPLE
 from lowbit.report.at_work.trace import Listing, Shown, Trace, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call

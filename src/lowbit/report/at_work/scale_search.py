@@ -7,10 +7,9 @@ from torch import Tensor
 
 from lowbit.formats import Format, stores
 from lowbit.formats.nearest import inverse
-from lowbit.report.at_work.blocks import first_block, kept_errors
+from lowbit.report.at_work.blocks import EXAMPLE, first_block, kept_errors
 from lowbit.report.at_work.case import Case
 from lowbit.report.at_work.clip_search import plain_fit
-from lowbit.report.at_work.feedback import EXAMPLE
 from lowbit.report.at_work.trace import Cell, Listing, Shown, Trace, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
