@@ -221,3 +221,56 @@ def test_a_bug_is_not_dressed_up(model: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_wrong_usage() -> None:
     for words in (["plan"], ["nonsense"], ["quantize", "x", "--windows", "0"], ["plan", "x", "--nonsense"]):
         assert CliRunner().invoke(app, words).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        (["--bits", 4], "w4 = search@int4:g32"),
+        (["--bits", 8], "w8 = absmax@int8:g128,embed=int8:g128"),
+        (["--bits", 5], "int5:g32"),
+        (["--bits", 4, "--group-size", 64], "int4:g64"),
+        (["--bits", 3, "--group-size", -1], "int3:channel"),
+        (["4bit"], "w4 = search@int4:g32"),
+    ],
+)
+def test_bits_and_groups_stand_for_a_recipe_that_the_first_line_names(
+    model: Path, words: list[object], title: str
+) -> None:
+    result = CliRunner().invoke(app, ["plan", str(model), *map(str, words)])
+    assert result.exit_code == 0, result.output
+    assert title in result.stdout.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["awq", "--bits", 4], ["awq", "--bits", "w4"]),
+        (["w4", "--bits", 4, "--group-size", 64], ["--bits and --group-size", "gptq@int4:g64"]),
+        (["--group-size", 64], ["--bits 4", "int4:g64"]),
+        (["--bits", 16], ["2 to 8"]),
+        (["--bits", 4, "--group-size", 0], ["-1 for a whole row"]),
+        (["int4:32"], ["did you mean 'int4:g32'"]),
+        (["q4_k_m"], ["lowbit quantize MODEL q4_k_m --as gguf"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_what_does_not_go_together_says_what_does(
+    model: Path, command: str, words: list[object], said: list[str]
+) -> None:
+    line = fails(command, model, *words)
+    assert all(word in line for word in said), line
+    assert left() == {"tiny"}
+
+
+def test_an_odd_group_is_said_before_the_work(model: Path) -> None:
+    result = CliRunner().invoke(app, ["quantize", str(model), "int4:g12", "-o", "out", "--no-card"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    text = " ".join(lines[1:])
+    assert (
+        lines[1].startswith("note: groups of 12 do not divide rows of")
+        and text.count("groups of 12 do not divide") == 1
+    )
+    plan = " ".join(CliRunner().invoke(app, ["plan", str(model), "int4:g12"]).stdout.split())
+    assert plan.count("groups of 12 do not divide rows of") == 1

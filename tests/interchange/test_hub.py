@@ -16,7 +16,7 @@ from huggingface_hub import errors
 
 from lowbit.errors import SourceError
 from lowbit.interchange.files.safetensors_reader import DTYPES, read_header
-from lowbit.interchange.hub import hub
+from lowbit.interchange.hub import failures, hub
 from lowbit.interchange.opening import open_headers, open_source
 from tiny import save_tiny
 
@@ -203,3 +203,50 @@ def test_an_adapter_is_recognised_before_anything_large_is_fetched(remote: Hub) 
         with pytest.raises(SourceError, match="^org/name is a LoRA adapter for the base model 'HuggingFaceTB/SmolLM2"):
             opener("org/name")
     assert remote.fetched and "adapter_model.safetensors" not in remote.fetched
+
+
+@pytest.mark.parametrize("case", ["offline mode", "not cached", "no route", "server error"])
+def test_nothing_of_the_library_shows(
+    case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import logging
+
+    from huggingface_hub.utils import logging as theirs
+
+    log = theirs.get_logger("huggingface_hub.utils._http")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        log.warning("You are sending unauthenticated requests; Retrying in 1s")
+        raise _http(FAILURES[case][0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    before = theirs.get_verbosity()
+    with pytest.raises(SourceError) as found:
+        open_source("org/name")
+    assert theirs.get_verbosity() == before != logging.ERROR
+    assert not any(word in str(found.value) for word in ("server says", "Error", "Errno", "snapshot", "revision"))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "hf auth login"), (429, "too many"), (503, "status 503"), (None, "an error")]
+)
+def test_an_answer_is_told_by_its_status(status: int | None, words: str) -> None:
+    error = _http(errors.HfHubHTTPError)
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    assert words in str(failures.explained("org/name", error))
+
+
+def test_a_misspelt_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "my-model").mkdir(parents=True)
+    (tmp_path / "models" / "small.gguf").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(ConnectionError()))
+    for typed, meant in {
+        "models/my-modle": "models/my-model", "./models/my_model": "./models/my-model", "smolm2": "smollm2",
+        "models/smal.gguf": "models/small.gguf", f"{tmp_path}/models/mymodel/": f"{tmp_path}/models/my-model",
+    }.items():  # fmt: skip
+        with pytest.raises(SourceError, match=f"did you mean '{meant}'"):
+            open_source(typed)
+    with pytest.raises(SourceError, match="a model can be a local folder"):
+        open_source("nothing-like-it")

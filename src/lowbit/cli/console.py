@@ -96,7 +96,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\.|$)")
     log = logging.getLogger("lowbit")  # such as "downloading SmolLM2 (93 MB, once)"
     if not log.handlers:
-        handler = logging.StreamHandler()
+
+        class ToStderr(logging.StreamHandler):  # type: ignore[type-arg]
+            def emit(self, record: logging.LogRecord) -> None:
+                self.stream = (
+                    sys.stderr
+                )  # the one of now: whoever runs commands in one process may put another in its place
+                super().emit(record)
+
+        handler = ToStderr()
         said: set[str] = set()  # a command may open a model several times
 
         def first(record: logging.LogRecord) -> bool:
