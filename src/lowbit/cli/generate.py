@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel="Run",
         short_help="Let a model answer.",
         epilog='Examples:\nlowbit generate smollm2-w4 "Why is the sky blue?" --max-new-tokens 60\n'
-        'lowbit generate smollm2 "Write a haiku." --temperature 0.7 --seed 3',
+        'lowbit generate smollm2 "Write a haiku." --temperature 0.7 --max-new-tokens 60',
     )(generate)
 
 

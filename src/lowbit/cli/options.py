@@ -35,7 +35,7 @@ Bits = Annotated[
     typer.Option(
         "--bits",
         metavar="N",
-        help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.",
+        help="Use N bits in place of a RECIPE: w8, w4, w3 or w2, and intN:g32 for any other number.",
         show_default=False,
     ),
 ]
@@ -44,7 +44,7 @@ GroupSize = Annotated[
     typer.Option(
         "--group-size",
         metavar="N",
-        help="With --bits: weights that share a scale, as intN:gSIZE; -1 for a whole row.",
+        help="With --bits, let N weights of a row share a scale; -1 means a whole row.",
         show_default=False,
     ),
 ]
