@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,8 +138,9 @@ def drawn(tracker: Tracker, console: Console, write: Callable[[str], Any]) -> It
         lines, over = Lines(tracker, write), threading.Event()
 
         def watch() -> None:
-            while not over.wait(1.0):
-                lines.tick()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+                while not over.wait(1.0):
+                    lines.tick()
 
         watcher = threading.Thread(target=watch, name="lowbit-progress", daemon=True)
         watcher.start()
