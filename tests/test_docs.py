@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -16,7 +17,7 @@ from lowbit.cli.main import app
 from lowbit.recipes.presets import PRESETS
 from lowbit.solvers.registry import methods
 from test_public import ROOMS
-from tiny import save_tiny
+from tiny import TINY, save_tiny
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "lowbit"
@@ -131,7 +132,14 @@ def test_python_that_is_shown_is_python_and_uses_names_that_there_are(page: Path
 
 
 def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model of a chat that stands where the demo model would."""
+    """On a tiny model that the engine takes, with a chat template, which stands where the demo model would."""
+
+    def wide(make: Callable[[], Any] = TINY["llama"]) -> Any:
+        config = make()
+        config.hidden_size, config.head_dim, config.max_position_embeddings = 64, 16, 1024
+        return config
+
+    monkeypatch.setitem(TINY, "llama", wide)
     save_tiny("llama", tmp_path / "smollm2")
     (tmp_path / "smollm2" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     words = "The cat sat on the mat and looked at the moon. " * 400

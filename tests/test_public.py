@@ -279,6 +279,7 @@ def test_defaults_of_a_command_and_of_its_function_are_the_same() -> None:
             None,
         ),  # the command tells whether the option was given, to refuse it where it is ignored
         ("compare", "windows", None, 8),  # the command is for people who wait
+        ("explain", "rows", None, 1),  # all blocks of an array are shown, and of a tensor the first row's
         ("plan", "recipe", "w4", None),  # where --bits says it, a recipe is refused
         ("quantize", "recipe", "w4", None),
     }

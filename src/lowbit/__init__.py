@@ -43,9 +43,9 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.recipes.recipe import Recipe as Recipe
     from lowbit.report.api import compare as compare
     from lowbit.report.comparison import Comparison as Comparison
+    from lowbit.report.explain import explain as explain
     from lowbit.report.look import catalogue as catalogue
     from lowbit.report.look import doctor as doctor
-    from lowbit.report.look import explain as explain
     from lowbit.report.look import inspect as inspect
 
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
@@ -69,7 +69,7 @@ _HOMES = {
     "dequantize_model": "lowbit.convert.dequantizing",
     "doctor": "lowbit.report.look",
     "evaluate": "lowbit.measure.api",
-    "explain": "lowbit.report.look",
+    "explain": "lowbit.report.explain",
     "export": "lowbit.convert.exporting",
     "generate": "lowbit.engine.asking",
     "import_model": "lowbit.convert.importing",
