@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -16,6 +17,7 @@ from lowbit.cli.main import app
 from lowbit.recipes.presets import PRESETS
 from lowbit.solvers.registry import methods
 from test_public import ROOMS
+from tiny import TINY, save_tiny
 
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "lowbit"
@@ -127,6 +129,36 @@ def test_python_that_is_shown_is_python_and_uses_names_that_there_are(page: Path
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lowbit":
                 assert node.attr in dir(lowbit)
+
+
+def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny model that the engine takes, with a chat template, which stands where the demo model would."""
+
+    def wide(make: Callable[[], Any] = TINY["llama"]) -> Any:
+        config = make()
+        config.hidden_size, config.head_dim, config.max_position_embeddings = 64, 16, 1024
+        return config
+
+    monkeypatch.setitem(TINY, "llama", wide)
+    save_tiny("llama", tmp_path / "smollm2")
+    (tmp_path / "smollm2" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = "The cat sat on the mat and looked at the moon. " * 400
+    (tmp_path / "my-text.txt").write_text(words)
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, object] = {}
+    for number, block in enumerate(blocks(ROOT / "docs" / "python.md", "python")):
+        for name, tiny in TINY_VALUES.items():
+            block = block.replace(name, tiny)
+        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), known)
+
+
+# What a tiny model can take, in place of what people give: windows of 64 tokens, and little text.
+TINY_VALUES = {
+    'calibration="my-text.txt"': 'calibration="my-text.txt", samples=4, length=128',
+    "windows=4)": 'windows=1, length=64, text="my-text.txt")',
+    "windows=2)": 'windows=1, length=64, text="my-text.txt")',
+    "target_bits=4.25": "target_bits=5",
+}
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=name_of)

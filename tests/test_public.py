@@ -212,12 +212,13 @@ COMMAND_LINE = "only the command line prints"
 GENERATION = {"top_k", "top_p", "min_p", "temperature", "repetition_penalty", "seed"}
 SPELLED = {
     "quantize": ("quantize", {
+        "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`",
         "target_format": "`quantize_as`, which gives what was exported", "keep": "`quantize_as`", "kv": "`quantize_as` and `export`",
         "target_size": "`allocate`, whose recipe goes to `quantize`", "target_bits": "`allocate`", "target_kl": "`allocate`",
         "fit_memory": "`allocate`", "context": "`allocate`", "sensitivity": "`allocate`",
         "text": "`evaluate` measures", "windows": "`evaluate` measures", "card": "`evaluate` measures",
     }),
-    "plan": ("plan", {"every": COMMAND_LINE}),
+    "plan": ("plan", {"every": COMMAND_LINE, "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`"}),
     "evaluate": ("evaluate", {}),
     "compare": ("compare", {"markdown": "`to_markdown` of the result"}),
     "generate": ("generate", {}),
@@ -278,6 +279,9 @@ def test_defaults_of_a_command_and_of_its_function_are_the_same() -> None:
             None,
         ),  # the command tells whether the option was given, to refuse it where it is ignored
         ("compare", "windows", None, 8),  # the command is for people who wait
+        ("explain", "rows", None, 1),  # all blocks of an array are shown, and of a tensor the first row's
+        ("plan", "recipe", "w4", None),  # where --bits says it, a recipe is refused
+        ("quantize", "recipe", "w4", None),
     }
 
 

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         rich_help_panel="Look",
         short_help="Show each step of the arithmetic on a few numbers.",
-        epilog='Examples:\nlowbit explain "[-0.3, 0, 0.1, 0.7]" absmax\n'
+        epilog='Examples:\nlowbit explain "[-0.3, 0, 0.1, 0.7]" absmax\nlowbit explain gptq\n'
         "lowbit explain smollm2:model.layers.0.self_attn.q_proj int4:g32",
     )(explain)
 
@@ -59,6 +59,7 @@ def explain(
             metavar="ARRAY",
             help='Inputs of the layer for methods that look at them: "[[...], [...]]", each with one number for every '
             "column. A few made-up ones unless given.",
+            metavar="ARRAY",
             show_default=False,
         ),
     ] = None,

@@ -66,9 +66,6 @@ class Explanation(Displayed):
     inputs: tuple[tuple[float, ...], ...] | None = None
     at_work: tuple[Trace, ...] = ()
 
-    def _brief(self) -> str:
-        return f"{self.label}, {self.recipe}, relative error {self.relative_error:.3g}"
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         fmt, skip = self.format, ("blocks", "format", "fit", "solver", "at_work")
@@ -99,7 +96,7 @@ def explain(
     w4 unless given. `inputs` [T, in]: a few inputs of the layer for methods that look at them; a made-up few otherwise,
     and the recipe is what it stands for with calibration text where they are given. `fmt` is the recipe's main format unless
     given. Details are kept of the first block of each of the first `rows` rows (of all blocks when None, 16 at most), and of
-    `elements` values of each. WeightError for NaN, RecipeError for inputs that no method looks at.
+    `elements` values of each, and `label` names the array. WeightError for NaN, RecipeError for inputs that no method looks at.
 
     >>> found = lowbit.explain([-0.3, 0, 0.1, 0.7], "absmax")
     >>> found.blocks[0].codes
