@@ -54,7 +54,14 @@ def explain(
             show_default=False,
         ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Of a model's tensor: the rows whose first block is shown.")] = 1,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows whose first block is shown: one of a model's tensor, and all blocks of an array, unless given.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show each step of the arithmetic: range, scale, zero-point, codes, values, error, and how a method does better."""
@@ -72,5 +79,5 @@ def explain(
         if isinstance(found, Names):
             console.print_result(as_json, found.to_dict, lambda width: render_names(found))
             return
-    shown = run(what, recipe, inputs=inputs, rows=None if array else rows)
+    shown = run(what, recipe, inputs=inputs, rows=rows)
     console.print_result(as_json, shown.to_dict, lambda width: render_explanation(shown, width))

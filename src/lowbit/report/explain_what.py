@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,8 +124,8 @@ def recipe_alone(text: str) -> Recipe | None:
         return _wanted(text)
     except LowbitError as error:
         head, colon, _ = text.partition(":")
-        is_model = colon and Path(text.rpartition(":")[0]).exists()
-        if is_model or colon and not ("@" in text or "," in text or _is_grid(head)):
+        is_model = colon and os.path.exists(text.rpartition(":")[0])  # False for what no path can be
+        if is_model or (colon and not ("@" in text or "," in text or _is_grid(head))):
             return None
         if colon or "@" in text or "+" in text or "," in text:
             raise
