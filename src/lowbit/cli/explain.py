@@ -42,7 +42,7 @@ def explain(
         typer.Argument(
             help='An array such as "[-0.3, 0, 0.1, 0.7]", MODEL:TENSOR, or a recipe or method alone.',
             show_default=False,
-            metavar="WHAT",
+            metavar="[WHAT]",
         ),
     ] = None,
     recipe: Annotated[
@@ -59,13 +59,18 @@ def explain(
             metavar="ARRAY",
             help='Inputs of the layer for methods that look at them: "[[...], [...]]", each with one number for every '
             "column. A few made-up ones unless given.",
-            metavar="ARRAY",
             show_default=False,
         ),
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Show the first block of each of N rows of a model's tensor.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Rows whose first block is shown: one of a model's tensor, and all blocks of an array, unless given.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show each step of the arithmetic: range, scale, zero-point, codes, values, error, and how a method does better."""
@@ -83,5 +88,5 @@ def explain(
         if isinstance(found, Names):
             console.print_result(as_json, found.to_dict, lambda width: render_names(found))
             return
-    shown = run(what, recipe, inputs=inputs, rows=None if array else rows)
+    shown = run(what, recipe, inputs=inputs, rows=rows)
     console.print_result(as_json, shown.to_dict, lambda width: render_explanation(shown, width))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lowbit.formats import Format, QTensor
 from lowbit.formats.format import Store
 from lowbit.formats.stores import store_bytes
+from lowbit.report.wording import bytes_text
 from lowbit.report.wording import number_text as num
 
 _NAMES = {
@@ -22,7 +23,7 @@ _NAMES = {
 def bits_text(q: QTensor) -> str:
     """The bytes of this array by what they hold, and the bits of each value where blocks are whole, with their sum."""
     parts = {name: t.numel() * t.element_size() for name, t in q.parts().items()}
-    said = ", ".join(f"{size} B of {_NAMES.get(name, name)}" for name, size in parts.items())
+    said = ", ".join(f"{bytes_text(size)} of {_NAMES.get(name, name)}" for name, size in parts.items())
     whole = _whole(q.format)
     return f"{said}; {whole}" if whole else said
 

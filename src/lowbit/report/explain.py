@@ -21,7 +21,7 @@ from lowbit.errors import RecipeError, WeightError
 from lowbit.formats import Format, QTensor, stores
 from lowbit.measure.card import json_ready
 from lowbit.recipes.recipe import Recipe
-from lowbit.report.at_work.case import COLUMNS, ROWS, SEED, Case, checked, made_up
+from lowbit.report.at_work.case import COLUMNS, CORNER, ROWS, SEED, Case, checked, made_up
 from lowbit.report.at_work.inputs import show_inputs
 from lowbit.report.at_work.trace import Trace, registered
 from lowbit.report.bits import bits_text
@@ -148,7 +148,7 @@ def _case(weight: Tensor, recipe: Recipe, fmt: Format, given: Tensor | None, rem
         return None
     matrix = weight.reshape(-1, *weight.shape[-2:])[0] if weight.dim() > 1 else weight.reshape(1, -1)
     x = None if given is None else checked(given, matrix.shape[1])
-    small = matrix[:ROWS, :COLUMNS].contiguous()
+    small = matrix[:ROWS, : COLUMNS if matrix.shape[1] <= COLUMNS else CORNER].contiguous()
     if small.shape != matrix.shape and _stages(recipe, fmt):
         remarks.append(
             f"The method is shown on the first {_count(len(small), 'row')} and {_count(small.shape[1], 'column')} of the weight, as a "
@@ -165,7 +165,7 @@ def _case(weight: Tensor, recipe: Recipe, fmt: Format, given: Tensor | None, rem
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number != 1 else what
+    return f"{number} {what}s" if number != 1 else what
 
 
 def _stages(recipe: Recipe, fmt: Format) -> list[Call]:

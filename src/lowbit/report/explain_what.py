@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,15 +124,16 @@ def recipe_alone(text: str) -> Recipe | None:
         return _wanted(text)
     except LowbitError as error:
         head, colon, _ = text.partition(":")
-        if colon and not ("@" in text or "," in text or _is_grid(head)):
+        is_model = colon and os.path.exists(text.rpartition(":")[0])  # False for what no path can be
+        if is_model or (colon and not ("@" in text or "," in text or _is_grid(head))):
             return None
         if colon or "@" in text or "+" in text or "," in text:
             raise
         known = [*PRESETS, *methods(), *estimators()]
         hint = nearest(text, known)
         raise RecipeError(
-            f'{text!r} is neither a recipe or method{hint}, nor an array such as "{ARRAY}", nor MODEL:TENSOR such as '
-            f"smollm2:q_proj; `lowbit recipes` lists recipes and methods"
+            f'{text!r} is no recipe, no method, no array such as "{ARRAY}" and no MODEL:TENSOR such as smollm2:q_proj{hint} '
+            "(`lowbit recipes` lists recipes and methods)"
         ) from error
 
 

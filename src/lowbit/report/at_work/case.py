@@ -16,6 +16,7 @@ from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats, StatsBuilder
 
 ROWS, COLUMNS, TOKENS, SEED = 4, 32, 8, 0
+CORNER = 8  # columns of a weight that has more than COLUMNS
 
 
 @dataclass(frozen=True, eq=False)

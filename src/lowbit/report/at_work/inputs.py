@@ -9,7 +9,7 @@ from lowbit.formats.inputs import InputQuantizer, Inputs, outlier_columns, quant
 from lowbit.report.at_work.case import Case
 from lowbit.report.at_work.trace import Listing, Outcome, Trace
 from lowbit.report.wording import number_text as num
-from lowbit.solvers.ranges.estimator import RangeMethod, estimators
+from lowbit.solvers.ranges.estimator import RangeEstimator, RangeMethod, estimators
 
 
 def quantizer(x: Tensor, inputs: Inputs, method: RangeMethod | None) -> InputQuantizer:
@@ -20,7 +20,7 @@ def quantizer(x: Tensor, inputs: Inputs, method: RangeMethod | None) -> InputQua
     return InputQuantizer(inputs, parts["input_scale"], parts.get("input_offset"))
 
 
-def _seen(x: Tensor, inputs: Inputs, method: RangeMethod):  # type: ignore[no-untyped-def]
+def _seen(x: Tensor, inputs: Inputs, method: RangeMethod) -> RangeEstimator:
     assert inputs.format is not None
     estimator = method.start(inputs.format)
     for row in x:  # each as a batch of its own, so that there is something to average
