@@ -62,6 +62,7 @@ _HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/weight", "befor
 
 def _row(group: list[TensorPlan]) -> list[str]:
     """The cells of tensors that become alike."""
+    from lowbit.interchange.inventory import kept_words
     from lowbit.report.wording import bytes_text, shape_text, span_text
 
     first = group[0]
@@ -71,7 +72,7 @@ def _row(group: list[TensorPlan]) -> list[str]:
         str(len(group)),
         shape_text(first.shape),
         str(first.dtype).removeprefix("torch."),
-        str(first.format) if first.format is not None else f"stays: {first.keep}",
+        str(first.format) if first.format is not None else f"stays: {kept_words(first.name, first.keep or '')}",
         f"{8 * after / max(1, sum(t.count for t in group)):.2f}",
         bytes_text(before),
         bytes_text(after),
