@@ -15,6 +15,7 @@ from lowbit.cli import budgets, console
 from lowbit.cli.export import summary
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
+from lowbit.cli.kept_card import keep_card, words_of
 from lowbit.cli.options import (
     KV,
     Calibration,
@@ -96,16 +97,22 @@ def quantize(
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
+    command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
     with _noted(kept), job.run(out, keep, overwrite) as made:
         screen.print(_written(made, out))
         measured = _measured(made, text, windows) if card else None
+        said = keep_card(made, out, keep, model, command, measured)
     if as_json:
         console.print_json(_plain(made, out, measured))
         return
     if measured is not None:
+        from lowbit.measure.advice import advice
         from lowbit.report.panel import render_card
 
-        screen.print(render_card(measured))
+        base = model if made.quantized.source.config is not None else None
+        screen.print(render_card(measured, advice(measured, base, target_format or "lowbit")))
+    for line in said:
+        console.dim(line)
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 
@@ -166,7 +173,7 @@ def _plain(made: Outcome, out: Path, card: Card | None) -> dict[str, Any]:
 
 def _written(made: Outcome, out: Path) -> str:
     from lowbit.recipes.activation_rules import inputs_text
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.wording import bits_text, bytes_text
 
     said = "".join(
         f"\n{console.escaped(line)}"
@@ -180,7 +187,8 @@ def _written(made: Outcome, out: Path) -> str:
     inputs = f"\ninputs: {console.escaped(inputs_text(counts, ranges))}" if counts else ""
     return (
         f"{console.escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
+        f"in {made.seconds:.1f} s ({speed}/s)\nbits per weight: "
+        f"{bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{said}"
     )
 
 

@@ -99,7 +99,9 @@ def load(folder: Path) -> SavedCard | None:
         return SavedCard(_within(card), str(texts[0]), str(texts[1]), texts[2], weights)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SourceError) as error:
         why = "" if isinstance(error, KeyError | SourceError) else f" ({str(error)[:60]})"
-        raise SourceError(f"{file} is not a card that lowbit wrote{why}; remove it and measure the model again") from None
+        raise SourceError(
+            f"{file} is not a card that lowbit wrote{why}; remove it and measure the model again"
+        ) from None
 
 
 def portable(card: Card) -> Card:
@@ -111,7 +113,11 @@ def portable(card: Card) -> Card:
 def without_path(name: str) -> str:
     """The name of a file or folder without where it lies; other names, such as `org/model`, as they are."""
     path = Path(name)
-    return path.resolve().name if path.is_absolute() or path.exists() or name.startswith((".", "~")) else name
+    try:
+        local = path.is_absolute() or name.startswith((".", "~")) or path.exists()
+    except (OSError, ValueError):  # a long recipe is no path
+        return name
+    return path.resolve().name if local else name
 
 
 def digest_of(text: str) -> str:
@@ -142,7 +148,10 @@ def _clean(value: Any, depth: int) -> Any:
 
 def _plain(text: str) -> str:
     """Without control characters other than line ends and tabs, and without those that turn the direction of text."""
-    return "".join(c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS) else "\ufffd" for c in text)
+    return "".join(
+        c if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS) else "\ufffd"
+        for c in text
+    )
 
 
 def _within(card: Card) -> Card:

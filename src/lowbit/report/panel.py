@@ -12,7 +12,7 @@ from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
 from lowbit.measure.verdict import THRESHOLDS, slower, verdict
 from lowbit.report.layout import named_lines
-from lowbit.report.wording import bits_text, bytes_text
+from lowbit.report.wording import bits_text, bytes_text, count_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,7 +49,7 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     """(name, value) of everything on the card that was measured, in reading order."""
     parts, lines = card.parts, []
     if parts.coverage is not None:
-        count = f"{parts.coverage.quantized / 1e6:.1f} of {parts.coverage.total / 1e6:.1f} M parameters"
+        count = f"{count_text(parts.coverage.quantized)} of {count_text(parts.coverage.total)} parameters"
         lines.append(("quantized", f"{100 * parts.coverage.share:.2f} %  ({count})"))
         if parts.coverage.kept:
             lines.append(("  kept as it was", ", ".join(parts.coverage.kept)))
@@ -156,18 +156,18 @@ def render_card(card: Card, help: Sequence[Advice] = ()) -> RenderableType:
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
         elements.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
-    figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in card_lines(card)]
+    lines = [("recipe", card.parts.recipe), *card_lines(card)]
+    if card.environment is not None:
+        lines.append(("  on", f"{card.environment.machine}, torch {card.environment.torch}"))
+    figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in lines]
     elements.append(named_lines(figures))
     if card.sample is not None:
         elements.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
         if card.sample.base_answer is not None:
             elements.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
         elements.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
-    footer = None
-    if card.environment is not None:
-        footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
-    title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
-    panel = Panel(Group(*elements), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False)
+    title = Text(card.parts.model, style="bold")
+    panel = Panel(Group(*elements), title=title, border_style=colour, padding=(1, 2), expand=False)
     return Group(panel, *_help(help)) if help else panel
 
 
