@@ -26,6 +26,7 @@ _HOMES = {
     "Recipe": "lowbit.recipes.recipe",
     "allocate": "lowbit.budget.allocate",
     "bench": "lowbit.measure.bench",
+    "card": "lowbit.report.card",
     "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.loading",
     "dequantize_model": "lowbit.convert.dequantizing",

@@ -114,7 +114,7 @@ def front_matter(text: str) -> dict[str, Any]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
                 return {}
-        value = yaml.load(found[1], Loader=yaml.BaseLoader)  # noqa: S506  makes lists, mappings and texts only
+        value = yaml.load(found[1], Loader=yaml.BaseLoader)  # lists, mappings and texts only
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return {key: item for key, item in value.items() if isinstance(key, str)} if isinstance(value, dict) else {}

@@ -178,7 +178,7 @@ def _help(help: Sequence[Advice]) -> list[RenderableType]:
 
     lines: list[RenderableType] = [Text("What would help:")]
     for each in help:
-        lines.append(Padding(Text(each.why), (0, 0, 0, 2)))
+        lines.append(Padding(Text(each.why), (0, 0, 0, 2), expand=False))
         lines.append(Text("\n".join(command_lines(each.command)), style="cyan", no_wrap=True, overflow="ignore"))
     return lines
 
