@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.kept_card import keep_imported
 from lowbit.cli.options import Json, Model
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def import_(
     start = time.perf_counter()
     with console.bytes_bar("importing") as progress:
         made = lowbit.import_model(model, out, rest=rest, progress=progress, overwrite=overwrite)
+    said = keep_imported(made, out, model)
     facts = summary(made) | {"folder": str(out), "seconds": time.perf_counter() - start}
     if as_json:
         console.print_json(facts)
@@ -45,6 +47,8 @@ def import_(
     screen = console.stdout()
     for line in _lines(made, facts):
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in said:
+        console.dim(line)
 
 
 def summary(made: Quantized) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowbit.convert.exporting import Exported
     from lowbit.interchange.model_card import BaseFacts
     from lowbit.measure.card import Card
+    from lowbit.pipeline.api import Quantized
 
 
 def words_of(
@@ -46,6 +47,17 @@ def keep_card(made: Outcome, out: Path, keep: Path | None, model: str, command: 
             lambda: cards.keep(cards.of_export(plain, done.path, done.weights, done.unequal), done.path, target)
         )
     return said
+
+
+def keep_imported(made: Quantized, out: Path, model: str) -> list[str]:
+    """After `import`, which measures nothing: the README alone."""
+    from lowbit.measure.card import Card
+    from lowbit.measure.subject import plan_parts
+    from lowbit.report import card as cards
+
+    facts = made.source.facts()
+    of = cards.Made(facts, base=_base(model, facts), command=f"lowbit import {_named(model)}")
+    return _kept(lambda: cards.keep(Card(plan_parts(made.plan)), out, of))
 
 
 def keep_evaluated(
