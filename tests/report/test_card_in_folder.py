@@ -6,10 +6,14 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from rich.console import Console
 
 import lowbit
 from lowbit.errors import LowbitError, SourceError
@@ -141,6 +145,39 @@ def test_a_hostile_card_is_refused_in_a_sentence(folder: Path, text: str) -> Non
     assert cards.read(folder).card == full_card()
 
 
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*path, key))
+
+
+def test_any_field_may_be_anything(folder: Path) -> None:
+    """Each field of a card replaced by each of these: a card that can be shown and written, or one sentence."""
+    cards.keep(full_card(), folder, made(folder))
+    file = folder / "card.json"
+    text = file.read_text("utf-8")
+    for path in [p for p in leaves(json.loads(text)) if p]:
+        for value in (None, 0, -1, 1e300, 10**17, "inf", "nan", "", "[/bold]|`<b>\n---", [], {}, True, [[1]]):
+            data = json.loads(text)
+            place = data
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = value
+            file.write_text(json.dumps(data), "utf-8")
+            try:
+                saved = cards.read(folder)
+                late = cards.outdated(saved, folder)
+            except SourceError as error:
+                assert "is not a card" in str(error) and "\n" not in str(error), (path, value)
+                continue
+            assert late is None or "out of date" in late
+            help = advice(saved.card, saved.base, saved.target)
+            Console(file=StringIO(), width=80).print(render_card(saved.card, help))
+            if saved.target == "lowbit":
+                assert cards.text(saved, folder)
+
+
 def test_texts_of_a_card_move_no_cursor(folder: Path) -> None:
     cards.keep(full_card(), folder, made(folder))
     data = json.loads((folder / "card.json").read_text("utf-8"))
@@ -203,10 +240,6 @@ def test_commands_to_copy_fit_80_columns() -> None:
 
 
 def test_card_and_help_within_80_columns() -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
     quality = dataclasses.replace(full_card().quality, kl_mean=Estimate(0.27))
     parts = dataclasses.replace(full_card().parts, recipe="w4 = search@int4:g32", calibrated=False)
     card, out = full_card(quality=quality, parts=parts), StringIO()

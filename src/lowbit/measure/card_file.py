@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.exporters.exporter import exporters
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.safetensors_reader import sampled
 from lowbit.interchange.files.weights import weight_files
 from lowbit.interchange.model_card import CARD_FILE
 from lowbit.measure.card import Card
+from lowbit.measure.scoring import MEANING
 
 OWN = "lowbit"  # the target of lowbit's own folders; others are names of exporters
 _TURNS = "\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of text
@@ -94,8 +96,10 @@ def load(folder: Path) -> SavedCard | None:
         about = data["folder"]
         weights = {str(name): str(value) for name, value in about["weights"].items()}
         texts = [about["target"], about["command"], about["base"]]
-        if not all(isinstance(text, str) or text is None for text in texts):
-            raise ValueError("a text is none")
+        if not (all(isinstance(text, str) for text in texts[:2]) and isinstance(texts[2], str | None)):
+            raise ValueError("what it says of the folder is no text")
+        if texts[0] not in (OWN, *exporters()):
+            raise ValueError("its format is not known")
         return SavedCard(_within(card), str(texts[0]), str(texts[1]), texts[2], weights)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SourceError) as error:
         why = "" if isinstance(error, KeyError | SourceError) else f" ({str(error)[:60]})"
@@ -162,4 +166,6 @@ def _within(card: Card) -> Card:
         raise ValueError("a size is not above 0")
     if parts.linear_bits is not None and not (math.isfinite(parts.linear_bits) and 0 <= parts.linear_bits <= 64):
         raise ValueError("bits per weight are impossible")
+    if card.quality is not None and card.quality.kind not in MEANING:
+        raise ValueError("its way of scoring is not known")
     return card
