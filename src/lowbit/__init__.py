@@ -40,6 +40,7 @@ _HOMES = {
     "plan": "lowbit.pipeline.api",
     "quantize": "lowbit.pipeline.api",
     "quantize_tensor": "lowbit.pipeline.api",
+    "save_card": "lowbit.report.card",
 }
 __all__ = sorted(_HOMES)
 

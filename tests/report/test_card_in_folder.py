@@ -80,6 +80,12 @@ def test_the_card_comes_back_until_the_weights_change(folder: Path) -> None:
     assert said is not None and "model.safetensors changed" in said and "lowbit evaluate" in said
 
 
+def test_a_card_is_kept_from_python(folder: Path) -> None:
+    assert lowbit.save_card(full_card(), folder, str(folder.parent / "float")) == ()
+    assert ModelCard.load(folder / "README.md").data.license == "other" and lowbit.card(folder) == full_card()
+    assert (folder / "README.base.md").read_text("utf-8") == BASE
+
+
 def test_a_readme_of_the_user_stays(folder: Path) -> None:
     cards.keep(full_card(), folder, made(folder))
     own = (folder / "README.md").read_text("utf-8").replace("# q", "# My model")

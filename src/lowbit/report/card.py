@@ -21,6 +21,7 @@ from lowbit.interchange.model_card import (
     sealed,
     text_of,
 )  # fmt: skip
+from lowbit.interchange.opening import open_source
 from lowbit.measure.card import Card, CardParts
 from lowbit.measure.card_file import OWN, SavedCard, digest_of, fingerprints, load, portable, save, write_text
 from lowbit.measure.size import disk_size
@@ -40,6 +41,17 @@ class Made:
 def card(folder: str | Path) -> Card:
     """The card that a folder carries, without measuring. SourceError where it has none."""
     return read(folder).card
+
+
+def save_card(card: Card, folder: str | Path, against: str | None = None) -> tuple[str, ...]:
+    """Keep a card of `evaluate` in the folder that was measured, as README.md and `card.json`.
+
+    against: the float model by any of its names, whose licence and name go into the README; None: what the folder knows of it.
+    Returns what a person should know, such as that a README.md of their own stays. OutputError, SourceError.
+    """
+    facts = facts_of_folder(Path(folder)) if against is None else open_source(against).facts()
+    base = facts.base_model if against is None or Path(against).exists() else against
+    return keep(card, folder, Made(facts, base=base))
 
 
 def read(folder: str | Path) -> SavedCard:
