@@ -41,14 +41,14 @@ def import_(
         made = lowbit.import_model(model, out, rest=rest, progress=progress, overwrite=overwrite)
     said = keep_imported(made, out, model)
     facts = summary(made) | {"folder": str(out), "seconds": time.perf_counter() - start}
+    for line in said:
+        console.dim(line)
     if as_json:
         console.print_json(facts)
         return
     screen = console.stdout()
     for line in _lines(made, facts):
         screen.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in said:
-        console.dim(line)
 
 
 def summary(made: Quantized) -> dict[str, Any]:

@@ -102,6 +102,8 @@ def quantize(
         screen.print(_written(made, out))
         measured = _measured(made, text, windows) if card else None
         said = keep_card(made, out, keep, model, command, measured)
+    for line in said:
+        console.dim(line)
     if as_json:
         console.print_json(_plain(made, out, measured))
         return
@@ -111,8 +113,6 @@ def quantize(
 
         base = model if made.quantized.source.config is not None else None
         screen.print(render_card(measured, advice(measured, base, target_format or "lowbit")))
-    for line in said:
-        console.dim(line)
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 

@@ -130,7 +130,7 @@ def _of(facts: BaseFacts) -> str:
 
 
 def _as(target: str) -> str:
-    return "" if target == OWN else f" and written for {exporter_named(target).summary.rstrip('.')}"
+    return "" if target == OWN else f" ({exporter_named(target).summary})"
 
 
 def _yaml(metadata: dict[str, Any]) -> str:
