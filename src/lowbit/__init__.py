@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.planning.plan import Plan as Plan
     from lowbit.recipes.recipe import Recipe as Recipe
     from lowbit.report.api import compare as compare
+    from lowbit.report.card import card as card
+    from lowbit.report.card import save_card as save_card
     from lowbit.report.comparison import Comparison as Comparison
     from lowbit.report.explain import explain as explain
     from lowbit.report.look import catalogue as catalogue
@@ -62,6 +64,7 @@ _HOMES = {
     "Recipe": "lowbit.recipes.recipe",
     "allocate": "lowbit.budget.allocate",
     "bench": "lowbit.measure.bench",
+    "card": "lowbit.report.card",
     "catalogue": "lowbit.report.look",
     "chat": "lowbit.engine.asking",
     "compare": "lowbit.report.api",
@@ -82,6 +85,7 @@ _HOMES = {
     "quantize": "lowbit.pipeline.api",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",
+    "save_card": "lowbit.report.card",
 }
 # Of these, the calls that take long -> what they do, and what they count: people who watch see a bar (`report/watching.py`).
 _WATCHED = {

@@ -18,7 +18,7 @@ from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = ("quantize", "plan", "evaluate", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
+COMMANDS = ("quantize", "plan", "evaluate", "card", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
             "inspect", "explain", "doctor", "recipes")  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_inspect_of_float_and_quantized(folder: Path, packed: Path) -> None:
     assert {"name", "shape", "kind", "dtype", "share", "keep"} <= set(data["tensors"][0])
     assert data["tensors"][0]["moments"]["std"] == pytest.approx(0.1, rel=0.1)
     text = run("inspect", folder)
-    assert "stays: vector" in text and "farthest outliers" in text
+    assert "stays: norms" in text and "farthest outliers" in text
     text = run("inspect", packed, "--all")
     assert "int4:g32" in text and "4.50" in text and text.count("q_proj") == 2
 

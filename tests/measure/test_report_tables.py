@@ -51,7 +51,7 @@ def test_card_shows_every_figure():
     flat = re.sub(r"[\s│]+", " ", text)
     for piece in (
         "smollm2", "rtn@int4:g32", "very close", "99.97 %", "norms: 1-D",
-        "513 MiB → 87.5 MiB", "5.9 times smaller", "5.35 in all, 4.50 in the linear layers",
+        "513 MiB → 87.5 MiB", "5.9 times smaller", "4.50 in the linear layers, 5.35 over all",
         "23.52 → 24.24", "ratio 1.0309 ± 0.0021", "0.04126 ± 0.00072 nats/token",
         "above 0.310 ± 0.020 nats", "88.18 ± 0.31 % of tokens", "32.5 tokens/s, 2.00 x the float model",
         "20 sequences at once", "12.3 s", "900 MiB quantizing, 400 MiB running", "24 windows of 1024 tokens",

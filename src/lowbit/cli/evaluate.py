@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.kept_card import keep_evaluated
 from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
 
 
@@ -30,6 +31,12 @@ def evaluate(
     windows: Windows = None,
     length: Length = 1024,
     speed: Speed = False,
+    save: Annotated[
+        bool,
+        typer.Option(
+            "--save/--no-save", help="Keep the card in the folder (README.md, card.json) where there is --against."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed."""
@@ -40,6 +47,10 @@ def evaluate(
         card = lowbit.evaluate(
             model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )
+    from lowbit.measure.advice import advice
     from lowbit.report.panel import render_card
 
-    console.print_result(as_json, card.to_json, lambda width: render_card(card))
+    console.print_result(as_json, card.to_json, lambda width: render_card(card, advice(card, against)))
+    if save and against is not None:
+        for line in keep_evaluated(card, model, against, text, windows, length, speed):
+            console.dim(line)

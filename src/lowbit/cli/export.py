@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.kept_card import described
 from lowbit.cli.options import KV, As, Chat, Json, KVCalibration, Overwrite, Samples
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def export(
             folder, target, out, kv=kv, calibration=calibration, samples=samples, chat=chat, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
+    described(folder, made)
     if as_json:
         console.print_json(made.to_json())
     else:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.kept_card import keep_imported
 from lowbit.cli.options import Json, Model, Overwrite
 
 if TYPE_CHECKING:
@@ -49,7 +50,10 @@ def import_(
     start = time.perf_counter()
     with console.bytes_bar("importing") as progress:
         made = lowbit.import_model(model, out, rest=rest, progress=progress, overwrite=overwrite)
+    said = keep_imported(made, out, model)
     facts = summary(made) | {"folder": str(out), "seconds": time.perf_counter() - start}
+    for line in said:
+        console.dim(line)
     if as_json:
         console.print_json(facts)
         return

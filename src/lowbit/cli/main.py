@@ -9,6 +9,7 @@ import typer
 from lowbit import __version__
 from lowbit.cli import (
     bench,
+    card,
     chat,
     compare,
     console,
@@ -59,7 +60,7 @@ def _lowbit(
 
 
 for command in (
-    quantize, plan, evaluate, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
+    quantize, plan, evaluate, card, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
     recipes,
 ):  # fmt: skip
     command.register(app)

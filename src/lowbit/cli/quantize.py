@@ -16,6 +16,7 @@ from lowbit.cli.export import summary
 from lowbit.cli.help import MEASURING, PROGRAMS
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
+from lowbit.cli.kept_card import keep_card, words_of
 from lowbit.cli.options import (
     KV,
     Bits,
@@ -136,16 +137,22 @@ def quantize(
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
+    command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
     with _noted(kept), job.run(out, keep, overwrite) as made:
         console.say(screen, _written(made, out))
         measured = _measured(made, text, windows) if card else None
+        said = keep_card(made, out, keep, model, command, measured)
+    for line in said:
+        console.dim(line)
     if as_json:
         console.print_json(_plain(made, out, measured))
         return
     if measured is not None:
+        from lowbit.measure.advice import advice
         from lowbit.report.panel import render_card
 
-        screen.print(render_card(measured))
+        base = model if made.quantized.source.config is not None else None
+        screen.print(render_card(measured, advice(measured, base, target_format or "lowbit")))
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 
@@ -206,7 +213,7 @@ def _plain(made: Outcome, out: Path, card: Card | None) -> dict[str, Any]:
 
 def _written(made: Outcome, out: Path) -> str:
     from lowbit.recipes.activation_rules import inputs_text
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.wording import bits_text, bytes_text
 
     said = "".join(f"\n{line}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings)))
     if made.exported is not None:
@@ -216,8 +223,8 @@ def _written(made: Outcome, out: Path) -> str:
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
     return (
-        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
-        f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
+        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} in {made.seconds:.1f} s ({speed}/s)\n"
+        f"bits per weight: {bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{said}"
     )
 
 

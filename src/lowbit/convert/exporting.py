@@ -20,6 +20,7 @@ from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_na
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
+from lowbit.interchange.model_card import README, is_marked, text_of
 from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.tensors import Contents
@@ -145,8 +146,10 @@ def _put(fresh: Path, place: Path, out: Path, overwrite: bool) -> None:
 
 
 def _same(fresh: Path, place: Path) -> bool:
-    """Whether every file of `fresh` is at `place` too, with the same bytes."""
+    """Whether every file of `fresh` is at `place` too, with the same bytes; README.md may be lowbit's there, which comes later."""
     pairs = [(fresh, place)] if fresh.is_file() else [(p, place / p.relative_to(fresh)) for p in fresh.rglob("*")]
+    described = place.is_dir() and is_marked(text_of(place / README))
+    pairs = [(a, b) for a, b in pairs if not (described and b == place / README)]
     return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
 
 

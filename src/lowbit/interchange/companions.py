@@ -2,7 +2,8 @@
 
 A folder that was downloaded whole comes out whole: tokenizer, chat templates, processors, what sentence-transformers and other
 libraries read, licence and model card, sub-folders too. Left are weights in any form, code, what is written anew, what
-described an older quantization, and links that lead out of the folder. Nothing is opened but `modules.json`; files are only copied.
+described an older quantization, a README that lowbit wrote, and links that lead out of the folder. Nothing is opened but
+`modules.json` and README.md; files are only copied.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from lowbit.interchange.model_card import BASE_README, README, is_marked, text_of
 
 _MOST_FILES, _DEEPEST, _LARGEST = 10_000, 8, 256 << 20
 _NAMED = 3  # names that a sentence shows
@@ -73,10 +76,13 @@ def companions_of(folder: Path) -> Companions:
 
 
 def copy_companions(folder: Path, out: Path) -> Companions:
-    """Copy them into the folder `out`, with their sub-folders. May raise OSError."""
+    """Copy them into the folder `out`, with their sub-folders. May raise OSError.
+
+    In a folder that has lowbit's README, that of the model it was made from becomes README.md again.
+    """
     found = companions_of(folder)
     for name in found.taken:
-        place = out / name
+        place = out / (README if name == BASE_README and README not in found.taken else name)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, place)
     return found
@@ -101,6 +107,7 @@ def module_weights(folder: Path) -> tuple[str, ...]:
 def _judged(folder: Path, modules: tuple[str, ...]) -> Iterator[tuple[str, str | None]]:
     """(name, why it is left) of every file; None where it is taken, "" where there is nothing to say."""
     root, seen = folder.resolve(), 0
+    described = is_marked(text_of(folder / README))  # a README of what lowbit wrote is of this folder and no other
     whole: dict[str, str] = {}  # sub-folder -> why it is left as a whole
     for name, entry in _files(folder, ""):
         seen += 1
@@ -117,7 +124,7 @@ def _judged(folder: Path, modules: tuple[str, ...]) -> Iterator[tuple[str, str |
                     yield f"{top}/", whole[top]
             if whole[top]:
                 continue
-        yield name, _why(name, entry, root, inside)
+        yield name, "" if name == README and described else _why(name, entry, root, inside)
 
 
 def _files(folder: Path, before: str) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -185,3 +185,17 @@ def _experts_transposed(owner: nn.Module, leaf: str, shape: tuple[int, ...]) -> 
     if hidden is None or shape[1] == shape[2]:
         return False
     return shape[2] == hidden if "down" in leaf else shape[1] == hidden
+
+
+# What a tensor is that is kept for a reason of one word, for people; other reasons are sentences already.
+_KEPT_WORDS = {"scalar": "single numbers", "buffer": "buffers", "convolution": "convolutions"}
+_NORM = re.compile(r"norm|(^|[._])ln(_|\d|[._]|$)|layernorm", re.IGNORECASE)
+
+
+def kept_words(name: str, keep: str) -> str:
+    """Why a tensor stays as it is, for people: what it is called says whether a vector is of a norm or a bias."""
+    if keep != "vector":
+        return _KEPT_WORDS.get(keep, keep)
+    if name.endswith("bias") or "bias_" in name.rpartition(".")[2]:
+        return "biases"
+    return "norms" if _NORM.search(name) else "vectors"

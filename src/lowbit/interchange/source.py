@@ -17,6 +17,7 @@ from torch import nn
 
 from lowbit.errors import SourceError, nearest
 from lowbit.interchange.end_tokens import end_tokens
+from lowbit.interchange.model_card import BaseFacts
 from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class Source(ABC):
     def left_files(self) -> tuple[str, ...]:
         """What of the source's files `save_assets` does not write, a line for each reason, in names without paths."""
         return ()
+
+    def facts(self) -> BaseFacts:
+        """What the published model says of itself: its name on the hub, licence, languages; nothing where nobody says it."""
+        return BaseFacts()
 
     @abstractmethod
     def tokenizer(self) -> Any:

@@ -45,7 +45,8 @@ class CardParts:
 
     Bytes are on disk: `bytes_before` and `bytes_after` of everything needed to run, `weight_bytes` of
     the weight files after quantizing. `linear_bits` is bits per weight in the linear layers, scales and
-    offsets included. `quantize_peak` is the peak resident bytes while quantizing.
+    offsets included. `quantize_peak` is the peak resident bytes while quantizing. `calibrated`: whether text was looked at
+    while quantizing; None where that is not known. `embed_bits`: bits per weight of embeddings and output heads.
     """
 
     model: str
@@ -59,6 +60,8 @@ class CardParts:
     quantize_seconds: float | None = None
     quantize_peak: int | None = None
     notes: tuple[str, ...] = ()
+    calibrated: bool | None = None
+    embed_bits: float | None = None
 
     @property
     def bits(self) -> float | None:
@@ -121,7 +124,7 @@ class Card(Displayed):
         """The card that `to_json` wrote. Raises SourceError for anything else."""
         try:
             return _build(Card, json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise SourceError(f"this is not the JSON of a card ({error}): measure the model again") from None
 
 
@@ -148,6 +151,8 @@ def _build(kind: Any, value: Any) -> Any:
             return None
         return _build(next(each for each in arguments if each is not type(None)), value)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r} is not a list")
         return tuple(_build(arguments[0], item) for item in value)
     if kind is float:
         return float(value)

@@ -17,6 +17,7 @@ from lowbit.errors import RecipeError
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.hf.loading import load_tokenizer
+from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.module import ModuleSource
 from lowbit.measure.card import CardParts, Coverage
@@ -46,10 +47,11 @@ def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtyp
     """The model that `evaluate` was given. dtype: of what is loaded here. SourceError for what is no model."""
     given = None if tokenizer is None else lambda: tokenizer
     if isinstance(model, Quantized):
-        words = given or model.source.tokenizer
+        words, looked = given or model.source.tokenizer, model.report.calibration is not None
+        planned = replace(plan_parts(model.plan), calibrated=looked)
         if model.folder is None:
-            return Subject(model.model, plan_parts(model.plan), words)
-        parts = replace(plan_parts(model.plan), bytes_after=disk_size(model.folder).total)
+            return Subject(model.model, planned, words)
+        parts = replace(planned, bytes_after=disk_size(model.folder).total)
         name = None if isinstance(model.source, ModuleSource) else model.folder
         return Subject(load(model.folder, dtype=dtype), parts, words, name)
     if isinstance(model, nn.Module):
@@ -77,7 +79,7 @@ def type_of(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
 def plan_parts(plan: Plan) -> CardParts:
     """What a plan knows for the card: sizes, coverage, what was kept and why."""
     quantized = sum(t.count for t in plan.tensors if t.format is not None)
-    kept = tuple(f"{count:,} in {n} tensors: {reason}" for reason, (n, count) in plan.kept().items())
+    kept = tuple(_kept(words, n, count, plan.parameters) for words, (n, count) in plan.kept_words().items())
     ranges = None if plan.survey is None else plan.survey.to_json()
     notes = (*_inputs_note(plan.input_counts(), ranges), *plan.notes)
     if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
@@ -87,8 +89,15 @@ def plan_parts(plan: Plan) -> CardParts:
     return CardParts(
         plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
-        notes=notes,
+        notes=notes, embed_bits=plan.embed_bits_per_weight,
     )  # fmt: skip
+
+
+def _kept(words: str, tensors: int, count: int, total: int) -> str:
+    """'norms (61 tensors, 0.03 %)'."""
+    share = 100 * count / max(1, total)
+    small = "under 0.01 %" if 0 < share < 0.01 else f"{share:.2f} %"
+    return f"{words} ({tensors} tensor{'' if tensors == 1 else 's'}, {small})"
 
 
 def _inputs_note(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -105,10 +114,29 @@ def folder_parts(folder: Path, model: nn.Module) -> CardParts:
     recipe = manifest.get("recipe", {})
     said = manifest["notes"] if isinstance(manifest.get("notes"), list) else []
     title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
-    kept = total - quantized
+    kept = _kept_in(model, total)
     counts = Counter(str(w.inputs) for w in packed.values() if w.inputs is not None)
     return CardParts(
-        str(folder), title, total, Coverage(quantized, total, (f"{kept:,} in float",) if kept else ()),
+        str(folder), title, total, Coverage(quantized, total, kept),
         bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
         notes=(*_inputs_note(dict(counts.most_common()), manifest.get("ranges")), *map(str, said)),
+        calibrated="calibration" in manifest if manifest else None, embed_bits=_embed_bits(model, packed),
     )  # fmt: skip
+
+
+def _kept_in(model: nn.Module, total: int) -> tuple[str, ...]:
+    """What a packed model keeps in float, in plain words: vectors by what they are of, all else by being kept."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        words = kept_words(name, "vector") if parameter.dim() < 2 else "other tensors in float"
+        tensors, count = found.get(words, (0, 0))
+        found[words] = (tensors + 1, count + parameter.numel())
+    return tuple(_kept(words, n, count, total) for words, (n, count) in found.items())
+
+
+def _embed_bits(model: nn.Module, packed: Mapping[str, Any]) -> float | None:
+    """Bits per weight of a packed input embedding; None where there is none."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    names = [f"{name}.weight" for name, module in model.named_modules() if table is not None and module is table]
+    weights = [packed[name] for name in names if name in packed]
+    return float(weights[0].format.bits_per_weight(weights[0].stored_shape)) if weights else None

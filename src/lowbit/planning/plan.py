@@ -17,7 +17,7 @@ from lowbit.display import Displayed
 from lowbit.errors import RecipeError
 from lowbit.formats import Inputs
 from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shards_of
-from lowbit.interchange.inventory import Inventory
+from lowbit.interchange.inventory import Inventory, kept_words
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.planning.advice import advice
@@ -95,6 +95,12 @@ class Plan(Displayed):
         return 8 * sum(t.bytes_after for t in linear) / max(1, sum(t.count for t in linear))
 
     @property
+    def embed_bits_per_weight(self) -> float | None:
+        """Bits per weight of embeddings and output heads; None where there are none."""
+        tables = [t for t in self.tensors if t.kind in ("embedding", "head")]
+        return 8 * sum(t.bytes_after for t in tables) / sum(t.count for t in tables) if tables else None
+
+    @property
     def coverage(self) -> float:
         """Share of the parameters that is quantized."""
         quantized = sum(t.count for t in self.tensors if t.format is not None)
@@ -135,6 +141,16 @@ class Plan(Displayed):
             if t.format is None:
                 tensors, count = out.get(t.keep or "", (0, 0))
                 out[t.keep or ""] = (tensors + 1, count + t.count)
+        return out
+
+    def kept_words(self) -> dict[str, tuple[int, int]]:
+        """`kept` with each reason in plain words, such as norms for vectors of norms."""
+        out: dict[str, tuple[int, int]] = {}
+        for t in self.tensors:
+            if t.format is None:
+                words = kept_words(t.name, t.keep or "")
+                tensors, count = out.get(words, (0, 0))
+                out[words] = (tensors + 1, count + t.count)
         return out
 
     def input_counts(self) -> dict[str, int]:

@@ -20,6 +20,7 @@ from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.files.settings import read_config
 from lowbit.interchange.files.weights import entries_of, remarks_on
+from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
@@ -231,7 +232,7 @@ def _alike(t: TensorFacts) -> Any:
 def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
     """The cells of one group: widest range, mean deviation, farthest outlier, highest kurtosis."""
     first = group[0]
-    kind = f"stays: {first.keep}" if first.keep else first.kind
+    kind = f"stays: {kept_words(first.name, first.keep)}" if first.keep else first.kind
     cells = [span_text([t.name for t in group]), shape_text(first.shape), kind, first.format or first.dtype]
     cells[-1] += f", inputs {first.inputs}" if first.inputs else ""
     known = [t.moments for t in group if t.moments is not None]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowbit.measure.advice import Advice
 from lowbit.measure.card import Card
 from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
-from lowbit.measure.verdict import slower, verdict
+from lowbit.measure.verdict import THRESHOLDS, slower, verdict
 from lowbit.report.boxed import Boxed
 from lowbit.report.layout import named_lines
-from lowbit.report.wording import bytes_text
+from lowbit.report.wording import bits_text, bytes_text, count_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 VERDICT_COLOURS = {"indistinguishable": "green", "very close": "green", "noticeable": "yellow", "damaged": "red"}
 ABSENT = "-"
+_CLOSE = THRESHOLDS[1]
+KL_LEGEND = f"0 is the float model itself, up to {_CLOSE.kl:g} is {_CLOSE.word}: {_CLOSE.meaning}"
 _SPEEDS = (
     ("decode", "decode", "one sequence"),
     ("prefill", "prefill", "reading the prompt"),
@@ -45,9 +50,10 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     """(name, value) of everything on the card that was measured, in reading order."""
     parts, lines = card.parts, []
     if parts.coverage is not None:
-        count = f"{parts.coverage.quantized / 1e6:.1f} of {parts.coverage.total / 1e6:.1f} M parameters"
+        count = f"{count_text(parts.coverage.quantized)} of {count_text(parts.coverage.total)} parameters"
         lines.append(("quantized", f"{100 * parts.coverage.share:.2f} %  ({count})"))
-        lines += [("  kept", reason) for reason in parts.coverage.kept]
+        if parts.coverage.kept:
+            lines.append(("  kept as it was", ", ".join(parts.coverage.kept)))
     lines += _size_lines(card) + _quality_lines(card) + _speed_lines(card)
     if parts.quantize_seconds is not None:
         lines.append(("quantizing took", f"{parts.quantize_seconds:.1f} s"))
@@ -72,8 +78,7 @@ def _size_lines(card: Card) -> list[tuple[str, str]]:
             text = f"{bytes_text(parts.bytes_before)} → {text}  ({times:.1f} times smaller)"
         lines.append(("size on disk", text))
     if parts.bits is not None:
-        linear = "" if parts.linear_bits is None else f", {parts.linear_bits:.2f} in the linear layers"
-        lines.append(("bits per weight", f"{parts.bits:.2f} in all{linear}"))
+        lines.append(("bits per weight", bits_text(parts.linear_bits, parts.bits, parts.embed_bits)))
     return lines
 
 
@@ -90,6 +95,7 @@ def _quality_lines(card: Card) -> list[tuple[str, str]]:
         lines.append(("perplexity", estimate_text(quality.perplexity)))
     if quality.kl_mean is not None:
         lines.append(("KL from the float model", estimate_text(quality.kl_mean, " nats/token")))
+        lines.append(("  how to read it", KL_LEGEND))
         lines.append(("  worst 1 % of tokens", f"above {estimate_text(quality.kl_p99, ' nats')}"))
         lines.append(("same first choice", estimate_text(quality.top1, " % of tokens", scale=100)))
     if quality.kind != "causal":
@@ -140,8 +146,9 @@ def rate_text(rate: float) -> str:
     return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
 
 
-def render_card(card: Card) -> RenderableType:
-    """The card as a panel: a verdict in plain words, the figures, and both models' answers."""
+def render_card(card: Card, help: Sequence[Advice] = ()) -> RenderableType:
+    """The card as a panel: a verdict in plain words, the figures, and both models' answers. `help` stands below it."""
+    from rich.console import Group
     from rich.text import Text
 
     before, after = list[Text](), list[Text]()
@@ -149,7 +156,10 @@ def render_card(card: Card) -> RenderableType:
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
         before.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
-    figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in card_lines(card)]
+    lines = [("recipe", card.parts.recipe), *card_lines(card)]
+    if card.environment is not None:
+        lines.append(("  on", f"{card.environment.machine}, torch {card.environment.torch}"))
+    figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in lines]
     if card.sample is not None:
         answers = [
             ("\nprompt  ", card.sample.prompt),
@@ -157,8 +167,29 @@ def render_card(card: Card) -> RenderableType:
             ("lowbit  ", card.sample.answer),
         ]
         after += [Text.assemble((who, "cyan"), said, overflow="fold") for who, said in answers if said is not None]
-    footer = None
-    if card.environment is not None:
-        footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
-    title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
-    return Boxed(named_lines(figures), title, before=before, after=after, footer=footer, colour=colour)
+    title = Text(card.parts.model, style="bold")
+    panel = Boxed(named_lines(figures), title, before=before, after=after, colour=colour)
+    return Group(panel, *_help(help)) if help else panel
+
+
+def _help(help: Sequence[Advice]) -> list[RenderableType]:
+    """Below the panel, so that its frame does not get into commands that are copied."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    lines: list[RenderableType] = [Text("What would help:")]
+    for each in help:
+        lines.append(Padding(Text(each.why), (0, 0, 0, 2), expand=False))
+        lines.append(Text("\n".join(command_lines(each.command)), style="cyan", no_wrap=True, overflow="ignore"))
+    return lines
+
+
+def command_lines(words: Sequence[str], width: int = 78) -> list[str]:
+    """A command to copy, indented; over several lines with a backslash where it is longer than `width`."""
+    lines, at = [], "   "
+    for word in map(shlex.quote, words):
+        if len(at) + len(word) + 3 > width and at.strip():
+            lines.append(f"{at} \\")
+            at = "     "
+        at += f" {word}"
+    return [*lines, at]

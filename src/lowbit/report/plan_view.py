@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.plan import Plan
 from lowbit.recipes.activation_rules import inputs_text
@@ -46,7 +47,7 @@ def _row(group: list[TensorPlan]) -> list[str]:
         str(len(group)),
         shape_text(first.shape),
         str(first.dtype).removeprefix("torch."),
-        str(first.format) if first.format is not None else f"stays: {first.keep}",
+        str(first.format) if first.format is not None else f"stays: {kept_words(first.name, first.keep or '')}",
         f"{8 * after / max(1, sum(t.count for t in group)):.2f}",
         bytes_text(before),
         bytes_text(after),

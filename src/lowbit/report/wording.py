@@ -32,6 +32,14 @@ def number_text(value: float, digits: int = 6) -> str:
     return f"{value + 0.0:.{digits}g}"
 
 
+def bits_text(linear: float | None, over_all: float, embed: float | None = None) -> str:
+    """'4.50 in the linear layers, 5.26 over all (the embedding has 8.03)'; the embedding where it explains the difference."""
+    if linear is None:
+        return f"{over_all:.2f} over all"
+    why = "" if embed is None or abs(embed - linear) < 0.25 else f" (the embedding has {embed:.3g})"
+    return f"{linear:.2f} in the linear layers, {over_all:.2f} over all{why}"
+
+
 def shape_text(shape: Sequence[int]) -> str:
     """'576 x 1536', 'scalar'."""
     return " x ".join(map(str, shape)) if len(shape) else "scalar"

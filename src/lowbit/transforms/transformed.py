@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.interchange.inventory import Param
+from lowbit.interchange.model_card import BaseFacts
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 from lowbit.transforms.arch import Arch
@@ -120,6 +121,9 @@ class TransformedSource(Source):
 
     def save_assets(self, out: Path) -> None:
         self.inner.save_assets(out)
+
+    def facts(self) -> BaseFacts:
+        return self.inner.facts()
 
     def generation(self) -> dict[str, Any]:
         return self.inner.generation()

@@ -39,6 +39,13 @@ class Awq(FolderExporter):
 
     name = "awq"
     summary = "AWQ layout (gemm) for vLLM and transformers"
+    tags = ("awq",)
+    loading = (
+        "vllm serve {folder}\n\n"
+        "# or in Python, with `pip install gptqmodel`:\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('{folder}')"
+    )
     reader = "AWQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
     experts_note = "for vLLM: transformers does not load experts in this layout and runs the model without them"

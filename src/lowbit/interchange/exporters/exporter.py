@@ -77,6 +77,8 @@ class Exporter(ABC):
                 text, and with it
     fuses       last words of the names of layers beside one another that get one format
     tolerance   how far a weight may be from ours when it is read back, |a - b| / |b|
+    tags        what the hub calls such models, in the README of a folder
+    loading     lines of code that load the folder `{folder}`, for its README; none where one file is written
     kv          what keys and values of the running model may be kept in with scales that the exporter holds, as `fp8`
     """
 
@@ -88,6 +90,8 @@ class Exporter(ABC):
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
     fuses: ClassVar[tuple[tuple[str, ...], ...]] = ()
     tolerance: ClassVar[float] = 0.0
+    tags: ClassVar[tuple[str, ...]] = ()
+    loading: ClassVar[str] = ""
     kv: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

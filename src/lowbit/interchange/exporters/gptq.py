@@ -47,6 +47,13 @@ class Gptq(FolderExporter):
 
     name = "gptq"
     summary = "GPTQ layout for GPTQModel, vLLM and transformers"
+    tags = ("gptq",)
+    loading = (
+        "vllm serve {folder}\n\n"
+        "# or in Python, with `pip install gptqmodel`:\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('{folder}')"
+    )
     reader = "GPTQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "w8": ("search@int8:channel", "search@int8:channel"),

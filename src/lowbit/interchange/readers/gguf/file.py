@@ -7,6 +7,7 @@ rules are run here for one tensor instead of the whole file. Values come out as 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from lowbit.interchange.hf.gguf import gguf_rules
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model, model_class
 from lowbit.interchange.inventory import inventory_of
+from lowbit.interchange.model_card import BaseFacts, facts_of_gguf
 from lowbit.interchange.readers.folder import described, untie
 from lowbit.interchange.readers.gguf.blocks import float_type, is_quantized, stored_weight, type_name
 from lowbit.interchange.readers.gguf.config import completed
@@ -58,12 +60,14 @@ class GgufSource(Source):
     """
 
     def __init__(
-        self, path: str | Path, label: str | None = None, tokenizer: Any = None, config: PretrainedConfig | None = None
-    ) -> None:
+        self, path: str | Path, label: str | None = None, tokenizer: Any = None, config: PretrainedConfig | None = None,
+        repo: str | None = None,
+    ) -> None:  # fmt: skip
+        """repo: the name on the hub of the model that the file holds, where it is known."""
         self.paths, header = read_gguf(Path(path))
         self.path = self.paths[0]
         self.label = label or str(path)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._repo = tokenizer, repo
         check_gguf(header.architecture, header.metadata, header.tensors, str(self.path))
         self._stored, self._metadata = header.tensors, header.metadata
         used: frozenset[str] = frozenset(FACTOR_TENSORS)
@@ -150,6 +154,11 @@ class GgufSource(Source):
             GenerationConfig(**ids, **self.generation()).save_pretrained(out)
         except OSError as error:
             raise OutputError(f"cannot write the tokenizer of {self.label} to {out}: {error}") from error
+
+    def facts(self) -> BaseFacts:
+        """By the file's metadata, and the name on the hub that was given."""
+        found = facts_of_gguf(self._metadata)
+        return replace(found, base_model=self._repo or found.base_model)
 
     def generation(self) -> dict[str, Any]:
         """The tokens that end a text, as llama.cpp takes them from the file: one id, or a list that begins with eos."""
