@@ -43,7 +43,9 @@ def explain(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="A preset, a method, a format such as int4:g32, or METHOD@FORMAT; w4 unless given.", show_default=False
+            help="A preset, a method, a format such as int4:g32, or METHOD@FORMAT; w4 unless given.",
+            show_default=False,
+            metavar="RECIPE",
         ),
     ] = None,
     inputs: Annotated[
