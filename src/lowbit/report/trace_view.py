@@ -34,7 +34,7 @@ def _listing(part: Listing, width: int) -> str:
     places = range(len(part.rows)) if part.shown is None else part.shown
     if part.shown == ():
         return f"  ({len(part.rows)} x {len(part.columns) - 1} numbers, which --json shows)\n"
-    rows = [(*part.rows[i], "<- best" if i == part.best else "") for i in places]
+    rows = [(*part.rows[i], f"<- {part.mark}" if i == part.best else "") for i in places]
     if part.best is None:
         return folded(part.columns, [row[:-1] for row in rows], width)
     return folded((*part.columns, ""), rows, width)
@@ -47,8 +47,14 @@ def _outcome(made: Outcome) -> str:
     lines = []
     for i, (name, error) in enumerate(made.errors):
         share = error / first if i and first else None
-        times = "" if share is None else f"   {num(share, 3)} times" if share > 2 else f"   {num(100 * share, 3)} %"
-        lines.append(f"  {name:<{longest}}  {num(error, _DIGITS):>10}{times}{' of the first' if times else ''}")
+        times = (
+            ""
+            if share is None
+            else f"   {num(share, 3)} times the first"
+            if share > 2
+            else f"   {num(100 * share, 3)} % of the first"
+        )
+        lines.append(f"  {name:<{longest}}  {num(error, _DIGITS):>10}{times}")
     return "\n".join(lines) + "\n"
 
 

@@ -54,9 +54,11 @@ def show_inputs(case: Case) -> Trace | None:
         summary = (estimators()[own].__doc__ or "").split("\n")[0]
         parts += [
             f"The range of static inputs is found on calibration text and stored. {chosen}: {summary} Here every input is "
-            "seen as a batch of its own, and this is what each estimator would say; the marked one is this recipe's:",
+            "seen as a batch of its own, and this is what each estimator would say (a text has so "
+            "many more values that entropy and percentile then choose otherwise):",
             Listing("ranges", ("estimator", "lowest", "highest", "% clipped", "rms error"), tuple(rows),
-                    best=list(estimators()).index(own)),
+                    best=list(estimators()).index(own),
+                    mark="this recipe"),
         ]  # fmt: skip
     else:
         parts.append(f"While the model runs, inputs are rounded to {inputs}: a scale comes from the values at hand.")

@@ -24,13 +24,15 @@ OF_WEIGHTS = "Error of all weights as the method counts it"
 
 @dataclass(frozen=True)
 class Listing:
-    """A table. `name`: its key in JSON; `shown`: the rows that are drawn, None for all; `best`: the row that won."""
+    """A table. `name`: its key in JSON; `shown`: the rows that are drawn, None for all; `best`: the row that won,
+    or that `mark` says it is."""
 
     name: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     shown: tuple[int, ...] | None = None
     best: int | None = None
+    mark: str = "best"
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {"columns": self.columns, "rows": self.rows}
