@@ -39,6 +39,7 @@ _HOMES = {
     "plan": "lowbit.pipeline.api",
     "quantize": "lowbit.pipeline.api",
     "quantize_tensor": "lowbit.pipeline.api",
+    "recommend": "lowbit.report.recommend",
 }
 __all__ = sorted(_HOMES)
 

@@ -23,6 +23,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    recommend,
 )
 from lowbit.cli.guard import Guarded, end_in_order
 
@@ -59,7 +60,7 @@ def _lowbit(
 
 for command in (
     quantize, plan, evaluate, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
-    recipes,
+    recipes, recommend,
 ):  # fmt: skip
     command.register(app)
 

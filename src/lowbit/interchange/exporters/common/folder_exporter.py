@@ -21,7 +21,7 @@ from lowbit.interchange.exporters.common.published_experts import PublishedFolde
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
 from lowbit.interchange.exporters.exporter import Exporter, Problem
 from lowbit.interchange.files.safetensors_reader import bytes_of
-from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
+from lowbit.interchange.files.safetensors_writer import INDEX, create, index_bytes, index_json, shards_of
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -150,6 +150,12 @@ class FolderExporter(Exporter):
             kind = str(table_dtype(tables[0])).removeprefix("torch.")
             notes.append(f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}")
         return notes
+
+    def weight_bytes(self, model: Contents) -> int:
+        """Exact bytes of the weight files, headers and the index of shards included."""
+        contents = published(model).contents
+        shards = shards_of([(t.name, self._written(t)) for t in contents.tensors.values()], _MAX_SHARD)
+        return sum(shard.file_bytes for shard in shards) + index_bytes(shards)
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """What was written, its inputs and extra tensors compared already. ExportError where those come back changed."""
