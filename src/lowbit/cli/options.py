@@ -21,12 +21,16 @@ RecipeOrBits = Annotated[
 ]
 Bits = Annotated[
     int | None,
-    typer.Option("--bits", help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.", show_default=False),
+    typer.Option(
+        "--bits", help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.", show_default=False
+    ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        "--group-size", help="With --bits: weights that share a scale, as intN:gSIZE; -1 for a whole row.", show_default=False
+        "--group-size",
+        help="With --bits: weights that share a scale, as intN:gSIZE; -1 for a whole row.",
+        show_default=False,
     ),
 ]
 As = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,15 +32,21 @@ def recommend(
     context: Annotated[
         int | None,
         typer.Option(
-            "--context", min=1, show_default=False,
+            "--context",
+            min=1,
+            show_default=False,
             help="Tokens that the KV cache is sized for; 4096, or what the model takes where that is less, when left out.",
         ),
     ] = None,
     target: Annotated[
-        str, typer.Option("--for", help="The program that runs the result: lowbit, gguf (llama.cpp, Ollama), vllm, gptq, awq.")
+        str,
+        typer.Option(
+            "--for", help="The program that runs the result: lowbit, gguf (llama.cpp, Ollama), vllm, gptq, awq."
+        ),
     ] = "lowbit",
     speed: Annotated[
-        bool, typer.Option("--speed", help="The fastest of those that lose little, instead of the one that loses least.")
+        bool,
+        typer.Option("--speed", help="The fastest of those that lose little, instead of the one that loses least."),
     ] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Quantize with the best three recipes, measure them, and decide by that.")
@@ -49,7 +55,8 @@ def recommend(
     samples: Samples = None,
     text: Text = None,
     windows: Annotated[
-        int | None, typer.Option(min=1, help="With --measure: how many windows of the text; 2 when left out.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="With --measure: how many windows of the text; 2 when left out.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,15 +73,18 @@ def recommend(
     if memory is not None:
         typed_size("--memory", memory)
     console.quiet()
-    asked = {
-        "speed": speed, "measure": measure, "calibration": calibration, "samples": samples, "text": text,
-        "windows": windows or report.WINDOWS,
-    }  # fmt: skip
+
+    def asked(**watching: Any) -> report.Recommendation:
+        return report.recommend(
+            model, memory, context, target, speed=speed, measure=measure, calibration=calibration, samples=samples, text=text,
+            windows=windows or report.WINDOWS, **watching,
+        )  # fmt: skip
+
     if measure:
         with console.count_bar("measuring", "windows") as progress:
-            found = report.recommend(model, memory, context, target, progress=progress, told=console.dim, **asked)
+            found = asked(progress=progress, told=console.dim)
     else:
-        found = report.recommend(model, memory, context, target, **asked)
+        found = asked()
     if as_json:
         console.print_json(found.to_json())
     else:

@@ -56,13 +56,15 @@ MEASURED: tuple[Measured, ...] = (
     Measured("int2:g64", 1.097, "qronos@int2:g64", "calibrated-goals.md", text=True),
     Measured("uint2:g16:s=(uint4:g16):min=(int4:g16)", 6.98843, "w2", "presets.json"),
 )
+# Mixes of formats that were measured as a whole, by name.
+MIXES: tuple[Measured, ...] = (Measured("q4_k", 0.0375, "q4_k_m", "gguf.json", text=True),)
 # A format without a measurement of its own loses at most what one does that has fewer bits, or as many and fewer scales or
 # offsets. The first that was measured, with text or without, counts.
 AT_MOST: Mapping[str, tuple[str, ...]] = {
-    "q6_k": ("int5:g32", "int4:g32"),
-    "q5_k": ("int5:g32", "int4:g32"),
-    "q5_1": ("int5:g32", "int4:g32"),
-    "int5:g32": ("int4:g32",),
+    "q6_k": ("int5:g32", "iq4nl:g32"),
+    "q5_k": ("int5:g32", "iq4nl:g32"),
+    "q5_1": ("int5:g32", "iq4nl:g32"),
+    "int5:g32": ("iq4nl:g32",),
     "q4_k": ("int4:g32",),
     "q4_1": ("int4:g32",),
     "uint4:g32:asym": ("int4:g32",),
@@ -114,11 +116,14 @@ def expected_of_format(fmt: str, inputs: str, text: bool) -> ExpectedLoss | None
     return None
 
 
-def expected_loss(plan: Plan, text: bool) -> ExpectedLoss | None:
+def expected_loss(plan: Plan, text: bool, name: str = "") -> ExpectedLoss | None:
     """What a plan is expected to cost: at most what its worst format would in all layers. None where one is not known.
 
-    text: whether its recipe is given calibration text.
+    text: whether its recipe is given calibration text. name: of a mix, which may have been measured as a whole.
     """
+    mix = next((row for row in MIXES if (row.recipe, row.text) == (name, text)), None)
+    if mix is not None:
+        return ExpectedLoss(mix.kl, mix)
     kinds = {
         (str(t.format.plain), str(t.inputs or ""))
         for t in plan.tensors

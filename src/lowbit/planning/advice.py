@@ -69,7 +69,13 @@ def _of_rows(plan: Plan) -> list[str]:
     """One scale for a whole row, in so few bits that it costs much."""
     fmt = plan.recipe.format
     used = any(t.format == fmt for t in plan.tensors)
-    if not used or plan.recipe.name is not None or fmt.block != CHANNEL or fmt.codebook is not None or fmt.grid.bits > _FEW_BITS:
+    if (
+        not used
+        or plan.recipe.name is not None
+        or fmt.block != CHANNEL
+        or fmt.codebook is not None
+        or fmt.grid.bits > _FEW_BITS
+    ):
         return []
     return [
         f"{fmt} has one scale for a whole row, which loses much in {fmt.grid.bits} bits; {fmt.grid.name}:g32 has one for 32 "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowbit.budget.memory import Memory, running_memory
@@ -16,6 +16,7 @@ from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.source import Source
 from lowbit.measure.expected_loss import ExpectedLoss, expected_loss, quantizing_seconds
 from lowbit.measure.quality import Estimate
+from lowbit.planning.kv_cache import KVCache
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
@@ -28,9 +29,11 @@ AS_IT_IS = "as it is"
 WITH_TEXT, WITHOUT = "qronos", "search"  # the methods for a format that no preset names
 _FEW_BITS = 7  # below so many bits per weight calibration text pays
 # In which programs' own names are looked for: presets of this project, and formats that lie between them.
-_PRESETS = ("w8", "nl4", "w4", "w3", "w2", "w8a8", "fp8")
+_PRESETS = ("w8", "nl4", "w4", "w3", "w2")
+_SERVED = ("w8a8", "fp8")  # of programs that multiply in 8 bits
 _BETWEEN = ("int5:g32", "int4:g128", "int3:g64", "int2:g64")
-_MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+_MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q3_k_m", "q2_k")
+_SAVED = 0.98  # what is worse is worth naming where it takes at most this share of the bytes
 
 
 @dataclass(frozen=True)
@@ -77,33 +80,36 @@ class Choice:
 
 
 def choices(
-    source: Source, model: Any, target: str, context: int, *, text: str | None, samples: int | None = None
+    source: Source, model: Any, target: str, context: int, kv: KVCache, *, text: str | None, samples: int | None = None
 ) -> list[Choice]:
     """What fits the program `target` and is worth its bytes, the best first; no weight is read.
 
-    text: what `--calibration` would be given where it pays, None for recipes without. A choice that another beats in
-    quality at no more bytes is left out. ExportError where the program can hold nothing of the model.
+    kv: the cache of the model. text: what `--calibration` would be given where it pays, None for recipes without. A choice that another beats in
+    quality at about as few bytes is left out. ExportError where the program can hold nothing of the model.
     """
     kind = None if target == OWN else _exporter(target)
     found: dict[tuple[str, str | None], Choice] = {}
     refusal: LowbitError | None = None
     if kind is None and source.storage != "float":
-        as_is = _as_it_is(source, model, context)
+        as_is = _as_it_is(source, model, context, kv)
         found[as_is.name, None] = as_is
     for name in _names(kind, source, text is not None):
         try:
-            choice = _choice(name, kind, source, model, context, text, samples)
+            choice = _choice(name, kind, source, model, context, kv, text, samples)
         except (ExportError, RecipeError) as error:
             refusal = refusal or error
             continue
         if choice is not None:
             found.setdefault((choice.recipe, choice.text), choice)
     if not found:
-        raise refusal or RecipeError(f"{source.label} has no linear layer to quantize, so there is nothing to recommend")
+        raise refusal or RecipeError(
+            f"{source.label} has no linear layer to quantize, so there is nothing to recommend"
+        )
     ordered = sorted(found.values(), key=lambda c: c.rank)
     kept: list[Choice] = []
     for choice in ordered:
-        if all(choice.memory.weights < better.memory.weights for better in kept):
+        saved = 1.0 if choice.name in _SERVED else _SAVED
+        if all(choice.memory.weights < saved * better.memory.weights for better in kept):
             kept.append(choice)
     return kept
 
@@ -124,58 +130,65 @@ def _names(kind: Exporter | None, source: Source, text: bool) -> Iterator[str]:
     """Recipes as they are typed. What a program has names for, it says itself; what it cannot hold, it refuses later."""
     method = WITH_TEXT if text else WITHOUT
     formats = _BETWEEN if kind is None else kind.candidates(floats_of(source))
-    yield from _PRESETS
     yield from () if kind is None else (mix for mix in _MIXES if mix in kind.mixes())
+    yield from _PRESETS
+    yield from () if kind is None else _SERVED
     yield from (f"{method}@{fmt}" for fmt in formats)
 
 
 def _choice(
-    name: str, kind: Exporter | None, source: Source, model: Any, context: int, text: str | None, samples: int | None
-) -> Choice | None:
+    name: str, kind: Exporter | None, source: Source, model: Any, context: int, kv: KVCache, text: str | None,
+    samples: int | None,
+) -> Choice | None:  # fmt: skip
     """What one recipe makes of the model; None where nothing is known of what it costs, or where it is not for this program."""
     looks = text is not None
-    if kind is None:
-        wanted = Recipe.parse(name).calibrated() if looks else Recipe.parse(name)
-        plan = make_plan(rewritten(source, wanted), wanted, context=context)
-        weights = plan.output_bytes
-    else:
-        wanted = recipe_for(kind, name, source, looks)
-        apart = rewritten(source, wanted)
-        plan, _ = fitted(kind, make_plan(apart, wanted, context=context), apart)
-        weights = kind.weight_bytes(contents_of(plan, source))
+    plan, weights = _planned(name, kind, source, context, looks)
     pays = looks and plan.linear_bits_per_weight < _FEW_BITS and plan.recipe.uses_calibration
-    if looks and not pays and plan.recipe.needs_calibration is not None:
+    if looks and not pays:
+        plan, weights = _planned(name, kind, source, context, False)
+    if not pays and plan.recipe.needs_calibration is not None:
         return None
-    loss = expected_loss(plan, pays)
+    loss = expected_loss(plan, pays, "" if kind is None else name)
     if loss is None:
         return None
     seconds = quantizing_seconds(plan.parameters, pays, *(() if samples is None else (samples,)))
     return Choice(
-        name, str(plan.recipe), _command(model, name, kind, text if pays else None), running_memory(weights, plan.kv, context),
+        name, str(plan.recipe), _command(model, name, kind, text if pays else None, samples), running_memory(weights, kv, context),
         read_bytes(plan, source.config), plan.linear_bits_per_weight, loss, text if pays else None, seconds,
-        plan.peak_bytes if pays else replace(plan, recipe=_without_text(plan.recipe)).peak_bytes,
+        plan.peak_bytes,
     )  # fmt: skip
 
 
-def _without_text(recipe: Recipe) -> Recipe:
-    return recipe if recipe.needs_calibration is None else replace(recipe, solver=None)
+def _planned(name: str, kind: Exporter | None, source: Source, context: int, looks: bool) -> tuple[Plan, int]:
+    """(the plan of a recipe, exact bytes of its weight files). looks: whether calibration text is at hand."""
+    if kind is None:
+        wanted = Recipe.parse(name).calibrated() if looks else Recipe.parse(name)
+        plan = make_plan(rewritten(source, wanted), wanted, context=context)
+        return plan, plan.output_bytes
+    wanted = recipe_for(kind, name, source, looks)
+    apart = rewritten(source, wanted)
+    plan, _ = fitted(kind, make_plan(apart, wanted, context=context), apart)
+    return plan, kind.weight_bytes(contents_of(plan, source))
 
 
-def _command(model: Any, name: str, kind: Exporter | None, text: str | None) -> str:
+def _command(model: Any, name: str, kind: Exporter | None, text: str | None, samples: int | None) -> str:
     words = ["lowbit", "quantize", str(model), name]
     words += [] if kind is None else ["--as", kind.name]
     words += [] if text is None else ["--calibration", text]
+    words += [] if text is None or samples is None else ["--samples", str(samples)]
     return shlex.join(words)
 
 
-def _as_it_is(source: Source, model: Any, context: int) -> Choice:
+def _as_it_is(source: Source, model: Any, context: int, kv: KVCache) -> Choice:
     """A source that is quantized already: lowbit's own folder is run, another's becomes one with the same integers."""
     plan = make_plan(source, Recipe.parse("w8"), context=context)
     weights = source.disk_bytes()
     ours = isinstance(model, str) and is_ours(model)
-    command = ["lowbit", "chat" if plan.kv_bytes else "inspect", str(model)] if ours else ["lowbit", "import", str(model)]
+    command = (
+        ["lowbit", "chat" if kv.bytes_at(1) else "inspect", str(model)] if ours else ["lowbit", "import", str(model)]
+    )
     read = int(weights * read_share(plan.tensors, source.config))
-    memory = running_memory(weights, plan.kv, context)
+    memory = running_memory(weights, kv, context)
     return Choice(AS_IT_IS, "", shlex.join(command), memory, read, 8 * weights / max(1, plan.parameters))
 
 
@@ -187,7 +200,9 @@ def read_bytes(plan: Plan, config: Any) -> int:
 def read_share(tensors: tuple[TensorPlan, ...], config: Any) -> float:
     """The share of the parameters that one new token reads."""
     chosen = active_experts(config)
-    return sum((chosen if t.kind == "experts" else 1.0) * t.count for t in tensors) / max(1, sum(t.count for t in tensors))
+    return sum((chosen if t.kind == "experts" else 1.0) * t.count for t in tensors) / max(
+        1, sum(t.count for t in tensors)
+    )
 
 
 def _share(t: TensorPlan, plan: Plan, config: Any) -> float:

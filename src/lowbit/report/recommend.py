@@ -15,20 +15,21 @@ from lowbit.calibration.data import SAMPLES, SELF
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
 from lowbit.interchange.opening import open_headers
-from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.environment import free_memory
 from lowbit.measure.expected_loss import measuring_seconds
+from lowbit.measure.quality import Progress
 from lowbit.measure.verdict import THRESHOLDS
 from lowbit.planning.kv_cache import KVCache, kv_cache
-from lowbit.report.choices import OWN, Choice, choices
+from lowbit.report.choices import OWN, Choice, active_experts, choices
 
 CONTEXT = 4096
 OWN_TEXT = "my-text.txt"  # in commands: a text of the user's own
 ACCEPTABLE = THRESHOLDS[1]  # the loss, nats per token, up to which speed decides
 TOP = 3  # choices that are measured
 WINDOWS, LENGTH = 2, 1024
+_SMALLER = 0.98  # a second choice takes at most this share of the bytes of the first
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Recommendation:
     speed         whether speed decided; `acceptable`: whether a loss fit for that was to be had
     kv            the KV cache by tokens
     float_bytes   of the weights that are quantized; `storage`: how the source stores them
-    generates     whether the model writes text
+    generates     whether the model writes text; `experts`: the share of a layer's experts that a token is given to
+    here          bytes of memory that are free on this machine
     samples       windows of calibration text
     measured_on   words for the text that losses were measured on, None where they are expected ones
     """
@@ -67,6 +69,8 @@ class Recommendation:
     float_bytes: int
     storage: str
     generates: bool
+    experts: float
+    here: int
     samples: int | None = None
     measured_on: str | None = None
 
@@ -78,8 +82,11 @@ class Recommendation:
     @property
     def context_that_fits(self) -> int:
         """The most tokens, up to those that were asked for, that the smallest choice leaves room for."""
-        small = self.smallest.memory
-        return longest_context(self.memory, small.weights, self.kv, self.context, small.working)
+        return self.longest_with(self.smallest)
+
+    def longest_with(self, choice: Choice) -> int:
+        """The same for any choice."""
+        return longest_context(self.memory, choice.memory.weights, self.kv, self.context, choice.memory.working)
 
     @property
     def extra(self) -> int:
@@ -132,8 +139,10 @@ def recommend(
     `compare`, with `calibration` text where it is given, which is also what the recommended commands name. `told` hears how long
     that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
     """
-    if not measure and (samples is not None and calibration is None or text is not None):
-        raise RecipeError("text and samples would be ignored, as nothing is measured; add --measure, or leave them out")
+    if not measure and text is not None:
+        raise RecipeError("a text would be ignored, as nothing is measured; add --measure, or leave it out")
+    if samples is not None and calibration is None:
+        raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
     if context is not None and context < 1:
         raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
     source = open_headers(model)
@@ -141,26 +150,28 @@ def recommend(
     longest = _longest(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
+    kv = kv_cache(source.config) if generates else KVCache(0)  # what writes no text keeps no keys and values
     named = _calibration(source, calibration, generates, reads, measure)
-    found = choices(source, model, target, tokens, text=named, samples=samples)
-    kv = kv_cache(source.config)
+    found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
 
-    def answer(among: list[Choice], measured_on: str | None = None, unmeasured: list[Choice] | None = None) -> Recommendation:
+    def answer(
+        among: list[Choice], measured_on: str | None = None, unmeasured: list[Choice] | None = None
+    ) -> Recommendation:
         fitting = [c for c in among if c.memory.total <= room]
         best, second, acceptable = _picked(fitting, speed)
         everything = sorted([*among, *(unmeasured or [])], key=lambda c: c.rank)
         better = [c for c in everything if c.memory.total > room and (not fitting or c.rank < fitting[0].rank)]
-        larger = min(better, key=lambda c: c.memory.total, default=None)
+        larger = min(better, key=lambda c: (c.memory.total >> 20, c.rank), default=None)
         return Recommendation(
             source.label, target, room, given, tokens, longest, tuple(everything), best, second, larger, speed, acceptable, kv,
-            before, source.storage, generates, samples, measured_on,
+            before, source.storage, generates, active_experts(source.config), free_memory(), samples, measured_on,
         )  # fmt: skip
 
     expected = answer(found)
     if not measure or expected.best is None:
         return expected
-    if not reads or not (generates or kv.bytes_per_token):
+    if not reads or not (generates or _fills_gaps(source)):
         raise RecipeError(
             f"--measure compares the next tokens that models predict, and {source.label} predicts none; leave it out"
         )
@@ -196,6 +207,10 @@ def _kind(source: Source) -> tuple[bool, bool]:
     return reads and bool(found.can_generate()), reads
 
 
+def _fills_gaps(source: Source) -> bool:
+    return any("MaskedLM" in name for name in getattr(source.config, "architectures", None) or ())
+
+
 def _calibration(source: Source, given: Any, generates: bool, reads: bool, measure: bool) -> str | None:
     """What `--calibration` of the recommended commands is given.
 
@@ -216,7 +231,9 @@ def _picked(fitting: list[Choice], speed: bool) -> tuple[Choice | None, Choice |
         return None, None, False
     good = [c for c in fitting if c.kl <= ACCEPTABLE.kl]
     if not speed or not good:
-        return fitting[0], fitting[1] if len(fitting) > 1 else None, bool(good)
+        rest = fitting[1:]
+        smaller = (c for c in rest if c.memory.weights < _SMALLER * fitting[0].memory.weights)
+        return fitting[0], next(smaller, rest[0] if rest else None), bool(good)
     best = min(good, key=lambda c: (c.read, c.rank))
     return best, fitting[0] if fitting[0] is not best else next((c for c in fitting if c is not best), None), True
 
@@ -256,7 +273,9 @@ def _measured(
         mark = row.card.text
         where = where or ("" if mark is None else f"{mark.windows} windows of {mark.length} tokens of {mark.name}")
     if not found:
-        raise SourceError(f"none of the recipes could be measured: {next((r.error for r in rows if r.error), 'unknown')}")
+        raise SourceError(
+            f"none of the recipes could be measured: {next((r.error for r in rows if r.error), 'unknown')}"
+        )
     return found, where
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lowbit.measure.expected_loss import CAVEAT, PARAMETERS, SECONDS, SECONDS_WITH_TEXT
-from lowbit.measure.verdict import word_of_kl
+from lowbit.measure.verdict import THRESHOLDS, word_of_kl
 from lowbit.report.choices import AS_IT_IS, OWN, Choice
 from lowbit.report.recommend import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
 
+# What is to be known of a recipe in one program, by (program, recipe).
+_HINTS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("vllm", "w8"): (
+        "On processors without a GPU vLLM 0.32 has no kernel for 8-bit weights with float inputs; w8a8 runs there.",
+    ),
+}
 _HEADINGS = ("recipe", "bits", "weights", "in all", "left", "loss", "in words")
 
 
@@ -117,13 +123,19 @@ def _beside(found: Recommendation, second: Choice, best: Choice) -> str:
     if second.name == AS_IT_IS:
         return "It keeps the model as it is stored, and adds no loss to the one that it has."
     less = best.memory.weights - second.memory.weights
-    size = f"{bytes_text(abs(less))} {'less' if less > 0 else 'more'}"
+    size = f"{bytes_text(abs(less))} {'less' if less > 0 else 'more'} for the weights"
+    reading = f" and reads {bytes_text(second.read)} for each token" if found.generates else ""
+    if best.name == AS_IT_IS:
+        return f'It takes {size}{reading}. Expect it to be "{word_of_kl(second.kl).word}" beside the model as it is.'
     word = word_of_kl(second.kl).word
     kind = "Measured" if second.measured is not None else "Expect"
-    tail = f'{kind} "{word}" instead of "{word_of_kl(best.kl).word}"' if word != word_of_kl(best.kl).word else (
-        f'{kind} "{word}" too, with a loss of {_loss(second)} instead of {_loss(best)}'
-    )  # fmt: skip
-    return f"It takes {size} for the weights and reads {bytes_text(second.read)} for each token. {tail}."
+    if word != word_of_kl(best.kl).word:
+        tail = f'"{word}" instead of "{word_of_kl(best.kl).word}"'
+    elif _loss(second) != _loss(best):
+        tail = f'"{word}" too, with a loss of {_loss(second)} instead of {_loss(best)}'
+    else:
+        tail = f'"{word}" too, at {second.bits:.2f} bits per weight in the linear layers instead of {best.bits:.2f}'
+    return f"It takes {size}{reading}. {kind} {tail}."
 
 
 def _nothing(found: Recommendation) -> Iterator[str]:
@@ -135,8 +147,11 @@ def _nothing(found: Recommendation) -> Iterator[str]:
         f"{bytes_text(m.total - found.memory)} too much."
     )
     fitting = found.context_that_fits
+    better = next(((c, n) for c in found.choices if c is not small and (n := found.longest_with(c))), None)
     if fitting and found.kv.bytes_at(1):
-        yield f"A context of {fitting:,} tokens would fit: add --context {fitting}."
+        yield f"With it, a context of {fitting:,} tokens would fit: add --context {fitting}." + (
+            f" With {better[0].name}, which loses less, one of {better[1]:,} tokens." if better else ""
+        )
     elif m.cache:
         yield "No context is short enough: give more memory, or take a smaller model."
     else:
@@ -150,7 +165,9 @@ def _table(found: Recommendation) -> str:
     mark = {True: "* ", False: "  "}
     lines = []
     for number, row in enumerate(rows):
-        cells = [cell.ljust(n) if i in (0, 6) else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))]
+        cells = [
+            cell.ljust(n) if i in (0, 6) else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))
+        ]
         chosen = number > 0 and found.choices[number - 1] is found.best
         lines.append((mark[chosen] + "  ".join(cells)).rstrip())
     memory = found.choices[0].memory
@@ -181,15 +198,34 @@ def _remarks(found: Recommendation) -> Iterator[str]:
         yield (
             f"The next better, {larger.name}, does not fit: it needs {bytes_text(larger.memory.total)}, "
             f"{bytes_text(found.extra)} too much."
+            + (
+                f" With --context {shorter} it would."
+                if (shorter := found.longest_with(larger)) and larger.memory.cache
+                else ""
+            )
         )
         if found.target == OWN and found.generates and found.measured_on is None and found.storage == "float":
             yield (
-                "--fit-memory of lowbit quantize fills what is left: it measures how much each layer minds few bits, and gives "
-                "each its own format."
+                "What is left can be filled: lowbit quantize with --fit-memory measures how much each layer minds few bits, and "
+                "gives each its own format."
             )
-    if found.best is not None and found.best.read < 0.8 * found.best.memory.weights:
+    if found.best is not None and found.experts < 1:
         yield f"For each token {bytes_text(found.best.read)} of the weights are read, as only some experts take part."
+    if found.best is not None and found.best.loss is not None and word_of_kl(found.best.kl) is THRESHOLDS[-1]:
+        yield "A smaller model in more bits answers better than this one in so few: take one, or give more memory."
     yield from _about_text(found)
+    if found.best is not None and found.best.peak > found.here > 0:
+        yield (
+            f"Making it takes {bytes_text(found.best.peak)}, and {bytes_text(found.here)} are free on this machine: run the "
+            "command on a larger one."
+            + ("" if found.best.text is None else " Recipes without calibration text take less.")
+        )
+    if found.target != OWN:
+        yield (
+            f"The {bytes_text(found.choices[0].memory.working)} for the program are what lowbit takes with Python; other programs "
+            "take less (llama.cpp) or more (vLLM), which is not known here."
+        )
+    yield from _HINTS.get((found.target, "" if found.best is None else found.best.name), ())
     if found.storage != "float" and (found.best is None or found.best.name != AS_IT_IS):
         yield (
             f"The source is itself quantized ({found.storage}), so that its own loss comes on top; start from the float "
@@ -201,7 +237,10 @@ def _remarks(found: Recommendation) -> Iterator[str]:
             "same formats on a model of 135 million parameters."
         )
     elif any(choice.loss is not None for choice in found.choices):
-        yield f"{CAVEAT} < is a bound by a format that is no better. --measure measures the best three on this model."
+        measure = " --measure measures the best three on this model." if found.generates else ""
+        yield f"{CAVEAT} < is a bound by a format that is no better.{measure}"
+        if not found.generates:
+            yield "They are of a model that predicts tokens, and this one does not: they put the recipes in order."
 
 
 def _about_text(found: Recommendation) -> Iterator[str]:
@@ -209,7 +248,11 @@ def _about_text(found: Recommendation) -> Iterator[str]:
     if best is None or best.loss is None:
         return
     if best.text is not None:
-        what = f"{OWN_TEXT} stands for a text of your own: a few pages like what the model will read. " if best.text == OWN_TEXT else ""
+        what = (
+            f"{OWN_TEXT} stands for a text of your own: a few pages like what the model will read. "
+            if best.text == OWN_TEXT
+            else ""
+        )
         yield (
             f"{what}The calibration text is worth its time at so few bits: on the benchmark model it left a quarter of the loss "
             f"of w4. The time is in proportion to {SECONDS_WITH_TEXT:.0f} s for {PARAMETERS / 1e6:.0f} million parameters, "
