@@ -30,6 +30,7 @@ WITH_TEXT, WITHOUT = "qronos", "search"  # the methods for a format that no pres
 _FEW_BITS = 7  # below so many bits per weight calibration text pays
 # In which programs' own names are looked for: presets of this project, and formats that lie between them.
 _PRESETS = ("w8", "nl4", "w4", "w3", "w2")
+_EVERYDAY = "w4"  # whose refusal is said where a program can hold nothing of a model
 _SERVED = ("w8a8", "fp8")  # of programs that multiply in 8 bits
 _BETWEEN = ("int5:g32", "int4:g128", "int3:g64", "int2:g64")
 _MIXES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q3_k_m", "q2_k")
@@ -89,7 +90,7 @@ def choices(
     """
     kind = None if target == OWN else _exporter(target)
     found: dict[tuple[str, str | None], Choice] = {}
-    refusal: LowbitError | None = None
+    refusals: dict[str, LowbitError] = {}
     if kind is None and source.storage != "float":
         as_is = _as_it_is(source, model, context, kv)
         found[as_is.name, None] = as_is
@@ -97,12 +98,12 @@ def choices(
         try:
             choice = _choice(name, kind, source, model, context, kv, text, samples)
         except (ExportError, RecipeError) as error:
-            refusal = refusal or error
+            refusals[name] = error
             continue
         if choice is not None:
             found.setdefault((choice.recipe, choice.text), choice)
     if not found:
-        raise refusal or RecipeError(
+        raise refusals.get(_EVERYDAY) or RecipeError(
             f"{source.label} has no linear layer to quantize, so there is nothing to recommend"
         )
     ordered = sorted(found.values(), key=lambda c: c.rank)
