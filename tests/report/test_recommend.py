@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +73,7 @@ def test_more_memory_is_never_worse(speed: bool, tiny_folder: Float) -> None:
     found = [lowbit.recommend(tiny_folder("llama"), step, speed=speed) for step in steps]
     assert found[0].best is None and found[0].larger is not None
     assert {f.best.name for f in found if f.best} >= ({every.choices[0].name} if not speed else set())
-    for less, more in zip(found, found[1:]):
+    for less, more in pairwise(found):
         if less.best is None:
             continue
         assert more.best is not None
@@ -223,6 +224,12 @@ def test_measured_figures_decide_and_are_those_of_compare(tiny_folder: Float, te
     rows = lowbit.compare(tiny_folder("llama"), [c.recipe for c in tried], text=text, windows=2, length=32)[1:]
     assert [r.card.quality.kl_mean.value for r in rows] == [c.measured.value for c in tried]  # type: ignore[union-attr]
     assert heard and "about" in heard[0] and "2 windows of 32 tokens" in str(found).replace("\n", " ")
+
+
+def test_a_module_is_recommended_a_call(tiny_folder: Float) -> None:
+    found = lowbit.recommend(transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")), PLENTY)
+    assert found.choices[0].command == "lowbit.quantize(model, 'w8')"
+    assert "calibration='self'" in found.choices[-1].command
 
 
 def test_what_would_be_ignored_is_an_error(tiny_folder: Float, text: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.budget.memory import Memory, running_memory
@@ -173,6 +174,9 @@ def _planned(name: str, kind: Exporter | None, source: Source, context: int, loo
 
 
 def _command(model: Any, name: str, kind: Exporter | None, text: str | None, samples: int | None) -> str:
+    if not isinstance(model, (str, Path)):  # a module, which no command can name
+        said = "" if text is None else f", calibration={text!r}" + ("" if samples is None else f", samples={samples}")
+        return f"lowbit.quantize(model, {name!r}{said})"
     words = ["lowbit", "quantize", str(model), name]
     words += [] if kind is None else ["--as", kind.name]
     words += [] if text is None else ["--calibration", text]
@@ -184,7 +188,7 @@ def _as_it_is(source: Source, model: Any, context: int, kv: KVCache) -> Choice:
     """A source that is quantized already: lowbit's own folder is run, another's becomes one with the same integers."""
     plan = make_plan(source, Recipe.parse("w8"), context=context)
     weights = source.disk_bytes()
-    ours = isinstance(model, str) and is_ours(model)
+    ours = isinstance(model, (str, Path)) and is_ours(Path(model))
     command = (
         ["lowbit", "chat" if kv.bytes_at(1) else "inspect", str(model)] if ours else ["lowbit", "import", str(model)]
     )

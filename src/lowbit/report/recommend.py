@@ -177,8 +177,9 @@ def recommend(
         )
     tried = _to_measure(expected, calibration is not None)
     rows, where = _measured(model, source, tried, calibration, samples, text, windows, length, progress, told)
-    rest = [c for c in found if c not in tried]
-    return answer(sorted(rows, key=lambda c: c.rank), where, rest)
+    known = [c for c in found if c.loss is None]  # what is left as it is, with no loss to measure
+    rest = [c for c in found if c not in tried and c not in known]
+    return answer(sorted([*known, *rows], key=lambda c: c.rank), where, rest)
 
 
 def _memory(memory: int | str | None) -> tuple[int, str | None]:
