@@ -240,6 +240,8 @@ def test_what_would_be_ignored_is_an_error(tiny_folder: Float, text: Path) -> No
         lowbit.recommend(model, PLENTY, samples=3)
     with pytest.raises(RecipeError, match=r"ggfu.*gguf"):
         lowbit.recommend(model, PLENTY, target="ggfu")
+    named = lowbit.recommend(tiny_folder("llama-tied"), PLENTY, target="llama.cpp")
+    assert named.choices == lowbit.recommend(tiny_folder("llama-tied"), PLENTY, target="gguf").choices
     with pytest.raises(RecipeError, match="is no size"):
         lowbit.recommend(model, "much")
     with pytest.raises(LowbitError, match="BertForMaskedLM"):
