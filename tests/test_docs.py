@@ -149,6 +149,9 @@ def test_the_page_on_recipes_has_every_preset_and_method() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
     shown = dict(re.findall(r"^\| `([\w-]+)` \| `([^`]+)` \|", page, re.MULTILINE))
     assert shown == {name: re.sub(r",embed=.*", "", preset.text) for name, preset in PRESETS.items()}
+    rows = re.findall(r"^\| `([\w-]+)` \| `[^`]+` \| (.+) \| (.+) \| (.+) \|$", page.replace(r"\|", "!"), re.MULTILINE)
+    said = {name: (p.about.replace("|", "!"), p.when, p.source) for name, p in PRESETS.items()}
+    assert {name: tuple(texts) for name, *texts in rows} == said
     missing = [name for name in methods() if f"`{name}`" not in page]
     assert not missing, f"docs/recipes.md names no {', '.join(missing)}: add it to the steps of a composition"
 

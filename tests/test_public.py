@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,148 @@ def test_only_transformers_needs_the_hook() -> None:
     names = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {(node.module or "").split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
     assert not names & heavy
+
+
+def test_type_checkers_and_editors_see_the_same_names_from_the_same_modules() -> None:
+    (block,) = [
+        node
+        for node in ast.parse((SRC / "__init__.py").read_text()).body
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+    ]
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}  # type: ignore[attr-defined]
+    assert seen == {name: (home, name) for name, home in lowbit._HOMES.items()}
+
+
+# Each command and its function in Python; of its parameters, those that have another name there or none, with the reason.
+COMMAND_LINE = "only the command line prints"
+GENERATION = {"top_k", "top_p", "min_p", "temperature", "repetition_penalty", "seed"}
+SPELLED = {
+    "quantize": ("quantize", {
+        "target_format": "`quantize_as`, which gives what was exported", "keep": "`quantize_as`", "kv": "`quantize_as` and `export`",
+        "target_size": "`allocate`, whose recipe goes to `quantize`", "target_bits": "`allocate`", "target_kl": "`allocate`",
+        "fit_memory": "`allocate`", "context": "`allocate`", "sensitivity": "`allocate`",
+        "text": "`evaluate` measures", "windows": "`evaluate` measures", "card": "`evaluate` measures",
+    }),
+    "plan": ("plan", {"every": COMMAND_LINE}),
+    "evaluate": ("evaluate", {}),
+    "compare": ("compare", {"markdown": "`to_markdown` of the result"}),
+    "generate": ("generate", {}),
+    "chat": ("chat", {"max_new_tokens": "of `ask`, for each answer", "stop": "of `ask`, for each answer"}),
+    "bench": ("bench", {
+        "models": "`model`, one or several", "program": "`programs`, by name", "markdown": "`to_markdown` of the result",
+    }),
+    "import": ("import_model", {}),  # `import` is a word of Python
+    "dequantize": ("dequantize_model", {}),  # `dequantize` is of a model in memory
+    "export": ("export", {"folder": "`model`, as what `quantize` returned does too"}),
+    "inspect": ("inspect", {"every": COMMAND_LINE}),
+    "explain": ("explain", {}),
+    "doctor": ("doctor", {"every": COMMAND_LINE}),
+    "recipes": ("catalogue", {}),  # `lowbit.recipes` is a package
+}  # fmt: skip
+
+
+def test_every_command_has_a_function_with_the_same_parameters() -> None:
+    import inspect
+
+    import typer.main
+
+    from lowbit.cli.main import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == set(SPELLED)
+    for name, (function, differs) in SPELLED.items():
+        known = set(inspect.signature(getattr(lowbit, function)).parameters)
+        known |= GENERATION if "sampling" in known else set()
+        known |= (
+            {"target_size", "target_bits", "target_kl", "fit_memory", "context"} if function == "allocate" else set()
+        )
+        ours = {parameter.name for parameter in commands[name].params} - {"as_json", "help"}
+        assert ours - known == set(differs), name
+
+
+def test_defaults_of_a_command_and_of_its_function_are_the_same() -> None:
+    import inspect
+
+    import typer.main
+
+    from lowbit.cli.main import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    apart = set()
+    for name, (function, _) in SPELLED.items():
+        ours = inspect.signature(getattr(lowbit, function)).parameters
+        for parameter in commands[name].params:
+            mine = ours[parameter.name].default if parameter.name in ours else inspect.Parameter.empty
+            theirs = parameter.default if not getattr(parameter, "required", False) else inspect.Parameter.empty
+            if mine is not inspect.Parameter.empty and (mine or None) != (theirs or None):
+                apart.add((name, parameter.name, mine, theirs))
+    assert apart == {
+        (
+            "compare",
+            "samples",
+            32,
+            None,
+        ),  # the command tells whether the option was given, to refuse it where it is ignored
+        ("compare", "windows", None, 8),  # the command is for people who wait
+    }
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What examples of docstrings use: a float model, the same quantized and exported, a text, a folder to write in."""
+    import torch
+
+    from lowbit.measure.speed import SpeedSettings
+
+    root = tmp_path_factory.mktemp("examples")
+    save_tiny("llama", root / "model")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (root / "model" / "chat_template.jinja").write_text(template)
+    lowbit.quantize(root / "model", "int4:g32", root / "quantized")
+    lowbit.export(root / "quantized", "gptq", root / "gptq")
+    text = ["The cat sat on the mat and looked at the moon. " * 60]
+    few = SpeedSettings(prompt=4, new=4, prefill=8, batch=0, repeats=1)
+    return {
+        "lowbit": lowbit, "torch": torch, "model": root / "model", "quantized": root / "quantized", "gptq": root / "gptq",
+        "folder": root, "text": text, "few": few,
+    }  # fmt: skip
+
+
+FUNCTIONS = [name for name in lowbit.__all__ if name[0].islower()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_has_an_example_that_runs(name: str, names: dict[str, Any]) -> None:
+    import doctest
+
+    function = getattr(lowbit, name)
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, name, module=False, globs=dict(names))  # type: ignore[arg-type]
+    assert test.examples, f"{name} has no example"
+    said: list[str] = []
+    failed, tried = doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+    assert tried and not failed, "".join(said)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_docstring_says_what_its_parameters_are(name: str) -> None:
+    import inspect
+
+    function = getattr(lowbit, name)
+    said = inspect.getdoc(function) or ""
+    usual = {
+        "tokenizer",
+        "overwrite",
+        "max_shard_bytes",
+        "device",
+        "out",
+        "options",
+        "model",
+        "recipe",
+        "folder",
+        "module",
+        "a",
+        "b",
+        "x",
+    }
+    missing = [p for p in inspect.signature(function).parameters if p not in usual and not re.search(rf"\b{p}\b", said)]
+    assert not missing, f"{name}: {missing}"

@@ -55,7 +55,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_shows_an_example_of_itself(command: str) -> None:
-    assert f"lowbit {command}" in run(command, "--help").partition("Example:")[2]
+    assert f"lowbit {command}" in re.split("Examples?:", run(command, "--help"))[1]
 
 
 def test_version() -> None:
@@ -193,7 +193,17 @@ def test_recipes_lists_every_preset_and_method() -> None:
     assert all(name in text for name in PRESETS)
 
 
+def test_recipes_looks_a_name_up() -> None:
+    text = run("recipes", "gptq")
+    assert "gptq@int4:g64" in text and "damp=0.01" in text and "Frantar" in text and "nf4" not in text
+    assert list(json.loads(run("recipes", "w4", "--json"))["presets"]) == ["w4"]
+    result = CliRunner().invoke(app, ["recipes", "gtpq"])
+    assert result.exit_code == 2 and "did you mean 'gptq'" in result.stderr
+
+
 def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.report.doctor.SIDE", 64)
-    assert "torch-int8 declines" in run("doctor")
+    text = run("doctor")
+    assert "torch-int8 declines" in text and "packed" in text and "lowbit doctor --all" in text
+    assert "lowbit doctor --all" not in run("doctor", "--all")
     assert json.loads(run("doctor", "--no-kernels", "--json"))["kernels"] == []

@@ -105,7 +105,7 @@ def test_a_target_of_bits_chooses_among_what_the_target_holds(folder: Path, tmp_
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        ("int4:g64", "no ggml type is int4:g64"),
+        ("int4:g64", "GGUF has no type for weights in int4:g64"),
         ("w4a8", "llama.cpp rounds inputs its own way"),
         ("nf4", "the nearest is iq4_nl"),
         ("q4_k_n", "unknown"),

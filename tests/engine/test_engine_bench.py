@@ -146,7 +146,7 @@ def test_the_engine_transformers_and_llama_cpp(
     assert called == [f"{shared} -p 0 -n 4 -d 6", f"{shared} -p 9 -n 0"] * 3
     assert found.threads == 1 and found.isa == core().isas()[0]  # type: ignore[union-attr]
     json.dumps(found.to_dict())
-    assert str(found).count("\n| lowbit llama-tied") == 2
+    assert found.to_markdown().count("\n| lowbit llama-tied") == 2
 
 
 def test_what_a_token_reads_and_multiplies(folders: dict[str, Path]) -> None:
@@ -165,7 +165,7 @@ def test_a_model_that_the_engine_does_not_know_is_run_by_transformers_which_is_s
     monkeypatch.setattr(backends, "startup", lambda *how: Startup(1.0, 1, 2, 3))
     found = lowbit.bench(folders["gpt2"], rounds=1, settings=FEW)
     assert found.rows[0].name == "transformers gpt2, float32" and "models of type 'gpt2'" in found.rows[0].note
-    assert "models of type 'gpt2'" in str(found)
+    assert "models of type 'gpt2'" in found.to_markdown()
     with pytest.raises(EngineError, match="without activations"):
         lowbit.bench(folders["gpt2"], rounds=1, settings=FEW, activations="int8")
 

@@ -101,7 +101,12 @@ def test_tables_go_out_in_sixteen_bits_and_the_note_says_so(llama: Path, tmp_pat
     stored = load_file(made.path / "model.safetensors")
     assert stored["model.embed_tokens.weight"].dtype == torch.float16
     assert "lm_head.weight" not in stored  # tied
-    assert made.notes == ("model.embed_tokens: float16 for vLLM, 8,192 bytes instead of 4,608",)
+    (said,), (change,) = made.notes, made.conversions
+    assert said.startswith(
+        "model.embed_tokens: float16 for vLLM, 8,192 bytes instead of 4,608; lowbit's folder has int8:channel"
+    )
+    assert said.endswith(f"relative error {made.weights:.1e}") and change.error == made.weights > 0
+    assert made.to_json()["conversions"] == [change.to_json()]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral", "phi", "opt", "gpt-neox", "gemma3"])

@@ -285,3 +285,16 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
     close(out)
     with pytest.raises(SourceError, match=r"lack \d+ of .*q_proj"):
         open_source(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("adapter", "llama-export-lora"), ("mmproj", "its language model"), ("imatrix", "how much weights matter")],
+)
+def test_a_file_that_holds_no_model_says_what_it_is(kind: str, words: str, tmp_path: Path) -> None:
+    out = GGUFWriter(tmp_path / "x.gguf", "llama")
+    out.add_type(kind)
+    out.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, H), np.float32))
+    close(out)
+    with pytest.raises(SourceError, match=f"general.type is '{kind}'; .*{words}"):
+        open_source(tmp_path / "x.gguf")

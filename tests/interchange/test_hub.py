@@ -193,3 +193,13 @@ def test_what_goes_with_the_weights_is_fetched_too(remote: Hub) -> None:
     (remote.cache.parent / "out").mkdir()
     source.save_assets(remote.cache.parent / "out")
     assert all((remote.cache.parent / "out" / name).read_text() == text for name, text in files.items())
+
+
+def test_an_adapter_is_recognised_before_anything_large_is_fetched(remote: Hub) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M"}
+    (remote.repo / "adapter_config.json").write_text(json.dumps(settings))
+    (remote.repo / "adapter_model.safetensors").write_bytes(b"large")
+    for opener in (open_source, open_headers):
+        with pytest.raises(SourceError, match="^org/name is a LoRA adapter for the base model 'HuggingFaceTB/SmolLM2"):
+            opener("org/name")
+    assert remote.fetched and "adapter_model.safetensors" not in remote.fetched

@@ -119,6 +119,29 @@ def test_a_narrow_comparison_leaves_columns_out_instead_of_cutting(width):
     assert ("700" in text) == (width == 140)
 
 
+def test_speeds_of_an_earlier_run_are_said_to_be_that():
+    rows = [CompareRow("w8", full_card(), earlier=True), CompareRow("w4", full_card())]
+    assert "speeds of w8 are from an earlier run" in re.sub(
+        r"\s+", " ", shown(render_compare(rows, width=80), width=80)
+    )
+    assert "earlier run" not in shown(render_compare([dataclasses.replace(row, earlier=True) for row in rows]))
+
+
+def test_columns_are_explained_once_and_only_those_that_are_shown():
+    flat = re.sub(r"\s+", " ", shown(render_compare([CompareRow("w4", full_card())], width=72), width=72))
+    assert flat.count("nats per token, lower is better") == 1 and "same first choice of the next token" in flat
+    assert "batch:" not in flat and "batch:" in shown(render_compare([CompareRow("w4", full_card())]), width=250)
+
+
+def test_rows_that_fit_no_table_are_lines_with_whole_recipes():
+    recipe = "awq+gptq@int4:g64,*.down_proj=int8:channel,*.layers.0.*=keep"
+    text = shown(
+        render_compare([CompareRow("float32", full_card(), is_base=True), CompareRow(recipe, full_card())], width=80),
+        80,
+    )
+    assert recipe in text.splitlines() and "0.04126 ± 0.00072" in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_comparison_writes_ruin_readably():
     quality = dataclasses.replace(full_card().quality, perplexity=Estimate(3.2e11), kl_mean=Estimate(math.nan))
     text = shown(render_compare([CompareRow("w1", full_card(quality=quality))]), width=200)

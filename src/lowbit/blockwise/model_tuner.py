@@ -98,7 +98,7 @@ def tune(
 
     def say(done: int, of: int) -> None:
         if progress is not None:
-            progress(f"{call.name}, step {done + 1} of {of}", total, total)
+            progress(f"{call.name}, step {done + 1} of {of}", total * done // of, total)
 
     pair = _Pair(plan, source, read, dtype, exponents)
     problem = pair.problem(calibration.ids, say)

@@ -41,14 +41,15 @@ class BlockwiseQuantizer:
     """One run of a plan over calibration text: `results()` yields every tensor, solved, but those that are `finished`.
 
     `dtype`: in which products are computed. `flush` is called before a block counts as finished. `folder`: of what the run
-    keeps on the disk; the same folder, given again after a kill, is gone on with.
+    keeps on the disk; the same folder, given again after a kill, is gone on with. `on_block` is given the name of each block before it
+    is run.
     """
 
     def __init__(
         self, plan: Plan, source: Source, calibration: Calibration, folder: Path, dtype: torch.dtype,
-        flush: Callable[[], None] = lambda: None,
+        flush: Callable[[], None] = lambda: None, on_block: Callable[[str], None] = lambda name: None,
     ) -> None:  # fmt: skip
-        self.plan, self.source, self.flush = plan, source, flush
+        self.plan, self.source, self.flush, self.on_block = plan, source, flush, on_block
         # Tuners compute with parameters of float32.
         weight_dtype = dtype if plan.recipe.tuner_of("block") is None else torch.float32
         self.walk = BlockWalk(plan, source, calibration.ids, folder, dtype, weight_dtype)
@@ -72,6 +73,7 @@ class BlockwiseQuantizer:
         names = [t.name for t in self.plan.tensors if t.is_multiplied and t.kind != "experts"]
         self.tokens = TokenWeights.of(weighting, self.source, names, walk.batches, walk.folder, walk.dtype)
         for block in walk.blocks():
+            self.on_block(block.name)
             yield from self._block(block)
             self.flush()
         self.tokens.clear()

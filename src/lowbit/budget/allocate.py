@@ -20,7 +20,7 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_checked
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
 
@@ -36,18 +36,24 @@ def allocate(
     chat: bool = False,
     candidates: tuple[str, ...] = CANDIDATES,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **target: Any,
 ) -> Allocation:
     """A format for each layer of `model`, so that it is as good as can be under one target; see `budget.allocation`.
 
-    The target is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
+    The `target` is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
     and `sequences`: weights and KV cache together). `recipe` gives the method; its format is only a starting point.
     `sensitivity`: what `measure_sensitivity` gave, or a file: read where it exists, else measured on `calibration`
     (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
-    text or with other candidates; a text that the model would have to write first is not compared.
+    text or with other candidates; a text that the model would have to write first is not compared. `samples` windows of `length` tokens
+    (32 of 1024) are taken of the text; `chat` wraps documents in the model's chat template. `candidates`: formats that a layer may have.
+    `progress(what, steps done, steps in all)`.
     A target that no choice of formats meets is a RecipeError with the nearest that one does, before text or a weight is
     read. `allocation.recipe` goes to `quantize`.
+
+    >>> found = lowbit.allocate(model, target_bits=5, calibration=text, samples=4, length=128)
+    >>> found.plan.linear_bits_per_weight <= 5
+    True
     """
     wanted = Recipe.of(recipe).calibrated()
     names = sensitivity.candidates if isinstance(sensitivity, Sensitivity) else candidates
@@ -60,7 +66,7 @@ def allocate(
             )
         return allocation(source, sensitivity, wanted, **target)
     with nullcontext() if sensitivity is None else locked(sensitivity):
-        found = _measured_or_read(source, sensitivity, text, candidates, progress)
+        found = _measured_or_read(source, sensitivity, text, candidates, heard(progress))
     return allocation(source, found, wanted, **target)
 
 
@@ -75,7 +81,12 @@ def _measured_or_read(
     known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
     if known is not None and (text["source"] is None or text["source"] == SELF):
         return _same(known, path, candidates, None)
-    calibration = load_calibration(tokenizer=None, model=source, **text)
+
+    def on_token(done: int, total: int) -> None:
+        if progress is not None:
+            progress(TEXT, done, total)
+
+    calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **text)
     if known is not None:
         return _same(known, path, candidates, calibration)
     found = measure_sensitivity(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.display import Displayed
 from lowbit.formats import Format
 from lowbit.planning.plan import Plan
 from lowbit.recipes.layer_globs import block_of, role_of
@@ -26,8 +27,8 @@ class Row:
     fixed: bool
 
 
-@dataclass(frozen=True)
-class Allocation:
+@dataclass(frozen=True, repr=False)
+class Allocation(Displayed):
     """A recipe with a format for each layer, its plan, and what is expected of it.
 
     `predicted_kl`: sum over all measured tensors, nats per token. `gap`: by how much the allocated part of it may
@@ -41,6 +42,9 @@ class Allocation:
     predicted_kl: float
     gap: float
     room: int | None = None
+
+    def _brief(self) -> str:
+        return f"{self.plan.label}, {self.bits:.3f} bits per weight, predicted KL {self.predicted_kl:.4f}"
 
     @property
     def bits(self) -> float:

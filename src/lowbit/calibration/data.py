@@ -6,7 +6,7 @@ They come from a text (cut into windows by `calibration/windows.py`, as is the t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from lowbit.errors import SourceError, TextError
 from lowbit.interchange.hf.running import check_vocabulary, fast_dtype, max_positions
 from lowbit.interchange.source import Source
 
+OnToken = Callable[[int, int], None]
 SELF = "self"
 SAMPLES, LENGTH = 32, 1024
 # A file, a dataset id, "self" or None; texts, conversations or records; tensors, lists of ids or batches of a DataLoader.
@@ -72,6 +73,7 @@ def load_calibration(
     length: int | None = None,
     chat: bool = False,
     seed: int = 0,
+    on_token: OnToken = lambda done, total: None,
 ) -> Calibration:
     """`samples` windows (None: SAMPLES) of `length` tokens (None: LENGTH) to calibrate `model` on, fewer where the text has no more.
 
@@ -83,7 +85,7 @@ def load_calibration(
     tokenizer  None takes that of a Source; token ids need none.
     chat       each document is a user's message and gets the tokenizer's chat template; of a file of text, each
                paragraph. Conversations are rendered with or without it.
-    seed       of the text that the model writes.
+    seed       of the text that the model writes, and `on_token(tokens written, tokens in all)` while it does.
 
     Windows are no longer than the positions of the model. The same arguments give the same ids. TextError
     when the source cannot be read, fills no window, or does not fit the model's vocabulary.
@@ -97,7 +99,7 @@ def load_calibration(
     longest = _longest(model)
     length = min(length, longest or length)
     if source is None or (isinstance(source, str) and source == SELF):
-        return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed)
+        return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed, on_token)
     kind, data = _kind_of(source)
     if kind == "ids":
         if chat:
@@ -141,11 +143,13 @@ def _tokenizer(tokenizer: Any, model: nn.Module | Source) -> Any:
 
 
 def _own_text(
-    tokenizer: Any, model: nn.Module | Source, samples: int, length: int, chat: bool, seed: int
+    tokenizer: Any, model: nn.Module | Source, samples: int, length: int, chat: bool, seed: int, on_token: OnToken
 ) -> Calibration:
     opening = opening_of(tokenizer, getattr(model, "config", None), chat=chat)
     module = model.load_float(fast_dtype()) if isinstance(model, Source) else model
-    ids = write_windows(module, opening, count=samples, length=length, vocabulary=len(tokenizer), seed=seed)
+    ids = write_windows(
+        module, opening, count=samples, length=length, vocabulary=len(tokenizer), seed=seed, on_token=on_token
+    )
     # Not the model's label, which is a path of this machine: the name goes into what is published.
     name = f"{'chat' if chat else 'text'} that the model wrote itself, seed {seed}"
     return Calibration.of(name, ids, Frame() if chat else Frame(opening.frame))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +81,14 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generatio
 
 
 def write_windows(
-    model: nn.Module, opening: Opening, *, count: int, length: int, vocabulary: int | None = None, seed: int = 0
-) -> list[Tensor]:
+    model: nn.Module, opening: Opening, *, count: int, length: int, vocabulary: int | None = None, seed: int = 0,
+    on_token: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Tensor]:  # fmt: skip
     """`count` windows of int64 ids [length], each of documents of at most DOCUMENT tokens that `model` wrote.
 
     `vocabulary` is the number of tokens that the tokenizer knows; the model's spare rows are not drawn.
-    The same model, machine and seed give the same ids. TextError when the model does not write text.
+    The same model, machine and seed give the same ids. `on_token(tokens written, tokens in all)`. TextError when the model does not
+    write text.
     """
     able = getattr(model, "can_generate", None)
     if able is not None and not able():
@@ -101,7 +104,12 @@ def write_windows(
         rows = min(total, _rows_at_once(getattr(model, "config", None), document))
         while len(written) < total:
             rows = min(rows, total - len(written))
-            written += _documents(model, opening, rows, document, vocabulary, generator).unbind()
+            before, at_once = len(written) * document, rows
+
+            def told(tokens: int) -> None:
+                on_token(before + tokens * at_once, total * document)  # noqa: B023  called only before the next round
+
+            written += _documents(model, opening, rows, document, vocabulary, generator, told).unbind()
     return [torch.cat(written[i : i + per_window])[:length] for i in range(0, total, per_window)]
 
 
@@ -114,9 +122,10 @@ def _rows_at_once(config: Any, document: int) -> int:
 
 
 def _documents(
-    model: nn.Module, opening: Opening, rows: int, length: int, vocabulary: int | None, generator: torch.Generator
-) -> Tensor:
-    """ids [rows, length] int64 on the CPU, sampled row by row from the softmax of `model`."""
+    model: nn.Module, opening: Opening, rows: int, length: int, vocabulary: int | None, generator: torch.Generator,
+    on_token: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """ids [rows, length] int64 on the CPU, sampled row by row from the softmax of `model`; `on_token(tokens of each row so far)`."""
     from lowbit.calibration.decoding import decode
 
     config: Any = getattr(model, "config", None)
@@ -129,7 +138,12 @@ def _documents(
         opening = Opening((start,), (), frozenset(), (*opening.banned, *opening.ends))
     form = _Form(opening, rows, _bars(_known(model, vocabulary), opening, vocabulary), generator)
 
+    drawn = 0
+
     def choose(logits: Tensor) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        on_token(drawn)
         return form.kept(_sample(logits, _bars(logits.shape[1], opening, vocabulary), generator))
 
     first = form.kept(torch.empty(rows, dtype=torch.int64))  # all of which the form decides

@@ -9,11 +9,17 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import CacheType, Json, Threads
+from lowbit.cli.help import ENGINE, MEASURING, PROGRAMS
+from lowbit.cli.options import CacheType, Json, Markdown, Threads
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit bench smollm2-w4 --beside smollm2 --gguf smollm2-q4_0.gguf")(bench)
+    app.command(
+        rich_help_panel="Measure",
+        short_help="Measure how fast models answer here, side by side.",
+        epilog="Examples:\nlowbit bench smollm2-w4\nlowbit bench smollm2-w4 --beside smollm2 --rounds 3\n"
+        "lowbit bench smollm2-w4 --gguf smollm2-q4_0.gguf",
+    )(bench)
 
 
 def bench(
@@ -23,31 +29,69 @@ def bench(
     beside: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model that transformers runs, in the same rounds; may be given again.", show_default=False
+            metavar="MODEL",
+            help="Also measure this model as transformers runs it. May be given again.",
+            show_default=False,
+            rich_help_panel=PROGRAMS,
         ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="What transformers computes in: float32 or bfloat16.", show_default="float32")
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Let transformers compute in float32 or in bfloat16.",
+            show_default="float32",
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     gguf: Annotated[
         list[Path] | None,
-        typer.Option(help="A file for llama.cpp, in the same rounds; may be given again.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Also measure llama.cpp on this file. May be given again.",
+            show_default=False,
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     llama_bench: Annotated[
-        str | None, typer.Option(help="llama.cpp's llama-bench.", show_default="the one on the PATH")
+        str | None,
+        typer.Option(
+            metavar="PROGRAM",
+            help="Run this llama-bench of llama.cpp.",
+            show_default="the one on the PATH",
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     program: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=COMMAND", help="Another program, which answers line by line.", show_default=False),
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="Also measure this program, which takes requests and answers line by line.",
+            show_default=False,
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     activations: Annotated[
         list[str] | None,
-        typer.Option(help="exact or int8, of the engine; give both for a row each.", show_default="exact"),
+        typer.Option(
+            metavar="TYPE",
+            help="Compute with activations of 15 bits (exact) or of 8 (int8) in the engine. Given twice, both are measured.",
+            show_default="exact",
+            rich_help_panel=ENGINE,
+        ),
     ] = None,
     cache: CacheType = None,
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are of so many, after one to warm up.")] = 5,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Measure N rounds after one to warm up; figures are medians of them.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = 5,
+    markdown: Markdown = False,
     as_json: Json = False,
 ) -> None:
     """Measure how fast a model answers here, compared with others and with what this machine can do at best.
@@ -68,9 +112,10 @@ def bench(
     if as_json:
         console.print_json(found.to_dict())
     elif markdown:
-        sys.stdout.write(str(found))
+        sys.stdout.write(found.to_markdown())
     else:
-        console.stdout().print(render_bench(found))
+        screen = console.stdout()
+        screen.print(render_bench(found, width=screen.width))
 
 
 def named(programs: list[str]) -> dict[str, str]:

@@ -36,27 +36,28 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
     """The recipe for the target; what it found is printed."""
     import lowbit
     from lowbit.budget.allocation import formats_of
+    from lowbit.interchange.progress import TEXT
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()
-    with console.count_bar("measuring sensitivity", "steps") as move:
+    with console.progress("measuring how much each layer minds each format") as shown:
         found = lowbit.allocate(
             model,
             recipe,
             sensitivity=sensitivity,
-            progress=lambda what, done, total: move(done, total),
+            progress=lambda what, done, total: shown.move(done, total, what, what == TEXT),
             **text,
             **target,
         )
     plan = found.plan
-    screen.print(
+    console.say(
+        screen,
         f"sensitivity {'read from' if known else 'kept in'} {sensitivity}; predicted KL {found.predicted_kl:.4f} nats/token, "
         f"{plan.linear_bits_per_weight:.3f} bits per weight in the linear layers, {bytes_text(plan.output_bytes)}",
-        markup=False, highlight=False,
-    )  # fmt: skip
+    )
     total = sum(formats_of(found.rows).values())
     shares = ", ".join(f"{count / total:.0%} {fmt}" for fmt, count in formats_of(found.rows).items())
-    screen.print(f"formats: {shares}", markup=False, highlight=False)
+    console.say(screen, f"formats: {shares}")
     for line in found.found_sensitive()[:6]:
-        screen.print(f"  {line}", style="dim", markup=False, highlight=False)
+        console.say(screen, f"  {line}", style="dim")
     return found.recipe

@@ -16,13 +16,19 @@ _HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an a
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog='Example:  lowbit chat smollm2-w4 --system "You answer in one sentence."')(chat)
+    app.command(
+        rich_help_panel="Run",
+        short_help="Talk to a model.",
+        epilog='Examples:\nlowbit chat smollm2-w4\nlowbit chat smollm2-w4 --system "You answer in one sentence."',
+    )(chat)
 
 
 @with_generation
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.", show_default=False)] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Tell the model this first.", show_default=False)
+    ] = None,
     max_new_tokens: MaxNewTokens = 1024,
     *,
     how: Generation,

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+
+    from lowbit.report.progress_view import Shown
 
 _FILE_WIDTH = 140  # columns when the output is no terminal, so that names in a log or a pipe stay whole
 
@@ -45,6 +46,9 @@ def _console(stream: Any, stderr: bool) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # as of any other write: the command ends quietly
 
+        def print(self, *objects: Any, crop: bool = False, **how: Any) -> None:
+            super().print(*objects, crop=crop, **how)  # a long name runs over the edge of the terminal, and is whole
+
     width = None if stream.isatty() else shutil.get_terminal_size((_FILE_WIDTH, 25)).columns
     return Own(stderr=stderr, highlight=False, width=width)
 
@@ -62,6 +66,15 @@ def print_result(as_json: bool, plain: Callable[[], Any], drawn: Callable[[int],
     else:
         screen = stdout()
         screen.print(drawn(screen.width))
+
+
+def say(screen: Console, text: str, style: str = "") -> None:
+    """Text without markup, wrapped between words only: a recipe or a path in it can be copied."""
+    from rich.text import Text
+
+    from lowbit.report.layout import Lines, wrapped
+
+    screen.print(Lines(wrapped(Text(text, style), screen.width)))
 
 
 def escaped(text: str) -> str:
@@ -101,100 +114,60 @@ def dim(text: str) -> None:
 
 
 @contextmanager
-def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with MB/s and the time left, moved by calls of (name, bytes done, bytes in all)."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def progress(what: str, unit: str = "") -> Iterator[Shown]:
+    """What a long call reports, drawn on stderr: two moving lines that go away when it is done, and where stderr is no terminal a plain
+    line when work begins and every ten seconds."""
+    from lowbit.interchange.pace import Tracker
+    from lowbit.report.progress_view import drawn
 
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
-    )  # fmt: skip
-    with _moving(what, columns, name="") as move:
-        yield lambda name, done, total: move(done, total, name=name)
+    with drawn(Tracker(what, unit), stderr(), _line) as shown:
+        yield shown
+
+
+@contextmanager
+def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left, moved by calls of (name, bytes done, bytes in all)."""
+    with progress(what, "bytes") as shown:
+        yield lambda name, done, total: shown.move(done, total, name)
 
 
 @contextmanager
 def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
-    """`bytes_bar`, and a function that takes what became of each layer: the bar then shows the error of its output,
+    """A bar moved by calls of (name, done, in all), which shows the share, and a function that takes what became of each layer: the bar then shows the error of its output,
     of round-to-nearest and of the result, and the memory of the process."""
+    from lowbit.interchange.progress import TEXT
     from lowbit.measure.memory import peak_resident
 
     found = {"text": ""}
 
     def layer(solved: Any) -> None:
         output = solved.output
-        errors = f"  error {output.nearest:.3f} -> {output.final:.3f}" if output is not None else ""
-        found["text"] = f"{errors}  {peak_resident() / 2**20:.0f} MiB"
+        errors = ""
+        if output is not None:
+            errors = (
+                f", error of its output {100 * output.final:.2g} % (rounded to nearest {100 * output.nearest:.2g} %)"
+            )
+        found["text"] = f"{errors}, {peak_resident() / 2**20:.0f} MiB of memory"
 
-    with bytes_bar(what) as move:
-        yield lambda name, done, total: move(name + found["text"], done, total), layer
+    with progress(what, "%") as shown:
+        yield lambda name, done, total: shown.move(done, total, name + found["text"], name == TEXT), layer
 
 
 @contextmanager
-def steps(unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
+def steps() -> Iterator[tuple[Callable[[str], None], Callable[[int, int], None]]]:
     """What goes on, from step to step: (say(what begins), move(done, in all)), the latter for steps that are counted."""
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TimeElapsedColumn(),
-    )  # fmt: skip
-    with _bar(*columns) as bar:
-        task: Any = None
-
-        def say(what: str) -> None:
-            nonlocal task
-            if bar.disable:
-                _line(what)
-            if task is not None:
-                bar.remove_task(task)
-            task = bar.add_task(what, total=None)
-
-        def move(done: int, total: int) -> None:
-            if task is not None:
-                bar.update(task, completed=done, total=total)
-
-        yield say, move
+    with progress("") as shown:
+        yield shown.say, shown.move
 
 
 @contextmanager
 def count_bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left, moved by calls of (done, in all)."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with _moving(what, columns) as move:
-        yield move
-
-
-@contextmanager
-def _moving(what: str, columns: Sequence[Any], **fields: Any) -> Iterator[Callable[..., None]]:
-    """A bar moved by calls of (done, in all), with other `fields` of its columns by name."""
-    with _bar(*columns) as bar:
-        task, begun = bar.add_task(what, total=None, **fields), False
-
-        def move(done: int, total: int, **fields: Any) -> None:
-            nonlocal begun
-            if bar.disable and not begun:  # not before the first step: an error of what was asked for stands alone
-                _line(what)
-            begun = True
-            bar.update(task, completed=done, total=total, **fields)
-
-        yield move
+    with progress(what, unit) as shown:
+        yield shown.move
 
 
 def _line(what: str) -> None:
-    """A step as a plain line on stderr, at once: a log or a pipe shows where a long command is."""
+    """A plain line on stderr, at once."""
     sys.stderr.write(what + "\n")
     sys.stderr.flush()
-
-
-def _bar(*columns: Any) -> Progress:
-    """A bar on stderr that goes away when done; none where stderr is no terminal, which gets plain lines."""
-    from rich.progress import Progress
-
-    console = stderr()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

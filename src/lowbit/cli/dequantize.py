@@ -8,43 +8,42 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Model
+from lowbit.cli.options import Json, Model, Overwrite
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit dequantize smollm2-w4 -o smollm2-float --dtype bfloat16")(dequantize)
+    app.command(
+        rich_help_panel="Convert",
+        short_help="Write a quantized model as an ordinary float folder.",
+        epilog="Example:  lowbit dequantize smollm2-w4 -o smollm2-float --dtype bfloat16",
+    )(dequantize)
 
 
 def dequantize(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Write this folder.", show_default=False)],
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16; what the model's config names when left out.", show_default=False
+            metavar="TYPE",
+            help="Write float32, bfloat16 or float16; what the model's config names when it is left out.",
+            show_default=False,
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized model (of lowbit or another program) as an ordinary float folder, which transformers reads alone."""
+    """Write a quantized model, of lowbit or another program, as an ordinary float folder, which transformers reads alone."""
     import lowbit
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.results_view import dequantized_text
 
     console.quiet()
     with console.bytes_bar("writing") as progress:
         made = lowbit.dequantize_model(model, out, dtype=dtype, progress=progress, overwrite=overwrite)
-    name = str(made.dtype).removeprefix("torch.")
     if as_json:
         console.print_json({
-            "folder": str(out), "dtype": name, "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
+            "folder": str(out), "dtype": str(made.dtype).removeprefix("torch."), "tensors": made.tensors, "bytes": made.bytes, "error": made.error,
             "notes": list(made.notes),
         })  # fmt: skip
         return
-    loss = "no value was rounded" if made.error == 0.0 else f"rounding cost a relative error of {made.error:.2g}"
-    console.stdout().print(
-        "\n".join([f"{out}: {made.tensors} tensors, {bytes_text(made.bytes)} of {name}; {loss}", *made.notes]),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.stdout().print(dequantized_text(made), markup=False, highlight=False, soft_wrap=True)

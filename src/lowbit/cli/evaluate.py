@@ -11,13 +11,20 @@ from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit evaluate smollm2-w4 --against smollm2 --windows 8")(evaluate)
+    app.command(
+        rich_help_panel="Measure",
+        short_help="Measure one model, alone or against its float model.",
+        epilog="Examples:\nlowbit evaluate smollm2-w4\nlowbit evaluate smollm2-w4 --against smollm2 --windows 8",
+    )(evaluate)
 
 
 def evaluate(
     model: Model,
     against: Annotated[
-        str | None, typer.Option(help="The float model it was made from, to compare with.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Compare with this model, the float one that it was made from.", show_default=False
+        ),
     ] = None,
     text: Text = None,
     windows: Windows = None,
@@ -29,7 +36,7 @@ def evaluate(
     import lowbit
 
     console.quiet()
-    with console.steps("windows") as (say, progress):
+    with console.steps() as (say, progress):
         card = lowbit.evaluate(
             model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
         )

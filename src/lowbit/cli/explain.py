@@ -2,68 +2,85 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lowbit.cli import console
 from lowbit.cli.options import Json
 
-if TYPE_CHECKING:
-    from lowbit.report.explain import Explanation
+USAGE = """Show each step of the arithmetic of a recipe.
+Name what to quantize, a recipe, or both; without a recipe w4 is shown.
 
-_TENSOR_ELEMENTS = 16  # of a block of a model's tensor; the block may be a million wide
+A recipe or a method, on an array of its own:
+  lowbit explain nf4
+Your own numbers (brackets in brackets are rows):
+  lowbit explain "[-0.3, 0, 0.1, 0.7]" zeropoint
+Your own numbers, and inputs of the layer for methods that look at inputs:
+  lowbit explain "[0.6, -0.3]" gptq --inputs "[[1, 2], [1, 0]]"
+A tensor of a model, by its name or by the end of it:
+  lowbit explain smollm2:model.layers.0.self_attn.q_proj w4
+The tensors of a model whose names end so, or one of each kind:
+  lowbit explain smollm2:q_proj
+  lowbit explain smollm2:
+
+`lowbit recipes` lists recipes and methods."""
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog='Example:  lowbit explain "[-0.3, 0, 0.1, 0.7]" absmax')(explain)
+    app.command(
+        rich_help_panel="Look",
+        short_help="Show each step of the arithmetic on a few numbers.",
+        epilog='Examples:\nlowbit explain "[-0.3, 0, 0.1, 0.7]" absmax\n'
+        "lowbit explain smollm2:model.layers.0.self_attn.q_proj int4:g32",
+    )(explain)
 
 
 def explain(
     what: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help='An array such as "[-0.3, 0, 0.1, 0.7]", or MODEL:TENSOR.', show_default=False, metavar="WHAT"
+            help='An array such as "[-0.3, 0, 0.1, 0.7]", MODEL:TENSOR, or a recipe or method alone.',
+            show_default=False,
+            metavar="WHAT",
         ),
-    ],
-    recipe: Annotated[str, typer.Argument(help="A preset, a format such as int4:g32, or METHOD@FORMAT.")] = "w4",
-    rows: Annotated[int, typer.Option(min=1, help="Of a model's tensor: the rows whose first block is shown.")] = 1,
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A preset, a method, a format such as int4:g32, or METHOD@FORMAT; w4 unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARRAY",
+            help='Inputs of the layer for methods that look at them: "[[...], [...]]", each with one number for every '
+            "column. A few made-up ones unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Show the first block of each of N rows of a model's tensor.")
+    ] = 1,
     as_json: Json = False,
 ) -> None:
-    """Show each step of the arithmetic: range, scale, zero-point, codes, values, error."""
-    found = _explained(what, recipe, rows)
-    from lowbit.report.explain_view import render_explanation
-
-    console.print_result(as_json, found.to_dict, lambda width: render_explanation(found))
-
-
-def _explained(what: str, recipe: str, rows: int) -> Explanation:
-    from lowbit.recipes.recipe import Recipe
+    """Show each step of the arithmetic: range, scale, zero-point, codes, values, error, and how a method does better."""
+    if what is None:
+        console.stdout().print(USAGE, markup=False, soft_wrap=True)
+        return
     from lowbit.report.explain import explain as run
-    from lowbit.report.explain import parse_array
+    from lowbit.report.explain_view import render_explanation, render_names
+    from lowbit.report.explain_what import Names, find, is_array, recipe_alone
 
-    wanted = Recipe.of(recipe)
-    if what.lstrip().startswith(("[", "(")):
-        return run(parse_array(what), wanted)
-    from lowbit.errors import SourceError, nearest
-    from lowbit.interchange.opening import open_source
-
-    model, colon, tensor = what.rpartition(":")
-    if not colon or not model:
-        raise SourceError(
-            f'{what!r} is neither an array nor MODEL:TENSOR; write "[-0.3, 0, 0.1, 0.7]" or '
-            "smollm2:model.layers.0.self_attn.q_proj"
-        )
-    console.quiet()
-    source = open_source(model)
-    name = next((n for n in (tensor, f"{tensor}.weight") if n in source.tensors), None)
-    if name is None:
-        hint = nearest(tensor, source.tensors) or f"; names look like {next(iter(source.tensors))!r}"
-        raise SourceError(f"{model} has no tensor {tensor!r}{hint} (`lowbit inspect {model}` lists them)")
-    param = source.inventory.params[name]
-    weight = source.read(name)
-    if not weight.is_floating_point():
-        raise SourceError(f"{name} of {model} is {weight.dtype}, not a float tensor")
-    fmt = wanted.format_for(name, param.kind) or wanted.format
-    weight = weight.transpose(-1, -2) if param.transposed else weight
-    return run(weight, wanted, fmt, label=name, rows=rows, elements=_TENSOR_ELEMENTS)
+    array = is_array(what)
+    if not array and (recipe is not None or recipe_alone(what) is None):
+        console.quiet()
+        found = find(what)
+        if isinstance(found, Names):
+            console.print_result(as_json, found.to_dict, lambda width: render_names(found))
+            return
+    shown = run(what, recipe, inputs=inputs, rows=None if array else rows)
+    console.print_result(as_json, shown.to_dict, lambda width: render_explanation(shown, width))

@@ -8,32 +8,38 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import KV, As, Calibration, Chat, Json, Samples
+from lowbit.cli.options import KV, As, Chat, Json, KVCalibration, Overwrite, Samples
 
 if TYPE_CHECKING:
     from lowbit.convert.exporting import Exported
 
-_NAMED = 2  # weights that are named
-
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit export smollm2-w4 --as gguf -o smollm2.gguf")(export)
+    app.command(
+        rich_help_panel="Convert",
+        short_help="Write a folder of lowbit for another program.",
+        epilog="Examples:\nlowbit export smollm2-w4 --as gguf -o smollm2.gguf\nlowbit export smollm2-w4 --as vllm",
+    )(export)
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder that lowbit wrote.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that lowbit wrote.", show_default=False)],
     target: As,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="What to write; FOLDER with the target's ending when left out.", show_default=False
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="Write here; FOLDER with an ending for the program when it is left out.",
+            show_default=False,
         ),
     ] = None,
     kv: KV = None,
-    calibration: Calibration = None,
+    calibration: KVCalibration = None,
     samples: Samples = None,
     chat: Chat = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantized folder in the format of another program, read it back and compare."""
@@ -53,16 +59,11 @@ def export(
     if as_json:
         console.print_json(made.to_json())
     else:
-        console.stdout().print(summary(made), markup=False)
+        console.say(console.stdout(), summary(made))
 
 
 def summary(made: Exported) -> str:
     """One line on what was written and how it compared, then what else people should know."""
-    from lowbit.report.wording import bytes_text
+    from lowbit.report.results_view import exported_text
 
-    weights = "every weight equal"
-    if made.unequal:
-        named = " and ".join(made.unequal) if len(made.unequal) <= _NAMED else f"{len(made.unequal)} weights"
-        weights += f" but {named}, within {made.weights:.1e}"
-    logits = "" if made.logits is None else f", logits within {made.logits:.1e}"
-    return "\n".join([f"{made.path}: {bytes_text(made.nbytes)}, read back: {weights}{logits}", *made.notes])
+    return exported_text(made)

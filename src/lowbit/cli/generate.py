@@ -12,13 +12,20 @@ from lowbit.cli.options import MaxNewTokens, Model
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog='Example:  lowbit generate smollm2-w4 "Why is the sky blue?" --max-new-tokens 60')(generate)
+    app.command(
+        rich_help_panel="Run",
+        short_help="Let a model answer.",
+        epilog='Examples:\nlowbit generate smollm2-w4 "Why is the sky blue?" --max-new-tokens 60\n'
+        'lowbit generate smollm2 "Write a haiku." --temperature 0.7 --seed 3',
+    )(generate)
 
 
 @with_generation
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Argument(help="What to answer or to continue.", show_default=False)],
+    prompt: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to answer or to continue.", show_default=False)
+    ],
     max_new_tokens: MaxNewTokens = 200,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     *,

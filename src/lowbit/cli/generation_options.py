@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.help import ENGINE, SAMPLING
 from lowbit.cli.options import CacheType, Threads
 
 _ENGINE = ("activations", "cache", "threads")
@@ -23,30 +24,75 @@ _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
 class Generation:
     """How answers are made: each field is an option of the command line, by the same name."""
 
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many of the likeliest tokens; 0: from all.")] = 0
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="T",
+            help="Draw tokens the more freely the higher this is; at 0 always take the likeliest.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Draw from the N likeliest tokens only; 0 allows all.", rich_help_panel=SAMPLING
+        ),
+    ] = 0
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that have this much probability.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Draw from the likeliest tokens that together have this probability.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 1.0
     min_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Leave out tokens with less than this share of the likeliest's.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Leave out tokens that are less likely than P times the likeliest one.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, typer.Option(min=0.0, help="Above 1: tokens that were there before become less likely.")
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="X",
+            help="Above 1, make tokens less likely that were there before.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = 1.0
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers when the temperature is above 0.")] = 0
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Draw with this seed; the same seed gives the same answer.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0
     stop: Annotated[
         list[str] | None,
         typer.Option(
-            help=r"End the answer before this text, in which \n is a new line, \t a tab and \\ a backslash; may be given again.",
+            metavar="TEXT",
+            help=r"End the answer before this text, in which \n is a new line, \t a tab and \\ a backslash. May be given again.",
             show_default=False,
         ),
     ] = None
     activations: Annotated[
         str | None,
         typer.Option(
-            help="exact, or int8: faster, less precise. What a recipe says of inputs holds in either case.",
+            metavar="TYPE",
+            help="Compute with activations of 15 bits (exact) or of 8 (int8), which is faster and less precise. What a recipe says "
+            "of inputs holds in either case.",
             show_default="exact",
+            rich_help_panel=ENGINE,
         ),
     ] = None
     cache: CacheType = None

@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
+from lowbit.cli.help import Group
 from lowbit.errors import LowbitError
 
 MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
@@ -34,7 +34,7 @@ def end_in_order() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
-class Guarded(TyperGroup):
+class Guarded(Group):
     """A group of commands whose expected failures end quietly."""
 
     def invoke(self, ctx: Any) -> Any:

@@ -10,27 +10,38 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import console
-from lowbit.cli.options import Json, Model
+from lowbit.cli.options import Json, Model, Overwrite
 
 if TYPE_CHECKING:
     from lowbit.pipeline.api import Quantized
 
 
 def register(app: typer.Typer) -> None:
-    app.command("import", epilog="Example:  lowbit import ./Llama-3.2-1B-GPTQ -o llama-int4")(import_)
+    app.command(
+        "import",
+        rich_help_panel="Convert",
+        short_help="Take over a model that another program quantized.",
+        epilog="Example:  lowbit import Qwen/Qwen2.5-0.5B-Instruct-GPTQ-Int4 -o qwen-int4",
+    )(import_)
 
 
 def import_(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Write this folder.", show_default=False)],
     rest: Annotated[
-        str, typer.Option(help="A format for weights whose levels no format of lowbit has; `keep` leaves them float.")
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="Store weights whose levels no format of lowbit has in this one; the word keep leaves them float.",
+        ),
     ] = "keep",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model that another program quantized (GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8, MXFP4, GGUF) as a folder
-    of lowbit, with the very same integers and scales. Nothing is rounded again; what could not be kept is named with its loss.
+    """Write a model that another program quantized as a folder of lowbit, with the very same integers and scales.
+
+    GPTQ, AWQ, compressed-tensors, bitsandbytes, FP8, MXFP4 and GGUF are read. Nothing is rounded again; what could not be kept is
+    named with its loss.
     """
     import lowbit
 

@@ -126,15 +126,16 @@ class Job:
 def default_file(model: str, recipe: str, kind: Exporter) -> Path:
     """`<model's own name>-<recipe as it was typed>` with the exporter's ending, in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
-    return Path(f"{_base(model)}-{words}{kind.suffix or '-' + kind.name}")
+    return Path(f"{own_name(model)}-{words}{kind.suffix or '-' + kind.name}")
 
 
 def default_folder(model: str, recipe: Recipe) -> Path:
     """`<model's own name>-<recipe>` in the current folder."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.name or str(recipe)).strip("-")
-    return Path(f"{_base(model)}-{words}")
+    return Path(f"{own_name(model)}-{words}")
 
 
-def _base(model: str) -> str:
+def own_name(model: str) -> str:
+    """The model's own name, as files that are made of it begin."""
     path = Path(model)
     return (path.stem if path.suffix == ".gguf" else path.resolve().name if path.is_dir() else path.name) or "model"

@@ -26,8 +26,9 @@ from lowbit.cli import (
     recommend,
 )
 from lowbit.cli.guard import Guarded, end_in_order
+from lowbit.cli.help import App
 
-app = typer.Typer(
+app = App(
     cls=Guarded,
     no_args_is_help=True,
     add_completion=False,

@@ -7,28 +7,43 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Hugging Face id, folder, .gguf file, or smollm2.", show_default=False)]
+from lowbit.cli.help import CALIBRATION, ENGINE, MEASURING, OUTPUT, PROGRAMS, TARGET
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face id, a folder, a .gguf file, or smollm2, the demo.", show_default=False
+    ),
+]
 Recipe = Annotated[
     str,
-    typer.Argument(help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file."),
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="A preset (`lowbit recipes` lists them), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
+    ),
 ]
 RecipeOrBits = Annotated[
     str | None,
     typer.Argument(
-        help="A preset (see `lowbit recipes`), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
+        metavar="[RECIPE]",
+        help="A preset (`lowbit recipes` lists them), a format such as int4:g32, METHOD@FORMAT, or a TOML file.",
         show_default="w4",
     ),
 ]
 Bits = Annotated[
     int | None,
     typer.Option(
-        "--bits", help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.", show_default=False
+        "--bits",
+        metavar="N",
+        help="In place of a recipe: w8, w4, w3 or w2, or intN:g32 of so many bits.",
+        show_default=False,
     ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
         "--group-size",
+        metavar="N",
         help="With --bits: weights that share a scale, as intN:gSIZE; -1 for a whole row.",
         show_default=False,
     ),
@@ -36,98 +51,168 @@ GroupSize = Annotated[
 As = Annotated[
     str,
     typer.Option(
-        "--as", help="The target: gguf (llama.cpp, Ollama), vllm (compressed-tensors), gptq, awq.", show_default=False
+        "--as",
+        metavar="PROGRAM",
+        help="Write for gguf (llama.cpp and Ollama), vllm (also SGLang and transformers), gptq or awq.",
+        show_default=False,
     ),
 ]
 QuantizeAs = Annotated[
     str | None,
     typer.Option(
         "--as",
-        help="Write the format of another program instead of lowbit's: gguf, vllm, gptq, awq. The recipe may then be one of its own mixes, "
-        "such as q4_k_m.",
+        metavar="PROGRAM",
+        help="Write the format of another program instead of lowbit's own: gguf (llama.cpp and Ollama), vllm (also SGLang and "
+        "transformers), gptq or awq. The recipe may then be one of its own names, such as q4_k_m.",
         show_default=False,
+        rich_help_panel=PROGRAMS,
     ),
 ]
 Text = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure on: a file (of text, or of records as .jsonl, .json, .csv, .tsv, .parquet) or a Hugging Face "
-        "dataset id; Python's own manual when left out.",
+        metavar="FILE",
+        help="Measure on this text: a file of plain text or of records (.jsonl, .json, .csv, .tsv, .parquet), or a Hugging Face "
+        "dataset id. When it is left out, the text is Python's own manual.",
         show_default=False,
+        rich_help_panel=MEASURING,
     ),
 ]
 Windows = Annotated[
-    int | None, typer.Option(min=1, help="How many windows of the text; all when left out.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Use only the first N windows of the text; all of them when it is left out.",
+        show_default=False, rich_help_panel=MEASURING,
+    ),
+]  # fmt: skip
+FewWindows = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Use the first N windows of the text.", rich_help_panel=MEASURING)
 ]
-FewWindows = Annotated[int, typer.Option(min=1, help="How many windows of the text.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
-Speed = Annotated[bool, typer.Option("--speed", help="Also measure tokens per second, also of the float model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+Length = Annotated[int, typer.Option(min=2, metavar="N", help="Put N tokens into a window.", rich_help_panel=MEASURING)]
+Speed = Annotated[
+    bool,
+    typer.Option(
+        "--speed",
+        help="Also measure tokens per second, of the result and of the float model.",
+        rich_help_panel=MEASURING,
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON and nothing else.", rich_help_panel=OUTPUT)
+]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.", rich_help_panel=OUTPUT)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.", rich_help_panel=OUTPUT)]
 Calibration = Annotated[
     str | None,
     typer.Option(
         "--calibration",
-        help="Text for methods that look at data: a file of text or records, a Hugging Face dataset id, or `self` for text that the model "
-        "writes itself, which methods that cannot do without take when left out.",
+        metavar="FILE",
+        help="Run the model over this text, so that methods see what the weights are multiplied with: a file of plain text or of "
+        "records, a Hugging Face dataset id, or the word self for text that the model writes itself. When it is left out, presets "
+        "such as w4 use no text; methods that cannot do without, such as gptq, let the model write some.",
         show_default=False,
+        rich_help_panel=CALIBRATION,
+    ),
+]
+KVCalibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="With --kv, find the scales on this text: a file of plain text or of records, a Hugging Face dataset id, or the word self "
+        "for text that the model writes itself, which is also taken when it is left out.",
+        show_default=False,
+        rich_help_panel=CALIBRATION,
     ),
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, help="Windows of calibration text, of 1024 tokens each; 32 when left out."),
-]
+    typer.Option(
+        "--samples", min=1, metavar="N", help="Calibrate on N windows of the text, of 1024 tokens each.",
+        show_default="32", rich_help_panel=CALIBRATION,
+    ),
+]  # fmt: skip
 Chat = Annotated[
-    bool, typer.Option("--chat", help="Calibrate on chat: each paragraph or row becomes a user's message.")
+    bool,
+    typer.Option(
+        "--chat",
+        help="Make each paragraph or row of the text what a user says in the model's chat template.",
+        rich_help_panel=CALIBRATION,
+    ),
 ]
 KV = Annotated[
     str | None,
     typer.Option(
         "--kv",
-        help="With --as vllm: scales for a KV cache in this type (fp8), from calibration text.",
+        metavar="fp8",
+        help="With --as vllm, also store scales with which vLLM keeps its KV cache in fp8. They come from the calibration text.",
         show_default=False,
+        rich_help_panel=PROGRAMS,
     ),
 ]
 TargetSize = Annotated[
     str | None,
-    typer.Option("--target-size", help="Mixed precision: bytes of the weight files, such as 80MB.", show_default=False),
-]
+    typer.Option(
+        "--target-size", metavar="SIZE", help="Choose a format for each layer, so that the weight files have this size, such as 80MB.",
+        show_default=False, rich_help_panel=TARGET,
+    ),
+]  # fmt: skip
 TargetBits = Annotated[
     float | None,
-    typer.Option("--target-bits", help="Mixed precision: bits per weight in the linear layers.", show_default=False),
-]
+    typer.Option(
+        "--target-bits", metavar="BITS",
+        help="Choose a format for each layer, so that the linear layers have this many bits per weight, such as 4.25.",
+        show_default=False, rich_help_panel=TARGET,
+    ),
+]  # fmt: skip
 TargetKL = Annotated[
     float | None,
     typer.Option(
-        "--target-kl",
-        help="Mixed precision: the smallest size with this predicted KL, nats per token.",
-        show_default=False,
+        "--target-kl", metavar="KL",
+        help="Choose a format for each layer, so that the model is as small as it can be with this predicted KL divergence from "
+        "the float model, in nats per token. Below 0.05 models are very close.",
+        show_default=False, rich_help_panel=TARGET,
     ),
-]
+]  # fmt: skip
 FitMemory = Annotated[
     str | None,
     typer.Option(
-        "--fit-memory",
-        help="Mixed precision: memory for weights and the KV cache of --context tokens, such as 8GB.",
-        show_default=False,
+        "--fit-memory", metavar="SIZE",
+        help="Choose a format for each layer, so that the weights and the KV cache of --context tokens fit into this much memory, "
+        "such as 8GB.",
+        show_default=False, rich_help_panel=TARGET,
     ),
-]
+]  # fmt: skip
 Context = Annotated[
-    int | None, typer.Option("--context", min=1, help="Tokens in the KV cache of --fit-memory.", show_default=False)
-]
+    int | None,
+    typer.Option(
+        "--context", min=1, metavar="N", help="With --fit-memory, leave room for a KV cache of N tokens.",
+        show_default=False, rich_help_panel=TARGET,
+    ),
+]  # fmt: skip
 SensitivityFile = Annotated[
     Path | None,
     typer.Option(
-        "--sensitivity",
-        help="What each format costs at each layer: read where the file exists, else measured and kept.",
-        show_default=False,
+        "--sensitivity", metavar="FILE",
+        help="Keep in this file how much each layer loses in each format; where the file exists, read it instead of measuring "
+        "again.",
+        show_default=False, rich_help_panel=TARGET,
     ),
-]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")]
+]  # fmt: skip
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="End an answer after N tokens.")]
 CacheType = Annotated[
     str | None,
-    typer.Option("--cache", help="Keys and values as int16, or as int8: half the memory.", show_default="int16"),
+    typer.Option(
+        "--cache", metavar="TYPE", help="Keep keys and values as int16, or as int8, which takes half the memory.",
+        show_default="int16", rich_help_panel=ENGINE,
+    ),
+]  # fmt: skip
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Let the engine use N threads.", show_default="all cores", rich_help_panel=ENGINE
+    ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the engine.", show_default="all cores")]
 
 
 def recipe_of(recipe: str | None, bits: int | None, group_size: int | None) -> str:

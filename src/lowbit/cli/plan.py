@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lowbit.cli import console
 from lowbit.cli.options import Bits, GroupSize, Json, Model, RecipeOrBits, recipe_of
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from lowbit.interchange.tensors import TensorPlan
-    from lowbit.planning.plan import Plan
-
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit plan meta-llama/Llama-3.1-70B w4 --context 32768")(plan)
+    app.command(
+        rich_help_panel="Make",
+        short_help="Say what a recipe would make of a model, before any work.",
+        epilog="Examples:\nlowbit plan smollm2\nlowbit plan Qwen/Qwen3-0.6B w4 --context 32768",
+    )(plan)
 
 
 def plan(
@@ -25,83 +23,17 @@ def plan(
     recipe: RecipeOrBits = None,
     bits: Bits = None,
     group_size: GroupSize = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of context that the KV cache is sized for.")] = 4096,
-    every: Annotated[bool, typer.Option("--all", help="A row for each tensor instead of each group.")] = False,
+    context: Annotated[int, typer.Option(min=1, metavar="N", help="Say how large the KV cache is at N tokens.")] = 4096,
+    every: Annotated[
+        bool, typer.Option("--all", help="List each tensor by itself instead of groups that are alike.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what every tensor would become, the exact size and the memory needed, before a weight is read."""
     import lowbit
+    from lowbit.report.plan_view import render_plan
 
     typed = recipe_of(recipe, bits, group_size)
     console.quiet()
     made = lowbit.plan(model, typed, context=context)
     console.print_result(as_json, made.to_json, lambda width: render_plan(made, every=every, width=width))
-
-
-def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
-    """A row for each group of like tensors, or for `every` tensor, and the totals.
-
-    `width` in characters: columns that matter less are left out until the table fits.
-    """
-    from rich.console import Group
-    from rich.text import Text
-
-    from lowbit.report.layout import fitted_table, named_lines
-    from lowbit.report.wording import grouped, pattern_of
-
-    def alike(t: TensorPlan) -> Any:
-        return pattern_of(t.name), t.shape, t.dtype, t.format, t.keep
-
-    groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
-    stays = [i for i, group in enumerate(groups) if group[0].format is None]
-    rows = [_row(group) for group in groups]
-    table = fitted_table(_HEADINGS, rows, width, ("count", "before", "now", "bits/weight", "shape"), _LEFT, dim=stays)
-    return Group(Text.assemble((plan.label, "bold"), "  ", plan.recipe.title), table, named_lines(_totals(plan)))
-
-
-_LEFT = ("tensor", "shape", "now", "becomes")
-_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/weight", "before", "after")
-
-
-def _row(group: list[TensorPlan]) -> list[str]:
-    """The cells of tensors that become alike."""
-    from lowbit.report.wording import bytes_text, shape_text, span_text
-
-    first = group[0]
-    before, after = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)
-    return [
-        span_text([t.name for t in group]),
-        str(len(group)),
-        shape_text(first.shape),
-        str(first.dtype).removeprefix("torch."),
-        str(first.format) if first.format is not None else f"stays: {first.keep}",
-        f"{8 * after / max(1, sum(t.count for t in group)):.2f}",
-        bytes_text(before),
-        bytes_text(after),
-    ]
-
-
-def _totals(plan: Plan) -> list[tuple[str, str]]:
-    from lowbit.recipes.activation_rules import inputs_text
-    from lowbit.report.wording import bytes_text, count_text
-
-    before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
-    times = plan.bytes_before / max(1, plan.output_bytes)
-    lines = [
-        ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
-        ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
-        ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
-        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
-    ]
-    counts, fallback = plan.input_counts(), plan.recipe.fallback
-    if counts:
-        static = any(t.inputs is not None and t.inputs.static for t in plan.tensors)
-        falls = f"; {fallback} where calibration text shows that a range explodes" if static and fallback else ""
-        lines.append(("inputs", inputs_text(counts, None) + falls))
-    lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
-    if plan.kv_bytes_per_token:
-        each, whole = bytes_text(plan.kv_bytes_per_token), bytes_text(plan.kv_bytes)
-        lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
-    elif plan.kv_bytes:
-        lines.append(("state", bytes_text(plan.kv_bytes)))
-    return lines + [("note", note) for note in (*plan.notes, *plan.advice)]

@@ -13,6 +13,7 @@ import typer
 
 from lowbit.cli import budgets, console
 from lowbit.cli.export import summary
+from lowbit.cli.help import MEASURING, PROGRAMS
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.options import (
@@ -21,10 +22,12 @@ from lowbit.cli.options import (
     Calibration,
     Chat,
     Context,
+    FewWindows,
     FitMemory,
     GroupSize,
     Json,
     Model,
+    Overwrite,
     QuantizeAs,
     RecipeOrBits,
     Samples,
@@ -45,21 +48,39 @@ _WARNED = 5  # tensors that are named one by one
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit quantize smollm2 w4 -o small")(quantize)
+    app.command(
+        rich_help_panel="Make",
+        short_help="Make a model small, and measure what that cost.",
+        epilog="Examples:\nlowbit quantize smollm2\nlowbit quantize smollm2 w4 --calibration self -o small\n"
+        "lowbit quantize smollm2 w4 --target-size 80MB\nlowbit quantize smollm2 q4_k_m --as gguf -o small.gguf",
+    )(quantize)
 
 
 def quantize(
     model: Model,
     recipe: RecipeOrBits = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="What to write; MODEL-RECIPE when left out.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="PATH",
+            help="Write here; MODEL-RECIPE in this folder when it is left out.",
+            show_default=False,
+        ),
     ] = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
-        typer.Option("--keep", help="With --as: also keep lowbit's folder, under this name.", show_default=False),
+        typer.Option(
+            "--keep",
+            metavar="PATH",
+            help="With --as, also keep lowbit's own folder, under this name.",
+            show_default=False,
+            rich_help_panel=PROGRAMS,
+        ),
     ] = None,
     kv: KV = None,
     calibration: Calibration = None,
@@ -72,13 +93,24 @@ def quantize(
     context: Context = None,
     sensitivity: SensitivityFile = None,
     text: Text = None,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text the card is measured on.")] = 4,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Reload the result and measure what it cost.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    windows: FewWindows = 4,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card/--no-card",
+            help="Measure what the result cost, which is done unless --no-card is given.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL, read it back, and measure what that cost."""
+    """Make a model small, read the result back, and measure what that cost.
+
+    Without a RECIPE it is w4: 4.5 bits in the linear layers and 8 in the embedding.
+    """
     from lowbit.errors import RecipeError
+    from lowbit.report.layout import headline
 
     typed = recipe_of(recipe, bits, group_size)
     target = budgets.chosen(target_size, target_bits, target_kl, fit_memory, context, sensitivity)
@@ -95,7 +127,7 @@ def quantize(
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
-    screen.print(f"[bold]{console.escaped(model)}[/bold]  {console.escaped(job.recipe.title)}")
+    screen.print(headline(model, job.recipe.title, screen.width))
     for line in job.advice():
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
@@ -103,9 +135,9 @@ def quantize(
         kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
-        screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
+        console.say(screen, f"{instead} ({count} tensors)", style="dim")
     with _noted(kept), job.run(out, keep, overwrite) as made:
-        screen.print(_written(made, out))
+        console.say(screen, _written(made, out))
         measured = _measured(made, text, windows) if card else None
     if as_json:
         console.print_json(_plain(made, out, measured))
@@ -136,7 +168,7 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     from lowbit.measure.speed import SHORT
 
     try:
-        with console.steps("windows") as (say, progress):
+        with console.steps() as (say, progress):
             card = lowbit.evaluate(
                 made.quantized,
                 text=text,
@@ -176,18 +208,15 @@ def _written(made: Outcome, out: Path) -> str:
     from lowbit.recipes.activation_rules import inputs_text
     from lowbit.report.wording import bytes_text
 
-    said = "".join(
-        f"\n{console.escaped(line)}"
-        for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings))
-    )
+    said = "".join(f"\n{line}" for line in (*left_out_of(made.quantized), *_warned(made.quantized.report.warnings)))
     if made.exported is not None:
-        return f"{console.escaped(summary(made.exported))}, in {made.seconds:.1f} s{said}"
+        return f"{summary(made.exported)}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
     speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
-    inputs = f"\ninputs: {console.escaped(inputs_text(counts, ranges))}" if counts else ""
+    inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
     return (
-        f"{console.escaped(str(out))}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
+        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} "
         f"({plan.bits_per_weight:.2f} bits per weight) in {made.seconds:.1f} s ({speed}/s){inputs}{said}"
     )
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lowbit
 from lowbit.convert.importing import cast, model_type
+from lowbit.display import Displayed
 from lowbit.errors import SourceError
 from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.files.lock import locked
@@ -29,16 +29,17 @@ from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.published import Published, Together
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan, TensorSpec
 from lowbit.pipeline.loading import as_dtype
 from lowbit.planning.plan import MAX_SHARD, notes_on
+from lowbit.version import __version__
 
 
-@dataclass(frozen=True)
-class Dequantized:
+@dataclass(frozen=True, repr=False)
+class Dequantized(Displayed):
     """What was written. `error`: |w - w'| / |w| of rounding the values to `dtype`, over all tensors; 0 when nothing was rounded.
 
     `notes`: what of the source is not in the folder, tensors and files, a sentence each.
@@ -51,6 +52,9 @@ class Dequantized:
     error: float
     notes: tuple[str, ...] = ()
 
+    def _brief(self) -> str:
+        return f"{self.folder}, {self.dtype}, {self.bytes:,} bytes"
+
 
 def dequantize_model(
     model: str | Path,
@@ -58,7 +62,7 @@ def dequantize_model(
     *,
     dtype: torch.dtype | str | None = None,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Dequantized:
@@ -66,6 +70,9 @@ def dequantize_model(
 
     `dtype`: of every float tensor; None takes the type that the model's config names. WeightError when a value does not fit
     it. Nothing is at `out` before the folder is whole.
+
+    >>> lowbit.dequantize_model(quantized, folder / "float", dtype="float32").error
+    0.0
     """
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
@@ -79,7 +86,7 @@ def dequantize_model(
         FolderWriter(out, shards, _fingerprint(source, wanted, shards), _origin(source, wanted), overwrite) as writer,
     ):
         if not writer.finished:
-            for name, made, error, norm in names.values(frozenset(writer.journal), progress):
+            for name, made, error, norm in names.values(frozenset(writer.journal), heard(progress)):
                 writer.write(name, made, error=error, norm=norm)
             writer.verify()
             source.save_assets(writer.partial)
@@ -150,7 +157,7 @@ def _norm(values: Tensor) -> float:
 
 def _fingerprint(source: Source, dtype: torch.dtype, shards: tuple[Shard, ...]) -> str:
     facts = {
-        "dequantize": str(dtype), "source": source.identity(), "version": lowbit.__version__, "torch": torch.__version__,
+        "dequantize": str(dtype), "source": source.identity(), "version": __version__, "torch": torch.__version__,
         "headers": [hashlib.sha256(s.header).hexdigest() for s in shards],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -159,7 +166,7 @@ def _fingerprint(source: Source, dtype: torch.dtype, shards: tuple[Shard, ...]) 
 def _origin(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """Where the values come from, as the manifest says it. No time, no path."""
     return {
-        "lowbit": lowbit.__version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
+        "lowbit": __version__, "dequantized": {"from": source.storage, "dtype": str(dtype).removeprefix("torch.")},
         "source": source.identity(), "notes": list(notes_on(source)),
         "left_out": to_json(source.left_out, source.left_files()),
     }  # fmt: skip

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.convert.conversions import Conversion, conversions, converted, sentences
 from lowbit.convert.read_back import compared
+from lowbit.display import Displayed
 from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.tensors import Contents
 
@@ -27,13 +29,13 @@ _EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
 
-@dataclass(frozen=True)
-class Exported:
+@dataclass(frozen=True, repr=False)
+class Exported(Displayed):
     """What was written, and how far it is from ours when read back.
 
     `weights`: the largest |a - b| / |b| of a weight, 0 when all are equal. `logits`: the same of the logits of a few
     tokens; None where the float model would not fit into this machine's memory. `notes`: what else people should know.
-    `unequal`: the weights that are not equal.
+    `unequal`: the weights that are not equal. `conversions`: what is not written as the folder has it, and what that cost.
     """
 
     path: Path
@@ -43,19 +45,24 @@ class Exported:
     logits: float | None
     notes: tuple[str, ...] = ()
     unequal: tuple[str, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
+
+    def _brief(self) -> str:
+        return f"{self.target}, {self.path}, {self.nbytes:,} bytes"
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return {
             "path": str(self.path), "target": self.target, "bytes": self.nbytes, "weights": self.weights,
             "unequal": list(self.unequal), "logits": self.logits, "notes": list(self.notes),
+            "conversions": [each.to_json() for each in self.conversions],
         }  # fmt: skip
 
 
 def export(
     model: Any, target: str, out: str | Path | None = None, *, kv: str | None = None, calibration: Any = None,
     samples: int | None = None, length: int | None = None, chat: bool = False, overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Exported:  # fmt: skip
     """Write a quantized model in the format of another program: `target` is a name such as `gguf`.
 
@@ -63,12 +70,16 @@ def export(
     when left out. What was written is read back and compared with ours before it gets its name.
 
     `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
-    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens.
+    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens, in the chat
+    template where `chat` is set. `progress(name, bytes done, bytes in all)`.
     ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.
+
+    >>> lowbit.export(quantized, "gptq", folder / "for-gptq").weights < 1e-3  # what is kept in float is float16 there
+    True
     """
     kind = exporter_named(target)
     folder = LowbitFolder(_folder_of(model))
-    refuse(kind, kind.check(folder.contents) or kind.check_tokenizer(folder.tokenizer(), folder.contents))
+    refuse_folder(kind, folder)
     out = Path(out) if out is not None else default_out(folder.folder, kind)
     check_apart(folder.folder, out)
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
@@ -77,7 +88,7 @@ def export(
             f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
         )
     with locked(out):
-        return written(kind, folder, out, kv, text, overwrite, progress)
+        return written(kind, folder, out, kv, text, overwrite, heard(progress))
 
 
 def written(
@@ -85,7 +96,8 @@ def written(
     progress: Progress | None = None,
 ) -> Exported:  # fmt: skip
     """`export` of what was checked, onto an output that nobody else writes."""
-    check_free(out, kind, overwrite, folder.contents)
+    as_written = converted(kind, folder)
+    check_free(out, kind, overwrite, as_written.contents)
     cost = []
     if kv is not None:
         from lowbit.convert.kv_ranges import with_kv
@@ -100,8 +112,8 @@ def written(
         raise _cannot(out, error) from error
     try:
         fresh = temporary / place.name
-        kind.write(folder, fresh, progress)
-        apart, logits = compared(kind, folder, fresh)
+        kind.write(as_written, fresh, progress)
+        apart, logits = compared(kind, folder, as_written, fresh)
         for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
             sync(path)
         size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
@@ -113,8 +125,10 @@ def written(
         raise _cannot(out, system) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    notes = (*kind.notes(folder.contents), *cost, *(() if kind.suffix else folder.left_files()))
-    return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart))
+    changed = conversions(kind, folder, as_written, apart)
+    left = () if kind.suffix else folder.left_files()
+    notes = (*kind.notes(as_written.contents), *sentences(kind, changed), *cost, *left)
+    return Exported(out, kind.name, size, max(apart.values(), default=0.0), logits, notes, tuple(apart), changed)
 
 
 def _put(fresh: Path, place: Path, out: Path, overwrite: bool) -> None:
@@ -164,8 +178,20 @@ def default_out(folder: Path, kind: Exporter) -> Path:
     return folder.resolve().with_name(f"{name}{kind.suffix}" if kind.suffix else f"{name}-{kind.name}")
 
 
-def refuse(kind: Exporter, problems: Iterable[Problem]) -> None:
-    """ExportError with every problem, if there is any; problems that tensors share are said once."""
+def refuse_folder(kind: Exporter, folder: LowbitFolder) -> None:
+    """ExportError when the exporter cannot hold a folder, not even with the tensors converted that it names."""
+    contents = converted(kind, folder).contents
+    problems = kind.check(contents) or kind.check_tokenizer(folder.tokenizer(), contents)
+    if problems:
+        from lowbit.convert.instead import (
+            command_for_folder,
+        )  # it plans as `quantize_as` does, which exports by this file
+
+        refuse(kind, problems, command_for_folder(kind, folder))
+
+
+def refuse(kind: Exporter, problems: Iterable[Problem], instead: str = "") -> None:
+    """ExportError with every problem, if there is any; problems that tensors share are said once. instead: a command to name."""
     groups: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         groups.setdefault((problem.reason, problem.nearest), []).append(problem.tensor)
@@ -174,10 +200,11 @@ def refuse(kind: Exporter, problems: Iterable[Problem]) -> None:
     parts = []
     for (reason, near), names in groups.items():
         named = [n for n in names if n]
-        where = f" ({', '.join(named[:2])}{f' and {len(named) - 2} more' if len(named) > 2 else ''})" if named else ""
-        parts.append(f"{reason}{where}{f'; the nearest is {near}' if near else ''}")
+        who = f"{named[0]}: " if len(named) == 1 else f"{len(named)} tensors such as {named[0]}: " if named else ""
+        parts.append(f"{who}{reason}{f'; the nearest is {near}' if near else ''}")
     more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
-    raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}")
+    do = f"; this works: {instead}" if instead else ""
+    raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}{do}")
 
 
 def check_kv(kind: Exporter, kv: str, model: Contents) -> None:

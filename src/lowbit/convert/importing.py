@@ -23,7 +23,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.opening import open_source
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.api import Quantized
@@ -43,7 +43,7 @@ def import_model(
     *,
     rest: str | Format = KEEP,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Quantized:
@@ -52,12 +52,17 @@ def import_model(
     Codes and scales stay what they are wherever a format of lowbit has the same values; `report.layers` has an error
     of 0 for these. What no format holds is kept as float in the model's own type, or takes the format `rest`.
     RecipeError for a float model, SourceError for one that cannot be read.
+
+    >>> lowbit.import_model(gptq, folder / "imported").report.layers[1].error
+    0.0
     """
     check_apart(Path(model), Path(out))
     source = open_source(model, tokenizer=tokenizer)
     plan = import_plan(source, rest, max_shard_bytes)
     with locked(out):
-        report = write_folder(plan, source, out, Options(overwrite=overwrite), solved=_results(plan, source, progress))
+        report = write_folder(
+            plan, source, out, Options(overwrite=overwrite), solved=_results(plan, source, heard(progress))
+        )
     return Quantized(plan, report, source, Path(out))
 
 

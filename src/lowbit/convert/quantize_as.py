@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibration.data import SELF, load_calibration
-from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, written
+from lowbit.convert.exporting import Exported, check_free, check_kv, refuse, refuse_folder, written
+from lowbit.convert.instead import MODEL, base_of, command
 from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named
@@ -60,6 +61,19 @@ def prepare(
     `calibrated`: whether calibration text is at hand. `kv` as in `export`. ExportError when the exporter cannot hold it, with the nearest.
     """
     kind, source = exporter_named(target), open_source(model, tokenizer=tokenizer)
+    try:
+        return planned(kind, source, recipe, calibrated, kv)
+    except ExportError as error:
+        name, base = base_of(recipe)
+        named = str(model) if isinstance(model, (str, Path)) else MODEL
+        instead = command(kind, source, named, name, base, calibrated) if kv is None else ""
+        raise (ExportError(f"{error}; this works: {instead}") if instead else error) from None
+
+
+def planned(
+    kind: Exporter, source: Source, recipe: str | Recipe, calibrated: bool = False, kv: str | None = None
+) -> Prepared:
+    """`prepare` of a source that is open. ExportError without a command that would do instead."""
     wanted = recipe_for(kind, recipe, source, calibrated)
     rewritten_source = rewritten(source, wanted)
     plan, changes = fitted(kind, make_plan(rewritten_source, wanted), rewritten_source)
@@ -121,11 +135,7 @@ def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], ov
     """The folder of lowbit that stands between, exported. An error that mending the place mends notes that it is kept."""
     try:
         packed = LowbitFolder(folder)
-        refuse(
-            ready.exporter,
-            ready.exporter.check(packed.contents)
-            or ready.exporter.check_tokenizer(packed.tokenizer(), packed.contents),
-        )
+        refuse_folder(ready.exporter, packed)
         given = {"calibration": None, "samples": None, "length": None, "chat": False} | text
         return written(ready.exporter, packed, out, ready.kv, given, overwrite)
     except BaseException as error:

@@ -11,35 +11,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.convert.conversions import ConvertedFolder, allowed
 from lowbit.errors import ExportError
 from lowbit.interchange.exporters.exporter import Exporter
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 
 TOKENS = 16  # that the logits are compared on
+_LOGITS = 3e-2  # how far they may be where weights were converted
 
 
-def compared(kind: Exporter, folder: LowbitFolder, out: Path) -> tuple[dict[str, float], float | None]:
-    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code."""
-    read = kind.reopen(out, folder)
-    ours = folder.dense()
+def compared(
+    kind: Exporter, folder: LowbitFolder, written: LowbitFolder, out: Path
+) -> tuple[dict[str, float], float | None]:
+    """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code.
+
+    `written` is `folder` as the exporter writes it. Every tensor must come back as it was written; one that was converted must
+    also be as near to lowbit's own as its conversion states.
+    """
+    read = kind.reopen(out, written)
+    ours, theirs = folder.dense(), written.dense()
+    becomes = written.becomes if isinstance(written, ConvertedFolder) else {}
     unequal = {}
     lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
     if lacking:
         raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
     for name in ours.tensors:
-        if name in read.tensors:
-            apart = distance(read.read(name), ours.read(name))
-            if not apart <= kind.allowed(folder.contents.tensors[name]):
+        if name not in read.tensors:
+            continue
+        found = read.read(name)
+        limits = [(theirs, kind.allowed(written.contents.tensors[name]))]
+        if name in becomes:
+            bound = limits[0][1] + allowed(folder.contents.tensors[name], becomes[name])
+            limits.append((ours, bound))
+        for source, limit in limits:
+            apart = distance(found, source.read(name))
+            if not apart <= limit:
                 raise ExportError(
                     f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
                 )
-            if apart > 0:
-                unequal[name] = apart
+        if apart > 0:
+            unequal[name] = apart
     if not _fits(ours):
         return unequal, None
     logits = distance(logits_of(read), logits_of(ours))
-    if not logits <= kind.logits_allowed(folder.contents):
+    if not logits <= max(kind.logits_allowed(written.contents), _LOGITS if unequal.keys() & becomes.keys() else 0.0):
         raise ExportError(
             f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the exporter "
             "computes another model from this config; nothing was kept of the export"

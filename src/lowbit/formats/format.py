@@ -14,6 +14,7 @@ from typing import Literal, Union
 
 import torch
 
+from lowbit.display import Displayed
 from lowbit.errors import FormatError
 from lowbit.formats import stores
 from lowbit.formats.blocks import Block
@@ -48,8 +49,8 @@ class Offset:
             )
 
 
-@dataclass(frozen=True)
-class Format:
+@dataclass(frozen=True, repr=False)
+class Format(Displayed):
     """What a stored number means.
 
     `scale`: a store name, a nested Format, or None for a learned codebook that holds real values.
@@ -65,6 +66,9 @@ class Format:
     codebook: Block | None = None
     levels_store: str = "fp16"
     exponent: int = 0
+
+    def _brief(self) -> str:
+        return repr(str(self))
 
     def __post_init__(self) -> None:
         learned = isinstance(self.grid, CodebookGrid)

@@ -66,7 +66,11 @@ class _Failure(Exception):
 
 
 def parse_format(text: str) -> Format:
-    """The format that `text` describes, in capitals or not; FormatError showing the position otherwise."""
+    """The format that `text` describes, in capitals or not; FormatError showing the position otherwise.
+
+    >>> lowbit.parse_format("int4:g32").nbytes((4096, 4096))  # bytes of codes and scales
+    9437184
+    """
     try:
         return _parse(text.lower() if text.isascii() else text, 0)
     except _Failure as failure:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from lowbit.errors import SourceError
+from lowbit.interchange.files.adapter import refuse_adapter
+from lowbit.interchange.near import near_names
 from lowbit.interchange.source import Source, say_remarks
 
 WHAT_A_MODEL_CAN_BE = (
@@ -69,5 +71,7 @@ def _not_found(model: Any) -> str:
         return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}"
     path = Path(model)
     if path.is_file():
+        refuse_adapter(path.parent, str(path.parent))
         return f"{model} is a file but not a .gguf file; {WHAT_A_MODEL_CAN_BE}"
-    return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name; {WHAT_A_MODEL_CAN_BE}"
+    close = near_names(str(model), ["smollm2"])
+    return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name{close or f'; {WHAT_A_MODEL_CAN_BE}'}"

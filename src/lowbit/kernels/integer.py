@@ -42,6 +42,10 @@ def integer_matmul(a: QTensor, b: QTensor) -> Tensor:
     and its dimension is left out of the result. Grids with integer levels only (int, uint, ternary, binary, iq4nl),
     any block, with no offset, a rounded or unrounded zero-point or a float minimum. Products are summed in
     int32, exactly; corrections and scales are applied in float64. FormatError for operands that do not fit.
+
+    >>> x, w = (lowbit.quantize_tensor(torch.randn(rows, 64), "absmax@int8:channel") for rows in (2, 8))
+    >>> lowbit.integer_matmul(x, w).shape
+    torch.Size([2, 8])
     """
     k = _check(a, b)
     codes_a, codes_b = _codes(a), _codes(b)

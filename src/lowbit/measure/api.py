@@ -3,38 +3,44 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.calibration.data import SAMPLES
+from lowbit.calibration.data import SAMPLES, SELF, load_calibration
 from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, SourceError
+from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import TEXT, OnStep, Step, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
 from lowbit.measure.as_generated import as_generated
 from lowbit.measure.backends import Backend
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import Built, CompareRow
+from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import baseline_of, in_faster_types
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
+from lowbit.measure.row_file import FLOAT, RowFile
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, module_bytes
 from lowbit.measure.speed import Speed, measure_speed
 from lowbit.measure.subject import open_subject, plan_parts, type_of
 from lowbit.measure.token_times import torch_threads
-from lowbit.measure.windows import make_windows
+from lowbit.measure.windows import Windows, make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.loading import as_dtype, load
 from lowbit.recipes.presets import PRESETS
@@ -57,7 +63,7 @@ def evaluate(
     prompt: str | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
     """Measure a model, and against the float model it was made from when `against` is given.
@@ -67,7 +73,12 @@ def evaluate(
     tokens per second (True: the standard protocol) of what `lowbit generate` runs, the engine or transformers, and of
     the float model in transformers, each figure in the faster of float32 and bfloat16 where it was loaded here; a failure to
     measure it is said on the card. `prompt`: also both models' answers to it. Quality is computed in `dtype`: float32 for what is
-    loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed". TextError when the text is shorter than a window.
+    loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed", and `progress` how many windows
+    of text are done, then how many runs of a program, each of how many. TextError when the text is shorter than a window.
+
+    >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
+    >>> card.quality.kl_mean.value > 0  # nats per token
+    True
     """
     say = told or (lambda what: None)
     wanted = as_dtype(dtype)
@@ -93,7 +104,7 @@ def evaluate(
     tok = tokenizer_of()
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=module)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
-    quality = measure_quality(module, cut, base=base, progress=progress)
+    quality = measure_quality(module, cut, base=base, progress=heard(progress))
     sample = None
     if prompt:
         say("answering a prompt")
@@ -102,13 +113,13 @@ def evaluate(
     if settings := _settings(speed):
         cast = subject.name is not None and not isinstance(against, nn.Module)
         what = module if subject.name is None else subject.name
-        rates, run_peak = _speed(what, module, base, cast, tok, settings, say)
+        rates, run_peak = _speed(what, module, base, cast, tok, settings, say, heard(progress))
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
 def _speed(
     model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
-    settings: SpeedSettings, say: Callable[[str], None],
+    settings: SpeedSettings, say: Callable[[str], None], progress: Progress | None,
 ) -> tuple[Speed, int | None]:  # fmt: skip
     """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
 
@@ -121,7 +132,7 @@ def _speed(
         if base is not None and cast:
             with torch_threads(program.threads):
                 other = in_faster_types(base.to, settings)
-        found = measure_speed(program, base=other, settings=settings)
+        found = measure_speed(program, base=other, settings=settings, progress=progress)
     except _FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None
     if program.first is None or found.model is None:
@@ -143,23 +154,30 @@ def compare(
     length: int = 1024,
     speed: bool | SpeedSettings = False,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
     on_made: Callable[[str, Quantized], None] | None = None,
     calibration: Any = None,
     samples: int = SAMPLES,
+    on_step: OnStep | None = None,
+    keep: str | Path | RowFile | None = None,
 ) -> list[CompareRow]:
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
     `calibration`: text (as in `quantize`) for every recipe that looks at data; the others do without.
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
-    sees each before it is measured, `on_row` after.
+    sees each before it is measured, `on_row` after. `progress(windows done, windows in all)` counts those of the float model and of every
+    recipe; `on_step` is told what is at work and the time left. `keep`: a file in which finished rows are kept; rows that it has of this
+    model, text and version are not measured again (`CompareRow.earlier`).
     """
     names = _names(recipes, calibration is not None)
+    tell = on_step or (lambda step: None)
     source = open_source(model, tokenizer=tokenizer)
     run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
+    tell(Step("loading the float model"))
     base = source.load_float(run)
     tok = source.tokenizer()
+    tell(Step("cutting the text into windows"))
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
     float_bytes = sum(spec.nbytes for spec in source.tensors.values())
     base_parts = CardParts(
@@ -167,13 +185,20 @@ def compare(
         weight_bytes=module_bytes(base), linear_bits=8.0 * run.itemsize,
     )  # fmt: skip
 
+    def looks_at_text(wanted: Recipe) -> bool:
+        return calibration is not None and wanted.calibrated().uses_calibration
+
+    def told(name: str, done: int, total: int) -> None:
+        if name != TEXT:  # what it takes is no part of the rest
+            steps.move(done, total)
+
     def build(recipe: str) -> Built:
         start = time.perf_counter()
         wanted = Recipe.parse(recipe)
-        looks = calibration is not None and wanted.calibrated().uses_calibration
+        looks = looks_at_text(wanted)
         text: dict[str, Any] = {"calibration": calibration} if looks else {}
         text |= {"samples": samples} if looks or wanted.needs_calibration is not None else {}
-        made = quantize(model, recipe, tokenizer=tokenizer, **text)
+        made = quantize(model, recipe, tokenizer=tokenizer, progress=told, **text)
         seconds = time.perf_counter() - start
         if on_made is not None:
             on_made(recipe, made)
@@ -191,10 +216,61 @@ def compare(
 
     settings = _settings(speed)
     baseline = functools.cache(lambda threads: baseline_of(base, typed, settings or STANDARD, threads))
-    rows = table.compare(
-        names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=progress, on_row=on_row
-    )
+    file = keep if isinstance(keep, RowFile) or keep is None else RowFile(keep)
+    kept, keys = dict[int, Card](), {-1: FLOAT, **{index: _full(name) for index, name in enumerate(names)}}
+    if file is not None:
+        file.of(_facts(source, run, cut, calibration, tok, samples, settings))
+        kept = {index: card for index, key in keys.items() if (card := file.card(key)) is not None}
+
+    def finished(row: CompareRow) -> None:
+        if file is not None and row.card is not None and not row.earlier:
+            file.add(FLOAT if row.is_base else _full(row.recipe), row.card)
+        if on_row is not None:
+            on_row(row)
+
+    def alike(recipe: str) -> tuple[str, ...]:
+        try:
+            wanted = Recipe.parse(recipe)
+        except LowbitError:
+            return ()  # it ends in an error
+        with_text = wanted.needs_calibration is not None or looks_at_text(wanted)
+        return (f"quantizing {wanted}", f"quantizing {'with' if with_text else 'without'} text")
+
+    steps = CompareSteps(
+        names, cut.count, tell, alike, speed=settings is not None, kept=kept,
+        redrawn=on_made is not None,
+    )  # fmt: skip
+    with nullcontext() if file is None else file.noted([key for index, key in keys.items() if index >= 0]):
+        rows = table.compare(
+            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=heard(progress), on_row=finished,
+            steps=steps, kept=kept, built_again=on_made is not None,
+        )  # fmt: skip
     return list(rows)
+
+
+def _full(recipe: str) -> str:
+    """A recipe with its name, as rows of it are kept; what does not parse as it is."""
+    try:
+        return Recipe.parse(recipe).title
+    except LowbitError:
+        return recipe
+
+
+def _facts(
+    source: Source, run: torch.dtype, cut: Windows, calibration: Any, tokenizer: Any, samples: int, speed: SpeedSettings | None
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that decides the figures of a comparison but the recipe, ready for JSON."""
+    machine = environment()
+    ids = hashlib.sha256(cut.ids.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    text: dict[str, Any] | str | None = calibration
+    if calibration is not None and not (isinstance(calibration, str) and calibration == SELF):
+        text = load_calibration(calibration, tokenizer, source, samples=samples).to_json()
+    return {
+        "model": source.label, "identity": source.identity(), "dtype": str(run), "products": str(fast_dtype()),
+        "text": cut.text_name, "text_sha256": cut.text_sha256, "windows": cut.count, "length": cut.length,
+        "windows_sha256": ids, "calibration": text, "samples": samples, "lowbit": machine.lowbit, "torch": machine.torch,
+        "transformers": machine.transformers, "speed": None if speed is None else [asdict(speed), machine.machine],
+    }  # fmt: skip
 
 
 def _names(recipes: Sequence[str] | None, calibrated: bool) -> list[str]:

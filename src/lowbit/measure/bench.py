@@ -16,9 +16,11 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from lowbit.display import Displayed
 from lowbit.engine.generator import choose
 from lowbit.engine.runtime_formats import ACTIVATIONS
 from lowbit.errors import RecipeError
+from lowbit.interchange.progress import heard
 from lowbit.kernels.core import core
 from lowbit.measure.backends import Backend, of_engine, of_module
 from lowbit.measure.environment import environment, usable_cores
@@ -65,8 +67,8 @@ class BenchRow:
         return statistics.median(values) if values else None
 
 
-@dataclass(frozen=True)
-class Bench:
+@dataclass(frozen=True, repr=False)
+class Bench(Displayed):
     """What `bench` found; the first row is the model's. isa and limits: None without the C++ part."""
 
     rows: list[BenchRow]
@@ -76,6 +78,9 @@ class Bench:
     isa: str | None = None
     limits: Limits | None = None
 
+    def _brief(self) -> str:
+        return ", ".join(row.name for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         found = asdict(self)
@@ -83,7 +88,8 @@ class Bench:
             plain["medians"] = {name: row.median(name) for name in row.values}
         return found
 
-    def __str__(self) -> str:
+    def to_markdown(self) -> str:
+        """The table as Markdown text, with what is to be known of it below."""
         from lowbit.measure.bench_table import markdown_bench
 
         return markdown_bench(self)
@@ -120,7 +126,7 @@ def bench(
     threads: int | None = None,
     rounds: int = 5,
     settings: SpeedSettings = BENCH,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Bench:
     """Measure how fast models generate: decode, prefill, a batch, the time to the first token of a fresh process.
 
@@ -132,6 +138,10 @@ def bench(
 
     EngineError for an option of the engine that a model would ignore; RecipeError, SourceError for what cannot be, and for
     a `dtype` that nobody computes in.
+
+    >>> found = lowbit.bench(quantized, rounds=1, settings=few)
+    >>> found.rows[0].median("decode") > 0  # tokens per second
+    True
     """
     if rounds < 1:
         raise RecipeError(f"rounds={rounds}; measure 1 or more")
@@ -162,7 +172,7 @@ def bench(
             )
         pause = PAUSE if any(each.fixed is not None for each in found) else 0.0
         probes = [each.all_probes(fitted) for each in found]
-        values = interleave(probes, rounds, progress, None if machine is None else machine.look, pause)
+        values = interleave(probes, rounds, heard(progress), None if machine is None else machine.look, pause)
     limits = None if machine is None else machine.best()
     rows = [_row(each, one, fitted, limits) for each, one in zip(found, values, strict=True)]
     return Bench(rows, fitted, count, environment().machine, None if module is None else module.isas()[0], limits)

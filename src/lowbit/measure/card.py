@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lowbit.display import Displayed
 from lowbit.errors import SourceError
 from lowbit.measure.environment import Environment
 from lowbit.measure.outputs import Outputs
@@ -83,8 +84,8 @@ class TextMark:
         return TextMark(windows.text_name, windows.text_sha256, windows.count, windows.length, windows.notes)
 
 
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, repr=False)
+class Card(Displayed):
     """All parts together. `run_peak` is the peak resident bytes of a fresh process that ran the model.
 
     `outputs` in place of `quality` for a model that predicts no tokens; `unmeasured`: why there is neither.
@@ -99,6 +100,9 @@ class Card:
     environment: Environment | None = None
     outputs: Outputs | None = None
     unmeasured: str | None = None
+
+    def _brief(self) -> str:
+        return f"{self.parts.model}, {self.parts.recipe}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings. Bits per weight and speed ratios come along."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.errors import LowbitError
 from lowbit.measure.backends import Backend, in_transformers
 from lowbit.measure.card import Card, CardParts, TextMark
+from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.quality import Progress, Reference, measure_quality
@@ -34,12 +35,14 @@ Build = Callable[[str], Built]
 
 @dataclass(frozen=True)
 class CompareRow:
-    """A recipe and its card, or the error that it ended with. `is_base`: the float model's row."""
+    """A recipe and its card, or the error that it ended with. `is_base`: the float model's row; `earlier`: measured in a run before
+    this one, which was interrupted."""
 
     recipe: str
     card: Card | None = None
     error: str | None = None
     is_base: bool = False
+    earlier: bool = field(default=False, compare=False)
 
 
 def compare(
@@ -54,38 +57,70 @@ def compare(
     keep_bytes: int = 2 * 2**30,
     progress: Progress | None = None,
     on_row: Callable[[CompareRow], None] | None = None,
+    steps: CompareSteps | None = None,
+    kept: Mapping[int, Card] | None = None,
+    built_again: bool = False,
 ) -> tuple[CompareRow, ...]:
     """Measure each recipe against `base`; the first row is `base` itself.
 
-    `build` gives the quantized model, what is known about it and what runs it. A recipe that raises a LowbitError
-    becomes a row with the error and the others go on; any other exception is a bug and is raised.
+    `build` gives the quantized model, what is known about it and what runs it. A recipe that raises a LowbitError, or needs more
+    memory than there is, becomes a row with the error and the others go on; any other exception is a bug and is raised.
     Speed is measured when `speed` is given, of each model in rounds interleaved with those of the base, which what `baseline`
     gives for as many threads runs (transformers, in the base's own type, when None); the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
-    kept between recipes. `progress` counts windows, those of the base included.
+    kept between recipes. `progress` counts windows, those of the base included; `steps` tells what is at work.
+    `kept`: cards from before, by the index of the recipe, -1 for the base, which are not measured again; with `built_again` the models
+    that they are about are still built.
     """
     reference = Reference(base, windows, keep_bytes)
-    total = windows.count * (len(recipes) + 1)
     text, machine = TextMark.of(windows), environment()
+    kept = kept or {}
+    if steps is None:
+        steps = CompareSteps(
+            recipes, windows.count, lambda step: None, speed=speed is not None, kept=kept, redrawn=built_again
+        )
+    total = windows.count * (len(recipes) + 1)
 
-    def step(finished: int) -> Progress | None:
-        return None if progress is None else lambda done, _: progress(finished * windows.count + done, total)
+    def counted(index: int) -> Progress:
+        def told(done: int, of: int) -> None:
+            steps.move(done, of)
+            if progress is not None:
+                progress((index + 1) * windows.count + done, total)
 
-    own = measure_quality(base, windows, base=reference, progress=step(0))
-    base_row = CompareRow(base_parts.recipe, Card(base_parts, text, own, environment=machine), is_base=True)
+        return told
+
+    def measured(index: int, recipe: str) -> Card:
+        card = kept.get(index)
+        if card is None or built_again:
+            steps.begins(index, "quantizing")
+            built = build(recipe)
+        if card is not None:
+            return card
+        steps.begins(index, "measuring")
+        quality = measure_quality(built.model, windows, base=reference, progress=counted(index))
+        rates = None
+        if speed is not None:
+            steps.begins(index, "speed")
+            rates = _speed(built, speed, baseline or (lambda _: in_transformers(base)), steps.move)
+        return Card(built.parts, text, quality, rates, environment=machine)
+
+    def base_measured() -> Card:
+        steps.measuring_float()
+        return Card(
+            base_parts, text, measure_quality(base, windows, base=reference, progress=counted(-1)), environment=machine
+        )
+
+    base_row = CompareRow(base_parts.recipe, kept.get(-1) or base_measured(), is_base=True, earlier=-1 in kept)
     if on_row is not None:
         on_row(base_row)
     rows = []
     for index, recipe in enumerate(recipes):
         try:
-            built = build(recipe)
-            quality = measure_quality(built.model, windows, base=reference, progress=step(index + 1))
-            rates = None if speed is None else _speed(built, speed, baseline or (lambda _: in_transformers(base)))
-            row = CompareRow(recipe, Card(built.parts, text, quality, rates, environment=machine))
-            del built
-        except LowbitError as error:
-            row = CompareRow(recipe, error=str(error))
-            if progress is not None:
-                progress((index + 2) * windows.count, total)
+            row = CompareRow(recipe, measured(index, recipe), earlier=index in kept)
+        except (LowbitError, MemoryError) as error:
+            steps.failed()
+            row = CompareRow(recipe, error=str(error) or "not enough memory")
+        if (row.error or row.earlier) and progress is not None:
+            progress((index + 2) * windows.count, total)
         gc.collect()  # a model holds reference cycles, and the next one needs its memory
         rows.append(row)
         if on_row is not None:
@@ -93,13 +128,15 @@ def compare(
     return (_with_speed(base_row, rows), *rows)
 
 
-def _speed(built: Built, settings: SpeedSettings, baseline: Callable[[int | None], Backend]) -> Speed:
+def _speed(
+    built: Built, settings: SpeedSettings, baseline: Callable[[int | None], Backend], progress: Progress
+) -> Speed:
     try:
         program = in_transformers(built.model) if built.backend is None else built.backend()
         other = baseline(program.threads)
     except LowbitError as error:  # such as a model that generates no text: its quality stands
         return Speed(skipped=str(error))
-    return measure_speed(program, base=other, settings=settings)
+    return measure_speed(program, base=other, settings=settings, progress=progress)
 
 
 def _with_speed(base_row: CompareRow, rows: Sequence[CompareRow]) -> CompareRow:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with_survey
 from lowbit.calibration.data import SELF, Calibration, load_calibration
+from lowbit.display import Displayed
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.folder_writer import head_of
@@ -22,7 +23,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
-from lowbit.interchange.progress import Progress
+from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.pipeline.driver import fingerprint, write_folder
 from lowbit.pipeline.in_memory import packed_copy, solve_in_memory
@@ -38,8 +39,8 @@ from lowbit.weights.finite import check_finite, check_source
 from lowbit.weights.solve import Solved
 
 
-class Quantized:
-    """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`."""
+class Quantized(Displayed):
+    """A quantized model: `plan`, `report`, `model` (packed, ready to run), `save(folder)`. It prints as its layers with their errors."""
 
     def __init__(self, plan: Plan, report: Report, source: Source, folder: Path | None = None) -> None:
         self.plan, self.report, self.source, self.folder = plan, report, source, folder
@@ -81,8 +82,9 @@ class Quantized:
             ) from error
         return out
 
-    def __repr__(self) -> str:
-        return f"Quantized({self.plan.label}, {self.report})"
+    def _brief(self) -> str:
+        bits = f"{self.plan.bits_per_weight:.3f} bits per weight"
+        return f"{self.plan.label}, {self.plan.recipe.name or self.plan.recipe}, {bits}"
 
 
 def quantize(
@@ -91,7 +93,7 @@ def quantize(
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     max_shard_bytes: int = MAX_SHARD,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
@@ -112,9 +114,13 @@ def quantize(
     given. `samples` windows (32) of `length` tokens (1024); `chat` wraps documents in the model's chat template.
     `on_layer(solved)` sees each tensor with its errors when it is done. RecipeError for a text that the recipe does not look
     at, and for `samples`, `length` and `chat` without a text.
+
+    >>> q = lowbit.quantize(model, "w4")
+    >>> q.plan.linear_bits_per_weight
+    4.5
     """
     options = Options(
-        tokenizer, progress, max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
+        tokenizer, heard(progress), max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
     )
     wanted = Recipe.of(recipe)
     if calibration is not None:
@@ -150,7 +156,7 @@ def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | 
     folder = Path(tempfile.mkdtemp(prefix="lowbit-")) if out is None else None
     target = Path(out) if out is not None else folder / "model"  # type: ignore[operator]
     try:
-        report = write_folder(plan, source, out or target, options, text, key=key)
+        report = write_folder(plan, source, target, options, text, key=key, again=out is not None)
     except BaseException:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -169,7 +175,13 @@ def _text(given: Source, source: Source, plan: Plan, options: Options) -> Calibr
         raise RecipeError("calibrated methods run on the CPU in this version; leave device out")
     check_source(given, plan.recipe)
     tokenizer = None if _has_ids(options.calibration) else source.tokenizer()
-    return load_calibration(options.calibration, tokenizer, source, **options.of_text())
+    told = options.progress
+
+    def on_token(done: int, total: int) -> None:
+        if told is not None:
+            told(TEXT, plan.bytes_before * done // total, plan.bytes_before)
+
+    return load_calibration(options.calibration, tokenizer, source, on_token=on_token, **options.of_text())
 
 
 def _check_uses(used: bool, recipe: Recipe) -> None:
@@ -228,14 +240,26 @@ def plan(
     model: str | Path | nn.Module, recipe: str | Format | Recipe = "w4", *, context: int = 4096,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Plan:  # fmt: skip
-    """What a recipe would make of a model, from its config and headers alone: no weight is read."""
+    """What a recipe would make of a model, from its config and headers alone: no weight is read. Sizes are bytes, exact.
+
+    `context`: tokens that the KV cache is sized for. `max_shard_bytes`: a larger model has several weight files. RecipeError for a
+    recipe that does nothing for this model, SourceError for what is no model.
+
+    >>> lowbit.plan(model, "int8:channel").linear_bits_per_weight < 10
+    True
+    """
     wanted = Recipe.of(recipe)
     return make_plan(rewritten(open_headers(model), wanted), wanted, context=context, max_shard_bytes=max_shard_bytes)
 
 
 def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
     """Quantize one tensor of 0 to 3 dimensions by the linear-layer part of a recipe, without statistics of its input: a
-    solver that needs them gives way to round-to-nearest."""
+    solver that needs them gives way to round-to-nearest. `x` is rounded in float32, and must be finite (WeightError).
+
+    >>> q = lowbit.quantize_tensor(torch.tensor([-0.3, 0.0, 0.1, 0.7]), "absmax")
+    >>> q.dequantize().shape, q.nbytes
+    (torch.Size([4]), 8)
+    """
     wanted = Recipe.of(recipe)
     if x.dim() > 3:
         raise WeightError(f"a tensor of {x.dim()} dimensions has no rows and columns; reshape it to 3 or fewer")

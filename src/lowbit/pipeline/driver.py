@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import lowbit
 from lowbit.blockwise.model_tuner import tune_folder
 from lowbit.blockwise.quantizing import BlockwiseQuantizer
 from lowbit.blockwise.range_survey import survey_entry
@@ -24,6 +23,7 @@ from lowbit.pipeline.manifest import check_loads, origin, write_config
 from lowbit.pipeline.options import DEFAULTS, Options
 from lowbit.pipeline.report import Report, make_report, solved_facts
 from lowbit.planning.plan import Plan
+from lowbit.version import __version__
 from lowbit.weights.solve import Solved, solve
 
 Results = Iterator[tuple[Solved, str]]  # what weights became, with the SHA-256 of their source bytes
@@ -37,7 +37,7 @@ def fingerprint(
 
     facts = {
         "transformers": transformers.__version__, "device": torch.device(device).type,
-        "source": source.identity(), "recipe": str(plan.recipe), "version": lowbit.__version__,
+        "source": source.identity(), "recipe": str(plan.recipe), "version": __version__,
         "calibration": calibration and calibration.sha256,
         "settings": calibration and {"autocast": fast_dtype() != torch.float32},
         "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
@@ -54,10 +54,13 @@ def solved_results(
     `folder`: of what a run over text keeps on the disk. Of blocks that are done in part all is solved again. `flush` makes
     what was yielded safe.
     """
+    reports = _Reports(plan, options)
     if text is None:
-        return _reported(_solved_alone(plan, source, options, done), plan, options, done)
-    run = BlockwiseQuantizer(plan, source, text, folder, fast_dtype(), flush)
-    return _reported(run.results(), plan, options, run.finished)
+        return reports.told(_solved_alone(plan, source, options, done), done)
+    run = BlockwiseQuantizer(
+        plan, source, text, folder, fast_dtype(), flush, lambda name: reports.begins(f"{name}: reading the text")
+    )
+    return reports.told(run.results(), run.finished)
 
 
 def _solved_alone(plan: Plan, source: Source, options: Options, done: frozenset[str]) -> Results:
@@ -68,16 +71,29 @@ def _solved_alone(plan: Plan, source: Source, options: Options, done: frozenset[
             yield solve(tensor, weight, plan.recipe, options.device), digest
 
 
-def _reported(results: Results, plan: Plan, options: Options, done: frozenset[str]) -> Results:
-    """The results as they are, each said to `on_layer` and `progress`; `done`: those that do not come any more."""
-    at, total = sum(t.bytes_before for t in plan.tensors if t.name in done), plan.bytes_before
-    for solved, digest in results:
-        yield solved, digest
-        at += solved.plan.bytes_before
-        if options.on_layer:
-            options.on_layer(solved)
-        if options.progress:
-            options.progress(solved.plan.name, at, total)
+class _Reports:
+    """What is said of a run to `on_layer` and `progress`."""
+
+    def __init__(self, plan: Plan, options: Options) -> None:
+        self._plan, self._options, self._at = plan, options, 0
+
+    def begins(self, what: str) -> None:
+        """Work that takes a while begins, and nothing more is done yet."""
+        if self._options.progress:
+            self._options.progress(what, self._at, self._plan.bytes_before)
+
+    def told(self, results: Results, done: frozenset[str]) -> Results:
+        """The results as they are, each said; `done`: those that do not come any more."""
+        self._at = sum(t.bytes_before for t in self._plan.tensors if t.name in done)
+        if self._at:
+            self.begins("going on")
+        for solved, digest in results:
+            yield solved, digest
+            self._at += solved.plan.bytes_before
+            if self._options.on_layer:
+                self._options.on_layer(solved)
+            if self._options.progress:
+                self._options.progress(solved.plan.name, self._at, self._plan.bytes_before)
 
 
 def write_folder(

@@ -39,7 +39,11 @@ def load(
     error. Other options go to `from_pretrained`.
 
     Given text, `generate` of a model that generates is that of `lowbit.Engine`; given tensors, that of transformers
-    (see `engine.generate_method`).
+    (see `engine.generate_method`). SourceError for a folder that lowbit did not write or that is damaged.
+
+    >>> loaded = lowbit.load(quantized)
+    >>> loaded(input_ids=torch.tensor([[1, 5, 9]])).logits.shape  # [batch, tokens, vocabulary]
+    torch.Size([1, 3, 128])
     """
     if kernel not in KERNELS:
         raise RecipeError(f"unknown kernel choice {kernel!r}{nearest(kernel, KERNELS)} (known: {', '.join(KERNELS)})")
@@ -77,6 +81,11 @@ def load_into(module: nn.Module, folder: str | Path) -> nn.Module:
 
     Its quantized parameters are replaced by packed weights, the kept ones get their values; the module is changed and
     returned. SourceError when folder and module do not fit.
+
+    >>> plain = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> _ = lowbit.quantize(plain, "int8:channel").save(folder / "plain")
+    >>> lowbit.load_into(torch.nn.Sequential(torch.nn.Linear(64, 64)), folder / "plain")(torch.zeros(1, 64)).shape
+    torch.Size([1, 64])
     """
     path = Path(folder)
     written = read_json(path / MANIFEST)
@@ -122,7 +131,11 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Turn the packed weights of a model back into dense parameters, in place."""
+    """Turn the packed weights of a model back into dense parameters, in place, in `dtype` (None: the type it computes in).
+
+    >>> lowbit.dequantize(lowbit.load(quantized)).lm_head.weight.dtype
+    torch.float32
+    """
     if getattr(model, "hf_quantizer", None) is not None:
         whole: nn.Module = model.dequantize(dtype=dtype or model.dtype)
         return whole

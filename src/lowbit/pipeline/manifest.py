@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-import lowbit
 from lowbit.calibration.data import Calibration
 from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf import configs as older_readers
@@ -20,6 +19,7 @@ from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 from lowbit.planning.plan import Plan
+from lowbit.version import __version__
 from lowbit.weights.solve import with_exponent
 
 
@@ -40,7 +40,7 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
         if t.format is not None
     }
     return {
-        "quant_method": "lowbit", "version": lowbit.__version__, "recipe": str(plan.recipe),
+        "quant_method": "lowbit", "version": __version__, "recipe": str(plan.recipe),
         "tied": dict(plan.tied), "tensors": tensors,
     }  # fmt: skip
 
@@ -72,7 +72,7 @@ def origin(plan: Plan, source: Source, calibration: Calibration | None = None) -
 
     return (
         {
-            "lowbit": lowbit.__version__,
+            "lowbit": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowbit.calibration.data import Calibration
+from lowbit.display import Displayed
 from lowbit.planning.plan import Plan
 from lowbit.weights.solve import LayerLoss, Solved, with_exponent
 
@@ -29,8 +30,8 @@ class LayerReport:
     warning: str = ""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Displayed):
     """What quantizing did: layers, coverage (share of parameters quantized), bytes, bits per weight.
 
     `tuning`: what a tuner of the whole model said of its work, such as the loss before and after. `ranges`: of static
@@ -49,6 +50,9 @@ class Report:
     tuning: dict[str, Any] | None = None
     ranges: dict[str, Any] | None = None
 
+    def _brief(self) -> str:
+        return f"{self.bits_per_weight:.3f} bits per weight, {self.coverage:.2%} quantized, {self.recipe}"
+
     @property
     def warnings(self) -> dict[str, str]:
         """Name of a tensor -> what a person has to know of it."""
@@ -57,14 +61,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
         return asdict(self)
-
-    def __str__(self) -> str:
-        kept = "; ".join(f"{count:,} in {n} of: {reason}" for reason, (n, count) in self.kept.items())
-        return (
-            f"{self.recipe}: {self.coverage:.2%} of parameters quantized, "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.3f} bits per weight "
-            f"({self.linear_bits_per_weight:.3f} in linear layers); kept: {kept or 'nothing'}"
-        )
 
 
 def make_report(plan: Plan, facts: Mapping[str, Mapping[str, Any]], calibration: Calibration | None = None) -> Report:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lowbit.display import Displayed
 from lowbit.errors import RecipeError
 from lowbit.formats import Inputs
 from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shards_of
@@ -37,8 +38,8 @@ _TUNING_BYTES = 18
 BY_RECIPE = "kept by the recipe"
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Displayed):
     """What a recipe makes of a model. Sizes are bytes; `output_bytes` is exact.
 
     `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
@@ -56,6 +57,9 @@ class Plan:
     source_bytes: int | None = None
     survey: Survey | None = None
     notes: tuple[str, ...] = ()
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.recipe.name or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:

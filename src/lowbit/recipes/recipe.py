@@ -22,6 +22,7 @@ import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowbit.display import Displayed
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.formats.inputs import Inputs
@@ -40,8 +41,8 @@ announce("lowbit.tuning")
 announce("lowbit.blockwise.weightings")
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, repr=False)
+class Recipe(Displayed):
     """Transforms in order, one fit, one solver, a tuner, formats by layer, and how inputs of linear layers are stored.
 
     `fit` and `solver` may be None: the best data-free one for each format is then taken (`fit_for`,
@@ -67,6 +68,9 @@ class Recipe:
     weighting: Call | None = None
     layer_inputs: tuple[tuple[str, InputRule], ...] = ()
     fallback: Fallback | None = FALLBACK
+
+    def _brief(self) -> str:
+        return repr(self.title)
 
     def __post_init__(self) -> None:
         check_order([call.name for call in self.transforms])

@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lowbit.calibration.data import SAMPLES
 from lowbit.errors import OutputError
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import OnStep
 from lowbit.interchange.source import Source
 from lowbit.measure import api
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.quality import Progress
+from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.report import plots as figures
+from lowbit.report.comparison import Comparison
+
+_log = logging.getLogger("lowbit")
 
 
 def compare(
-    model: str | Path | nn.Module, recipes: list[str] | None = None, *, plots: str | Path | None = None, **options: Any
-) -> list[CompareRow]:
+    model: str | Path | nn.Module,
+    recipes: Sequence[str] | None = None,
+    *,
+    calibration: Any = None,
+    samples: int = SAMPLES,
+    text: str | Path | Sequence[str] | None = None,
+    windows: int | None = None,
+    length: int = 1024,
+    speed: bool | SpeedSettings = False,
+    plots: str | Path | None = None,
+    keep: str | Path | None = None,
+    keep_after: bool = True,
+    tokenizer: Any = None,
+    progress: Progress | bool | None = None,
+    on_step: OnStep | None = None,
+    on_row: Callable[[CompareRow], None] | None = None,
+) -> Comparison:
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
-    `plots`: a folder for two figures, weights before and after and quality against size (needs matplotlib). Other
-    options are those of `lowbit.measure.api.compare`: calibration, samples, text, windows, length, speed, tokenizer, progress, on_row.
+    Each recipe is quantized, written, read back by `from_pretrained` and measured on `windows` windows (all when None) of `length` tokens of
+    `text`: a file, strings or a dataset id, Python's own manual when None. `calibration`: text (as in `quantize`), `samples` windows of it, for
+    every recipe that looks at data; the others do without. `speed`: also tokens per second. `plots`: a folder for two figures, weights before
+    and after and quality against size (needs matplotlib).
+
+    `keep`: a file in which rows are kept as they are finished; the same call goes on from them when it was interrupted, and `keep_after=False`
+    takes them away when all is done. `on_row` sees each row, `on_step` what is at work and the time left, and `progress(windows done, windows
+    in all)` counts those of the float model and of every recipe.
+
+    The rows are a list, the float model's first, and print as one table. A recipe that ends in a LowbitError is a row with its text.
+    TextError for a text that is shorter than a window, OutputError for a folder that cannot be drawn into.
+
+    >>> rows = lowbit.compare(model, ["w8", "w4"], text=text, windows=1, length=64)
+    >>> [row.recipe for row in rows]
+    ['float32', 'w8', 'w4']
     """
-    if plots is None:
-        return api.compare(model, recipes, **options)
-    drawing = Drawing(open_source(model), Path(plots))
-    rows = api.compare(model, recipes, on_made=drawing.add, **options)
-    drawing.save(rows)
-    return rows
+    file = None if keep is None else RowFile(keep)
+    drawing = None if plots is None else Drawing(open_source(model), Path(plots))
+    rows = api.compare(
+        model, recipes, calibration=calibration, samples=samples, text=text, windows=windows, length=length, speed=speed,
+        tokenizer=tokenizer, progress=progress, on_step=on_step, on_row=on_row,
+        on_made=None if drawing is None else drawing.add, keep=file,
+    )  # fmt: skip
+    if drawing is not None:
+        drawing.save(rows)
+    if file is not None and not keep_after:
+        file.forget()
+    return Comparison(rows)
 
 
 class Drawing:
@@ -51,6 +95,10 @@ class Drawing:
         # Spread over the depth, and shifted a little so that not every one is the same projection.
         places = (len(linear) * (2 * i + 1) // (2 * self.LAYERS) + 2 * i for i in range(self.LAYERS))
         self.layers = list(dict.fromkeys(linear[min(place, len(linear) - 1)] for place in places)) if linear else []
+        self.note = (
+            f"Shown are {len(self.layers)} of the {len(linear)} linear layers, from the beginning, the middle and the end of the "
+            f"model, by at most {self.SAMPLE} of the weights of each."
+        )
         self.panels: list[figures.WeightPanel] = []
 
     def add(self, recipe: str, made: Quantized) -> None:
@@ -63,10 +111,16 @@ class Drawing:
             self.panels.append(figures.WeightPanel(layer, recipe, before[::stride].clone(), after[::stride].clone()))
 
     def save(self, rows: list[CompareRow]) -> None:
-        """Draw weights.png and frontier.png."""
+        """Draw weights.png and frontier.png, as far as there is something to draw: what was measured is worth more than a figure."""
+        points = figures.frontier_points(rows, "bits")
+        if not self.panels or not points:
+            _log.warning("no recipe was quantized with a loss that can be drawn, so figures are left out")
+            return
         try:
-            figures.save_figure(figures.draw_weights(self.panels), self.folder / "weights.png")
-            points = figures.frontier_points(rows, "bits")
-            figures.save_figure(figures.draw_frontier(points, title=self.source.label), self.folder / "frontier.png")
+            figures.save_figure(figures.draw_weights(self.panels, note=self.note), self.folder / "weights.png")
+            figures.save_figure(
+                figures.draw_frontier(points, title=f"{self.source.label}: what each recipe costs"),
+                self.folder / "frontier.png",
+            )
         except OSError as error:
             raise OutputError(f"cannot draw into {self.folder}: {error.strerror or error}") from error

@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING
 
 from lowbit.measure.bench import Bench
 from lowbit.measure.bench_table import caption, columns, notes
+from lowbit.report.layout import Lines, table_or_list, wrapped
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def render_bench(bench: Bench) -> RenderableType:
-    """The table for a terminal."""
-    from rich import box
+def render_bench(bench: Bench, *, width: int = 1000) -> RenderableType:
+    """The figures as a table, or where `width` characters have no room for one as a list."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     shown = columns(bench)
-    for i, (name, _) in enumerate(shown):
-        table.add_column(name.replace(" ", "\n") if i else name, justify="right" if i else "left", overflow="fold")
-    for row in bench.rows:
-        table.add_row(*(Text(text(row)) for _, text in shown))
-    return Group(table, *(Text(note, style="yellow") for note in notes(bench)), Text(caption(bench), style="dim"))
+    headings = [name.replace(" ", "\n") for name, _ in shown]
+    rows = [[text(row) for _, text in shown] for row in bench.rows]
+    said = [*(Text(note, style="yellow") for note in notes(bench)), Text(caption(bench), style="dim")]
+    below = Lines([line for text in said for line in wrapped(text, width)])
+    return Group(table_or_list(headings, rows, width, left=headings[:1]), below)

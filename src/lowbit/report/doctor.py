@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.display import Displayed
 from lowbit.formats import InputQuantizer
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.dispatch import survey
@@ -81,8 +82,8 @@ class EngineState:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Displayed):
     """Everything that `lowbit doctor` prints. Bytes; 0 where the system does not say."""
 
     python: str
@@ -102,6 +103,9 @@ class Report:
     memory_free: int
     disk_free: int
     kernels: tuple[KernelTrial, ...]
+
+    def _brief(self) -> str:
+        return f"{self.machine}, {self.engine.isa or 'no engine'}"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

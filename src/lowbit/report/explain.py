@@ -1,66 +1,49 @@
-"""Every step of the arithmetic on a small array or a few blocks of a tensor, as a value.
+"""Every step of a recipe's arithmetic on a small array or a few blocks of a tensor, as a value.
 
-Nothing is computed a second way: scale and offset come from the fit, codes from the solver, values from
-`QTensor.dequantize()`; only `scaled`, the value just before rounding, is worked out here to be shown.
+First each value on its own, as `quantize_tensor` stores it (`explain_blocks.py`); then, for methods that do more, the method
+at work on a small weight and a few inputs (`at_work/`).
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.errors import WeightError
-from lowbit.formats import Format, QTensor
-from lowbit.formats.blocks import as_matrices
+from lowbit.display import Displayed
+from lowbit.errors import RecipeError, WeightError
+from lowbit.formats import Format, QTensor, stores
 from lowbit.measure.card import json_ready
 from lowbit.recipes.recipe import Recipe
-from lowbit.report.formulas import Range, Step, reading, rounding, scaled_heading, steps
+from lowbit.report.at_work.case import COLUMNS, ROWS, SEED, Case, checked, made_up
+from lowbit.report.at_work.inputs import show_inputs
+from lowbit.report.at_work.trace import Trace, registered
+from lowbit.report.bits import bits_text
+from lowbit.report.explain_blocks import BlockSteps, blocks_of
+from lowbit.report.explain_what import chosen, parse_array
+from lowbit.report.formulas import Step, reading, rounding, scaled_heading
 from lowbit.solvers import Call, fit_blocks
+from lowbit.solvers.ranging import in_range
+
+__all__ = ["BlockSteps", "Explanation", "explain", "parse_array"]
 
 _BINS = 32
 
 
-@dataclass(frozen=True)
-class BlockSteps:
-    """One block: where it is (half-open ranges), its steps, and its first values one by one."""
+@dataclass(frozen=True, repr=False)
+class Explanation(Displayed):
+    """What a recipe does to one array: some blocks in every detail, the errors over all of it, and its methods at work.
 
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    range: Range
-    steps: tuple[Step, ...]
-    learned: tuple[float, ...] | None
-    values: tuple[float, ...]
-    scaled: tuple[float, ...]
-    levels: tuple[float, ...]
-    codes: tuple[int, ...]
-    dequantized: tuple[float, ...]
-
-    @property
-    def errors(self) -> tuple[float, ...]:
-        """x' - x of each shown value."""
-        return tuple(b - a for a, b in zip(self.values, self.dequantized, strict=True))
-
-    @property
-    def count(self) -> int:
-        """Values in the whole block."""
-        return (self.rows[1] - self.rows[0]) * (self.columns[1] - self.columns[0])
-
-    @property
-    def offset(self) -> float | None:
-        """The stored zero-point or minimum."""
-        return next((s.stored for s in self.steps if s.symbol in "zm"), None)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a recipe does to one array: some blocks in every detail, and the errors over all of it."""
+    remarks   what is to be known of the array, the inputs and the recipe, a sentence each
+    inputs    the rows of the inputs that the methods saw, None where none looks at any
+    at_work   one trace for each method that does more than its formula says
+    """
 
     label: str
     recipe: str
@@ -78,54 +61,146 @@ class Explanation:
     nbytes: int
     histogram: tuple[int, ...]
     histogram_after: tuple[int, ...]
+    bits_from: str = ""
+    remarks: tuple[str, ...] = ()
+    inputs: tuple[tuple[float, ...], ...] | None = None
+    at_work: tuple[Trace, ...] = ()
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.recipe}, relative error {self.relative_error:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
-        fmt, skip = self.format, ("blocks", "format", "fit", "solver")
+        fmt, skip = self.format, ("blocks", "format", "fit", "solver", "at_work")
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         out |= {"format": str(fmt), "fit": None if self.fit is None else str(self.fit), "solver": str(self.solver)}
         out |= {"rounding": rounding(fmt), "scaled_is": scaled_heading(fmt), "reading": reading(fmt)}
         out["blocks"] = [
             {**dataclasses.asdict(b), "errors": b.errors, "steps": [_step(s) for s in b.steps]} for b in self.blocks
         ]
+        out["at_work"] = [trace.to_dict() for trace in self.at_work]
         return json_ready(out)
 
 
-def parse_array(text: str) -> Tensor:
-    """'[-0.3, 0, 0.1]' or '[[1, 2], [3, 4]]' as float32. WeightError when it is no array of numbers."""
-    example = "write numbers in brackets, such as '[-0.3, 0, 0.1, 0.7]' or '[[1, 2], [3, 4]]'"
-    try:
-        value = ast.literal_eval(text.strip())
-        array = torch.tensor(value, dtype=torch.float32)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError, OverflowError):
-        raise WeightError(f"{text[:80]!r} is not an array of numbers of one shape: {example}") from None
-    if array.dim() == 0 or array.dim() > 3 or array.numel() == 0:
-        raise WeightError(f"{text[:80]!r} is not an array of one to three dimensions: {example}")
-    return array
-
-
 def explain(
-    weight: Tensor,
-    recipe: Recipe,
+    what: Tensor | Sequence[Any] | str,
+    recipe: str | Path | Format | Recipe | None = None,
     fmt: Format | None = None,
     *,
+    inputs: Tensor | Sequence[Any] | str | None = None,
     label: str = "x",
     rows: int | None = None,
     elements: int = 64,
 ) -> Explanation:
-    """Quantize `weight` [out, in] (or a vector, or [n, out, in]) and note every step.
+    """Quantize `what` and note every step.
 
-    `fmt` is the recipe's main format unless given. Details are kept of the first block of each of the first
-    `rows` rows (of all blocks when None, 16 at most), and of `elements` values of each. WeightError for NaN.
+    `what`: a weight [out, in] (or a vector, or [n, out, in]) as a tensor, as lists or as text such as "[-0.3, 0, 0.1, 0.7]";
+    "MODEL:TENSOR"; or, without a recipe, the name of a recipe or method, which is shown on an array of its own. `recipe`:
+    w4 unless given. `inputs` [T, in]: a few inputs of the layer for methods that look at them; a made-up few otherwise,
+    and the recipe is what it stands for with calibration text where they are given. `fmt` is the recipe's main format unless
+    given. Details are kept of the first block of each of the first `rows` rows (of all blocks when None, 16 at most), and of
+    `elements` values of each. WeightError for NaN, RecipeError for inputs that no method looks at.
+
+    >>> found = lowbit.explain([-0.3, 0, 0.1, 0.7], "absmax")
+    >>> found.blocks[0].codes
+    (74, 128, 146, 255)
     """
-    fmt = fmt or recipe.format
-    weight = weight.detach().to(torch.float32)
+    found = chosen(what, recipe, fmt, label=label, rows=rows, elements=elements)
+    wanted, remarks = found.recipe, list(found.remarks)
+    weight, fmt = found.weight.detach().to(torch.float32), found.format
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise WeightError(f"{label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold")
+        raise WeightError(
+            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold"
+        )
+    given = None if inputs is None else _inputs(inputs)
+    if given is not None:
+        wanted = wanted.calibrated()
+        fmt = wanted.format if fmt == found.recipe.format else fmt
+        if not (wanted.uses_calibration or wanted.transforms or wanted.stores_inputs):
+            raise RecipeError(f"{wanted.title} looks at no inputs, so that those given change nothing; leave them out")
+    elif wanted.calibrated() != wanted:
+        remarks.append(
+            f"With calibration text {wanted.name} is {wanted.calibrated()}, which `lowbit explain` shows too."
+        )
+    case = _case(weight, wanted, fmt, given, remarks)
+    shown = _blocks(found.label, weight, wanted, fmt, found.rows, found.elements)
+    traces = () if case is None else tuple(_traces(case))
+    seen = case is not None and _looks_at_inputs(wanted, given)
+    return dataclasses.replace(
+        shown,
+        remarks=tuple(remarks),
+        inputs=tuple(map(tuple, case.inputs_float.tolist())) if case is not None and seen else None,
+        at_work=traces,
+    )
+
+
+def _inputs(inputs: Tensor | Sequence[Any] | str) -> Tensor:
+    if isinstance(inputs, str):
+        return parse_array(inputs)
+    return inputs if isinstance(inputs, Tensor) else torch.tensor(inputs, dtype=torch.float32)
+
+
+def _looks_at_inputs(recipe: Recipe, given: Tensor | None) -> bool:
+    return given is not None or bool(recipe.transforms or recipe.stores_inputs or recipe.needs_calibration)
+
+
+def _case(weight: Tensor, recipe: Recipe, fmt: Format, given: Tensor | None, remarks: list[str]) -> Case | None:
+    """The corner of the weight that methods are shown on, with inputs; None for a weight without values."""
+    if not weight.numel():
+        return None
+    matrix = weight.reshape(-1, *weight.shape[-2:])[0] if weight.dim() > 1 else weight.reshape(1, -1)
+    x = None if given is None else checked(given, matrix.shape[1])
+    small = matrix[:ROWS, :COLUMNS].contiguous()
+    if small.shape != matrix.shape and _stages(recipe, fmt):
+        remarks.append(
+            f"The method is shown on the first {_count(len(small), 'row')} and {_count(small.shape[1], 'column')} of the weight, as a "
+            "small weight of their own."
+        )
+    if x is None:
+        x = made_up(small.shape[1])
+        if _looks_at_inputs(recipe, given):
+            remarks.append(
+                f'The {len(x)} inputs x of the layer are made up (seed {SEED}); give your own with --inputs "[[...], [...]]".'
+            )
+    calibrated = given is not None or recipe.needs_calibration is not None
+    return Case.of(small, x[:, : small.shape[1]].contiguous(), recipe, fmt, calibrated)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number != 1 else what
+
+
+def _stages(recipe: Recipe, fmt: Format) -> list[Call]:
+    """The methods of a recipe that have something to show, in the order in which they work."""
+    needs = recipe.needs_calibration is not None
+    fit = recipe.fit_for(fmt) if fmt.scale is not None else None
+    calls = (*recipe.transforms, recipe.weighting, fit, recipe.solver_for(fmt, with_stats=needs), recipe.tuner)
+    return [call for call in calls if call is not None and registered(call) is not None]
+
+
+def _traces(case: Case) -> list[Trace]:
+    """Every method in order, each on what the one before made of weight and inputs."""
+    traces = []
+    for call in _stages(case.recipe, case.wanted):
+        found = registered(call)
+        shown = None if found is None else found.show(case, call)
+        if shown is not None:
+            traces.append(shown.trace)
+            case = shown.after
+    last = show_inputs(case)
+    return [*traces, last] if last is not None else traces
+
+
+def _blocks(label: str, weight: Tensor, recipe: Recipe, fmt: Format, rows: int | None, elements: int) -> Explanation:
+    """Each value on its own, by the data-free part of the recipe."""
+    fmt = in_range(weight, fmt)
     fit, solver = recipe.fit_for(fmt), recipe.solver_for(fmt)
     q: QTensor = solver(weight, fmt, fit)
-    scale, offset = fit_blocks(weight, fmt, fit) if fmt.codebook is None else (None, None)
+    scale, offset = None, None
+    if fmt.codebook is None:
+        scale, offset = fit_blocks(stores.times_power(weight, -fmt.exponent), fmt.plain, fit)
+        scale = stores.times_power(scale, fmt.exponent)
     after = q.dequantize()
     error = (after - weight).double()
     norm = float(weight.double().norm())
@@ -138,7 +213,7 @@ def explain(
         solver=solver,
         shape=tuple(weight.shape),
         block_count=math.prod(fmt.block.counts(tuple(weight.shape))),
-        blocks=tuple(_blocks(weight, q, fit, scale, offset, after, rows, elements)),
+        blocks=tuple(blocks_of(weight, q, fit, scale, offset, after, rows, elements)),
         mean_error=float(error.abs().mean()),
         max_error=float(error.abs().max()),
         rms_error=float(error.square().mean().sqrt()),
@@ -147,73 +222,8 @@ def explain(
         nbytes=q.nbytes,
         histogram=_histogram(weight, reach),
         histogram_after=_histogram(after, reach),
+        bits_from=bits_text(q),
     )
-
-
-def _blocks(
-    weight: Tensor, q: QTensor, fit: Call, scale: Tensor | None, offset: Tensor | None, after: Tensor,
-    rows: int | None, elements: int,
-) -> Iterator[BlockSteps]:  # fmt: skip
-    """The chosen blocks of the first matrix."""
-    _, height, width = as_matrices(q.shape)
-    tall, wide = (size if b == -1 else b for b, size in ((q.format.block.rows, height), (q.format.block.cols, width)))
-    _, count_r, count_c = q.format.block.counts(q.shape)
-    if rows is None:
-        places = [(r, c) for r in range(count_r) for c in range(count_c)][:16]
-    else:
-        places = [(r, 0) for r in range(min(count_r, -(-rows // tall)))]
-    matrices = [t.reshape(-1, height, width)[0] for t in (weight, q.unpacked(), after)]
-    scales, offsets = q.scales(), q.offsets()
-    for r, c in places:
-        r0, r1, c0, c1 = r * tall, min(height, (r + 1) * tall), c * wide, min(width, (c + 1) * wide)
-        block, codes, values = (m[r0:r1, c0:c1].reshape(-1) for m in matrices)
-        x, codes = block[:elements], codes[:elements]
-        reach = Range(float(block.min()), float(block.max()))
-        learned = _learned(q, r0, c0)
-        s, z = (None if t is None else t[0, r, c] for t in (scales, offsets))
-        raw = scale if scale is not None else scales
-        found = steps(reach, q.format, fit, _number(raw, r, c), _number(offset, r, c) if offset is not None else None)
-        if q.format.codebook is not None and found:
-            found = [Step("s", "", "", found[0].value, note="found together with the levels")]
-        levels = q.format.grid.decode(codes) if learned is None else learned[codes.to(torch.int64)]
-        yield BlockSteps(
-            (r0, r1), (c0, c1), reach,
-            tuple(_with_stored(step, q.format, s, z) for step in found),
-            None if learned is None else tuple(learned.tolist()),
-            tuple(x.tolist()), tuple(_scaled(x, q.format, s, z).tolist()), tuple(levels.tolist()),
-            tuple(codes.tolist()), tuple(values[:elements].tolist()),
-        )  # fmt: skip
-
-
-def _learned(q: QTensor, row: int, column: int) -> Tensor | None:
-    """The learned levels that serve this place of the first matrix."""
-    book = q.format.codebook
-    if q.levels is None or book is None:
-        return None
-    r = 0 if book.rows == -1 else row // book.rows
-    c = 0 if book.cols == -1 else column // book.cols
-    return q.levels[0, r, c].to(torch.float32)
-
-
-def _scaled(x: Tensor, fmt: Format, s: Tensor | None, z: Tensor | None) -> Tensor:
-    """The value that is rounded, as `encode` computes it."""
-    if s is None:
-        return x
-    inverse = (1 / s).nan_to_num(0.0, 0.0, 0.0)
-    if z is None:
-        return x * inverse
-    return (x - z) * inverse if fmt.offset_kind == "min" else x * inverse + z
-
-
-def _with_stored(step: Step, fmt: Format, s: Tensor | None, z: Tensor | None) -> Step:
-    """The step with the value that is read back and the name of how it is kept."""
-    kept, store = (s, fmt.scale) if step.symbol == "s" else (z, fmt.offset.store if fmt.offset else None)
-    name = f"{fmt.grid}" if store == "grid" else str(store)
-    return dataclasses.replace(step, stored=None if kept is None else float(kept), store=name)
-
-
-def _number(values: Tensor | None, r: int, c: int) -> float | None:
-    return None if values is None else float(values[0, r, c])
 
 
 def _histogram(values: Tensor, reach: float) -> tuple[int, ...]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 from typing import TYPE_CHECKING
 
 from lowbit.formats import IntGrid
 from lowbit.report.explain import BlockSteps, Explanation
+from lowbit.report.explain_what import Names
 from lowbit.report.formulas import reading, rounding, scaled_heading
 from lowbit.report.layout import named_lines
+from lowbit.report.trace_view import folded, trace_lines
 from lowbit.report.wording import bytes_text, count_text, shape_text, sparkline
 from lowbit.report.wording import number_text as num
 
@@ -19,21 +22,48 @@ if TYPE_CHECKING:
     from lowbit.formats import Format
 
 _NAMES = 8  # characters of the column of names, so that those of all blocks stand below one another
+_WIDTH = 80
 
 
-def render_explanation(found: Explanation) -> RenderableType:
-    """What the recipe means, every shown block step by step, and the errors over the whole array."""
+def render_explanation(found: Explanation, width: int = _WIDTH) -> RenderableType:
+    """What the recipe means, every shown block step by step, the errors over the whole array, and each method at work."""
     from rich.console import Group
     from rich.text import Text
 
-    elements: list[RenderableType] = [Text(found.recipe, style="bold"), named_lines(_head(found), _NAMES), Text()]
+    title = found.recipe if len(found.recipe) <= width else found.recipe.replace(" = ", " =\n  ", 1)
+    heading = Text(title, style="bold", no_wrap=True, overflow="ignore")
+    elements: list[RenderableType] = [heading, named_lines(_head(found), _NAMES), Text()]
+    alone = ", without inputs" if found.inputs is not None else ""
+    if found.at_work:
+        elements.append(Text(f"Each value on its own{alone}", style="bold"))
     for block in found.blocks:
         elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
         elements.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
     elements.append(named_lines(_errors(found), _NAMES))
+    if found.at_work:
+        elements.append(Text())
+    if found.inputs is not None:
+        elements += [Text("The inputs x of the layer, one in a row", style="bold")]
+        elements += [Text("From here on w is a value of the weight W, and x one of an input; the output is x W^T.")]
+        heads = ("input", *(f"x{k}" for k in range(len(found.inputs[0]))))
+        rows = [(i, *row) for i, row in enumerate(found.inputs)]
+        elements.append(Text(folded(heads, rows, width), no_wrap=True))
+    for trace in found.at_work:
+        elements += trace_lines(trace, width)
     return Group(*elements)
+
+
+def render_names(found: Names) -> RenderableType:
+    """Names of which one has to be chosen, and the command for the first."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [Text(f"{found.said}:"), *(Text(f"  {name}", no_wrap=True, overflow="ignore") for name in found.names)]
+    return Group(
+        *lines, Text("\nShow the first:"), Text(f"  {found.first}", style="cyan", no_wrap=True, overflow="ignore")
+    )
 
 
 def _head(found: Explanation) -> list[tuple[str, str | Text]]:
@@ -48,7 +78,26 @@ def _head(found: Explanation) -> list[tuple[str, str | Text]]:
         lines.append(("fit", f"{found.fit}: {found.fit.method.summary}"))
     if str(found.solver) != "rtn":
         lines.append(("solver", f"{found.solver}: {found.solver.method.summary}"))
-    return lines
+    lines.append(("symbols", _symbols(found)))
+    return lines + [("note", remark) for remark in found.remarks]
+
+
+def _symbols(found: Explanation) -> str:
+    """Every letter that the formulas below use."""
+    fmt = found.format
+    words = ["x a value", "x' what is read back"]
+    if fmt.scale is not None:
+        words.insert(1, "s the scale, one level's worth")
+    if fmt.offset is not None:
+        kind = (
+            "m the minimum, the value of level 0"
+            if fmt.offset_kind == "min"
+            else "z the zero-point, the level that 0 is at"
+        )
+        words.insert(2, kind)
+    named = re.findall(r"\b(?:lo|hi)\b", found.fit.method.summary if found.fit is not None else "")
+    words += [{"lo": "lo the lowest level", "hi": "hi the highest level"}[name] for name in sorted(set(named))]
+    return "; ".join([*words, "code the number that is stored for a level"])
 
 
 def grid_text(fmt: Format) -> str:
@@ -90,11 +139,15 @@ def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
         if step.stored is not None and step.value is not None:
             changed = num(step.stored, 7) != num(step.value, 7)
             kept = f"kept in {step.store}" + (f" as {num(step.stored, 7)}" if changed else "")
+            kept = f"{kept}: {step.parts}" if step.parts else kept
             lines.append(("", Text(f"{step.note}; {kept}" if step.note else kept, style="dim")))
     if block.learned is not None:
         lines.append(("levels", "  ".join(dict.fromkeys(num(v, 4) for v in block.learned))))
     lines += [("round", rounding(fmt)), ("read", reading(fmt))]
-    return [*elements, named_lines(lines, _NAMES), _values(fmt, block)]
+    elements += [named_lines(lines, _NAMES), _values(fmt, block)]
+    if block.remarks:
+        elements += [named_lines([("note", remark) for remark in block.remarks], _NAMES), Text()]
+    return elements
 
 
 def _place(block: BlockSteps) -> str:
@@ -129,6 +182,8 @@ def _errors(found: Explanation) -> list[tuple[str, str | Text]]:
         ("relative", f"||x' - x|| / ||x|| = {num(100 * found.relative_error, 4)} %"),
         ("size", f"{num(found.bits_per_weight, 5)} bits per value, scales and all ({bytes_text(found.nbytes)})"),
     ]
+    if found.bits_from:
+        lines.append(("", found.bits_from))
     if sum(found.histogram) >= 256:
         lines.append(("before", f"{sparkline(found.histogram)}  {count_text(sum(found.histogram))} values"))
         lines.append(("after", sparkline(found.histogram_after)))

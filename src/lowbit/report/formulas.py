@@ -29,7 +29,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of arithmetic: `symbol = formula = numbers = value`, kept as `stored`; `note` says more."""
+    """One line of arithmetic: `symbol = formula = numbers = value`, kept as `stored`; `note` says more, and `parts` how a
+    stored value that is itself a code is read."""
 
     symbol: str
     formula: str
@@ -38,6 +39,7 @@ class Step:
     stored: float | None = None
     store: str = ""
     note: str = ""
+    parts: str = ""
 
     def __str__(self) -> str:
         """The line for people."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowbit.display import Displayed
 from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.files.settings import read_config
@@ -22,12 +23,13 @@ from lowbit.interchange.files.weights import entries_of, remarks_on
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source, say_remarks
 from lowbit.measure.card import json_ready
-from lowbit.report.layout import fitted_table
+from lowbit.report.layout import Lines, table_or_list, wrapped
 from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 _CHUNK = 1 << 22  # elements in float64 at a time: 32 MiB
 
@@ -67,8 +69,8 @@ class TensorFacts:
     inputs: str | None = None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Displayed):
     """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known."""
 
     label: str
@@ -76,6 +78,9 @@ class Inspection:
     tensors: tuple[TensorFacts, ...]
     tied: dict[str, str]
     quantized: str | None = None
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.model_class}, {len(self.tensors)} tensors, {self.nbytes:,} bytes"
 
     @property
     def parameters(self) -> int:
@@ -186,32 +191,37 @@ def _prefixes(name: str) -> list[str]:
 def render_inspection(found: Inspection, *, every: bool = False, width: int = 1000) -> RenderableType:
     """A row for each group of like tensors, or for `every` tensor; then what stands out.
 
-    `width` in characters: columns that matter less are left out until the table fits.
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
     """
     from rich.console import Group
     from rich.text import Text
 
-    head = Text.assemble((found.label, "bold"), f"  {found.model_class}, ")
-    head.append(f"{len(found.tensors)} tensors, {count_text(found.parameters)} parameters, ")
-    head.append(bytes_text(found.nbytes))
+    sizes = f"{found.model_class}, {len(found.tensors)} tensors, {count_text(found.parameters)} parameters, "
+    sizes += bytes_text(found.nbytes)
     if found.quantized is not None:
-        head.append(f", {8 * found.nbytes / max(1, found.parameters):.2f} bits per weight\n")
-        head.append("recipe  ", "cyan").append(found.quantized or "not noted")
+        sizes += f", {8 * found.nbytes / max(1, found.parameters):.2f} bits per weight"
+    line = Text.assemble((found.label, "bold"), "  ", sizes)
+    head = [line] if line.cell_len <= width else [Text(found.label, "bold"), *wrapped(f"  {sizes}", width)]
+    if found.quantized is not None:
+        head += wrapped(Text.assemble(("recipe  ", "cyan"), found.quantized or "not noted"), width)
     for alias, name in found.tied.items():
-        head.append(f"\n{alias} is tied to {name}", "dim")
+        head += wrapped(Text(f"{alias} is tied to {name}", "dim"), width)
     groups = [[t] for t in found.tensors] if every else grouped(found.tensors, _alike)
-    measured = _FLOAT if found.quantized is None else _PACKED
+    measured, less = (_FLOAT, _LESS) if found.quantized is None else (_PACKED, _LESS_PACKED)
     headings = ["tensor", "shape", "kind", "stored as", *measured, "bytes", "share"]
     rows = [_row(group, found.quantized is None) for group in groups]
-    table = fitted_table(headings, rows, width, ("bytes", "stored as", "kurtosis", "std", "shape"), left=headings[:4])
-    elements: list[RenderableType] = [head, table]
+    table = table_or_list(headings, rows, width, expendable=less, left=headings[:4])
+    elements: list[RenderableType] = [Lines(head), table]
     if found.quantized is None:
-        elements.append(_standing_out(found.tensors))
+        elements.append(Lines(_standing_out(found.tensors, width)))
     return Group(*elements)
 
 
 _FLOAT = ("min", "max", "std", "max/std", "kurtosis")
-_PACKED = ("bits/weight",)
+_PACKED = ("bits/\nweight",)
+# What a table in few columns can do without, the least missed first.
+_LESS = ("bytes", "stored as", "kurtosis", "std", "shape")
+_LESS_PACKED = ("bytes", "shape", "kind", "share")
 
 
 def _alike(t: TensorFacts) -> Any:
@@ -241,22 +251,22 @@ def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
     return [*cells, bytes_text(sum(t.nbytes for t in group)), f"{100 * sum(t.share for t in group):.1f} %"]
 
 
-def _standing_out(tensors: Sequence[TensorFacts], most: int = 5) -> RenderableType:
-    """The quantizable tensors with the farthest outliers, and every one with values that are not finite."""
+def _standing_out(tensors: Sequence[TensorFacts], width: int, most: int = 5) -> list[Text]:
+    """The quantizable tensors with the farthest outliers, and every one with values that are not finite, as lines."""
     from rich.text import Text
 
-    text = Text()
+    lines = list[Text]()
     wide = sorted(
         (t for t in tensors if t.moments is not None and t.keep is None),
         key=lambda t: -t.moments.outlier if t.moments else 0.0,
     )
     if wide:
-        text.append("farthest outliers", "cyan").append("  (such tensors want small groups, or more bits)\n", "dim")
+        why = ("  (such tensors want small groups, or more bits)", "dim")
+        lines += wrapped(Text.assemble(("farthest outliers", "cyan"), why), width)
     for t in wide[:most]:
         if t.moments is not None:
-            text.append(f"  {t.name}  {num(t.moments.outlier, 3)} standard deviations\n")
+            lines += wrapped(f"  {t.name}  {num(t.moments.outlier, 3)} standard deviations", width)
     for t in tensors:
         if t.moments is not None and t.moments.bad:
-            text.append(f"{t.name}: {t.moments.bad} values are NaN or infinite\n", "red")
-    text.rstrip()
-    return text
+            lines += wrapped(Text(f"{t.name}: {t.moments.bad} values are NaN or infinite", "red"), width)
+    return lines

@@ -8,6 +8,7 @@ from lowbit.measure.card import Card
 from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
 from lowbit.measure.verdict import slower, verdict
+from lowbit.report.boxed import Boxed
 from lowbit.report.layout import named_lines
 from lowbit.report.wording import bytes_text
 
@@ -141,24 +142,23 @@ def rate_text(rate: float) -> str:
 
 def render_card(card: Card) -> RenderableType:
     """The card as a panel: a verdict in plain words, the figures, and both models' answers."""
-    from rich.console import Group
-    from rich.panel import Panel
     from rich.text import Text
 
-    elements: list[RenderableType] = []
+    before, after = list[Text](), list[Text]()
     found = verdict(card.quality) if card.quality is not None else None
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
-        elements.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
+        before.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))
     figures = [(name, Text(value, style="dim" if name.startswith("  ") else "")) for name, value in card_lines(card)]
-    elements.append(named_lines(figures))
     if card.sample is not None:
-        elements.append(Text.assemble("\n", ("prompt  ", "cyan"), card.sample.prompt))
-        if card.sample.base_answer is not None:
-            elements.append(Text.assemble(("float   ", "cyan"), card.sample.base_answer))
-        elements.append(Text.assemble(("lowbit  ", "cyan"), card.sample.answer))
+        answers = [
+            ("\nprompt  ", card.sample.prompt),
+            ("float   ", card.sample.base_answer),
+            ("lowbit  ", card.sample.answer),
+        ]
+        after += [Text.assemble((who, "cyan"), said, overflow="fold") for who, said in answers if said is not None]
     footer = None
     if card.environment is not None:
         footer = Text(f"{card.environment.machine}, torch {card.environment.torch}", style="dim")
     title = Text.assemble((card.parts.model, "bold"), "  ", card.parts.recipe)
-    return Panel(Group(*elements), title=title, subtitle=footer, border_style=colour, padding=(1, 2), expand=False)
+    return Boxed(named_lines(figures), title, before=before, after=after, footer=footer, colour=colour)

@@ -6,6 +6,8 @@ said by colour alone. matplotlib is optional and drawn without a display or any 
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError, OutputError
 from lowbit.measure.compare import CompareRow
+from lowbit.measure.verdict import THRESHOLDS
 from lowbit.report.labels import place_labels
 
 if TYPE_CHECKING:
@@ -23,7 +26,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#8C8C8C"
+_BANDS = ("#E3F1E6", "#F1F6E1", "#FCF1DA", "#F9E3E0")  # behind the verdicts, from the best to the worst
 _BINS = 161
+_WIDTH = 8.0  # inches of every figure: letters stay readable where it is shown 800 pixels wide
+_COLUMNS = 3  # panels beside each other
+_TITLE = 30  # characters above a panel
+_WEIGHT_ERROR = (
+    "Weight error: ||W - Q|| / ||W||, what rounding changed in this tensor over its weights. "
+    "Values: how many different ones remain."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,32 +57,40 @@ class FrontierPoint:
     stderr: float | None = None
 
 
-def draw_weights(panels: Sequence[WeightPanel]) -> Figure:
-    """Histograms before (filled) and after (line): a row for each layer, a column for each recipe.
+def draw_weights(panels: Sequence[WeightPanel], *, note: str = "") -> Figure:
+    """Histograms of the weights before (filled) and after (line): a strip for each layer, in which each recipe has a panel.
 
     The share of weights in a bin is on a log scale, so that outliers show. Each panel states the
-    relative error ||W - Q|| / ||W|| and how many values remain.
+    relative error of the weights, ||W - Q|| / ||W||, and how many values remain. `note`: which layers these are, and why.
     """
     if not panels:
         raise LowbitError("there are no weights to draw: name at least one layer and one recipe")
     layers = list(dict.fromkeys(panel.layer for panel in panels))
     recipes = list(dict.fromkeys(panel.recipe for panel in panels))
-    figure = _figure(2.6 * len(recipes) + 0.9, 2.0 * len(layers) + 0.9)
-    axes = figure.subplots(len(layers), len(recipes), sharex="row", sharey=True, squeeze=False)
-    for row in axes:
-        for each in row:
+    columns = min(_COLUMNS, len(recipes))
+    rows = -(-len(recipes) // columns)
+    figure = _figure(_WIDTH, len(layers) * (1.75 * rows + 0.35) + 1.1)
+    strips = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
+    for layer, strip in zip(layers, strips, strict=True):
+        strip.suptitle(layer.removesuffix(".weight"), x=0.01, ha="left", fontsize=10, fontweight="bold")
+        axes = list(strip.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+        for place, each in enumerate(axes):
             each.set_visible(False)
-    for panel in panels:
-        row, column = layers.index(panel.layer), recipes.index(panel.recipe)
-        _draw_panel(axes[row][column], panel)
-        if row == 0:
-            axes[row][column].set_title(panel.recipe, fontsize=10, fontweight="bold")
-        if column == 0:
-            axes[row][column].set_ylabel(f"{_short(panel.layer)}\nshare of weights", fontsize=8)
-        if row == len(layers) - 1:
-            axes[row][column].set_xlabel("weight", fontsize=8)
-    handles, names = next(each for each in axes.flat if each.get_visible()).get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+            each.tick_params(labelbottom=place + columns >= len(recipes), labelleft=place % columns == 0)
+        for panel in panels:
+            if panel.layer == layer:
+                place = recipes.index(panel.recipe)
+                _draw_panel(axes[place], panel)
+                axes[place].set_title(_wrapped(panel.recipe), fontsize=9)
+        strip.supylabel("share of weights (log)", fontsize=9)
+    handles, names = next(each for each in figure.axes if each.get_visible()).get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(f"Across: the value of a weight. {_WEIGHT_ERROR} {note}".strip(), 128)),
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 
@@ -82,29 +101,28 @@ def _draw_panel(axes: Axes, panel: WeightPanel) -> None:
     edges = torch.linspace(-reach, reach, _BINS + 1)
     shares = [torch.histogram(values, edges).hist / len(values) for values in (before, after)]
     axes.set_visible(True)
-    axes.stairs(shares[0].numpy(), edges.numpy(), fill=True, color=_GREY, alpha=0.45, label="before")
-    axes.stairs(shares[1].numpy(), edges.numpy(), color=_BLUE, linewidth=0.9, label="after")
+    axes.stairs(shares[0].numpy(), edges.numpy(), fill=True, color=_GREY, alpha=0.45, label="float weights")
+    axes.stairs(shares[1].numpy(), edges.numpy(), color=_BLUE, linewidth=0.9, label="after quantizing")
     axes.set_yscale("log")
-    axes.set_ylim(0.4 / len(before) if len(before) < 1e6 else 4e-7, 3.0)
+    axes.set_ylim(0.4 / len(before) if len(before) < 1e6 else 4e-7, 20.0)  # with room for the words
     error = float((before.double() - after.double()).norm() / before.double().norm().clamp_min(1e-300))
     values = len(torch.unique(after))
     axes.text(
-        0.03,
-        0.96,
-        f"error {100 * error:.2g} %\n{values:,} values".replace(",", " "),
-        transform=axes.transAxes,
-        va="top",
-        fontsize=7.5,
-    )
-    axes.tick_params(labelsize=7)
+        0.03, 0.97, f"weight error {100 * error:.2g} %, {values:,} values".replace(",", " ").replace(" %  ", " %, "),
+        transform=axes.transAxes, va="top", fontsize=8.5,
+    )  # fmt: skip
+    axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _short(name: str) -> str:
-    """The last parts of a parameter's name, short enough for an axis."""
-    parts = name.removesuffix(".weight").split(".")
-    return ".".join(parts[-3:]) if len(parts) > 3 else ".".join(parts)
+def _wrapped(recipe: str) -> str:
+    """A recipe as a title, a long one in lines that end at its commas."""
+    lines = [""]
+    for part in recipe.split(","):
+        joined = f"{lines[-1]},{part}" if lines[-1] else part
+        lines = [*lines[:-1], joined] if len(joined) <= _TITLE else [*lines, part]
+    return ",\n".join(line for line in lines if line)
 
 
 def frontier_points(rows: Sequence[CompareRow], size: str = "bits") -> list[FrontierPoint]:
@@ -133,31 +151,65 @@ def pareto(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
 
 
 def draw_frontier(points: Sequence[FrontierPoint], *, size: str = "bits", title: str = "") -> Figure:
-    """Mean KL (log scale) against size, each recipe labelled, and the line of those that none beats."""
+    """Mean KL (log scale) against size (from 0), each recipe labelled, the line of those that none beats, and behind them what such a KL means."""
     if not points:
         raise LowbitError("no recipe has both a size and a KL, so there is nothing to draw")
-    figure = _figure(8.0, 5.2)
+    figure = _figure(_WIDTH, 5.6)
     axes = figure.subplots()
     best = pareto(points)
     beaten = [point for point in points if point not in best]
-    _draw_points(axes, best, _BLUE, "o", "no other is both smaller and closer")
-    _draw_points(axes, beaten, _ORANGE, "s", "another is smaller and closer")
+    _draw_points(axes, best, _BLUE, "o", "best for its size")
+    _draw_points(axes, beaten, _ORANGE, "s", "another is no larger and loses less")
     corners = _staircase(best)
     axes.plot(*zip(*corners, strict=True), color=_BLUE, linewidth=1.0, alpha=0.45, zorder=1)
     axes.set_yscale("log")
-    axes.margins(x=0.1)
     low, high = min(p.kl for p in points) / 2, max(p.kl for p in points) * 2
     spread = max(1.0, 10 * low / high) ** 0.5  # at least a decade, or the axis has no round numbers
     axes.set_ylim(low / spread, high * spread)
-    axes.set_xlabel("bits per weight, all files" if size == "bits" else "MiB, all files")
-    axes.set_ylabel("KL from the float model, nats per token")
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
+    # From nothing, so that a distance on the page is a share of the size.
+    axes.set_xlim(0, 1.12 * max(p.size for p in points))
+    _number_kl(axes)
+    _draw_verdicts(axes)
+    axes.set_xlabel(
+        "bits per weight: the weight files over all parameters" if size == "bits" else "MiB, all files", fontsize=10
+    )
+    axes.set_ylabel("KL from the float model, nats per token; lower is better", fontsize=10)
+    axes.tick_params(labelsize=9)
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.grid(True, axis="x", which="major", color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=10)
     place_labels(figure, axes, [(p.label, p.size, p.kl) for p in points], avoid=corners)
     return figure
+
+
+def _number_kl(axes: Axes) -> None:
+    """Plain numbers on the log axis: 0.1, 0.2, 0.5, 1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=30))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_verdicts(axes: Axes) -> None:
+    """Light bands of what a KL means, as `measure.verdict` has it, with their words on the right."""
+    low, high = axes.get_ylim()
+    places, words, bottom = [], [], 0.0
+    for row, colour in zip(THRESHOLDS, _BANDS, strict=True):
+        first, last = max(low, bottom), min(high, row.kl)
+        if first < last:
+            axes.axhspan(first, last, color=colour, zorder=0, linewidth=0)
+            if math.log(last / first) > 0.04 * math.log(high / low):  # a thinner band has no room for its word
+                places.append((first * last) ** 0.5)
+                words.append(row.word)
+        bottom = row.kl
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(places, words, fontsize=9.5)
+    right.tick_params(which="both", length=0)
+    right.minorticks_off()
+    right.spines["right"].set_visible(False)
 
 
 def _staircase(points: Sequence[FrontierPoint]) -> list[tuple[float, float]]:
@@ -174,7 +226,8 @@ def _draw_points(axes: Axes, points: list[FrontierPoint], colour: str, marker: s
     sizes, values = [p.size for p in points], [p.kl for p in points]
     # An error bar may not reach zero on a log axis.
     errors = [[min(p.stderr or 0.0, 0.9 * p.kl) for p in points], [p.stderr or 0.0 for p in points]]
-    axes.errorbar(sizes, values, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2)
+    said = "one standard error" if colour == _BLUE and any(errors[1]) else None  # once is enough
+    axes.errorbar(sizes, values, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2, zorder=2, label=said)
     axes.scatter(
         sizes, values, s=34, marker=marker, color=colour, edgecolor="white", linewidth=0.6, label=name, zorder=3
     )

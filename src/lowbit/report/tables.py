@@ -11,8 +11,8 @@ from lowbit.measure.card import json_ready
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.markdown import markdown_table
 from lowbit.measure.verdict import verdict
-from lowbit.report.panel import ABSENT, VERDICT_COLOURS, rate_text
-from lowbit.report.wording import fitting
+from lowbit.report.layout import Lines, columns_shown, table_or_list, wrapped
+from lowbit.report.panel import ABSENT, VERDICT_COLOURS, estimate_text, rate_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,35 +20,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the comparison: its heading, its key in JSON rows, and how its value is written."""
+    """A column of the comparison: its heading, its key in JSON rows, how its value is written, and what it is."""
 
     heading: str
     key: str
     write: Callable[[float], str]
+    meaning: str = ""
 
 
 _COLUMNS = (
-    _Column("bits/ weight", "bits", lambda value: f"{value:.2f}"),
-    _Column("linear bits", "linear_bits", lambda value: f"{value:.2f}"),
+    _Column("bits/ weight", "bits", lambda value: f"{value:.2f}", "bits/weight: the weight files over all parameters"),
+    _Column("linear bits", "linear_bits", lambda value: f"{value:.2f}", "linear bits: the same in the linear layers alone"),
     _Column("MiB", "mib", lambda value: f"{value:.1f}"),
-    _Column("perplexity", "perplexity", lambda value: f"{value:.3f}" if value < 1e5 else f"{value:.3g}"),
-    _Column("ratio", "ratio", lambda value: f"{value:.4f}" if value < 1e3 else f"{value:.3g}"),
-    _Column("KL", "kl", lambda value: f"{value:.5f}" if value < 10 else f"{value:.3g}"),
-    _Column("±", "kl_stderr", lambda value: f"{value:.5f}" if value < 10 else f"{value:.2g}"),
-    _Column("top-1 %", "top1", lambda value: f"{100 * value:.2f}"),
-    _Column("decode tok/s", "decode", rate_text),
-    _Column("x float", "decode_ratio", lambda value: f"{value:.2f}"),
-    _Column("prefill tok/s", "prefill", rate_text),
-    _Column("batch tok/s", "batch", rate_text),
+    _Column(
+        "perplexity", "perplexity", lambda value: f"{value:.3f}" if value < 1e5 else f"{value:.3g}",
+        "perplexity: how surprised the model is by the text, lower is better",
+    ),
+    _Column(
+        "ratio", "ratio", lambda value: f"{value:.4f}" if value < 1e3 else f"{value:.3g}",
+        "ratio: perplexity over the float model's",
+    ),
+    _Column(
+        "KL", "kl", lambda value: f"{value:.5f}" if value < 10 else f"{value:.3g}",
+        "KL: how far the predictions of the next token moved from the float model's, in nats per token, lower is better",
+    ),
+    _Column(
+        "±", "kl_stderr", lambda value: f"{value:.5f}" if value < 10 else f"{value:.2g}",
+        "±: one standard error of KL over the windows",
+    ),
+    _Column(
+        "top-1 %", "top1", lambda value: f"{100 * value:.2f}",
+        "top-1 %: how often both models have the same first choice of the next token",
+    ),
+    _Column("decode tok/s", "decode", rate_text, "decode: tokens per second of one answer"),
+    _Column("x float", "decode_ratio", lambda value: f"{value:.2f}", "x float: decode over the float model's in the same rounds"),
+    _Column("prefill tok/s", "prefill", rate_text, "prefill: tokens per second of a prompt"),
+    _Column("batch tok/s", "batch", rate_text, "batch: tokens per second of many answers at once"),
     _Column("quantize s", "quantize_seconds", lambda value: f"{value:.1f}"),
-)
+)  # fmt: skip
+_UNBOUNDED = 1000  # columns
 # What a narrow terminal can do without, the least missed first.
-_EXPENDABLE = ("batch", "prefill", "quantize_seconds", "kl_stderr", "decode_ratio", "linear_bits", "mib", "decode")
+_EXPENDABLE = (
+    "batch", "prefill", "quantize_seconds", "kl_stderr", "decode_ratio", "linear_bits", "mib", "decode", "ratio",
+    "perplexity",
+)  # fmt: skip
 
 
 def compare_records(rows: Sequence[CompareRow]) -> list[dict[str, Any]]:
     """One flat record per row, for JSON and for the tables; what was not measured is None."""
     return [_record(row) for row in rows]
+
+
+def row_line(row: CompareRow) -> str:
+    """A row in one line, for those who watch: what it costs in size and in quality."""
+    if row.card is None:
+        return f"{row.recipe} failed: {row.error}"
+    quality, bits = row.card.quality, row.card.parts.bits
+    figures = [] if bits is None or row.is_base else [f"{bits:.2f} bits per weight"]
+    if quality is not None and row.is_base:
+        figures.append(f"perplexity {estimate_text(quality.perplexity)}")
+    elif quality is not None:
+        found = verdict(quality)
+        figures.append(f"KL {estimate_text(quality.kl_mean)}{'' if found is None else f', {found.word}'}")
+    earlier = " (from the run before)" if row.earlier else ""
+    return f"{'the float model' if row.is_base else row.recipe}: {', '.join(figures)}{earlier}"
 
 
 def compare_json(rows: Sequence[CompareRow]) -> str:
@@ -61,7 +96,7 @@ def _with_records(rows: Sequence[CompareRow]) -> Iterator[tuple[CompareRow, dict
 
 
 def _record(row: CompareRow) -> dict[str, Any]:
-    record: dict[str, Any] = {"recipe": row.recipe, "error": row.error, "verdict": None}
+    record: dict[str, Any] = {"recipe": row.recipe, "error": row.error, "verdict": None, "earlier_run": row.earlier}
     record |= {column.key: None for column in _COLUMNS}
     if row.card is None:
         return record
@@ -91,56 +126,68 @@ def _cells(rows: Sequence[CompareRow]) -> tuple[list[_Column], list[list[str]]]:
 
 
 def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> RenderableType:
-    """The comparison as a table, rows in the order given, the float model's set apart; errors below it.
+    """The comparison as a table, rows in the order given, the float model's set apart; below it what its columns are, and errors.
 
-    `width` in characters: columns that matter less are left out until the table fits.
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
     """
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
+    width = _UNBOUNDED if width is None else width
     columns, cells = _cells(rows)
     words = ["failed" if row.error else record["verdict"] or "" for row, record in _with_records(rows)]
-    headings = [column.heading.replace(" ", "\n") for column in columns]
-    fixed = sum(2 + max(map(len, texts)) for texts in (["recipe", *(row.recipe for row in rows)], ["verdict", *words]))
-    expendable = [headings[i] for key in _EXPENDABLE for i, column in enumerate(columns) if column.key == key]
-    kept = range(len(columns)) if width is None else fitting(headings, cells, width - fixed - 2, expendable)
-    table = Table(
-        box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), caption=_caption(rows), caption_justify="left"
-    )
-    table.add_column("recipe", no_wrap=True)
-    for index in kept:
-        table.add_column(headings[index], justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    errors: list[RenderableType] = []
-    for row, word, values in zip(rows, words, cells, strict=True):
-        last = Text(word, style=VERDICT_COLOURS.get(word, "red"))
-        style = "dim" if row.is_base else ""
-        table.add_row(Text(row.recipe), *(values[i] for i in kept), last, style=style, end_section=row.is_base)
-        if row.error:
-            errors.append(Text.assemble((f"{row.recipe} failed: ", "red"), row.error))
-    return Group(table, *errors)
+    headings = ["recipe", *(column.heading.replace(" ", "\n") for column in columns), "verdict"]
+    expendable = [column.heading.replace(" ", "\n") for key in _EXPENDABLE for column in columns if column.key == key]
+    body = [
+        [Text(row.recipe), *map(Text, values), Text(word, style=VERDICT_COLOURS.get(word, "red"))]
+        for row, word, values in zip(rows, words, cells, strict=True)
+    ]
+    base = [number for number, row in enumerate(rows) if row.is_base]
+    table = table_or_list(
+        headings, body, width, expendable=expendable, left=("recipe", "verdict"), dim=base, ruled=base
+    )  # fmt: skip
+    shown = [columns[i - 1] for i in columns_shown(headings, body, width, expendable) if 0 < i <= len(columns)]
+    said = [Text(line, style="dim") for line in (*_caption(rows), _meanings(shown))]
+    said += [Text.assemble((f"{row.recipe} failed: ", "red"), row.error) for row in rows if row.error]
+    return Group(table, Lines([line for text in said for line in wrapped(text, width)]))
 
 
 def markdown_compare(rows: Sequence[CompareRow]) -> str:
-    """The same table as Markdown text, with a line below it that says what was measured on."""
+    """The same table as Markdown text, with lines below it that say what its columns are and what was measured on."""
     columns, cells = _cells(rows)
     headings = ["recipe", *(column.heading.replace("/ ", "/") for column in columns), "verdict"]
     verdicts = [f"failed: {row.error}" if row.error else r["verdict"] or "" for row, r in _with_records(rows)]
     table = [[f"`{row.recipe}`", *values, last] for row, values, last in zip(rows, cells, verdicts, strict=True)]
-    lines, caption = markdown_table(headings, table, left=("recipe", "verdict")), _caption(rows)
-    return "\n".join([*lines, *(["", caption] if caption else [])]) + "\n"
+    lines = markdown_table(headings, table, left=("recipe", "verdict"))
+    below = [line for line in (_meanings(columns), *_caption(rows)) if line]
+    return "\n".join([*lines, *(part for line in below for part in ("", line))]) + "\n"
 
 
-def _caption(rows: Sequence[CompareRow]) -> str | None:
-    for row in rows:
-        if row.card is not None and row.card.text is not None:
-            text = row.card.text
-            windows = f"{text.windows} window{'s' * (text.windows != 1)} of {text.length} tokens"
-            caption = f"{row.card.parts.model} on {text.name}, {windows}; KL in nats per token"
-            return "; ".join([caption, *_programs(rows)])
-    return None
+def _meanings(columns: Sequence[_Column]) -> str:
+    """What the columns are, in one line."""
+    return "; ".join(column.meaning for column in columns if column.meaning)
+
+
+def _caption(rows: Sequence[CompareRow]) -> list[str]:
+    """What was measured on, and what is to be known of the speeds."""
+    text = next((row.card.text for row in rows if row.card is not None and row.card.text is not None), None)
+    if text is None:
+        return []
+    model = next(row.card.parts.model for row in rows if row.card is not None)
+    windows = f"{text.windows} window{'s' * (text.windows != 1)} of {text.length} tokens"
+    notes = [f"note: {note}" for note in text.notes]
+    return ["; ".join([f"{model} on {text.name}, {windows}", *_programs(rows)]), *notes, *_earlier(rows)]
+
+
+def _earlier(rows: Sequence[CompareRow]) -> list[str]:
+    """Which speeds are of another run than the others."""
+    timed = [row for row in rows if row.card is not None and row.card.speed is not None and not row.is_base]
+    earlier = [row.recipe for row in timed if row.earlier]
+    if not earlier or len(earlier) == len(timed):
+        return []
+    return [
+        f"speeds of {', '.join(earlier)} are from an earlier run: hold them against others by `x float`, not by tokens per second"
+    ]
 
 
 def _programs(rows: Sequence[CompareRow]) -> list[str]:

@@ -76,8 +76,12 @@ def _range(parts: Sequence[str]) -> str:
 
 def fitting(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, expendable: Sequence[str]) -> list[int]:
     """The columns that stay in a table at most `width` wide; `expendable` ones go, the first named first."""
+    from rich.cells import cell_len
+
     kept = list(range(len(headings)))
-    needs = [max(map(len, (*heading.split("\n"), *(row[i] for row in rows)))) + 2 for i, heading in enumerate(headings)]
+    needs = [
+        max(map(cell_len, (*heading.split("\n"), *(row[i] for row in rows)))) + 2 for i, heading in enumerate(headings)
+    ]
     for name in expendable:
         if sum(needs[i] for i in kept) <= width:
             break

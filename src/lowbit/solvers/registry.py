@@ -64,8 +64,13 @@ class Method:
 
     @property
     def summary(self) -> str:
-        """The first line of its docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n")[0]
+        """The first line of its docstring: a plain sentence."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def details(self) -> str:
+        """The rest of its docstring: the formula, what bounds the error, the source."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[2].strip("\n")
 
 
 _METHODS: dict[str, Method] = {}

@@ -25,9 +25,9 @@ from lowbit.transforms.smooth import quadratic
 def awq(
     weights: Sequence[Tensor], stats: Stats, quantize: Quantize, shared: Tensor | None = None, *, points: int = 20
 ) -> Scaling:
-    """Scale columns by s_k = mean|x_k|^alpha, with the alpha that makes |x W' - (x / s) (W s)_q'| least.
+    """Make the columns of a weight larger that meet large inputs, so that rounding hurts them less.
 
-    AWQ section 3.2, equations 4 and 5; alpha in 0, 1/points, ..., (points - 1)/points, and s divided by
+    s_k = mean|x_k|^alpha, with the alpha that makes |x W' - (x / s) (W s)_q'| least. AWQ section 3.2, equations 4 and 5; alpha in 0, 1/points, ..., (points - 1)/points, and s divided by
     sqrt(max s * min s). The error comes from the second moment H of x: sum over W of tr(E H E') with
     E = (W s)_q / s - W, which is the mean over tokens of the squared error of the product, so no input is needed.
     `weights` float32 [N_i, K] share one input. alpha = 0 is among the candidates: the error is never above that of

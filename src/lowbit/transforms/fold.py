@@ -22,7 +22,7 @@ from lowbit.transforms.transformed import Edit, TransformedSource, exact
 
 @transform("source")
 def fold(source: Source, *, head: int = 0) -> TransformedSource:
-    """Put the weights of norms into the linears that read them.
+    """Multiply the weights of norms into the linear layers that read them.
 
     `head=1` folds the last norm into the head too, which unties a head that shares the embedding: the file then holds
     both. TransformError for an unknown architecture.

@@ -29,9 +29,10 @@ Edits = dict[str, list[Edit]]
 
 @transform("source", undone_by={"fold": "has nothing left to fold, because rotating folds what it needs"})
 def rotate(source: Source, *, seed: int = 0, r1: int = 1, r2: int = 1, r4: int = 0) -> TransformedSource:
-    """Rotate the residual stream (r1), the values of each head (r2) and online the inputs of second MLP linears (r4).
+    """Rotate what flows between layers, and the weights against it, so that outliers are spread over all channels.
 
-    r1 folds the norms first, the last one into the head too, which unties a head that shares the embedding.
+    r1 rotates the residual stream, r2 the values of each head, and r4 the inputs of second MLP linears, while the model
+    runs. r1 folds the norms first, the last one into the head too, which unties a head that shares the embedding.
     TransformError for an unknown architecture, for r1 where a norm stands between a writer and the stream, and for r4
     where all MLPs are experts. RecipeError when nothing is asked for.
     """

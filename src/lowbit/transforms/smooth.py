@@ -20,9 +20,9 @@ def smooth(
     weights: Sequence[Tensor], stats: Stats, quantize: Quantize, shared: Tensor | None = None, *,
     alpha: float = 0.5, points: int = 0, bits: int = 8,
 ) -> Scaling:  # fmt: skip
-    """Divide input channels by s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) (SmoothQuant, equation 4).
+    """Make large input channels smaller and their weights larger by as much, so that both can be rounded.
 
-    `weights` float32 [N_i, K] share one input; max|w_k| is over the rows of all. `shared` [K]: channels that must have
+    Input channel k is divided by s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) (SmoothQuant, equation 4). `weights` float32 [N_i, K] share one input; max|w_k| is over the rows of all. `shared` [K]: channels that must have
     the same scale. With `points` > 0 the exponent is searched in 0, 1/points, ..., 1 by the error of the
     product that `bits`-bit inputs (one scale for each token) and the quantized weights are expected to have, and nothing is
     scaled where no exponent lowers it.

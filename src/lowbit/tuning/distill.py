@@ -19,8 +19,9 @@ _HELD_OUT = 8  # windows at most
 def distill(
     problem: ModelProblem, *, steps: int = 200, rate: float = 0.001, temperature: float = 1.0, seed: int = 0
 ) -> Tuned:
-    """Tune scales, minima, learned levels, norms and biases so that the next-token distribution is the float model's.
+    """Train the scales, norms and biases of the whole model until it predicts tokens as the float model does.
 
+    Minima and learned levels too; codes stay as they are.
     DWQ (MLX, "distilled weight quantization"): minimise KL(float || quantized) over calibration text, with fixed codes,
     so that what is tuned is about 2/g of the weights and a few hundred steps are enough. Every tenth window (at most
     8, at least 1) is held out: the state with the least divergence there is kept, as it is stored, and that is the

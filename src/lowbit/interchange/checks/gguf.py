@@ -40,8 +40,19 @@ TOKENIZER: Mapping[str, Rule] = {
 }  # fmt: skip
 
 
+# Other kinds of files in llama.cpp's format, by their `general.type`.
+_NO_MODEL = {
+    "adapter": "merge this LoRA adapter into its base with llama.cpp's llama-export-lora, then give the merged file",
+    "mmproj": "this is the part of a model that reads pictures or sound; give the .gguf file of its language model",
+    "imatrix": "this says how much weights matter; give the .gguf file of the model",
+}
+
+
 def check_gguf(architecture: str, metadata: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     """SourceError that names the first metadata of a file that make no model of its tensors."""
+    what = metadata.get("general.type")
+    if isinstance(what, str) and what in _NO_MODEL:
+        raise SourceError(f"{where} holds no model: its general.type is {what!r}; {_NO_MODEL[what]}")
     for prefix, table in ((f"{architecture}.", MODEL), ("tokenizer.ggml.", TOKENIZER)):
         check(table, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
     said, found = metadata.get(f"{architecture}.block_count"), layers_of(names)

@@ -24,7 +24,7 @@ from lowbit.interchange.exporters.common.integers import (
     why_not_integers,
 )
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder
-from lowbit.interchange.exporters.exporter import Problem, exporter
+from lowbit.interchange.exporters.exporter import Becomes, Problem, as_written, exporter
 from lowbit.interchange.exporters.gptq import half
 from lowbit.interchange.layouts.awq import pack_awq
 from lowbit.interchange.tensors import Contents, Specs, TensorPlan
@@ -49,13 +49,17 @@ class Awq(FolderExporter):
         assert fmt is not None
         nearest = f"uint4:{nearest_block(fmt, width)}:asym"
         if layer.inputs is not None:
-            return Problem(layer.name, f"has inputs {layer.inputs}, and AWQ's are float; vllm holds them", "no a=")
+            return Problem(
+                layer.name,
+                f"has inputs {layer.inputs}, and AWQ's are float; vllm holds them",
+                "the same recipe without a=",
+            )
         if (reason := why_not_integers(fmt)) is not None:
             return Problem(layer.name, reason, nearest)
-        if (reason := undivided(fmt, width)) is not None:
-            return Problem(layer.name, reason, nearest, shape=True)
         if fmt.grid.bits != 4:
             return Problem(layer.name, f"has {fmt.grid.bits} bits, and AWQ has 4", nearest)
+        if (reason := undivided(fmt, width)) is not None:
+            return Problem(layer.name, reason, nearest, shape=True)
         if group_size(fmt) not in (-1, *GROUPS):
             return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
         if rows % 8:
@@ -73,6 +77,18 @@ class Awq(FolderExporter):
                     f"has groups of {sizes[odd]} where {packed[0].name} has {sizes[packed[0].name]}; AWQ has one size"
                 )
                 found.append(Problem(odd, reason, str(packed[0].format)))
+        return found
+
+    def becomes(self, model: Contents) -> Mapping[str, Becomes]:
+        """One group size for all: the largest that every layer's own groups consist of, where they are not of one already."""
+        found = dict(super().becomes(model))
+        packed = [t for t in model.tensors.values() if is_packed(t)]
+        if len({_size(as_written(t, found.get(t.name))) for t in packed}) > 1:
+            fitting = [{group_size(f): f for f in self.layouts(t)} for t in packed]
+            common = set.intersection(*map(set, fitting))
+            if common:
+                size = max(common)
+                found |= {t.name: f[size] for t, f in zip(packed, fitting, strict=True) if _size(t) != size}
         return found
 
     def spec(self, layer: TensorPlan) -> Specs:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
 
 from lowbit.discovery import modules_of
 from lowbit.errors import ExportError, nearest
+from lowbit.formats import Format
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -24,6 +27,8 @@ from lowbit.interchange.tensors import Contents, TensorPlan
 if TYPE_CHECKING:
     from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 
+# What is written of a quantized tensor: the same codes in another format, or its values in a float type.
+Becomes: TypeAlias = Format | torch.dtype
 KEPT = 1e-6  # how far a tensor that was not quantized may be: some formats store 1 + w, which float32 rounds
 
 
@@ -53,11 +58,19 @@ class Mix:
     layers: Mapping[str, str]
 
 
+def as_written(t: TensorPlan, becomes: Becomes | None) -> TensorPlan:
+    """A tensor as what it `becomes` is written; None: as it is."""
+    if becomes is None:
+        return t
+    return replace(t, format=becomes) if isinstance(becomes, Format) else replace(t, format=None, dtype=becomes)
+
+
 class Exporter(ABC):
     """A format of another program.
 
     name        what `--as` says
     summary     one line for people
+    reader      who reads the result, for messages
     suffix      `.gguf` where one file is written, empty for a folder
     embed       text of the format (or `keep`) that `quantize --as` gives embeddings and heads where the recipe leaves it open
     recipes     name of a preset -> what it means for this exporter, where that is another recipe: without calibration
@@ -69,6 +82,7 @@ class Exporter(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    reader: ClassVar[str]
     suffix: ClassVar[str] = ""
     embed: ClassVar[str] = ""
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {}
@@ -79,6 +93,20 @@ class Exporter(ABC):
     @abstractmethod
     def check(self, model: Contents) -> list[Problem]:
         """Everything that this exporter cannot hold of `model`; empty when it can hold it all."""
+
+    def becomes(self, model: Contents) -> Mapping[str, Becomes]:
+        """Name -> what is written of the tensors that `check` would refuse as they are, or that readers want otherwise: the
+        same codes under another layout of scales, and of embeddings and heads 16-bit floats where no layout has their codes.
+        """
+        return {}
+
+    def title(self, becomes: Becomes) -> str:
+        """What people call the type that a tensor becomes."""
+        return str(becomes).removeprefix("torch.")
+
+    def bytes_of(self, t: TensorPlan) -> int:
+        """Bytes that are written of a tensor as `becomes` leaves it."""
+        return t.bytes_after
 
     @abstractmethod
     def write(self, model: LowbitFolder, out: Path, progress: Progress | None = None) -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-import lowbit
 from lowbit.formats import QTensor
 from lowbit.interchange.exporters.common.exponents import held
 from lowbit.interchange.exporters.common.folder_exporter import (
@@ -32,6 +31,7 @@ from lowbit.interchange.exporters.common.published_experts import PublishedFolde
 from lowbit.interchange.exporters.exporter import Problem, exporter
 from lowbit.interchange.layouts.gptq import pack_gptq
 from lowbit.interchange.tensors import Contents, Specs, TensorPlan
+from lowbit.version import __version__
 
 _BITS = (2, 3, 4, 8)
 _GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -64,7 +64,11 @@ class Gptq(FolderExporter):
         assert fmt is not None
         nearest = nearest_integers(fmt, width)
         if layer.inputs is not None:
-            return Problem(layer.name, f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them", "no a=")
+            return Problem(
+                layer.name,
+                f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them",
+                "the same recipe without a=",
+            )
         if (reason := why_not_integers(fmt)) is not None:
             return Problem(layer.name, reason, nearest)
         if (reason := undivided(fmt, width)) is not None:
@@ -134,7 +138,7 @@ class Gptq(FolderExporter):
         section: dict[str, Any] = {
             "quant_method": "gptq", "bits": base[0], "group_size": base[1], "sym": symmetric, "desc_act": False,
             "lm_head": False, "checkpoint_format": version, "format": version, "pack_dtype": "int32",
-            "meta": {"quantizer": [f"lowbit:{lowbit.__version__}"]},
+            "meta": {"quantizer": [f"lowbit:{__version__}"]},
         }  # fmt: skip
         return section | ({"dynamic": dynamic} if dynamic else {})
 

@@ -9,6 +9,7 @@ from typing import Any
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.config import check_config
 from lowbit.interchange.checks.words import check_generation
+from lowbit.interchange.files.adapter import refuse_adapter
 from lowbit.interchange.hf.section import SECTIONS
 
 OURS = "lowbit"  # the `quant_method` of a folder that lowbit wrote
@@ -53,7 +54,8 @@ def quantization_section(folder: str | Path) -> dict[str, Any] | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked config.json of a folder. SourceError that names the first field that makes no model."""
+    """The checked config.json of a folder. SourceError that names the first field that makes no model, and for an adapter."""
+    refuse_adapter(folder, str(folder))
     config = read_json(folder / "config.json")
     check_config(config, str(folder / "config.json"))
     return config

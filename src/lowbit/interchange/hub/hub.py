@@ -12,15 +12,16 @@ import torch
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.companions import MODULES, NOT_FETCHED, READ_BY_TRANSFORMERS, module_weights
+from lowbit.interchange.files.adapter import ADAPTER, refuse_adapter
 from lowbit.interchange.files.safetensors_reader import DTYPES
 from lowbit.interchange.files.safetensors_writer import INDEX
 from lowbit.interchange.files.settings import quantization_section, quantized_by, read_config
 from lowbit.interchange.files.weights import SINGLE
-from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
+from lowbit.interchange.hub.failures import explained, without_their_words
 from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.readers.folder import FolderSource, described
 from lowbit.interchange.readers.left_out import left_out
@@ -29,7 +30,7 @@ from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL = ("config.json", MODULES, *READ_BY_TRANSFORMERS)
+_SMALL = ("config.json", ADAPTER, MODULES, *READ_BY_TRANSFORMERS)
 _WEIGHTS = (SINGLE, INDEX, "model-*.safetensors")
 _NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
@@ -69,16 +70,17 @@ def snapshot(
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                allow_patterns=None if patterns is None else list(patterns),
-                ignore_patterns=list(ignored),
-                local_files_only=local_files_only,
+        with without_their_words():
+            return Path(
+                snapshot_download(
+                    repo,
+                    allow_patterns=None if patterns is None else list(patterns),
+                    ignore_patterns=list(ignored),
+                    local_files_only=local_files_only,
+                )
             )
-        )
     except Exception as error:
-        raise _explained(repo, error) from error
+        raise explained(repo, error) from error
 
 
 class HubHeaders(Source):
@@ -86,15 +88,19 @@ class HubHeaders(Source):
 
     def __init__(self, repo: str) -> None:
         from huggingface_hub import get_safetensors_metadata
+        from huggingface_hub.errors import NotASafetensorsRepoError
 
         self.label = repo
         self.folder = snapshot(repo, _SMALL)
         _refuse_unknown(self.folder, repo)
         self.config = as_float(load_config(self.folder))
         try:
-            found = get_safetensors_metadata(repo)
+            with without_their_words():
+                found = get_safetensors_metadata(repo)
         except Exception as error:
-            raise _explained(repo, error) from error
+            if isinstance(error, NotASafetensorsRepoError):
+                refuse_adapter(self.folder, repo, always=True)
+            raise explained(repo, error) from error
         checkpoint = {}
         for file, headers in sorted(found.files_metadata.items()):
             for name, info in headers.tensors.items():
@@ -154,44 +160,11 @@ def _spec(name: str, info: Any, where: str) -> TensorSpec:
 
 
 def _refuse_unknown(folder: Path, repo: str) -> None:
-    """SourceError for a model that was quantized in a way that lowbit does not read."""
+    """SourceError for an adapter, and for a model that was quantized in a way that lowbit does not read."""
+    refuse_adapter(folder, repo)
     method = quantized_by(folder)
     if method is not None and method not in schemes():
         raise SourceError(
             f"{repo} is already quantized with {method}, which lowbit cannot read (it reads {', '.join(schemes())}); "
             "give the original float model"
         )
-
-
-def _explained(repo: str, error: Exception) -> SourceError:
-    """An error of huggingface_hub as a SourceError that says what to do."""
-    from huggingface_hub import errors
-
-    name, detail = type(error).__name__, one_line(error, 200)
-    if isinstance(error, errors.GatedRepoError):
-        problem, remedy = (
-            "is gated",
-            f"accept its terms at https://huggingface.co/{repo} and run `hf auth login`",
-        )
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        problem, remedy = (
-            "is no local folder and was not found on Hugging Face",
-            "check the spelling; if it is private run `hf auth login`",
-        )
-    elif isinstance(error, errors.NotASafetensorsRepoError):
-        problem = "has no safetensors weights"
-        remedy = (
-            "convert it where you trust its pickle: from_pretrained(id).save_pretrained(folder), then give the folder"
-        )
-    elif isinstance(error, errors.SafetensorsParsingError):
-        problem, remedy = f"has a safetensors header that cannot be read ({detail})", "tell its owners"
-    elif isinstance(error, OSError) and not isinstance(
-        error, (errors.HfHubHTTPError, ConnectionError, FileNotFoundError)
-    ):
-        problem, remedy = f"could not be stored ({detail})", "free some space in the Hugging Face cache"
-    else:
-        problem = (
-            f"is no local folder and not in the local cache, and Hugging Face cannot be reached ({name}: {detail})"
-        )
-        remedy = "go online and repeat, or give a local folder"
-    return SourceError(f"{repo} {problem}; {remedy}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowbit.interchange.files.adapter import refuse_adapter
+
 _SHOWN = 3
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _COMPUTED = re.compile(
@@ -109,10 +111,9 @@ def unread_weights(folder: Path, read: Collection[Path], shards: Collection[str]
 
 
 def no_weights(folder: Path, single: str, index: str) -> str:
-    """Why a folder has no usable weights, and what to do."""
+    """Why a folder has no usable weights, and what to do. SourceError where it holds an adapter."""
     names = sorted(file.name for file in folder.iterdir())
-    if "adapter_config.json" in names:
-        return f"{folder}: holds an adapter, not a model; merge it into its base with peft's merge_and_unload() first"
+    refuse_adapter(folder, str(folder), always=True)
     others = [n for n in names if n.endswith(".safetensors")]
     if others:
         return f"{folder}: has {', '.join(others[:3])} but neither {single} nor {index}; rename or save it again"

@@ -11,8 +11,9 @@ from lowbit.solvers.registry import fit
 
 @fit(offset="never")
 def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
-    """Largest magnitude to the highest level: s = max|x| / hi (127 for int8). Zero stays zero.
+    """Give the largest magnitude of a block the highest level; zero stays zero.
 
+    s = max|x| / hi, hi being 127 for int8.
     Error: at most s/2 per element; nothing clips. int8 keeps -128 unused.
     Source: "Naive Quantization Methods for LLMs" (tutorial); LLM.int8 (Dettmers et al. 2022), section 2.1.
     """
@@ -21,8 +22,9 @@ def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
 
 @fit(offset="never")
 def symmetric(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
-    """Half the axis to the largest magnitude: s = 2 max|x| / (hi - lo), max|x| / 127.5 for int8.
+    """Spread all levels, the lowest negative one included, over twice the largest magnitude of a block.
 
+    s = 2 max|x| / (hi - lo), which is max|x| / 127.5 for int8.
     Error: at most s/2, except that the largest positive value lies half a step above the highest level and
     is clipped by up to s/2, so that the bound still holds. Source: LLMEasyQuant (Liu et al. 2024), 3.2.2.
     """
@@ -31,8 +33,9 @@ def symmetric(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tenso
 
 @fit(offset="never")
 def mx(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
-    """OCP MX: s = 2^(floor(log2 max|x|) - emax), emax = floor(log2 hi), a power of two.
+    """Take a power of two as the scale of a block, by its largest magnitude, as the OCP MX formats do.
 
+    s = 2^(floor(log2 max|x|) - emax), emax = floor(log2 hi).
     Error: values above the highest level times s (up to 8/6 of it for e2m1) are clipped.
     Source: OCP Microscaling Formats 1.0, section 6.3.
     """

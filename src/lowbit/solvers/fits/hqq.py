@@ -22,9 +22,9 @@ def hqq(
     beta: float = 10.0,
     kappa: float = 1.01,
 ) -> tuple[Tensor, Tensor]:
-    """Minimise |x - x_q|^p (p < 1, sparse errors) over the zero-point by half-quadratic splitting.
+    """Move the zero-point of a block so that most weights are met well and a few may be missed by much.
 
-    From the min-max fit, in units of the step s, repeat: e = shrink(x - x_q), shrink(r) = sign(r)
+    Minimises |x - x_q|^p with p < 1 by half-quadratic splitting. From the min-max fit, in units of the step s, repeat: e = shrink(x - x_q), shrink(r) = sign(r)
     max(|r| - |r|^(p-1) / beta, 0); z = mean(q - (x - e)); beta *= kappa. Stops where the mean absolute error
     of no block falls any more; the scale is not changed. Needs an unrounded zero-point or a minimum to pay off.
     Error: never above min-max in mean |x - x_q|. Source: Badri and Shaji 2023, "Half-Quadratic Quantization",

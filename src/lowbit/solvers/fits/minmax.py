@@ -26,8 +26,9 @@ def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 @fit(offset="always")
 def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Lowest value to the lowest level, highest to the highest: s = (max - min) / (hi - lo), z = lo - min / s.
+    """Give the lowest value of a block the lowest level and the highest value the highest.
 
+    s = (max - min) / (hi - lo), z = lo - min / s.
     Error: at most s/2 with an unrounded zero-point or a minimum; with a rounded zero-point the whole block
     shifts by up to s/2, so the end of the range can clip and the error reach s. Zero is exact with a rounded
     zero-point only. Sources: "Naive Quantization Methods for

@@ -14,9 +14,9 @@ from lowbit.solvers.registry import fit
 
 @fit(weighs=True)
 def mse(x: Tensor, fmt: Format, importance: Tensor | None = None, *, steps: int = 40, shrink: float = 0.3) -> object:
-    """Clip search: the range times 1, ..., `shrink` in `steps` steps; the least sum of v (x - x_q)^2 wins.
+    """Try ever narrower ranges for a block, which cut off its largest values, and keep the one with the least error.
 
-    v is the importance (1 if none). Never worse than absmax or minmax under this measure, as the full range is
+    The range times 1, ..., `shrink` in `steps` steps; the least sum of v (x - x_q)^2 wins. v is the importance (1 if none). Never worse than absmax or minmax under this measure, as the full range is
     the first candidate. Source: Banner et al. 2019, "Post training 4-bit quantization", section 3 (by search
     instead of a closed form); GPTQ's `mse` option searches the same way.
     """

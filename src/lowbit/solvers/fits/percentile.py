@@ -13,8 +13,9 @@ from lowbit.solvers.registry import fit
 
 @fit()
 def percentile(x: Tensor, fmt: Format, importance: Tensor | None = None, *, p: float = 99.9) -> object:
-    """Range from the p-th percentile of |x| (symmetric) or from the (100-p)/2 tails (with an offset).
+    """Let the few largest values of a block be cut off, so that all others have finer levels.
 
+    The range is the p-th percentile of |x|, or with an offset what lies between tails of (100 - p) / 2 percent.
     The percentile is an element of the block (nearest rank, rounded up), so that small blocks keep their
     maximum. Error: s/2 inside the range, unbounded outside. Source: Wu et al. 2020, "Integer Quantization for
     Deep Learning Inference", section 3.3.

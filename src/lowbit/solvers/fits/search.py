@@ -23,7 +23,7 @@ def search(
     span: float = 0.35,
     emphasis: float = 1.0,
 ) -> object:
-    """Weighted scale search with least-squares refit, full range by the signed maximum.
+    """Try many scales for a block and keep the one with the least error, where errors on important weights count more.
 
     Without an offset: s0 = x_max / L, where x_max is the element of largest magnitude with its sign and L the
     level of largest magnitude (-8 for int4), so that the whole axis is used. For each candidate s near s0 and

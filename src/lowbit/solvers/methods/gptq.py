@@ -15,9 +15,10 @@ from lowbit.solvers.stats import Stats
 def gptq(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, damp: float = 0.01, order: int = 1, polish: int = 2
 ) -> Found:
-    """GPTQ with static groups: argmin over codes of tr((W - Q) H (W - Q)'), H = E[x x'], greedily by columns.
+    """Round a weight one column after another, and let the columns that follow make up for each error.
 
-    `weight` float32 [N, K]. Scales come first, from the fit weighted by diag H, and stay where they are in the row,
+    Looks, column by column, for the codes with the least tr((W - Q) H (W - Q)'), H = E[x x'], which is the squared error
+    of the layer's output on the text. `weight` float32 [N, K]. Scales come first, from the fit weighted by diag H, and stay where they are in the row,
     so that any order of columns costs nothing at run time. `order`: 1 by decreasing E[x_k^2] (activation order),
     2 the same inside groups and among groups (group-aware order), 0 as they stand. `damp`: share of mean(diag H)
     added to it; grows by itself where the factorization fails. `polish`: rounds of joint scale refit and coordinate

@@ -26,8 +26,9 @@ _SETTLE = 8
 def kmeans(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None, *, iterations: int = 30, rounds: int = 2
 ) -> Found:
-    """One-dimensional k-means of the weights of each codebook block, weighted by E[x_k^2] if the input is known.
+    """Learn the levels themselves, by gathering the weights of a block into as many clusters as there are levels.
 
+    One-dimensional k-means, weighted by E[x_k^2] if the input is known:
     Lloyd's iteration from a deterministic start, with moves out of local minima (see `lloyd`). For formats with
     a scale per block and a codebook per larger block (`cb=`), the weights are first divided by their block's
     scale, and scale and codebook are improved in turn, `rounds` times: the levels learn from x / s with weight

@@ -18,8 +18,9 @@ def qronos(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, blend: float = 0.75, ridge: float = 0.05,
     damp: float = 0.01, order: int = 1, polish: int = 2,
 ) -> Found:  # fmt: skip
-    """argmin over codes of E|x_f W' - x Q'|^2: x the inputs behind quantized layers, x_f the float model's own.
+    """Correct a weight for what earlier layers have lost, and then round it one column after another as GPTQ does.
 
+    Looks for the codes Q with the least E|x_f W' - x Q'|^2: x the inputs behind quantized layers, x_f the float model's own.
     The minimum over real Q is W' = W (G + r I) (H + r I)^-1, H = E[x x'], G = E[x_f x'], and the rest of the error
     is tr((W' - Q) H (W' - Q)'): a ridge solve, then GPTQ from W'. With little text G H^-1 fits the text as well as the
     model, so `blend` goes only part of the way, W + blend (W' - W); `ridge`: r as a share of mean(diag H). Other options

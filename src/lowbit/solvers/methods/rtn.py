@@ -13,8 +13,9 @@ from lowbit.solvers.stats import Stats
 
 @solver()
 def rtn(weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None) -> Found:
-    """Round to nearest: code = argmin |w - s (level - z)| for each weight on its own.
+    """Round each weight on its own to the nearest level.
 
+    code = argmin |w - s (level - z)|.
     `weight` float [..., rows, cols], finite; with statistics of its input the fit weighs column k by E[x_k^2]. Error: half
     the gap between levels times the scale, wherever the fit does not clip.
     """

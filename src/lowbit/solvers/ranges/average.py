@@ -11,8 +11,9 @@ from lowbit.solvers.ranges.estimator import RangeEstimator, estimator
 
 @estimator
 class Average(RangeEstimator):
-    """Exponential moving average of each batch's least and largest value: r = m r + (1 - m) r_batch.
+    """Average the least and the largest values of the batches, the latest ones counting most.
 
+    r = m r + (1 - m) r_batch.
     It starts at the first batch. Depends on the order of batches; clips the outliers of single ones in part.
     Source: Jacob et al. 2018, section 3.1 (during training, with m close to 1; few batches want a smaller one).
     """

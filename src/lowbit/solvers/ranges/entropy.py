@@ -13,8 +13,9 @@ from lowbit.solvers.ranges.histogram import shares
 
 @estimator
 class Entropy(RangeEstimator):
-    """The threshold on |x| with the least KL divergence between the clipped and the quantized distribution.
+    """Cut off large values where the distribution of what is left changes least by rounding.
 
+    The threshold on |x| with the least KL divergence between the clipped and the quantized distribution.
     |x| is counted in `bins` bins of equal width. For each i from the number of positive levels n to `bins`: P is
     the first i bins, with all that lies beyond in the last of them; Q gathers the first i bins (without what lies
     beyond) into n equal parts and spreads each evenly over those of its bins that are not empty. With an offset the

@@ -7,7 +7,10 @@ from lowbit.solvers.ranges.estimator import RangeEstimator, estimator
 
 @estimator
 class MinMax(RangeEstimator):
-    """Least to largest value of all batches. Clips nothing; one outlier widens every step."""
+    """Take everything from the least to the largest value that was seen.
+
+    Clips nothing; one outlier widens every step.
+    """
 
     def estimate(self) -> tuple[float, float]:
         return self.histogram.low, self.histogram.high

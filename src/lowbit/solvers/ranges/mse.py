@@ -15,8 +15,9 @@ from lowbit.solvers.ranges.estimator import RangeEstimator, estimator
 
 @estimator
 class Mse(RangeEstimator):
-    """The full range times factors from 1 down to 2^-`octaves`, `steps` per octave; least sum of (x - x_q)^2 wins.
+    """Try ever narrower ranges and keep the one with the least squared error.
 
+    The full range times factors from 1 down to 2^-`octaves`, `steps` per octave; the least sum of (x - x_q)^2 wins.
     With an offset both ends are cut at one magnitude first, and then each alone, so that neither holds up the other.
     The error is an integral over each bin of the histogram, values being spread evenly in it: for integer levels
     s apart the primitive of the squared rounding error at t is s^3 (n / 12 + r^3 / 3) with t / s = n + r, |r| <= 1/2,

@@ -10,8 +10,9 @@ from lowbit.solvers.ranges.histogram import quantile
 
 @estimator
 class Percentile(RangeEstimator):
-    """The p-th percentile of |x|, or with an offset the tails of (100 - p) / 2 percent at either end.
+    """Leave out the few largest values.
 
+    The range is the p-th percentile of |x|, or with an offset what lies between tails of (100 - p) / 2 percent.
     Exact to the width of a bin, 2^-7 of the value. Source: Wu et al. 2020, "Integer Quantization for Deep Learning
     Inference", section 3.3.
     """

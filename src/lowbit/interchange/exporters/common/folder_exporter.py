@@ -19,7 +19,8 @@ from lowbit.formats import Format, QTensor, parse_format
 from lowbit.interchange.exporters.common.fused import FUSED, experts_of, fused_with
 from lowbit.interchange.exporters.common.published_experts import PublishedFolder, published
 from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
-from lowbit.interchange.exporters.exporter import Exporter, Problem
+from lowbit.interchange.exporters.common.relayout import blocks_within, can_be, with_block
+from lowbit.interchange.exporters.exporter import Becomes, Exporter, Problem
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.safetensors_writer import INDEX, create, index_bytes, index_json, shards_of
 from lowbit.interchange.hf.configs import write_config
@@ -33,15 +34,13 @@ if TYPE_CHECKING:
 
 _MAX_SHARD = 5_000_000_000
 _TABLES = ("embedding", "head")
-# A dequantized table is rounded to 16 bits: by at most half a unit in the last place, 2^-9 in bfloat16 and 2^-12 in float16.
-_TABLE = 2.0**-8
+_SIZES = (1024, 512, 256, 128, 64, 32, 16)  # of groups that any reader has
 _LOGITS = 3e-2
 
 
 class FolderExporter(Exporter):
-    """Embeddings and heads are written dequantized in 16 bits, as programs that serve want them; kept tensors as they are."""
+    """Embeddings and heads become 16-bit floats, as programs that serve want them; kept tensors stay as they are."""
 
-    reader: str  # who reads the folder, for messages
     experts_note = ""  # for a folder with packed experts
     embed = "keep"
     fuses = tuple(parts for _, parts in FUSED)
@@ -119,6 +118,30 @@ class FolderExporter(Exporter):
         problem = self.problem(t)
         return self.problem_of_transposed(t) if problem is None and t.kind == "conv1d" else problem
 
+    def becomes(self, model: Contents) -> Mapping[str, Becomes]:
+        """Layers in groups that the reader has, embeddings and heads as 16-bit floats."""
+        found: dict[str, Becomes] = {}
+        for name, t in model.tensors.items():
+            if t.format is not None and t.kind in _TABLES:
+                found[name] = table_dtype(t)
+            elif is_packed(t) and self._problem(t) is not None:
+                fitting = self.layouts(t)
+                if fitting:
+                    found[name] = fitting[0]
+        return found
+
+    def layouts(self, layer: TensorPlan) -> list[Format]:
+        """The formats that have the codes of a layer and that the reader has, the one of the largest groups first."""
+        fmt, shape = layer.format, layer.stored_shape
+        assert fmt is not None
+        found = [with_block(fmt, block) for block in blocks_within(fmt, shape, _SIZES)]
+        return [f for f in found if can_be(fmt, f, shape) and self._problem(replace(layer, format=f)) is None]
+
+    def bytes_of(self, t: TensorPlan) -> int:
+        if t.kind == "experts":
+            return t.bytes_after
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self._written(t).values())
+
     @staticmethod
     def _fused(model: Contents) -> Iterator[list[TensorPlan]]:
         linear = {module_of(t.name): t for t in model.tensors.values() if t.kind == "linear"}
@@ -128,7 +151,7 @@ class FolderExporter(Exporter):
     def allowed(self, t: TensorPlan) -> float:
         if t.format is None:
             return 0.0
-        return _TABLE if t.kind in _TABLES else self.tolerance
+        return self.tolerance
 
     def logits_allowed(self, model: Contents) -> float:
         rounded = any(self.allowed(t) > 0 for t in model.tensors.values())
@@ -142,13 +165,6 @@ class FolderExporter(Exporter):
             )
         if self.experts_note and any(t.kind == "experts" and t.format is not None for t in model.tensors.values()):
             notes.append(self.experts_note)
-        tables = [t for t in model.tensors.values() if t.kind in _TABLES and t.format is not None]
-        if tables:
-            before = sum(t.format.nbytes(t.stored_shape) for t in tables if t.format is not None)
-            after = sum(2 * math.prod(t.stored_shape) for t in tables)
-            names = " and ".join(module_of(t.name) for t in tables)
-            kind = str(table_dtype(tables[0])).removeprefix("torch.")
-            notes.append(f"{names}: {kind} for {self.reader}, {after:,} bytes instead of {before:,}")
         return notes
 
     def weight_bytes(self, model: Contents) -> int:
@@ -215,16 +231,12 @@ class FolderExporter(Exporter):
     def _written(self, t: TensorPlan) -> Specs:
         if t.format is None:
             return {t.name: (t.dtype, t.stored_shape)}
-        if t.kind in _TABLES:
-            return {t.name: (table_dtype(t), t.stored_shape)}
         return {f"{module_of(t.name)}.{part}": spec for part, spec in self.spec(t).items()}
 
     def _tensors(self, t: TensorPlan, model: PublishedFolder) -> dict[str, Tensor]:
         tensor = model.read(t.name)
         if not isinstance(tensor, QTensor):
             return {t.name: tensor}
-        if t.kind in _TABLES:
-            return {t.name: _rounded(tensor.dequantize(), table_dtype(t), t.name)}
         packed = self.pack(t, tensor, model)
         return {f"{module_of(t.name)}.{part}": value for part, value in packed.items()}
 
@@ -275,14 +287,6 @@ def described(t: TensorPlan) -> str:
     """A layer's format and inputs as a recipe writes them."""
     text = "float" if t.format is None else str(t.format)
     return text if t.inputs is None else f"{text} with a={t.inputs}"
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    rounded = values.to(dtype)
-    if not bool(rounded.isfinite().all()):
-        peak = float(values.abs().max())
-        raise ExportError(f"{name} has values up to {peak:.3g}, too large for {dtype}; quantize the bfloat16 model")
-    return rounded
 
 
 def _plain(t: TensorPlan) -> Format | None:

@@ -93,7 +93,7 @@ class _Microscaled(Scheme):
         if shape[1] % self.group:
             return Refusal(f"groups of {self.group} do not divide its {shape[1]} inputs", "e4m3:channel", shape=True)
         if inputs is not None:
-            return Refusal(f"its inputs are {inputs}, and beside {fmt} they stay float", "no a=")
+            return Refusal(f"its inputs are {inputs}, and beside {fmt} they stay float", "the same recipe without a=")
         return None
 
     def weights(self, fmt: Format, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,13 +12,13 @@ import torch
 
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.exporters.common.published_experts import published
-from lowbit.interchange.exporters.exporter import Exporter, Mix, Problem, exporter
+from lowbit.interchange.exporters.exporter import Becomes, Exporter, Mix, Problem, exporter
 from lowbit.interchange.exporters.gguf import metadata, rope, vocabulary
 from lowbit.interchange.exporters.gguf.layout import Placed, bytes_in_file, names_in_file, place
 from lowbit.interchange.exporters.gguf.metadata import family_of, gguf_of
 from lowbit.interchange.exporters.gguf.mixes import MIXES, layer_types
 from lowbit.interchange.exporters.gguf.reading import Reread
-from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of
+from lowbit.interchange.exporters.gguf.types import nearest_type, text_of, type_of, type_with_codes
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.readers.gguf.file import GgufSource
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
@@ -34,6 +35,7 @@ class Gguf(Exporter):
 
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "one file for llama.cpp, Ollama and others built on ggml"
+    reader: ClassVar[str] = "llama.cpp"
     suffix: ClassVar[str] = ".gguf"
     embed: ClassVar[str] = "q8_0"
     recipes: ClassVar[dict[str, tuple[str, str]]] = {
@@ -64,6 +66,24 @@ class Gguf(Exporter):
             else:
                 problems += _problems(t)
         return problems
+
+    def becomes(self, model: Contents) -> dict[str, Becomes]:
+        """Codes in the smallest type of blocks of 32 that has them; embeddings and heads may take a wider one, or float16."""
+        found: dict[str, Becomes] = {}
+        for name, t in model.tensors.items():
+            if t.format is None or not _problems(replace(t, inputs=None)):
+                continue
+            table = t.kind in ("embedding", "head")
+            block = type_with_codes(t.format, t.stored_shape, wider=table)
+            if block is not None:
+                found[name] = block.format
+            elif table:
+                found[name] = torch.float16
+        return found
+
+    def title(self, becomes: Becomes) -> str:
+        block = None if isinstance(becomes, torch.dtype) else type_of(becomes)
+        return super().title(becomes) if block is None else block.name
 
     def check_tokenizer(self, tokenizer: Any, model: Contents) -> list[Problem]:
         """Whether llama.cpp can cut text as this tokenizer does."""
@@ -162,7 +182,7 @@ def _problems(t: TensorPlan) -> list[Problem]:
     block, width = type_of(t.format), t.stored_shape[-1]
     if block is None:
         kind = nearest_type(t.format)
-        return [*found, Problem(t.name, f"no ggml type is {t.format}", text_of(kind))]
+        return [*found, Problem(t.name, f"GGUF has no type for weights in {t.format}", text_of(kind))]
     if width % block.size:
         near = KEEP if width % 32 else "q8_0" if t.kind in ("embedding", "head") else block.narrow
         found.append(

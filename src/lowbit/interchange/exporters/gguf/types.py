@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from lowbit.formats import CodebookGrid, Format, parse_format
 from lowbit.formats.parsing import NAMED
+from lowbit.interchange.exporters.common.relayout import can_be
 from lowbit.interchange.exporters.gguf import blocks, kquants
 from lowbit.interchange.exporters.gguf.blocks import Packer
 
@@ -57,6 +58,14 @@ def _by_format() -> dict[Format, BlockType]:
 def type_of(fmt: Format) -> BlockType | None:
     """The ggml type that holds exactly this format, or None."""
     return _by_format().get(fmt.plain)
+
+
+def type_with_codes(fmt: Format, shape: tuple[int, ...], wider: bool) -> BlockType | None:
+    """The smallest type of blocks of 32 that holds the codes of a weight [..., out, in] with its scales repeated; in more bits
+    than the codes have only where they may be `wider`. None where there is none."""
+    same = [t for t in TYPES if t.size == 32 and (wider or t.format.grid.bits == fmt.grid.bits)]
+    fitting = [t for t in same if can_be(fmt, t.format, shape)]
+    return min(fitting, key=lambda t: t.format.nbytes(shape), default=None)
 
 
 def nearest_type(fmt: Format) -> BlockType:

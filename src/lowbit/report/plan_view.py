@@ -1,0 +1,76 @@
+"""A plan drawn for people: what becomes of every tensor, and the totals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lowbit.interchange.tensors import TensorPlan
+from lowbit.planning.plan import Plan
+from lowbit.recipes.activation_rules import inputs_text
+from lowbit.report.layout import headline, named_lines, table_or_list
+from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def render_plan(plan: Plan, *, every: bool = False, width: int = 1000) -> RenderableType:
+    """A row for each group of like tensors, or for `every` tensor, and the totals.
+
+    `width` in characters: columns that matter less are left out until the table fits, and where it does not, it is a list.
+    """
+    from rich.console import Group
+
+    def alike(t: TensorPlan) -> Any:
+        return pattern_of(t.name), t.shape, t.dtype, t.format, t.keep
+
+    groups = [[t] for t in plan.tensors] if every else grouped(plan.tensors, alike)
+    stays = [i for i, group in enumerate(groups) if group[0].format is None]
+    rows = [_row(group) for group in groups]
+    less = ("count", "before", "now", "bits/\nweight", "shape")
+    table = table_or_list(_HEADINGS, rows, width, expendable=less, left=_LEFT, dim=stays)
+    head = headline(plan.label, plan.recipe.title, width)
+    return Group(head, table, named_lines(_totals(plan)))
+
+
+_LEFT = ("tensor", "shape", "now", "becomes")
+_HEADINGS = ("tensor", "count", "shape", "now", "becomes", "bits/\nweight", "before", "after")
+
+
+def _row(group: list[TensorPlan]) -> list[str]:
+    """The cells of tensors that become alike."""
+    first = group[0]
+    before, after = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)
+    return [
+        span_text([t.name for t in group]),
+        str(len(group)),
+        shape_text(first.shape),
+        str(first.dtype).removeprefix("torch."),
+        str(first.format) if first.format is not None else f"stays: {first.keep}",
+        f"{8 * after / max(1, sum(t.count for t in group)):.2f}",
+        bytes_text(before),
+        bytes_text(after),
+    ]
+
+
+def _totals(plan: Plan) -> list[tuple[str, str]]:
+    before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
+    times = plan.bytes_before / max(1, plan.output_bytes)
+    lines = [
+        ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
+        ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
+        ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
+        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
+    ]
+    counts, fallback = plan.input_counts(), plan.recipe.fallback
+    if counts:
+        static = any(t.inputs is not None and t.inputs.static for t in plan.tensors)
+        falls = f"; {fallback} where calibration text shows that a range explodes" if static and fallback else ""
+        lines.append(("inputs", inputs_text(counts, None) + falls))
+    lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
+    if plan.kv_bytes_per_token:
+        each, whole = bytes_text(plan.kv_bytes_per_token), bytes_text(plan.kv_bytes)
+        lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
+    elif plan.kv_bytes:
+        lines.append(("state", bytes_text(plan.kv_bytes)))
+    return lines + [("note", note) for note in (*plan.notes, *plan.advice)]

@@ -1,0 +1,117 @@
+"""Every example of every help text, as it is typed, in a folder with the demo's model and what the examples before made of it.
+
+The models are tiny ones that stand in the current folder under the names that the examples have: a folder goes before a name of
+lowbit's own and before a name of the hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner, Result
+
+from lowbit.cli.main import app
+from quantized_folders import gptq_layer, save_quantized
+from tiny import save_tiny, tiny_tokenizer
+
+CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
+# What an example may need beside lowbit, and why it is not run where that is missing: a part of its text -> (there?, reason).
+NEEDS = {
+    "--gguf": (lambda: shutil.which("llama-bench") is not None, "measures llama.cpp, whose llama-bench is not here"),
+    "--plots": (lambda: importlib.util.find_spec("matplotlib") is not None, "draws with matplotlib, which is not here"),
+    "gguf": (
+        lambda: importlib.util.find_spec("gguf") is not None,
+        "reads back with the gguf package, which is not here",
+    ),
+}
+# Examples that only a model of a real one's size makes sense of -> what is typed here instead.
+SMALLER = {"--target-size 80MB": "--target-size 55kB"}
+
+
+def commands() -> dict[str, Any]:
+    """Every command by name, as typer makes them."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
+def examples(command: Any) -> list[str]:
+    """The lines of a command's epilog that are typed, without what a shell does with their output."""
+    found = re.findall(r"^(?:.*?Examples?:)?\s*(lowbit .+)$", command.epilog or "", re.MULTILINE)
+    return [line.partition(" > ")[0].partition("   #")[0].strip() for line in found]
+
+
+EVERY = [(name, line) for name, command in commands().items() for line in examples(command)]
+
+
+def test_every_command_has_an_example_of_itself() -> None:
+    for name, command in commands().items():
+        lines = examples(command)
+        assert lines and all(line.startswith(f"lowbit {name}") for line in lines), name
+        assert (command.epilog or "").count("lowbit ") == len(lines), (name, command.epilog)
+
+
+def test_examples_and_messages_name_models_that_anybody_can_download() -> None:
+    source = Path(__file__).parents[2] / "src"
+    gated = re.compile(r"meta-llama/|google/gemma|mistralai/", re.IGNORECASE)
+    assert [file.name for file in source.rglob("*.py") if gated.search(file.read_text("utf-8"))] == []
+
+
+def float_model(folder: Path) -> None:
+    """A tiny Llama with a tokenizer that has a chat template."""
+    save_tiny("llama", folder)
+    words = tiny_tokenizer()
+    words.chat_template = CHAT
+    words.save_pretrained(folder)
+
+
+def run(line: str) -> Result:
+    """A command as a shell would give it, with something to say where it asks."""
+    return CliRunner().invoke(app, shlex.split(line)[1:], input="hello\n/exit\n")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The current folder: `smollm2`, the models of the hub that examples name, and what `lowbit quantize smollm2` makes."""
+    place = tmp_path_factory.mktemp("examples")
+    float_model(place / "smollm2")
+    for name in {word for _, line in EVERY for word in shlex.split(line) if HUB.fullmatch(word)}:
+        if "gptq" in name.lower():
+            section = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": True, "desc_act": False}
+            save_quantized(place / name, section, gptq_layer)
+        else:
+            shutil.copytree(place / "smollm2", place / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("COLUMNS", "80")
+        done = run("lowbit quantize smollm2 --windows 1")
+        assert done.exit_code == 0, done.output
+        yield place
+
+
+@pytest.mark.parametrize(("name", "line"), EVERY, ids=[line for _, line in EVERY])
+def test_an_example_does_what_it_says(name: str, line: str, room: Path) -> None:
+    for part, (there, reason) in NEEDS.items():
+        if part in line and not there():
+            pytest.skip(f"{line}: {reason}")
+    for real, small in SMALLER.items():
+        line = line.replace(real, small)
+    result = run(line)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "Traceback" not in result.output and (result.stdout.strip() or "--plots" in line)
+    words = shlex.split(line)
+    if "--json" in words:
+        json.loads(result.stdout)
+    for option, out in itertools.pairwise(words):
+        if option in ("-o", "--out", "--plots"):
+            assert (room / out).exists(), line
