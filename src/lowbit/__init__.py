@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.report.look import catalogue as catalogue
     from lowbit.report.look import doctor as doctor
     from lowbit.report.look import inspect as inspect
+    from lowbit.report.recommend import recommend as recommend
 
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
@@ -85,6 +86,7 @@ _HOMES = {
     "quantize": "lowbit.pipeline.api",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",
+    "recommend": "lowbit.report.recommend",
     "save_card": "lowbit.report.card",
 }
 # Of these, the calls that take long -> what they do, and what they count: people who watch see a bar (`report/watching.py`).

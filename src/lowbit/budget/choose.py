@@ -14,7 +14,8 @@ from typing import Any
 from lowbit.budget.allocation import Allocation, Row
 from lowbit.budget.choices import SHARE, Choices
 from lowbit.budget.knapsack import choose
-from lowbit.budget.reach import OVERHEAD, Room, check_bits, check_bytes, room, the_target, too_few, too_little
+from lowbit.budget.memory import OVERHEAD
+from lowbit.budget.reach import Room, check_bits, check_bytes, room, the_target, too_few, too_little
 from lowbit.budget.sensitivity import Sensitivity
 from lowbit.errors import RecipeError
 from lowbit.interchange.source import Source

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lowbit.budget.choices import Choices
+from lowbit.budget.memory import OVERHEAD, running_memory
 from lowbit.budget.sizes import parse_size, size_text
 from lowbit.errors import RecipeError
 from lowbit.interchange.source import Source
@@ -15,8 +16,6 @@ from lowbit.planning.kv_cache import KVCache
 from lowbit.planning.plan import make_plan
 from lowbit.recipes.recipe import Recipe
 
-# Beside weights and KV cache: Python with PyTorch or a device context, and the activations of a batch of one.
-OVERHEAD = 600_000_000
 _WITHIN = 0.01  # how near to a target its result comes
 _FEWEST_BITS = 4  # of an embedding that is proposed to save space
 _MUCH = 0.2  # of the smallest result: from here on the embedding is worth a word
@@ -62,8 +61,8 @@ def room(choices: Choices, name: str, value: Any, sequences: int = 1, overhead: 
     if name == "target_size":
         return Room(parse_size(value))
     kv = choices.plan(choices.uniform(choices.options[0])).kv
-    cache = kv.bytes_at(choices.context) * sequences
-    return Room(parse_size(value), cache, overhead, True, kv, sequences, choices.context)
+    beside = running_memory(0, kv, choices.context, sequences, overhead)
+    return Room(parse_size(value), beside.cache, beside.working, True, kv, sequences, choices.context)
 
 
 def check_reach(source: Source, recipe: Recipe, candidates: Sequence[str], **target: Any) -> None:

@@ -24,6 +24,7 @@ from lowbit.cli import (
     plan,
     quantize,
     recipes,
+    recommend,
 )
 from lowbit.cli.guard import Guarded, end_in_order
 from lowbit.cli.help import App
@@ -60,8 +61,8 @@ def _lowbit(
 
 
 for command in (
-    quantize, plan, evaluate, card, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
-    recipes,
+    quantize, recommend, plan, evaluate, card, compare, generate, chat, bench, importing, dequantize, export, inspect, explain,
+    doctor, recipes,
 ):  # fmt: skip
     command.register(app)
 

@@ -34,12 +34,16 @@ THRESHOLDS = (
 def verdict(quality: Quality) -> Threshold | None:
     """The first threshold that the quality keeps, or None when there was no float model to compare with."""
     if quality.kl_mean is not None:
-        kept = [row for row in THRESHOLDS if quality.kl_mean.value <= row.kl]
-    elif quality.ratio is not None:
+        return word_of_kl(quality.kl_mean.value)
+    if quality.ratio is not None:
         kept = [row for row in THRESHOLDS if quality.ratio.value <= row.ratio]
-    else:
-        return None
-    return kept[0] if kept else THRESHOLDS[-1]  # NaN keeps none
+        return kept[0] if kept else THRESHOLDS[-1]  # NaN keeps none
+    return None
+
+
+def word_of_kl(kl: float) -> Threshold:
+    """The first threshold that a mean KL divergence, in nats per token, keeps; the last for NaN."""
+    return next((row for row in THRESHOLDS if kl <= row.kl), THRESHOLDS[-1])
 
 
 def slower(speed: Speed) -> str | None:

@@ -158,6 +158,10 @@ class Exporter(ABC):
         """The names that `mix` knows."""
         return ()
 
+    def weight_bytes(self, model: Contents) -> int:
+        """Bytes of the weights that `write` makes of `model`, which `check` has passed; a vocabulary beside them is not counted."""
+        return sum(t.bytes_after for t in model.tensors.values())
+
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """What was written, as a source of the same tensors, read by other code than wrote it where that exists."""
         return open_source(out)

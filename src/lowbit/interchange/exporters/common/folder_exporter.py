@@ -22,7 +22,7 @@ from lowbit.interchange.exporters.common.read_back import levels_of, tensors_of
 from lowbit.interchange.exporters.common.relayout import blocks_within, can_be, with_block
 from lowbit.interchange.exporters.exporter import Becomes, Exporter, Problem
 from lowbit.interchange.files.safetensors_reader import bytes_of
-from lowbit.interchange.files.safetensors_writer import INDEX, create, index_json, shards_of
+from lowbit.interchange.files.safetensors_writer import INDEX, create, index_bytes, index_json, shards_of
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -166,6 +166,12 @@ class FolderExporter(Exporter):
         if self.experts_note and any(t.kind == "experts" and t.format is not None for t in model.tensors.values()):
             notes.append(self.experts_note)
         return notes
+
+    def weight_bytes(self, model: Contents) -> int:
+        """Exact bytes of the weight files, headers and the index of shards included."""
+        contents = published(model).contents
+        shards = shards_of([(t.name, self._written(t)) for t in contents.tensors.values()], _MAX_SHARD)
+        return sum(shard.file_bytes for shard in shards) + index_bytes(shards)
 
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """What was written, its inputs and extra tensors compared already. ExportError where those come back changed."""

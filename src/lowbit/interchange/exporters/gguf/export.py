@@ -153,6 +153,11 @@ class Gguf(Exporter):
         finally:
             writer.close()
 
+    def weight_bytes(self, model: Contents) -> int:
+        """Bytes of the tensors in the file; metadata and vocabulary, some MB, are not counted."""
+        family = family_of(model.config)
+        return sum(p.nbytes for p in place(family, model)) if family is not None else super().weight_bytes(model)
+
     def reopen(self, out: Path, model: LowbitFolder) -> Source:
         """By transformers' rules where it has them, else by our own."""
         family = family_of(model.contents.config)

@@ -1,0 +1,93 @@
+"""lowbit recommend"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.cli import console
+from lowbit.cli.guard import MISTAKE
+from lowbit.cli.options import Calibration, Json, Model, Samples, Text
+
+
+def register(app: typer.Typer) -> None:
+    app.command(
+        epilog="Example:  lowbit recommend smollm2 --memory 8GB\n\n"
+        "Example:  lowbit recommend smollm2 --memory 8GB --context 2048 --for gguf"
+    )(recommend)
+
+
+def recommend(
+    model: Model,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            help="Memory for weights, KV cache and program, such as 8GB; what this machine has free when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            show_default=False,
+            help="Tokens that the KV cache is sized for; 4096, or what the model takes where that is less, when left out.",
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for", help="The program that runs the result: lowbit, gguf (llama.cpp, Ollama), vllm, gptq, awq."
+        ),
+    ] = "lowbit",
+    speed: Annotated[
+        bool,
+        typer.Option("--speed", help="The fastest of those that lose little, instead of the one that loses least."),
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Quantize with the best three recipes, measure them, and decide by that.")
+    ] = False,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    text: Text = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --measure: how many windows of the text; 2 when left out.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which recipe to take for MODEL in this much memory, why, and what else there is; no weight is read.
+
+    Exit code 2 when nothing fits.
+    """
+    from lowbit.budget.sizes import typed_size
+    from lowbit.errors import RecipeError
+    from lowbit.report import recommend as report
+
+    if windows is not None and not measure:
+        raise RecipeError("--windows would be ignored, as nothing is measured; add --measure, or leave it out")
+    if memory is not None:
+        typed_size("--memory", memory)
+    console.quiet()
+
+    def asked(**watching: Any) -> report.Recommendation:
+        return report.recommend(
+            model, memory, context, target, speed=speed, measure=measure, calibration=calibration, samples=samples, text=text,
+            windows=windows or report.WINDOWS, **watching,
+        )  # fmt: skip
+
+    if measure:
+        with console.count_bar("measuring", "windows") as progress:
+            found = asked(progress=progress, told=console.dim)
+    else:
+        found = asked()
+    if as_json:
+        console.print_json(found.to_json())
+    else:
+        sys.stdout.write(found.text(min(console.stdout().width, 100)) + "\n")
+    if found.best is None:
+        raise typer.Exit(MISTAKE)

@@ -1,0 +1,289 @@
+"""Which recipe to take: the best quality that fits into a given memory, or the fastest of acceptable quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.budget.memory import OVERHEAD, longest_context
+from lowbit.budget.sizes import parse_size
+from lowbit.calibration.data import SAMPLES, SELF
+from lowbit.errors import RecipeError, SourceError
+from lowbit.interchange.hf.models import model_class
+from lowbit.interchange.opening import open_headers
+from lowbit.interchange.source import Source
+from lowbit.measure import api
+from lowbit.measure.environment import free_memory
+from lowbit.measure.expected_loss import measuring_seconds
+from lowbit.measure.quality import Progress
+from lowbit.measure.verdict import THRESHOLDS
+from lowbit.planning.kv_cache import KVCache, kv_cache
+from lowbit.report.choices import OWN, Choice, active_experts, choices
+
+CONTEXT = 4096
+OWN_TEXT = "my-text.txt"  # in commands: a text of the user's own
+ACCEPTABLE = THRESHOLDS[1]  # the loss, nats per token, up to which speed decides
+TOP = 3  # choices that are measured
+WINDOWS, LENGTH = 2, 1024
+_SMALLER = 0.98  # a second choice takes at most this share of the bytes of the first
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What is recommended for a model, and everything that it was chosen from. Printed, it is the answer in words.
+
+    label         the model as it was named
+    target        the program that the result is for, `lowbit` or an exporter
+    memory        bytes that may be used; `given` as they were asked for, None for what this machine has free
+    context       tokens that the KV cache is sized for; `longest` those that the model can take, None where it does not say
+    choices       what there is to choose from, the best quality first
+    best          the answer, None where nothing fits
+    second        another that fits, None where there is none
+    larger        the next better one, which does not fit; None where the best of all fits
+    speed         whether speed decided; `acceptable`: whether a loss fit for that was to be had
+    kv            the KV cache by tokens
+    float_bytes   of the weights that are quantized; `storage`: how the source stores them
+    generates     whether the model writes text; `experts`: the share of a layer's experts that a token is given to
+    here          bytes of memory that are free on this machine
+    samples       windows of calibration text
+    measured_on   words for the text that losses were measured on, None where they are expected ones
+    """
+
+    label: str
+    target: str
+    memory: int
+    given: str | None
+    context: int
+    longest: int | None
+    choices: tuple[Choice, ...]
+    best: Choice | None
+    second: Choice | None
+    larger: Choice | None
+    speed: bool
+    acceptable: bool
+    kv: KVCache
+    float_bytes: int
+    storage: str
+    generates: bool
+    experts: float
+    here: int
+    samples: int | None = None
+    measured_on: str | None = None
+
+    @property
+    def smallest(self) -> Choice:
+        """The choice of the fewest bytes."""
+        return min(self.choices, key=lambda c: c.memory.total)
+
+    @property
+    def context_that_fits(self) -> int:
+        """The most tokens, up to those that were asked for, that the smallest choice leaves room for."""
+        return self.longest_with(self.smallest)
+
+    def longest_with(self, choice: Choice) -> int:
+        """The same for any choice."""
+        return longest_context(self.memory, choice.memory.weights, self.kv, self.context, choice.memory.working)
+
+    @property
+    def extra(self) -> int:
+        """By how many bytes the next better choice is too large; 0 where there is none."""
+        return 0 if self.larger is None else self.larger.memory.total - self.memory
+
+    def fits(self, choice: Choice) -> bool:
+        return choice.memory.total <= self.memory
+
+    def text(self, width: int = 80) -> str:
+        """The answer in words, lines at most `width` wide but for commands, which are not broken."""
+        from lowbit.report.recommend_view import words
+
+        return words(self, width)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything above, as JSON values."""
+        from lowbit.report.recommend_view import plain
+
+        return plain(self)
+
+
+def recommend(
+    model: str | Path | nn.Module,
+    memory: int | str | None = None,
+    context: int | None = None,
+    target: str = OWN,
+    *,
+    speed: bool = False,
+    measure: bool = False,
+    calibration: Any = None,
+    samples: int | None = None,
+    text: Any = None,
+    windows: int = WINDOWS,
+    length: int = LENGTH,
+    progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Recommendation:
+    """The best recipe for `model` that fits into `memory`, from its config and headers alone: no weight is read.
+
+    memory: bytes or text such as "8GB" for weights, the KV cache of `context` tokens and the program; None for what this
+    machine has free. context: None for 4096 tokens, or the model's maximum where that is less. target: the program that the
+    result is for, `lowbit`, or an exporter such as `gguf` or `vllm`. `speed`: the fewest bytes read for each token, among losses of at most
+    0.05 nats per token. What a recipe is expected to cost are measurements of the same formats on another model.
+
+    With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by
+    `compare`, with `calibration` text where it is given, which is also what the recommended commands name. `told` hears how long
+    that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
+    """
+    if not measure and text is not None:
+        raise RecipeError("a text would be ignored, as nothing is measured; add --measure, or leave it out")
+    if samples is not None and calibration is None:
+        raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
+    if context is not None and context < 1:
+        raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
+    source = open_headers(model)
+    room, given = _memory(memory)
+    longest = _longest(source.config)
+    tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
+    generates, reads = _kind(source)
+    kv = kv_cache(source.config) if generates else KVCache(0)  # what writes no text keeps no keys and values
+    named = _calibration(source, calibration, generates, reads, measure)
+    found = choices(source, model, target, tokens, kv, text=named, samples=samples)
+    before = sum(spec.nbytes for spec in source.tensors.values())
+
+    def answer(
+        among: list[Choice], measured_on: str | None = None, unmeasured: list[Choice] | None = None
+    ) -> Recommendation:
+        fitting = [c for c in among if c.memory.total <= room]
+        best, second, acceptable = _picked(fitting, speed)
+        everything = sorted([*among, *(unmeasured or [])], key=lambda c: c.rank)
+        better = [c for c in everything if c.memory.total > room and (not fitting or c.rank < fitting[0].rank)]
+        larger = min(better, key=lambda c: (c.memory.total >> 20, c.rank), default=None)
+        return Recommendation(
+            source.label, target, room, given, tokens, longest, tuple(everything), best, second, larger, speed, acceptable, kv,
+            before, source.storage, generates, active_experts(source.config), free_memory(), samples, measured_on,
+        )  # fmt: skip
+
+    expected = answer(found)
+    if not measure or expected.best is None:
+        return expected
+    if not reads or not (generates or _fills_gaps(source)):
+        raise RecipeError(
+            f"--measure compares the next tokens that models predict, and {source.label} predicts none; leave it out"
+        )
+    tried = _to_measure(expected, calibration is not None)
+    rows, where = _measured(model, source, tried, calibration, samples, text, windows, length, progress, told)
+    known = [c for c in found if c.loss is None]  # what is left as it is, with no loss to measure
+    rest = [c for c in found if c not in tried and c not in known]
+    return answer(sorted([*known, *rows], key=lambda c: c.rank), where, rest)
+
+
+def _memory(memory: int | str | None) -> tuple[int, str | None]:
+    """(bytes, as they were given). RecipeError where nothing is given and the system does not say."""
+    if memory is not None:
+        return parse_size(memory), str(memory) if isinstance(memory, str) else f"{memory:,} bytes"
+    free = free_memory()
+    if not free:
+        raise RecipeError("this system does not say how much memory is free; give --memory, such as --memory 8GB")
+    return free, None
+
+
+def _longest(config: Any) -> int | None:
+    """The most tokens that a model takes, as its config has it."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    values = (getattr(text, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"))
+    return next((v for v in values if isinstance(v, int) and v > 0), None)
+
+
+def _kind(source: Source) -> tuple[bool, bool]:
+    """(whether the model writes text, whether it reads token ids)."""
+    if source.config is None:
+        return False, False
+    found = model_class(source.config)
+    reads = getattr(found, "main_input_name", "input_ids") == "input_ids"
+    return reads and bool(found.can_generate()), reads
+
+
+def _fills_gaps(source: Source) -> bool:
+    return any("MaskedLM" in name for name in getattr(source.config, "architectures", None) or ())
+
+
+def _calibration(source: Source, given: Any, generates: bool, reads: bool, measure: bool) -> str | None:
+    """What `--calibration` of the recommended commands is given.
+
+    A model writes its own text where it can and its float weights have room here; others need a text of the user's own.
+    """
+    if given is not None:
+        return str(given) if isinstance(given, (str, Path)) else OWN_TEXT
+    if measure or not reads:
+        return None
+    needs = OVERHEAD + 4 * sum(spec.nbytes // spec.dtype.itemsize for spec in source.tensors.values())
+    free = free_memory()
+    return SELF if generates and (not free or needs <= free) else OWN_TEXT
+
+
+def _picked(fitting: list[Choice], speed: bool) -> tuple[Choice | None, Choice | None, bool]:
+    """(the answer, the second choice, whether there was one of acceptable loss) of choices that fit, the best quality first."""
+    if not fitting:
+        return None, None, False
+    good = [c for c in fitting if c.kl <= ACCEPTABLE.kl]
+    if not speed or not good:
+        rest = fitting[1:]
+        smaller = (c for c in rest if c.memory.weights < _SMALLER * fitting[0].memory.weights)
+        return fitting[0], next(smaller, rest[0] if rest else None), bool(good)
+    best = min(good, key=lambda c: (c.read, c.rank))
+    return best, fitting[0] if fitting[0] is not best else next((c for c in fitting if c is not best), None), True
+
+
+def _to_measure(expected: Recommendation, text: bool) -> list[Choice]:
+    """The few of those that fit which are worth measuring: the best expected ones, with `speed` those around the answer."""
+    able = [c for c in expected.choices if expected.fits(c) and c.loss is not None]
+    if expected.speed:
+        able.sort(key=lambda c: (c.kl > ACCEPTABLE.kl, c.read))
+    return able[:TOP]
+
+
+def _measured(
+    model: Any, source: Source, tried: list[Choice], calibration: Any, samples: int | None, text: Any, windows: int,
+    length: int, progress: Progress | None, told: Callable[[str], None] | None,
+) -> tuple[list[Choice], str]:  # fmt: skip
+    """The choices with what they cost on this model, and words for the text. SourceError where the model has no room here."""
+    parameters = sum(spec.nbytes // spec.dtype.itemsize for spec in source.tensors.values())
+    needs, free = OVERHEAD + 4 * parameters, free_memory()
+    if free and needs > free:
+        raise SourceError(
+            f"measuring runs the float model, which takes {needs / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free here; "
+            "leave --measure out, or run it on a larger machine"
+        )
+    if told is not None:
+        seconds = sum(c.seconds for c in tried) + measuring_seconds(parameters, (len(tried) + 1) * windows * length)
+        told(f"measuring {len(tried)} recipes on this model: {about(seconds)} on two cores")
+    rows = api.compare(
+        model, [c.recipe for c in tried], text=text, windows=windows, length=length, calibration=calibration,
+        samples=samples or SAMPLES, progress=progress,
+    )  # fmt: skip
+    found, where = [], ""
+    for choice, row in zip(tried, (row for row in rows if not row.is_base), strict=True):
+        if row.card is None or row.card.quality is None or row.card.quality.kl_mean is None:
+            continue
+        found.append(replace(choice, measured=row.card.quality.kl_mean))
+        mark = row.card.text
+        where = where or ("" if mark is None else f"{mark.windows} windows of {mark.length} tokens of {mark.name}")
+    if not found:
+        raise SourceError(
+            f"none of the recipes could be measured: {next((r.error for r in rows if r.error), 'unknown')}"
+        )
+    return found, where
+
+
+def about(seconds: float) -> str:
+    """'about 40 seconds', 'about 3 minutes', 'about 2.5 hours', 'about 4 days': as exact as such a figure is."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * size:
+            count = f"{seconds / size:.2g}" if seconds < 9.5 * size else f"{seconds / size:.0f}"
+            return f"about {count} {unit}s"
+    return f"about {max(1, round(seconds))} second{'s' * (round(seconds) > 1)}"
