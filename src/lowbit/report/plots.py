@@ -86,7 +86,7 @@ def draw_weights(panels: Sequence[WeightPanel], *, note: str = "") -> Figure:
     handles, names = next(each for each in figure.axes if each.get_visible()).get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
     figure.supxlabel(
-        "\n".join(textwrap.wrap(f"Across: the value of a weight. {_WEIGHT_ERROR} {note}".strip(), 128)),
+        "\n".join(textwrap.wrap(f"Across: the value of a weight. {_WEIGHT_ERROR} {note}".strip(), 120)),
         fontsize=9,
         x=0.01,
         ha="left",
