@@ -98,7 +98,10 @@ def quantize(
         screen.print(f"{instead} ({count} tensors)", style="dim", markup=False, highlight=False)
     with _noted(kept), job.run(out, keep, overwrite) as made:
         screen.print(_written(made, out))
-        measured = _measured(made, text, windows) if card else None
+        measured = None
+        if card:
+            with _whole():
+                measured = _measured(made, text, windows)
     if as_json:
         console.print_json(_plain(made, out, measured))
         return
@@ -121,6 +124,16 @@ def _noted(sensitivity: Path | None) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """An interruption says that the result is there."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note("the result is written and whole; only its card is missing")
+        raise
+
+
 def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
@@ -139,9 +152,6 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
                 progress=progress,
                 told=say,
             )
-    except KeyboardInterrupt as error:
-        error.add_note("the result is written and whole; only its card is missing")
-        raise
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
         console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ def compare(
     if plots is None:
         return api.compare(model, recipes, **options)
     drawing = Drawing(open_source(model), Path(plots))
-    rows = api.compare(model, recipes, on_made=drawing.add, **options)
-    drawing.save(rows)
+    try:
+        rows = api.compare(model, recipes, on_made=drawing.add, **options)
+        drawing.save(rows)
+    except BaseException:
+        drawing.leave_nothing()
+        raise
     return rows
 
 
@@ -42,6 +47,7 @@ class Drawing:
     def __init__(self, source: Source, folder: Path) -> None:
         """LowbitError without matplotlib, OutputError when `folder` cannot be made: both before any work."""
         figures.require()
+        self.made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -61,6 +67,12 @@ class Drawing:
             after = packed[layer].dequantize().float().reshape(-1) if layer in packed else before
             stride = max(1, len(before) // self.SAMPLE)
             self.panels.append(figures.WeightPanel(layer, recipe, before[::stride].clone(), after[::stride].clone()))
+
+    def leave_nothing(self) -> None:
+        """Remove the folder where it was made for the figures and none is in it."""
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def save(self, rows: list[CompareRow]) -> None:
         """Draw weights.png and frontier.png."""

@@ -148,7 +148,9 @@ class FolderWriter:
         system = os_error_of(error.__cause__ if isinstance(error, OutputError) else error)
         if system is not None:
             raise self.cannot(system) from error
-        if self.complete:
+        if self.complete and not self.partial.exists():
+            error.add_note(f"{self.out} is written and whole")
+        elif self.complete:
             error.add_note(f"{self.partial} is whole, and the same command puts it in its place")
         elif isinstance(error, LowbitError) or not self._worth_keeping():
             self.discard()
