@@ -109,8 +109,13 @@ def test_straight_to_another_format_leaves_what_it_names(
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-@pytest.mark.parametrize("words", [["export", "w4", "--as", "vllm"], ["dequantize", "w4"], ["quantize", "float", "w4", "--no-card"]])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGTERM, ["export", "w4", "--as", "vllm"]), (signal.SIGKILL, ["export", "w4", "--as", "vllm"]),
+        (signal.SIGINT, ["dequantize", "w4"]), (signal.SIGTERM, ["quantize", "float", "w4", "--no-card"]),
+    ],
+)  # fmt: skip
 def test_a_command_that_is_ended(folder: Path, tmp_path: Path, words: list[str], number: signal.Signals) -> None:
     """In a process of its own, while it syncs what it wrote. What SIGKILL leaves goes with the next run."""
     for name in ("w4", "float"):

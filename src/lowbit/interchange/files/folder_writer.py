@@ -23,17 +23,11 @@ from torch import Tensor
 from lowbit.errors import LowbitError, OutputError
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.finished import MANIFEST, check_written, manifest_text, recorded
-from lowbit.interchange.files.places import (
-    FULL,
-    TakenError,
-    os_error_of,
-    partial_of,
-    remove_folder,
-    remove_replaced,
-    replace_folder,
-)  # fmt: skip
+from lowbit.interchange.files.places import FULL, TakenError, os_error_of, partial_of
+from lowbit.interchange.files.places import remove_folder, remove_replaced, replace_folder
 from lowbit.interchange.files.safetensors_reader import bytes_of, read_header, read_tensor
 from lowbit.interchange.files.safetensors_writer import INDEX, Shard, create, index_json
+from lowbit.interchange.files.undisturbed import undisturbed
 
 JOURNAL = "journal.jsonl"
 _NEW_JOURNAL = JOURNAL + ".new"
@@ -145,6 +139,10 @@ class FolderWriter:
         """Leave only what a second run goes on from, and say so."""
         if error is None or self.finished or self._told:
             return
+        with undisturbed():
+            self._leave(error)
+
+    def _leave(self, error: BaseException) -> None:
         system = os_error_of(error.__cause__ if isinstance(error, OutputError) else error)
         if system is not None:
             raise self.cannot(system) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,14 +21,17 @@ from typing import Any
 def undisturbed() -> Iterator[None]:
     """SIGINT and SIGTERM that arrive within the block act at its end, the last of them once. For short steps on files.
 
+    Where an interruption is what the block cleans up after, another adds nothing and is dropped, with what the first one notes kept.
+
     Handlers are those that were set, so that a program that takes no notice of a signal takes none after the block either. In
     another thread than the main one, which gets no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    already = isinstance(sys.exc_info()[1], KeyboardInterrupt)
     came: list[tuple[int, Any]] = []
-    before = {}
+    before: dict[int, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
@@ -38,7 +42,7 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
+        if came and not already:
             before[came[-1][0]](*came[-1])
 
 
