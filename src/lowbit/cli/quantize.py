@@ -140,7 +140,10 @@ def quantize(
     command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
     with _noted(kept), job.run(out, keep, overwrite) as made:
         console.say(screen, _written(made, out))
-        measured = _measured(made, text, windows) if card else None
+        measured = None
+        if card:
+            with _whole():
+                measured = _measured(made, text, windows)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -168,6 +171,16 @@ def _noted(sensitivity: Path | None) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """An interruption says that the result is there."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note("the result is written and whole; only its card is missing")
+        raise
+
+
 def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
@@ -186,9 +199,6 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
                 progress=progress,
                 told=say,
             )
-    except KeyboardInterrupt as error:
-        error.add_note("the result is written and whole; only its card is missing")
-        raise
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
         console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")

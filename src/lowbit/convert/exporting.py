@@ -6,7 +6,6 @@ import filecmp
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_na
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
+from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.model_card import README, is_marked, text_of
 from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
@@ -108,24 +108,19 @@ def written(
         cost = [note]
     place = out.resolve()
     try:
-        temporary = _temporary_folder(place)
-    except OSError as error:
-        raise _cannot(out, error) from error
-    try:
-        fresh = temporary / place.name
-        kind.write(as_written, fresh, progress)
-        apart, logits = compared(kind, folder, as_written, fresh)
-        for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
-            sync(path)
-        size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
-        _put(fresh, place, out, overwrite)
+        with temporary_folder(_without_old(place), place.parent) as temporary:
+            fresh = temporary / place.name
+            kind.write(as_written, fresh, progress)
+            apart, logits = compared(kind, folder, as_written, fresh)
+            for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
+                sync(path)
+            size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())
+            _put(fresh, place, out, overwrite)
     except Exception as error:
         system = os_error_of(error)
         if system is None or isinstance(error, LowbitError):
             raise
         raise _cannot(out, system) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     changed = conversions(kind, folder, as_written, apart)
     left = () if kind.suffix else folder.left_files()
     notes = (*kind.notes(as_written.contents), *sentences(kind, changed), *cost, *left)
@@ -153,13 +148,14 @@ def _same(fresh: Path, place: Path) -> bool:
     return all(b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs if a.is_file())
 
 
-def _temporary_folder(out: Path) -> Path:
-    """A folder beside `out` to write in, named after this process; those of processes that were killed are removed."""
-    place, name = out.parent, f"{out.name}.exporting-"
-    for old in place.iterdir():
+def _without_old(out: Path) -> str:
+    """How the name of a folder to write `out` in begins, with the number of this process. Those of processes that were killed
+    are removed."""
+    name = f"{out.name}.exporting-"
+    for old in out.parent.iterdir():
         if old.name.startswith(name) and not _alive(old.name.removeprefix(name).partition("-")[0]):
             shutil.rmtree(old, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f"{name}{os.getpid()}-", dir=place))
+    return f"{name}{os.getpid()}-"
 
 
 def _alive(process: str) -> bool:

@@ -120,6 +120,10 @@ def quantized_as(
             if keep is not None:
                 raise
             made = quantize(model, ready.recipe, folder, overwrite=True, **options)  # of another run that was killed
+        except KeyboardInterrupt as error:
+            if (folder / MANIFEST).is_file() and not getattr(error, "__notes__", ()):
+                error.add_note(_goes_on(folder))
+            raise
         try:
             yield made, _exported(ready, folder, out, text, overwrite)
         except BaseException as error:
@@ -140,8 +144,12 @@ def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], ov
         return written(ready.exporter, packed, out, ready.kv, given, overwrite)
     except BaseException as error:
         if not isinstance(error, LowbitError) or type(error) is OutputError:
-            error.add_note(f"{folder} is done, and the same command goes on from it")
+            error.add_note(_goes_on(folder))
         raise
+
+
+def _goes_on(folder: Path) -> str:
+    return f"{folder} is done, and the same command goes on from it"
 
 
 def _is_self(calibration: Any) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import LowbitError
+from lowbit.interchange.files.undisturbed import temporary_folder
 
 # Runs its arguments as a command and writes what the command used at most. It stands between the
 # caller and the command because Linux counts the memory of the process that starts a program, even
@@ -95,8 +95,8 @@ def in_fresh_process(argv: Sequence[str], *, timeout: float | None = None) -> Pe
     seconds.
     """
     command = [sys.executable, *argv]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "usage.json"
+    with temporary_folder() as folder:
+        report = folder / "usage.json"
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(report)]
         process = subprocess.Popen(
             launcher + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -21,6 +21,7 @@ from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.folder_writer import head_of
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
+from lowbit.interchange.files.undisturbed import temporary_folder, undisturbed
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import TEXT, Progress, heard
@@ -75,7 +76,8 @@ class Quantized(Displayed):
                     shutil.copytree(folder, fresh)
                     replace_folder(fresh, out.resolve())
                 finally:
-                    shutil.rmtree(fresh, ignore_errors=True)
+                    with undisturbed():
+                        shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
             raise OutputError(
                 f"cannot write {out}: {error.strerror or error}; check the path and its rights"
@@ -158,8 +160,9 @@ def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | 
     try:
         report = write_folder(plan, source, target, options, text, key=key, again=out is not None)
     except BaseException:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        with undisturbed():
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         raise
     result = Quantized(plan, report, source, target)
     if folder is not None:
@@ -203,8 +206,8 @@ def _surveyed(
             if progress is not None:
                 progress(f"ranges of inputs: {name}", 0, plan.bytes_before)
 
-        with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-            found = survey(plan, source, text, Path(folder), fast_dtype(), key, on_block)
+        with temporary_folder() as folder:
+            found = survey(plan, source, text, folder, fast_dtype(), key, on_block)
     return with_survey(plan, source, found)
 
 

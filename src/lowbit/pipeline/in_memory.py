@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.blockwise.model_tuner import tune_solved
 from lowbit.calibration.data import Calibration
+from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
 from lowbit.nn.packed import PackedWeight
@@ -26,8 +25,8 @@ from lowbit.weights.solve import Solved
 
 def solve_in_memory(plan: Plan, source: Source, options: Options, text: Calibration | None) -> list[tuple[Solved, str]]:
     """All results of the plan, tuned where the recipe asks for it."""
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        solved = list(solved_results(plan, source, options, text, Path(folder)))
+    with temporary_folder() as folder:
+        solved = list(solved_results(plan, source, options, text, folder))
     if text is None:
         return solved
     return tune_solved(plan, source, text, solved, fast_dtype(), options.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,13 +66,18 @@ def compare(
     """
     file = None if keep is None else RowFile(keep)
     drawing = None if plots is None else Drawing(open_source(model), Path(plots))
-    rows = api.compare(
-        model, recipes, calibration=calibration, samples=samples, text=text, windows=windows, length=length, speed=speed,
-        tokenizer=tokenizer, progress=progress, on_step=on_step, on_row=on_row,
-        on_made=None if drawing is None else drawing.add, keep=file,
-    )  # fmt: skip
-    if drawing is not None:
-        drawing.save(rows)
+    try:
+        rows = api.compare(
+            model, recipes, calibration=calibration, samples=samples, text=text, windows=windows, length=length, speed=speed,
+            tokenizer=tokenizer, progress=progress, on_step=on_step, on_row=on_row,
+            on_made=None if drawing is None else drawing.add, keep=file,
+        )  # fmt: skip
+        if drawing is not None:
+            drawing.save(rows)
+    except BaseException:
+        if drawing is not None:
+            drawing.leave_nothing()
+        raise
     if file is not None and not keep_after:
         file.forget()
     return Comparison(rows)
@@ -86,6 +92,7 @@ class Drawing:
     def __init__(self, source: Source, folder: Path) -> None:
         """LowbitError without matplotlib, OutputError when `folder` cannot be made: both before any work."""
         figures.require()
+        self.made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -109,6 +116,12 @@ class Drawing:
             after = packed[layer].dequantize().float().reshape(-1) if layer in packed else before
             stride = max(1, len(before) // self.SAMPLE)
             self.panels.append(figures.WeightPanel(layer, recipe, before[::stride].clone(), after[::stride].clone()))
+
+    def leave_nothing(self) -> None:
+        """Remove the folder where it was made for the figures and none is in it."""
+        if self.made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def save(self, rows: list[CompareRow]) -> None:
         """Draw weights.png and frontier.png, as far as there is something to draw: what was measured is worth more than a figure."""

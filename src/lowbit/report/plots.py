@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError, OutputError
+from lowbit.interchange.files.atomic import replace_file
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.verdict import THRESHOLDS
 from lowbit.report.labels import place_labels
@@ -241,9 +242,15 @@ def require() -> None:
 def save_figure(figure: Figure, path: Path | str) -> Path:
     """Write the figure in the format of the suffix (png, svg, pdf). Raises OutputError when it cannot be."""
     path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    fresh = path.with_name(f".part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
+        try:
+            figure.savefig(fresh, dpi=160)
+            replace_file(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written: {error}; name a .png, .svg or .pdf file") from None
     return path

