@@ -23,8 +23,15 @@ from torch import Tensor
 from lowbit.errors import LowbitError, OutputError
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.finished import MANIFEST, check_written, manifest_text, recorded
-from lowbit.interchange.files.places import FULL, TakenError, os_error_of, partial_of
-from lowbit.interchange.files.places import remove_folder, remove_replaced, replace_folder
+from lowbit.interchange.files.places import (
+    FULL,
+    TakenError,
+    os_error_of,
+    partial_of,
+    remove_folder,
+    remove_replaced,
+    replace_folder,
+)
 from lowbit.interchange.files.safetensors_reader import bytes_of, read_header, read_tensor
 from lowbit.interchange.files.safetensors_writer import INDEX, Shard, create, index_json
 from lowbit.interchange.files.undisturbed import undisturbed

@@ -31,7 +31,7 @@ def undisturbed() -> Iterator[None]:
         return
     already = isinstance(sys.exc_info()[1], KeyboardInterrupt)
     came: list[tuple[int, Any]] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
@@ -43,7 +43,7 @@ def undisturbed() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if came and not already:
-            before[came[-1][0]](*came[-1])
+            before[signal.Signals(came[-1][0])](*came[-1])
 
 
 @contextmanager
