@@ -30,20 +30,20 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     already = isinstance(sys.exc_info()[1], KeyboardInterrupt)
-    came: list[tuple[signal.Signals, Any]] = []
+    came: list[tuple[int, Any]] = []
     before: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
             if callable(handler):  # one that raises; the default of SIGTERM ends the process at once, and is left alone
                 before[number] = handler
-                signal.signal(number, lambda number, frame: came.append((signal.Signals(number), frame)))
+                signal.signal(number, lambda number, frame: came.append((number, frame)))
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         if came and not already:
-            before[came[-1][0]](*came[-1])
+            before[signal.Signals(came[-1][0])](*came[-1])
 
 
 @contextmanager
