@@ -73,10 +73,17 @@ def test_the_same_command_goes_on_from_what_was_finished(room: Path, name: str, 
     assert "(from the run before)" in again.stderr and "w8 (recipe 1 of 3)" not in again.stderr
     found = json.loads(again.stdout)
     assert [row.pop("earlier_run") for row in found] == [True, True, False, False]
+    cards = next(iter(kept["runs"].values()))["rows"]
+    assert [row["kl"] for row in found[:2]] == [
+        cards[key]["quality"]["kl_mean"]["value"] for key in cards
+    ]  # to the last digit
+    # Another process may find another kernel the fastest, which adds up in another order.
     whole = json.loads(subprocess.run(command("-m", "lowbit.cli"), capture_output=True, text=True).stdout)
-    for row in (*found, *whole):
-        row.pop("quantize_seconds"), row.pop("earlier_run", None)
-    assert found == whole
+    for mine, other in zip(found, whole, strict=True):
+        for key in ("recipe", "error", "verdict", "bits", "linear_bits", "mib"):
+            assert mine[key] == other[key]
+        assert mine["perplexity"] == pytest.approx(other["perplexity"], rel=1e-4)
+        assert mine["kl"] == pytest.approx(other["kl"], rel=0.05, abs=1e-7)
 
 
 def test_an_error_loses_nothing_either_and_rows_count_only_for_the_same(room: Path) -> None:
