@@ -148,7 +148,7 @@ class Plan(Displayed):
         out: dict[str, tuple[int, int]] = {}
         for t in self.tensors:
             if t.format is None:
-                words = kept_words(t.name, t.keep or "")
+                words = "as the recipe says" if t.keep == BY_RECIPE else kept_words(t.name, t.keep or "")
                 tensors, count = out.get(words, (0, 0))
                 out[words] = (tensors + 1, count + t.count)
         return out

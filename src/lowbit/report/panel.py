@@ -53,7 +53,7 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
         count = f"{count_text(parts.coverage.quantized)} of {count_text(parts.coverage.total)} parameters"
         lines.append(("quantized", f"{100 * parts.coverage.share:.2f} %  ({count})"))
         if parts.coverage.kept:
-            lines.append(("  kept as it was", ", ".join(parts.coverage.kept)))
+            lines.append(("  kept", ", ".join(parts.coverage.kept)))
     lines += _size_lines(card) + _quality_lines(card) + _speed_lines(card)
     if parts.quantize_seconds is not None:
         lines.append(("quantizing took", f"{parts.quantize_seconds:.1f} s"))
