@@ -60,8 +60,8 @@ def _lowbit(
 
 
 for command in (
-    quantize, plan, evaluate, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
-    recipes, recommend,
+    quantize, plan, recommend, evaluate, compare, generate, chat, bench, importing, dequantize, export, inspect, explain, doctor,
+    recipes,
 ):  # fmt: skip
     command.register(app)
 
