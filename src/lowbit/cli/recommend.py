@@ -72,7 +72,7 @@ def recommend(
             show_default=False,
             rich_help_panel=MEASURING,
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say which recipe to take for MODEL in this much memory, why, and what else there is; no weight is read.
