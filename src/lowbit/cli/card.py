@@ -12,12 +12,16 @@ from lowbit.cli.options import Json
 
 
 def register(app: typer.Typer) -> None:
-    app.command(epilog="Example:  lowbit card smollm2-w4")(card)
+    app.command(
+        rich_help_panel="Measure",
+        short_help="Print the card that a folder carries, without measuring.",
+        epilog="Examples:\nlowbit card smollm2-w4\nlowbit card smollm2-w4 --markdown",
+    )(card)
 
 
 def card(
     folder: Annotated[
-        Path, typer.Argument(help="A folder that lowbit wrote, or an export that is a folder.", show_default=False)
+        Path, typer.Argument(metavar="FOLDER", help="A folder that lowbit wrote, or an export that is a folder.", show_default=False)
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the folder's README.md only.")] = False,
     rewrite: Annotated[

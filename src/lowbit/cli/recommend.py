@@ -9,13 +9,16 @@ import typer
 
 from lowbit.cli import console
 from lowbit.cli.guard import MISTAKE
+from lowbit.cli.help import MEASURING
 from lowbit.cli.options import Calibration, Json, Model, Samples, Text
 
 
 def register(app: typer.Typer) -> None:
     app.command(
-        epilog="Example:  lowbit recommend smollm2 --memory 8GB\n\n"
-        "Example:  lowbit recommend smollm2 --memory 8GB --context 2048 --for gguf"
+        rich_help_panel="Make",
+        short_help="Say which recipe to take in a given memory, and why.",
+        epilog="Examples:\nlowbit recommend smollm2 --memory 8GB\n"
+        "lowbit recommend smollm2 --memory 8GB --context 2048 --for gguf",
     )(recommend)
 
 
@@ -25,7 +28,8 @@ def recommend(
         str | None,
         typer.Option(
             "--memory",
-            help="Memory for weights, KV cache and program, such as 8GB; what this machine has free when left out.",
+            metavar="SIZE",
+            help="Fit weights, KV cache and the program into this memory, such as 8GB; what this machine has free when it is left out.",
             show_default=False,
         ),
     ] = None,
@@ -34,29 +38,40 @@ def recommend(
         typer.Option(
             "--context",
             min=1,
+            metavar="N",
+            help="Make room for a KV cache of N tokens; 4096, or what the model takes where that is less, when it is left out.",
             show_default=False,
-            help="Tokens that the KV cache is sized for; 4096, or what the model takes where that is less, when left out.",
         ),
     ] = None,
     target: Annotated[
         str,
         typer.Option(
-            "--for", help="The program that runs the result: lowbit, gguf (llama.cpp, Ollama), vllm, gptq, awq."
+            "--for", metavar="PROGRAM", help="Recommend for lowbit, gguf (llama.cpp and Ollama), vllm, gptq or awq."
         ),
     ] = "lowbit",
     speed: Annotated[
-        bool,
-        typer.Option("--speed", help="The fastest of those that lose little, instead of the one that loses least."),
+        bool, typer.Option("--speed", help="Take the fastest of those that lose little, not the one that loses least.")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Quantize with the best three recipes, measure them, and decide by that.")
+        bool,
+        typer.Option(
+            "--measure",
+            help="Quantize with the best three recipes, measure them, and decide by that.",
+            rich_help_panel=MEASURING,
+        ),
     ] = False,
     calibration: Calibration = None,
     samples: Samples = None,
     text: Text = None,
     windows: Annotated[
         int | None,
-        typer.Option(min=1, help="With --measure: how many windows of the text; 2 when left out.", show_default=False),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --measure, use the first N windows of the text; 2 when it is left out.",
+            show_default=False,
+            rich_help_panel=MEASURING,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
