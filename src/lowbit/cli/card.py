@@ -21,7 +21,10 @@ def register(app: typer.Typer) -> None:
 
 def card(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A folder that lowbit wrote, or an export that is a folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A folder that lowbit wrote, or an export that is a folder.", show_default=False
+        ),
     ],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the folder's README.md only.")] = False,
     rewrite: Annotated[

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowbit.convert.exporting import Exported
-    from lowbit.convert.quantize_as import Prepared
+    from lowbit.convert.preparing import Prepared
     from lowbit.interchange.exporters.exporter import Exporter
     from lowbit.pipeline.api import Quantized
     from lowbit.recipes.recipe import Recipe
@@ -90,7 +90,8 @@ class Job:
 
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
-        from lowbit.convert.quantize_as import candidates, prepare
+        from lowbit.convert.preparing import candidates
+        from lowbit.convert.quantize_as import prepare
 
         kind, kv = (None, None) if self.ready is None else (self.ready.exporter.name, self.ready.kv)
         options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}

@@ -6,16 +6,17 @@ import filecmp
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowbit.convert.conversions import Conversion, conversions, converted, sentences
+from lowbit.convert.instead import command_for_folder
 from lowbit.convert.read_back import compared
+from lowbit.convert.refusal import check_kv, refuse
 from lowbit.display import Displayed
-from lowbit.errors import ExportError, LowbitError, OutputError, RecipeError
-from lowbit.interchange.exporters.exporter import Exporter, Problem, exporter_named, exporters
+from lowbit.errors import LowbitError, OutputError, RecipeError
+from lowbit.interchange.exporters.exporter import Exporter, exporter_named, exporters
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
@@ -25,7 +26,6 @@ from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.tensors import Contents
 
-_SHOWN = 5
 _EXTRA = 64 << 20  # bytes of vocabularies and the like in a file of weights
 _log = logging.getLogger("lowbit")
 
@@ -182,39 +182,7 @@ def refuse_folder(kind: Exporter, folder: LowbitFolder) -> None:
     contents = converted(kind, folder).contents
     problems = kind.check(contents) or kind.check_tokenizer(folder.tokenizer(), contents)
     if problems:
-        from lowbit.convert.instead import (
-            command_for_folder,
-        )  # it plans as `quantize_as` does, which exports by this file
-
         refuse(kind, problems, command_for_folder(kind, folder))
-
-
-def refuse(kind: Exporter, problems: Iterable[Problem], instead: str = "") -> None:
-    """ExportError with every problem, if there is any; problems that tensors share are said once. instead: a command to name."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for problem in problems:
-        groups.setdefault((problem.reason, problem.nearest), []).append(problem.tensor)
-    if not groups:
-        return
-    parts = []
-    for (reason, near), names in groups.items():
-        named = [n for n in names if n]
-        who = f"{named[0]}: " if len(named) == 1 else f"{len(named)} tensors such as {named[0]}: " if named else ""
-        parts.append(f"{who}{reason}{f'; the nearest is {near}' if near else ''}")
-    more = f"; and {len(parts) - _SHOWN} other reasons" if len(parts) > _SHOWN else ""
-    do = f"; this works: {instead}" if instead else ""
-    raise ExportError(f"{kind.name} cannot hold this model: {'; '.join(parts[:_SHOWN])}{more}{do}")
-
-
-def check_kv(kind: Exporter, kv: str, model: Contents) -> None:
-    """ExportError when the exporter has no KV cache of that kind, or none of this model."""
-    if kv not in kind.kv:
-        able = ", ".join(f"{name} has {' and '.join(t.kv)}" for name, t in exporters().items() if t.kv)
-        raise ExportError(f"{kind.name} cannot hold scales of a KV cache in {kv!r} ({able}); leave --kv out")
-    problems = kind.check_kv(kv, model)
-    if problems:
-        first = problems[0]
-        raise ExportError(f"{kind.name} cannot hold this model: {first.reason}; the nearest is {first.nearest}")
 
 
 def target_names() -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowbit.convert.preparing import planned
 from lowbit.errors import LowbitError
 from lowbit.formats import Format
 from lowbit.formats.grids import IntGrid
@@ -44,8 +45,6 @@ def command(
 
     One that needs other formats for some shapes comes after those that do not: it is not what its name says.
     """
-    from lowbit.convert.quantize_as import planned
-
     altered = ""
     for text in dict.fromkeys(_near(recipe, base)):
         with contextlib.suppress(LowbitError):

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lowbit.formats import Format
 from lowbit.formats.blocks import CHANNEL
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import Recipe
-
-if TYPE_CHECKING:
-    from lowbit.planning.plan import Plan
 
 STEP = 16  # columns: the kernels of the engine serve groups that are a multiple of it
 _FEW_BITS = 4
@@ -24,12 +21,12 @@ def may_advise(recipe: Recipe) -> bool:
     return recipe.name is None or any(_group(f) % STEP for f in _formats(recipe))
 
 
-def advice(plan: Plan) -> tuple[str, ...]:
-    """Sentences on what is unusual in how a plan groups weights; none for a preset whose groups the kernels serve."""
-    if not may_advise(plan.recipe):
+def advice(recipe: Recipe, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    """Sentences on what is unusual in how a recipe groups the weights of a model; none for a preset whose groups the kernels serve."""
+    if not may_advise(recipe):
         return ()
     widths: dict[Format, dict[int, None]] = {}
-    for t in plan.tensors:
+    for t in tensors:
         if t.format is not None:
             widths.setdefault(t.format, {})[t.stored_shape[-1]] = None
     every = math.gcd(*(w for found in widths.values() for w in found)) if widths else 0
@@ -38,7 +35,7 @@ def advice(plan: Plan) -> tuple[str, ...]:
         if (size := _group(fmt)) > 1:
             groups.setdefault(size, {}).update(found)
     said = [_of_group(size, sorted(found), every) for size, found in groups.items()]
-    return (*filter(None, said), *_of_rows(plan))
+    return (*filter(None, said), *_of_rows(recipe, tensors))
 
 
 def _of_group(size: int, widths: Sequence[int], every: int) -> str:
@@ -65,13 +62,13 @@ def _of_group(size: int, widths: Sequence[int], every: int) -> str:
     return "; ".join(parts)
 
 
-def _of_rows(plan: Plan) -> list[str]:
+def _of_rows(recipe: Recipe, tensors: Sequence[TensorPlan]) -> list[str]:
     """One scale for a whole row, in so few bits that it costs much."""
-    fmt = plan.recipe.format
-    used = any(t.format == fmt for t in plan.tensors)
+    fmt = recipe.format
+    used = any(t.format == fmt for t in tensors)
     if (
         not used
-        or plan.recipe.name is not None
+        or recipe.name is not None
         or fmt.block != CHANNEL
         or fmt.codebook is not None
         or fmt.grid.bits > _FEW_BITS

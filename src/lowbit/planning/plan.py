@@ -161,7 +161,7 @@ class Plan(Displayed):
     @cached_property
     def advice(self) -> tuple[str, ...]:
         """What is unusual in how weights are grouped, a sentence each; empty where nothing is."""
-        return advice(self)
+        return advice(self.recipe, self.tensors)
 
     def note_of(self, name: str) -> str:
         """Why the inputs of a weight are not what the recipe has for all; empty where they are."""

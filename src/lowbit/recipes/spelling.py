@@ -151,9 +151,8 @@ def _composition(word: str) -> str | None:
         return None
     settings = ",a=int8:token" if inputs is not None else ""
     if len(steps) == 1 and steps[0] in PRESETS and not settings and not _says_block(rest):
-        from lowbit.recipes.recipe import Recipe
-
-        if Recipe.parse(steps[0]).format.grid.bits == parse_format(fmt).grid.bits:
+        own = PRESETS[steps[0]].text.partition("@")[2].partition(",")[0]
+        if parse_format(own).grid.bits == parse_format(fmt).grid.bits:
             return steps[0]
     return ("+".join(steps) + "@" if steps else "") + fmt + settings
 

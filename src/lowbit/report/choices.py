@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.budget.memory import Memory, running_memory
-from lowbit.convert.quantize_as import contents_of, fitted, floats_of, recipe_for
+from lowbit.convert.preparing import contents_of, fitted, floats_of, recipe_for
 from lowbit.errors import ExportError, LowbitError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named, exporters
 from lowbit.interchange.files.settings import is_ours
