@@ -62,7 +62,7 @@ def allocate(
     if isinstance(sensitivity, Sensitivity):
         if any(text.values()):
             raise RecipeError(
-                "the sensitivity is given, so that no text is looked at; leave calibration and its options out"
+                "a sensitivity is given, so that text would not be looked at; leave calibration and its options out"
             )
         return allocation(source, sensitivity, wanted, **target)
     with nullcontext() if sensitivity is None else locked(sensitivity):
@@ -103,7 +103,7 @@ def _same(known: Sensitivity, path: Any, candidates: tuple[str, ...], text: Cali
     differ = []
     wanted = tuple(dict.fromkeys(str(parse_format(c)) for c in candidates))
     if set(wanted) != set(known.candidates):
-        differ.append(f"with the candidates {', '.join(known.candidates)} and not {', '.join(wanted)}")
+        differ.append(f"with the formats {', '.join(known.candidates)} and not {', '.join(wanted)}")
     measured = known.settings.get("calibration")
     if text is not None and measured is not None and measured != text_digest(text.ids):
         differ.append(f"on another calibration text than {text.name} ({len(text.ids)} windows, {text.tokens} tokens)")

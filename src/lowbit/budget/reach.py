@@ -106,7 +106,7 @@ def too_little(choices: Choices, room: Room) -> RecipeError:
     """The error for a room that the smallest choice does not fit, with what would."""
     plan = choices.plan(choices.smallest())
     needed = plan.output_bytes + room.reserved
-    beside = f", {_size(room.reserved)} of it beside the weights" if room.reserved else ""
+    beside = f", of which {_size(room.reserved)} are not for weights" if room.reserved else ""
     if room.kv is not None:
         cache = f"{size_text(room.cache)} for the KV cache of {room.context:,} tokens" if room.cache else ""
         parts = [part for part in (cache, f"{size_text(room.overhead)} for Python and activations") if part]
@@ -116,9 +116,9 @@ def too_little(choices: Choices, room: Room) -> RecipeError:
         ways.append(f"for a context of at most {context:,} tokens")
     if (saved := _smaller_embedding(choices, room, plan.output_bytes)) is not None:
         text, nbytes = saved
-        ways.append(f"add embed={text} to the recipe, with which it is {size_text(nbytes + room.reserved)}")
+        ways.append(f"add embed={text} to the recipe, which makes it {size_text(nbytes + room.reserved)}")
     return RecipeError(
-        f"{_size(room.target)} is too little: the smallest that the candidates make of {choices.source.label} is "
+        f"{_size(room.target)} is too little: the smallest that these formats make of {choices.source.label} is "
         f"{_size(needed)}{beside}; {', or '.join(ways)}"
     )
 
@@ -128,7 +128,7 @@ def too_few(choices: Choices, target: float) -> RecipeError:
     count, fixed = choices.linear()
     least = 8 * (fixed + sum(min(s) for s in choices.data)) / count
     return RecipeError(
-        f"{target:g} bits are too few: the candidates reach {least:.4f} bits per weight in the linear layers; ask for "
+        f"{target:g} bits are too few: these formats reach {least:.4f} bits per weight in the linear layers; ask for "
         f"{math.ceil(least * 100) / 100:g} or more"
     )
 
@@ -165,7 +165,7 @@ def _positive(name: str, value: Any) -> float:
 
 def _too_much(target: str, largest: str) -> RecipeError:
     return RecipeError(
-        f"{target} is more than these candidates reach, {largest} at most: ask for that, or measure wider candidates"
+        f"{target} is more than these formats reach, {largest} at most: ask for that, or give formats with more bits"
     )
 
 

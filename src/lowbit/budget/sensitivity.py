@@ -95,7 +95,7 @@ class Sensitivity:
         """
         for text in factors:
             if text not in self.candidates:
-                raise RecipeError(f"{text!r} is not among the candidates{nearest(text, self.candidates)}")
+                raise RecipeError(f"{text!r} is not among the formats that were measured{nearest(text, self.candidates)}")
         kl = {name: {f: v * factors.get(f, 1.0) for f, v in by.items()} for name, by in self.kl.items()}
         return replace(self, kl=kl)
 
@@ -108,7 +108,7 @@ class Sensitivity:
             fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             replace_file(fresh, path)
         except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror}; check the path and its rights") from None
+            raise OutputError(f"cannot write {path}: {error.strerror}; check the path and its permissions") from None
         finally:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
@@ -263,7 +263,7 @@ def _quantizable(source: Source) -> list[TensorPlan]:
 def _formats(candidates: Sequence[str | Format]) -> list[Format]:
     formats = [f if isinstance(f, Format) else parse_format(f) for f in candidates]
     if not formats:
-        raise RecipeError("no candidates to choose from; give at least one format")
+        raise RecipeError("there are no formats to choose from; give at least one")
     return list(dict.fromkeys(formats))
 
 

@@ -49,7 +49,7 @@ def read_records(records: Iterable[tuple[str, Any]]) -> list[Document]:
         if not found:
             kind, first = own, place
         if own != kind:
-            raise TextError(f"{place} has {_named(own)} and {first} {_named(kind)}: one file, one kind of records")
+            raise TextError(f"{place} has {_named(own)} and {first} {_named(kind)}: a file holds one kind of records")
         try:
             document = _READERS[own](record)
         except _Wrong as error:

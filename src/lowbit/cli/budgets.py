@@ -40,7 +40,7 @@ def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path
     from lowbit.report.wording import bytes_text
 
     known = sensitivity.exists()
-    with console.progress("measuring how much each layer minds each format") as shown:
+    with console.progress("measuring how much each layer loses in each format") as shown:
         found = lowbit.allocate(
             model,
             recipe,

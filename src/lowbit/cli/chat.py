@@ -33,7 +33,7 @@ def chat(
     *,
     how: Generation,
 ) -> None:
-    """Talk to a model. Answers come word by word, and what was read once is not read again.
+    """Talk to a model. Answers come word by word, and what was read once is kept.
 
     /reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer. Lines may come from a file or a pipe.
     """

@@ -33,7 +33,7 @@ def dequantize(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized model, of lowbit or another program, as an ordinary float folder, which transformers reads alone."""
+    """Write a quantized model, of lowbit or another program, as an ordinary float folder, which transformers reads without lowbit."""
     import lowbit
     from lowbit.report.results_view import dequantized_text
 

@@ -67,7 +67,8 @@ def explain(
         typer.Option(
             min=1,
             metavar="N",
-            help="Rows whose first block is shown: one of a model's tensor, and all blocks of an array, unless given.",
+            help="Show the first block (the weights that share a scale) of N rows: one row of a model's tensor, and all blocks of "
+            "an array, when it is left out.",
             show_default=False,
         ),
     ] = None,

@@ -49,7 +49,7 @@ def export(
 
     if kv is None and (calibration is not None or samples is not None or chat):
         raise RecipeError(
-            "--calibration, --samples and --chat would be ignored: the weights are done, and only --kv looks at text in an export"
+            "--calibration, --samples and --chat would be ignored: the weights are quantized already, and only --kv looks at text in an export"
         )
     console.quiet()
     with console.bytes_bar("exporting") as progress:

@@ -33,7 +33,7 @@ def generate(
 ) -> None:
     """Let a model answer, word by word. Takes quantized folders and float models alike.
 
-    Most families of decoders run in lowbit's own engine, any other model in transformers, which is then said. Several
+    Most families of decoders run in lowbit's own engine, any other model in transformers; a message says so. Several
     prompts are answered side by side and printed one after another.
     """
     sampling, stop = how.sampling(), how.stops()

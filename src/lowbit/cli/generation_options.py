@@ -29,7 +29,7 @@ class Generation:
         typer.Option(
             min=0.0,
             metavar="T",
-            help="Draw tokens the more freely the higher this is; at 0 always take the likeliest.",
+            help="Sample from the probabilities at this temperature; 0 always takes the likeliest token.",
             rich_help_panel=SAMPLING,
         ),
     ] = 0.0

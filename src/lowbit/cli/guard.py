@@ -85,5 +85,5 @@ def explained(error: OSError) -> str | None:
     if error.errno in _FULL:
         return f"no space left on the disk{where}; make room, or name another place"
     if error.errno in _FORBIDDEN:
-        return f"not allowed to read or write{where}; mend its rights, or name another place"
+        return f"not allowed to read or write{where}; change its permissions, or name another place"
     return None

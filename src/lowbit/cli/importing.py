@@ -33,7 +33,7 @@ def import_(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="Store weights whose levels no format of lowbit has in this one; the word keep leaves them float.",
+            help="Store weights that no format of lowbit holds exactly in this format; the word keep leaves them float.",
         ),
     ] = "keep",
     overwrite: Overwrite = False,

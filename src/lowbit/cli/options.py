@@ -120,7 +120,7 @@ KVCalibration = Annotated[
         "--calibration",
         metavar="FILE",
         help="With --kv, find the scales on this text: a file of plain text or of records, a Hugging Face dataset id, or the word self "
-        "for text that the model writes itself, which is also taken when it is left out.",
+        "for text that the model writes itself. When it is left out, the model writes the text.",
         show_default=False,
         rich_help_panel=CALIBRATION,
     ),
@@ -136,7 +136,7 @@ Chat = Annotated[
     bool,
     typer.Option(
         "--chat",
-        help="Make each paragraph or row of the text what a user says in the model's chat template.",
+        help="Put each paragraph or row of the text into the model's chat template, as the words of a user.",
         rich_help_panel=CALIBRATION,
     ),
 ]

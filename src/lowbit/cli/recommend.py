@@ -50,7 +50,7 @@ def recommend(
         ),
     ] = "lowbit",
     speed: Annotated[
-        bool, typer.Option("--speed", help="Take the fastest of those that lose little, not the one that loses least.")
+        bool, typer.Option("--speed", help="Take the fastest of the recipes that lose little, not the one that loses least.")
     ] = False,
     measure: Annotated[
         bool,
@@ -75,7 +75,7 @@ def recommend(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say which recipe to take for MODEL in this much memory, why, and what else there is; no weight is read.
+    """Say which recipe to take for MODEL in this much memory, why, and what the second choice is. No weight is read.
 
     Exit code 2 when nothing fits.
     """

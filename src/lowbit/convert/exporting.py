@@ -86,7 +86,7 @@ def export(
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
     if kv is None and (ignored := [name for name, value in text.items() if value]):
         raise RecipeError(
-            f"{' and '.join(ignored)} would be ignored: weights are done; only kv looks at text in an export"
+            f"{' and '.join(ignored)} would be ignored: the weights are quantized already, and only kv looks at text in an export"
         )
     with locked(out):
         return written(kind, folder, out, kv, text, overwrite, heard(progress))
@@ -227,6 +227,6 @@ def _exists(out: Path) -> OutputError:
 
 def _cannot(out: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"cannot write {out}: {error.strerror or error}; check the path, its rights and the room on the disk; "
+        f"cannot write {out}: {error.strerror or error}; check the path, its permissions and the room on the disk; "
         "nothing was kept of the export"
     )

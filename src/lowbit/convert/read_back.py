@@ -35,7 +35,7 @@ def compared(
     unequal = {}
     lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
     if lacking:
-        raise ExportError(f"{out.name}: {lacking[0]!r} does not come back; nothing was kept of the export")
+        raise ExportError(f"{out.name}: {lacking[0]!r} is not there when the file is read back; nothing was kept of the export")
     for name in ours.tensors:
         if name not in read.tensors:
             continue
@@ -48,7 +48,7 @@ def compared(
             apart = distance(found, source.read(name))
             if not apart <= limit:
                 raise ExportError(
-                    f"{out.name}: {name!r} comes back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
+                    f"{out.name}: {name!r} is read back changed (|a - b| / |b| = {apart:.3g}); nothing was kept of the export"
                 )
         if apart > 0:
             unequal[name] = apart

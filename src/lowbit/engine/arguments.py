@@ -70,7 +70,7 @@ def whole_number(what: str, value: Any, least: int, most: int | None = None) -> 
     try:
         found = operator.index(value)
     except TypeError:
-        raise RecipeError(f"{what}={value!r}; it is a whole number") from None
+        raise RecipeError(f"{what}={value!r} is not a whole number") from None
     if found < least:
         raise RecipeError(f"{what}={found}; ask for {least} or more")
     if most is not None and found > most:

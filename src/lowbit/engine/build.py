@@ -143,7 +143,7 @@ class Builder:
             else:
                 three = [self._source(name.format(i=i, e=e)) for name in names.apart]
             if tuple(source.value.rows for source in three) != wanted:
-                raise EngineError(f"expert {e} of layer {i} has not the {wanted} rows that the config says")
+                raise EngineError(f"expert {e} of layer {i} does not have the {wanted} rows that the config says")
             parts = [self._packed(three[2:], 0, None)]
             mlps.append(
                 self._mlp(self._pair(three[:2], [None, None], hidden), self._projection(hidden, s.width, parts))
@@ -254,14 +254,14 @@ class Builder:
             return Inputs(self.bits, divisor=divisor)
         symmetric = isinstance(fmt.grid, IntGrid) and fmt.grid.bits == 8 and fmt.grid.signed and fmt.offset is None
         if not symmetric or fmt.scale != "fp32" or inputs.outliers is not None or fmt.block.rows not in (1, -1):
-            raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds them to symmetric int8")
+            raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds inputs to symmetric int8 only")
         if inputs.static:
             if quantizer.scale is None or quantizer.scale.numel() != 1:
-                raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes one static scale")
+                raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes only one stored scale for these")
             return Inputs(8, static_scale=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
             raise EngineError(
-                f"the inputs of {name!r} are {inputs}, one scale for all tokens; the engine needs it static"
+                f"the inputs of {name!r} are {inputs}, one scale for all tokens that is found while running; the engine needs a stored one"
             )
         if fmt.block.cols == -1:
             return Inputs(8, per_token=True, divisor=divisor)

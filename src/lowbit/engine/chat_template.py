@@ -72,7 +72,7 @@ def default_template(given: Any) -> str | None:
     if isinstance(given, list):
         if not all(isinstance(entry, Mapping) and {"name", "template"} <= set(entry) for entry in given):
             raise SourceError(
-                "the chat template of this model is a list of what have no name and template; mend or remove it"
+                "the chat template of this model is a list whose entries lack a name or a template; mend or remove it"
             )
         given = {str(entry["name"]): entry["template"] for entry in given}
     if isinstance(given, Mapping):
@@ -88,7 +88,7 @@ def read_template(file: Path) -> str:
     """The text of chat_template.jinja. SourceError when it is none."""
     try:
         if file.stat().st_size > _LONGEST:
-            raise SourceError(f"{file}: a chat template of {file.stat().st_size} bytes is none; mend or remove it")
+            raise SourceError(f"{file} has {file.stat().st_size} bytes, too many for a chat template; mend or remove it")
         return file.read_text("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
@@ -153,5 +153,5 @@ def _strftime_now(form: str) -> str:
     from datetime import datetime
 
     if len(form) > 1000:
-        raise ValueError("its form of a date has too many characters")
+        raise ValueError("its format of a date has too many characters")
     return datetime.now().strftime(form)

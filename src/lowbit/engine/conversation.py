@@ -122,7 +122,7 @@ def _positions_left(limit: int, ids: Sequence[int], positions: int) -> int:
     left = positions - len(ids)
     if left < 1:
         raise EngineError(
-            f"the conversation has {len(ids)} tokens, and this model {positions} positions; begin anew with /reset"
+            f"the conversation has {len(ids)} tokens, and this model takes {positions}; begin anew with /reset"
         )
     return min(whole_number("max_new_tokens", limit, 1), left)
 

@@ -30,13 +30,13 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
-                raise RecipeError(f"{name}={getattr(self, name)!r}; it is a whole number")
+                raise RecipeError(f"{name}={getattr(self, name)!r} is not a whole number")
             object.__setattr__(
                 self, name, int(getattr(self, name))
             )  # of numpy, seeds overflow where prompts are counted
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
             if not isinstance(getattr(self, name), Real) or not isfinite(getattr(self, name)):
-                raise RecipeError(f"{name}={getattr(self, name)!r}; it is a number")
+                raise RecipeError(f"{name}={getattr(self, name)!r} is not a number")
         rules = {
             "temperature": (self.temperature >= 0, "0 or more"), "top_k": (0 <= self.top_k < 2**31, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"), "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
@@ -44,7 +44,7 @@ class Sampling:
         }  # fmt: skip
         for name, (fine, what) in rules.items():
             if not fine:
-                raise RecipeError(f"{name}={getattr(self, name)}; it is a number {what}")
+                raise RecipeError(f"{name}={getattr(self, name)} is not a number {what}")
         given = {"top_k": self.top_k > 1, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
         ignored = [name for name, is_given in given.items() if is_given]
         if self.temperature == 0 and ignored:

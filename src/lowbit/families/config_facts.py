@@ -67,7 +67,7 @@ class ConfigFacts:
         for name, values in self._fixed.items():
             value = config.get(name, values[0])
             if name not in self.read and not any(_same(value, v) for v in values):
-                return f"{who} has {name}={values[0]!r} and no other, and this config {name}={value!r}"
+                return f"{who} has {name}={values[0]!r} and no other value, and this config has {name}={value!r}"
         unknown = [name for name in config if name not in self]
         defaults = _defaults(str(config.get("model_type"))) if unknown else {}
         for name in unknown:  # what the class has not is nothing that transformers' model reads

@@ -13,7 +13,7 @@ from lowbit.families.qwen2_moe import refuses_shares
 
 def _refuses(config: Any) -> str | None:
     if config.num_key_value_heads != config.num_attention_heads:
-        return "llama.cpp's olmoe has as many heads of keys as of queries, and this config fewer"
+        return "llama.cpp's olmoe has as many heads of keys as of queries, and this config has fewer"
     return refuses_shares(config, False)
 
 

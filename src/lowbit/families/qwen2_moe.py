@@ -27,7 +27,7 @@ def metadata(config: Any) -> dict[str, Any]:
 def refuses_shares(config: Any, renormalized: bool) -> str | None:
     """Whether the shares of the chosen experts are brought to a sum of 1, which is in llama.cpp's code."""
     if bool(config.norm_topk_prob) != renormalized:
-        return f"llama.cpp takes norm_topk_prob as {str(renormalized).lower()}, and this config has the other"
+        return f"llama.cpp takes norm_topk_prob as {str(renormalized).lower()}, and this config has the other value"
     return None
 
 

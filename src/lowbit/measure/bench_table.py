@@ -50,13 +50,13 @@ def caption(bench: Bench) -> str:
     """What the figures are."""
     s, rounds = bench.settings, len(bench.rows[0].values["decode"])
     text = (
-        f"Tokens per second, medians of {rounds} interleaved round{'s' * (rounds != 1)}; {bench.threads} "
+        f"Tokens per second, medians of {rounds} round{'s' * (rounds != 1)} in which each program was measured once; {bench.threads} "
         f"thread{'s' * (bench.threads != 1)} each. decode: {s.new} tokens after {s.prompt}."
     )
     if any("batch" in row.values for row in bench.rows):
         text += f" batch: new tokens of {s.batch} sequences up to length {s.batch_length}."
     if any(row.startup for row in bench.rows):
-        text += " first token: of a fresh process; resident: what it then holds beyond its imports."
+        text += " first token: seconds until a fresh process has it; resident: the memory that it then holds, imports not counted."
     if bench.limits is not None:
         text += (
             f" This machine reads {bench.limits.read / 1e9:.1f} GB/s and takes {bench.limits.products / 1e9:.0f} G products "

@@ -25,7 +25,7 @@ class Threshold(NamedTuple):
 
 THRESHOLDS = (
     Threshold("indistinguishable", "a reader could not tell it from the float model", 0.005, 1.003),
-    Threshold("very close", "some words differ, the sense does not", 0.05, 1.03),
+    Threshold("very close", "some words differ, and the meaning stays the same", 0.05, 1.03),
     Threshold("noticeable", "a reader comparing answers would see a difference", 0.3, 1.25),
     Threshold("damaged", "it answers worse; use more bits or a better method", math.inf, math.inf),
 )

@@ -80,7 +80,7 @@ class Quantized(Displayed):
                         shutil.rmtree(fresh, ignore_errors=True)
         except OSError as error:
             raise OutputError(
-                f"cannot write {out}: {error.strerror or error}; check the path and its rights"
+                f"cannot write {out}: {error.strerror or error}; check the path and its permissions"
             ) from error
         return out
 

@@ -168,7 +168,7 @@ class Plan(Displayed):
         ratio = None if self.survey is None else self.survey.exploded.get(name)
         if self.survey is None or ratio is None:
             return ""
-        return f"inputs not static: their largest value is {ratio:g} times a typical one, over {self.survey.over:g}"
+        return f"scales of inputs are found while running: the largest input is {ratio:g} times a typical one, and the limit is {self.survey.over:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything above, as JSON values."""

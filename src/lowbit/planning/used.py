@@ -22,15 +22,15 @@ def check_used(recipe: Recipe, tensors: Sequence[TensorPlan], with_text: bool) -
     """
     if recipe.weighting is not None and not _weighs(recipe, tensors):
         raise RecipeError(
-            f"{recipe.weighting} weighs statistics of inputs, and nothing in {recipe} looks at these; leave it out, or "
-            "write a method that does, such as gptq"
+            f"{recipe.weighting} says how much tokens count in statistics of inputs, and nothing in {recipe} looks at these; "
+            "leave it out, or add a method that does, such as gptq"
         )
     quantized = [(t, with_text and t.is_multiplied) for t in tensors if t.format is not None]
     for call in filter(None, (recipe.fit, recipe.solver, recipe.tuner)):
         served = [(t, stats) for t, stats in quantized if _serves(recipe, call, t, stats)]
         for option, _ in call.options if served else ():
             if all(option in call.method.ignores(t.format, stats) for t, stats in served if t.format is not None):
-                where = " beside calibration text" if with_text and call.method.kind == "fit" else ""
+                where = " when there is calibration text" if with_text and call.method.kind == "fit" else ""
                 raise RecipeError(
                     f"{option!r} of {call.name!r} makes no difference to any tensor of this recipe{where}; leave it out"
                 )

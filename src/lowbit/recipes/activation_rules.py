@@ -71,7 +71,7 @@ class Fallback:
 
     def __post_init__(self) -> None:
         if self.inputs is not None and self.inputs.static:
-            raise RecipeError(f"fallback={self.inputs} is static itself; give dynamic inputs such as int8:g64")
+            raise RecipeError(f"fallback={self.inputs} has a stored scale itself; give inputs whose scales are found while running, such as int8:g64")
         if not 1 <= self.over < float("inf"):
             raise RecipeError(f"fallback: over={self.over:g} is no ratio of the largest value to a typical one; try 32")
 
@@ -123,8 +123,8 @@ def inputs_text(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) -> 
         return text
     worst = max(exploded, key=lambda name: exploded[name])
     return (
-        f"{text}; {len(exploded)} of {len(exploded) + ranges['static']} are not static because their largest value is over "
-        f"{_plain(ranges['over'])} times a typical one (most: {exploded[worst]:g}, {worst.removesuffix('.weight')})"
+        f"{text}; {len(exploded)} of {len(exploded) + ranges['static']} find their scales while running, because their largest input is over "
+        f"{_plain(ranges['over'])} times a typical one (the most, {exploded[worst]:g} times, in {worst.removesuffix('.weight')})"
     )
 
 

@@ -107,7 +107,7 @@ def _known(word: str) -> str | None:
     if bits is not None and f"w{bits[1]}" not in PRESETS:
         return f"unknown recipe {word!r}{nearest(word, PRESETS)} ({bits[1]} bits are written int{bits[1]}:g32)"
     if _TERNARY.fullmatch(word):
-        return f"unknown recipe {word!r}; did you mean 'ternary:g64'? Only a model that was trained for it stands so few bits"
+        return f"unknown recipe {word!r}; did you mean 'ternary:g64'? only a model that was trained for it works in so few bits"
     found = _BITSANDBYTES.fullmatch(word)
     if found is not None and "fp4" not in word:
         meant = "llm-int8" if found["eight"] else "nf4"

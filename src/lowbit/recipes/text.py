@@ -65,7 +65,7 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
     for step in steps:
         call = _parse_call(step)
         if tuner is not None:
-            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, and it comes last")
+            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, a step that trains what is stored, and it comes last")
         if call.method.kind == "transform":
             if fit is not None or solver is not None:
                 first = fit or solver
@@ -76,20 +76,20 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
         elif call.method.kind == "fit":
             if fit is not None or solver is not None:
                 first = fit or solver
-                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, and it comes before the solver")
+                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, the step that finds scales, and it comes before the step that rounds")
             fit = call
         elif call.method.kind == "weighting":
             if fit is not None or solver is not None or weighting is not None:
                 before = weighting or fit or solver
                 raise RecipeError(
-                    f"{call.name!r} after {before}: statistics are weighed before they are used; write it first"
+                    f"{call.name!r} after {before}: it says how much tokens count in the steps that follow, so write it first"
                 )
             weighting = call
         elif call.method.kind == "tuner":
             tuner = call
         else:
             if solver is not None:
-                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver")
+                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver, the step that rounds; leave one out")
             solver = call
     return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner, weighting=weighting)
 

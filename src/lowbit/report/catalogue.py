@@ -18,13 +18,13 @@ from lowbit.solvers.registry import methods
 # Kinds of names, with what a name of the kind is, and how one is written.
 KINDS = {
     "preset": ("a recipe with a name", "lowbit quantize MODEL {name}"),
-    "fit": ("finds the scale of a block of weights", "{name}@FORMAT"),
+    "fit": ("finds the scale that a block of weights shares", "{name}@FORMAT"),
     "solver": ("chooses the level of each weight", "{name}@FORMAT"),
-    "transform": ("rewrites the model before, without changing what it computes", "{name}+METHOD@FORMAT"),
+    "transform": ("rewrites the model before it is rounded, without changing what it computes", "{name}+METHOD@FORMAT"),
     "weighting": ("says how much each token of the text counts", "{name}+METHOD@FORMAT"),
     "tuner": ("trains what is stored, after rounding", "METHOD+{name}@FORMAT"),
     "range": ("finds the fixed range of inputs that are rounded too", "RECIPE,a={name}@int8:tensor"),
-    "format": ("what a stored number means", "METHOD@{name}"),
+    "format": ("how numbers are stored", "METHOD@{name}"),
 }
 METHODS = ("fit", "solver", "transform", "weighting", "tuner")
 
@@ -53,7 +53,7 @@ def catalogue() -> list[Entry]:
         found.append(Entry(name, "range", summary, _given(facts), rest.strip()))
     for name, text in NAMED.items():
         facts = [("stands for", text), ("written as", KINDS["format"][1].format(name=name))]
-        found.append(Entry(name, "format", f"{text} by its usual name.", tuple(facts)))
+        found.append(Entry(name, "format", f"The usual name of {text}.", tuple(facts)))
     return found
 
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+LOSS = (
+    "What is said of losses is the KL divergence from the original model, on a model of 135 million parameters; larger models lose "
+    "less."
+)
 _FEW = 4  # entries whose formulas and sources are printed
 
 
@@ -42,8 +46,9 @@ def render_catalogue(entries: Sequence[Entry], width: int) -> RenderableType:
         ("  lowbit recipes w4", "everything about one name, or about all names that contain this"),
         ("  lowbit recipes fit", f"everything of a kind: method, {', '.join(KINDS)}"),
         ("  lowbit plan MODEL w4", "what a recipe would make of each tensor of a model"),
+        ("  lowbit explain w4", "the arithmetic of a recipe, step by step"),
     ]
-    return Group(*elements, Text("\nTo see more", "bold"), named_lines(more))
+    return Group(*elements, Text("\nTo see more", "bold"), named_lines(more), Text(""), Lines(wrapped(LOSS, width)))
 
 
 def _short(entry: Entry, group: str) -> str:
@@ -60,8 +65,9 @@ def _grammar(width: int) -> list[Text]:
         "  A recipe is a preset, a format (int4:g32), METHOD@FORMAT, or any of these with settings for the embedding (embed=) and for "
         "layers by their names:",
         "    search@int4:g32,embed=int6:g64,*.down_proj=int8:channel,*.layers.0.*=keep",
-        "  a= rounds the inputs of linear layers too, a:GLOB= those of some. A fixed range of inputs names its estimator; layers in which "
-        f"it would be far too wide fall back to scales found while running (fallback={fallback()} unless given):",
+        "  a= also rounds the inputs of linear layers, and a:GLOB= those of the layers whose names match. Their scales are found while the "
+        "model runs (int8:g64), or once from text by an estimator (minmax@int8:tensor). Layers whose inputs have far too large a range "
+        f"for that still find their scales while the model runs; fallback= says how ({fallback()} unless given):",
         "    smooth+search@int8:channel,a=minmax@int8:tensor,a:*.down_proj=int8:g64",
     ]
     return [line for text in said for line in _indented(text, width)]

@@ -87,7 +87,7 @@ def _symbols(found: Explanation) -> str:
     fmt = found.format
     words = ["x a value", "x' what is read back"]
     if fmt.scale is not None:
-        words.insert(1, "s the scale, one level's worth")
+        words.insert(1, "s the scale, what a level is multiplied with")
     if fmt.offset is not None:
         kind = (
             "m the minimum, the value of level 0"

@@ -104,13 +104,13 @@ def _reasons(found: Recommendation, best: Choice) -> Iterator[str]:
 def _why(found: Recommendation, best: Choice) -> str:
     if found.speed and found.acceptable:
         return (
-            f"Of what fits and loses no more than {ACCEPTABLE.kl:g} nats per token it reads the fewest bytes for each "
-            f"token, {bytes_text(best.read)}, which is what decoding takes its time for."
+            f"Of the recipes that fit and lose no more than {ACCEPTABLE.kl:g} nats per token, it reads the fewest bytes for each "
+            f"new token, {bytes_text(best.read)}; reading them takes most of the time."
         )
     if found.speed:
         return (
-            f"Nothing that fits is expected to lose less than {ACCEPTABLE.kl:g} nats per token, up to which speed would "
-            "decide, so this is the best quality that fits."
+            f"Nothing that fits is expected to lose less than {ACCEPTABLE.kl:g} nats per token. Speed decides only among "
+            "recipes below that, so this one was taken for its quality."
         )
     return f"It loses the least of what fits, and leaves {bytes_text(found.memory - best.memory.total)} free."
 
@@ -206,8 +206,8 @@ def _remarks(found: Recommendation) -> Iterator[str]:
         )
         if found.target == OWN and found.generates and found.measured_on is None and found.storage == "float":
             yield (
-                "What is left can be filled: lowbit quantize with --fit-memory measures how much each layer minds few bits, and "
-                "gives each its own format."
+                "The memory that is left can be used: lowbit quantize --fit-memory measures how much each layer loses in few "
+                "bits, and gives each its own format."
             )
     if found.best is not None and found.experts < 1:
         yield f"For each token {bytes_text(found.best.read)} of the weights are read, as only some experts take part."
@@ -223,7 +223,7 @@ def _remarks(found: Recommendation) -> Iterator[str]:
     if found.target != OWN:
         yield (
             f"The {bytes_text(found.choices[0].memory.working)} for the program are what lowbit takes with Python; other programs "
-            "take less (llama.cpp) or more (vLLM), which is not known here."
+            "take less (llama.cpp) or more (vLLM), and how much is not known here."
         )
     yield from _HINTS.get((found.target, "" if found.best is None else found.best.name), ())
     if found.storage != "float" and (found.best is None or found.best.name != AS_IT_IS):
@@ -238,9 +238,9 @@ def _remarks(found: Recommendation) -> Iterator[str]:
         )
     elif any(choice.loss is not None for choice in found.choices):
         measure = " --measure measures the best three on this model." if found.generates else ""
-        yield f"{CAVEAT} < is a bound by a format that is no better.{measure}"
+        yield f"{CAVEAT} < is an upper bound, from a format that is no better.{measure}"
         if not found.generates:
-            yield "They are of a model that predicts tokens, and this one does not: they put the recipes in order."
+            yield "That model predicts tokens, and this one does not: the losses only put the recipes in order."
 
 
 def _about_text(found: Recommendation) -> Iterator[str]:

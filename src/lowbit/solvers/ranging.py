@@ -85,7 +85,7 @@ class Lost:
             return ""
         return (
             f"{self.count:,} of {self.blocks:,} blocks are so small beside the others that the scales of {fmt} "
-            "do not hold them: they come back more than 30 % off; a recipe with s=fp32 does"
+            "do not hold them: they come back more than 30 % off; scales in float32 (s=fp32) hold them"
         )
 
 

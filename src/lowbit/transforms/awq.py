@@ -25,7 +25,7 @@ from lowbit.transforms.smooth import quadratic
 def awq(
     weights: Sequence[Tensor], stats: Stats, quantize: Quantize, shared: Tensor | None = None, *, points: int = 20
 ) -> Scaling:
-    """Make the columns of a weight larger that meet large inputs, so that rounding hurts them less.
+    """Scale up the columns of a weight that are multiplied with large inputs, so that rounding changes them less.
 
     s_k = mean|x_k|^alpha, with the alpha that makes |x W' - (x / s) (W s)_q'| least. AWQ section 3.2, equations 4 and 5; alpha in 0, 1/points, ..., (points - 1)/points, and s divided by
     sqrt(max s * min s). The error comes from the second moment H of x: sum over W of tr(E H E') with

@@ -29,7 +29,7 @@ Edits = dict[str, list[Edit]]
 
 @transform("source", undone_by={"fold": "has nothing left to fold, because rotating folds what it needs"})
 def rotate(source: Source, *, seed: int = 0, r1: int = 1, r2: int = 1, r4: int = 0) -> TransformedSource:
-    """Rotate what flows between layers, and the weights against it, so that outliers are spread over all channels.
+    """Rotate the activations between layers, and the weights to match, so that outliers are spread over all channels.
 
     r1 rotates the residual stream, r2 the values of each head, and r4 the inputs of second MLP linears, while the model
     runs. r1 folds the norms first, the last one into the head too, which unties a head that shares the embedding.

@@ -37,7 +37,7 @@ class BlockProblem:
 def reconstruct(
     problem: BlockProblem, *, steps: int = 50, rate: float = 0.01, scales: float = 0.1, drift: int = 1
 ) -> Tuned:
-    """Learn for each weight of a block whether it is rounded up or down, so that the output is the float model's.
+    """Learn for each weight of a transformer block whether to round it up or down, so that the block keeps its output.
 
     The scales are learned too.
     SignRound (Cheng et al. 2023, equations 3 to 5; the AutoRound of Intel): w = s clip(round(W / s + V)) with V in
@@ -59,7 +59,7 @@ def reconstruct(
 
 @tuner("block")
 def lkd(problem: BlockProblem, *, steps: int = 50, rate: float = 0.01, drift: int = 0) -> Tuned:
-    """Train the weights of a block against the output of the float one, and round them in every step.
+    """Train the weights of a transformer block to give the output of the float one, rounding them in every step.
 
     ZeroQuant (Yao et al. 2022, section 4.3): for one layer at a time, all others frozen, minimise the mean squared
     error between the float layer's output and the quantized one's by gradient descent on its weights, which are rounded

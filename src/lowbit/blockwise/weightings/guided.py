@@ -22,7 +22,7 @@ def guided(
     model: nn.Module, names: Sequence[str], batches: Sequence[Tensor], context: AbstractContextManager[Any],
     *, seed: int = 0,
 ) -> Mapping[str, list[Tensor]]:  # fmt: skip
-    """Let tokens count more on which the predictions of the model depend more.
+    """Let those tokens count more on which the predictions of the model depend more.
 
     w_t = mean over outputs j of (dL/dy_tj)^2, so that H = sum_t w_t x_t x_t' is the Fisher information's block of W.
     L = sum_t log p_t(label), labels drawn from the model's own distribution, so that its expectation is the Hessian of

@@ -58,7 +58,7 @@ class Awq(FolderExporter):
         if layer.inputs is not None:
             return Problem(
                 layer.name,
-                f"has inputs {layer.inputs}, and AWQ's are float; vllm holds them",
+                f"has inputs {layer.inputs}, and AWQ keeps inputs float; --as vllm can hold them",
                 "the same recipe without a=",
             )
         if (reason := why_not_integers(fmt)) is not None:
@@ -68,9 +68,9 @@ class Awq(FolderExporter):
         if (reason := undivided(fmt, width)) is not None:
             return Problem(layer.name, reason, nearest, shape=True)
         if group_size(fmt) not in (-1, *GROUPS):
-            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, for which there is no kernel", nearest)
         if rows % 8:
-            return Problem(layer.name, f"{rows} outputs fill no whole words of eight", "keep", shape=True)
+            return Problem(layer.name, f"{rows} outputs, which is not a multiple of eight", "keep", shape=True)
         return None
 
     def problems(self, model: Contents) -> list[Problem]:

@@ -73,7 +73,7 @@ class Gptq(FolderExporter):
         if layer.inputs is not None:
             return Problem(
                 layer.name,
-                f"has inputs {layer.inputs}, and GPTQ's are float; vllm holds them",
+                f"has inputs {layer.inputs}, and GPTQ keeps inputs float; --as vllm can hold them",
                 "the same recipe without a=",
             )
         if (reason := why_not_integers(fmt)) is not None:
@@ -83,7 +83,7 @@ class Gptq(FolderExporter):
         if fmt.grid.bits not in _BITS:
             return Problem(layer.name, f"has {fmt.grid.bits} bits; GPTQ has 2, 3, 4 and 8", nearest)
         if group_size(fmt) not in _GROUPS:
-            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, which no kernel has", nearest)
+            return Problem(layer.name, f"has groups of {group_size(fmt)} inputs, for which there is no kernel", nearest)
         if width * fmt.grid.bits % 32 or rows * fmt.grid.bits % 32:
             return Problem(layer.name, f"{rows} x {width} codes fill no whole words of 32 bits", "keep", shape=True)
         return None
@@ -94,7 +94,7 @@ class Gptq(FolderExporter):
         assert fmt is not None
         if is_symmetric(fmt) and fmt.grid.bits in (4, 8):
             return None
-        reason = "is kept [in, out] by its module, which vLLM alone reads, symmetric and of 4 or 8 bits"
+        reason = "is kept [in, out] by its module; of such layers vLLM alone reads symmetric ones of 4 or 8 bits"
         nearest = nearest_integers(fmt, layer.stored_shape[-1], asymmetric=False)
         return Problem(layer.name, reason, nearest)
 
@@ -123,7 +123,7 @@ class Gptq(FolderExporter):
         if not found and len({_symmetric(t) for t in packed}) > 1:
             odd = next(t for t in packed if _symmetric(t))
             found.append(
-                Problem(odd.name, "has no zero-points where others do; one folder says it of all", _asym(packed))
+                Problem(odd.name, "has no zero-points where other layers do; a GPTQ folder has them in all layers or in none", _asym(packed))
             )
         return found
 

@@ -110,7 +110,7 @@ class FolderWriter:
         elif self.partial.exists():
             if not _ours(self.partial):
                 raise OutputError(
-                    f"{self.partial} is in the way and not of a run of lowbit; move it, or give another folder"
+                    f"{self.partial} is in the way, and lowbit did not write it; move it, or give another folder"
                 )
             self._take(self.partial)
             if self.finished:
@@ -264,7 +264,7 @@ class FolderWriter:
         self._told = True
         full, reason = error.errno in FULL, error.strerror or str(error)
         what = f"the disk is full at {self.partial} ({reason})" if full else f"cannot write {self.partial}: {reason}"
-        remedy = "make room" if full else "check the path and its rights"
+        remedy = "make room" if full else "check the path and its permissions"
         if self.complete:
             return OutputError(f"{what}; it is whole: {remedy}, and the same command puts it in its place")
         if self._begun and self._worth_keeping():

@@ -47,7 +47,7 @@ def locked(out: str | Path, *, wait: bool = False) -> Iterator[None]:
         raise
     except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a circle
         raise OutputError(
-            f"cannot write {out}: {getattr(error, 'strerror', None) or error}; check the path and its rights"
+            f"cannot write {out}: {getattr(error, 'strerror', None) or error}; check the path and its permissions"
         ) from error
     if lock is None:
         raise OutputError(f"another run is writing {out}; wait for its end, or give another name")

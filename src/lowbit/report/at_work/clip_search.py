@@ -40,8 +40,8 @@ def mse(case: Case, call: Call) -> Shown:
     shown = tuple(i for i in range(len(rows)) if i % max(1, len(rows) // 10) == 0 or i == best)
     weighed = "" if v is None else ", each times the mean square of its input"
     parts = (
-        "The scale may be smaller than the largest value asks for: that value is then beyond "
-        f"the highest level and gets it, and all others are rounded more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins; some are shown:",
+        "The scale may be smaller than the largest value needs. That value is then clipped to the highest level, "
+        f"and all others are rounded more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins; some are shown:",
         Listing("clip_ratios", ("share of the range", "s", "values beyond", "error"), tuple(rows), shown, best),
         "Nothing is gained by clipping this block." if best == 0 else f"{num(100 * rows[best][0], 4)} % of the range has the least error.",
     )  # fmt: skip

@@ -110,8 +110,8 @@ def search(case: Case, call: Call) -> Shown:
     near = _distinct(rows)[:_SHOWN]
     parts = (
         f"{start}{len(rows)} scales are tried for each block. For each, values are rounded, and then the scale is set anew to "
-        "what is best for these levels (least squares). An error on a value is squared and counted "
-        f"{weighed}, and the least sum wins. The whole range and the best for the first block:",
+        "what is best for these levels (least squares). An error on a value is squared and multiplied "
+        f"{weighed}; the least sum wins. The whole range and the best for the first block:",
         Listing("candidates", heads, tuple(rows), tuple(sorted({0, best, *near})), best),
     )
     cost = None if known else lambda off: off.square() * case.weight.abs().pow(emphasis)

@@ -38,7 +38,7 @@ def smooth(case: Case, call: Call) -> Shown:
         "and the weight's column multiplied by it, which leaves x W^T as it is: "
         f"s_k = max|x_k|^a / max|w_k|^(1 - a), with {how}.",
         Listing("columns", ("column", "max|x|", "max|w|", "s", "max|x/s|", "max|w s|"), columns),
-        f"Inputs in {kept} and weights in {case.format}: how far each is off, and the output of the layer:",
+        f"Inputs in {kept} and weights in {case.format}: the relative error of each, and the error of the layer's output:",
         Listing("errors", ("", "inputs off by %", "weights off by %", "output error"), tuple(rows)),
         "In a model the division of x by s goes into the norm or the linear before, where it costs nothing.",
     )

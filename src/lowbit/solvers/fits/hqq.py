@@ -22,7 +22,7 @@ def hqq(
     beta: float = 10.0,
     kappa: float = 1.01,
 ) -> tuple[Tensor, Tensor]:
-    """Move the zero-point of a block so that most weights are met well and a few may be missed by much.
+    """Move the zero-point of a block so that most weights have small errors, even if a few have large ones.
 
     Minimises |x - x_q|^p with p < 1 by half-quadratic splitting. From the min-max fit, in units of the step s, repeat: e = shrink(x - x_q), shrink(r) = sign(r)
     max(|r| - |r|^(p-1) / beta, 0); z = mean(q - (x - e)); beta *= kappa. Stops where the mean absolute error

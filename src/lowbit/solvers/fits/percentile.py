@@ -13,7 +13,7 @@ from lowbit.solvers.registry import fit
 
 @fit()
 def percentile(x: Tensor, fmt: Format, importance: Tensor | None = None, *, p: float = 99.9) -> object:
-    """Let the few largest values of a block be cut off, so that all others have finer levels.
+    """Cut off the few largest values of a block, so that all others have finer levels.
 
     The range is the p-th percentile of |x|, or with an offset what lies between tails of (100 - p) / 2 percent.
     The percentile is an element of the block (nearest rank, rounded up), so that small blocks keep their

@@ -16,7 +16,7 @@ from lowbit.solvers.stats import Stats
 def gptaq(
     weight: Tensor, fmt: Format, fit: Call, stats: Stats, *, alpha: float = 0.25, damp: float = 0.01, order: int = 1
 ) -> Found:
-    """Round a weight by columns as GPTQ does, and also make up for the inputs that earlier layers have changed.
+    """Round a weight by columns as GPTQ does, and also make up for what earlier layers have changed in its inputs.
 
         W[:, i:] -= e U[i, i:] - w_i P[i, i:],   P = alpha triu(E[(x_f - x) x'] U', 1) U
 

@@ -13,7 +13,7 @@ from lowbit.solvers.ranges.histogram import shares
 
 @estimator
 class Entropy(RangeEstimator):
-    """Cut off large values where the distribution of what is left changes least by rounding.
+    """Cut off large values at the point where rounding then changes the distribution of the values least.
 
     The threshold on |x| with the least KL divergence between the clipped and the quantized distribution.
     |x| is counted in `bins` bins of equal width. For each i from the number of positive levels n to `bins`: P is

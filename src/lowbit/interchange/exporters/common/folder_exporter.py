@@ -78,7 +78,7 @@ class FolderExporter(Exporter):
                 names = ", ".join(dict.fromkeys(module_of(p.name).rpartition(".")[2] for p in parts))
                 return Problem(
                     other.name,
-                    f"{self.reader} runs {names} as one layer; {described(other)} beside {described(first)} cannot be",
+                    f"{self.reader} runs {names} as one layer, which cannot be stored as {described(other)} and {described(first)}",
                     _more_precise(first, other),
                 )
         return None
@@ -180,7 +180,7 @@ class FolderExporter(Exporter):
         found = tensors_of(out, set(expected))
         for name, tensor in expected.items():
             if name not in found or not torch.equal(found[name], tensor):
-                raise ExportError(f"{out.name}: {name!r} does not come back as it was; nothing was kept of the export")
+                raise ExportError(f"{out.name}: {name!r} is not read back as it was written; nothing was kept of the export")
         for t in filter(is_packed, model.contents.tensors.values()):
             read = source.stored_as(t.name)
             theirs = None if read is None or read.inputs is None else levels_of(read.inputs, read.input_parts())
@@ -225,7 +225,7 @@ class FolderExporter(Exporter):
             model.save_assets(out)
         except OSError as error:
             raise OutputError(
-                f"cannot write {out}: {error.strerror or error}; check the path and its rights"
+                f"cannot write {out}: {error.strerror or error}; check the path and its permissions"
             ) from error
 
     def _written(self, t: TensorPlan) -> Specs:

@@ -24,12 +24,12 @@ def refuses_inputs(inputs: Inputs | None, grid: str, *, offsets: bool, static: b
     nearest = f"a=minmax@{word}:tensor" if inputs.static and static else f"a={word}:token"
     if inputs.divisor:
         return Refusal(
-            "divides its inputs by numbers of their own, for which there is no place: smooth only where a norm takes it, "
-            "or leave it out",
+            "divides its inputs by stored numbers, for which there is no place: use smooth only where a norm takes the "
+            "division, or leave it out",
             nearest,
         )
     if inputs.outliers is not None:
-        return Refusal("keeps columns of outliers in float, which no kernel there does", nearest)
+        return Refusal("keeps columns of outliers in float, for which no program there has a kernel", nearest)
     fmt = inputs.format
     if fmt is None:
         return None
@@ -40,7 +40,7 @@ def refuses_inputs(inputs: Inputs | None, grid: str, *, offsets: bool, static: b
         return Refusal(f"has inputs {inputs}, whose range or offset has no place there", nearest)
     wanted = (-1, -1) if inputs.static else (1, -1)
     if (fmt.block.rows, fmt.block.cols) != wanted or (inputs.static and not static):
-        return Refusal(f"has inputs {inputs}; a scale is for a token, or static and for all", nearest)
+        return Refusal(f"has inputs {inputs}; a scale there is for one token, or stored and for all tokens", nearest)
     return None
 
 
