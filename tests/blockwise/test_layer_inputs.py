@@ -179,7 +179,7 @@ def test_layers_whose_range_explodes_fall_back_and_no_others(tmp_path: Path) -> 
     assert manifest["ranges"] == {
         "over": over, "static": len(expected) - len(exploded), "exploded": dict(sorted(survey.exploded.items())),
     }  # fmt: skip
-    notes = {layer.name for layer in made.report.layers if "inputs not static" in layer.note}
+    notes = {layer.name for layer in made.report.layers if "found while running" in layer.note}
     assert notes == exploded
     again = lowbit.quantize(tmp_path / "float", made.plan.recipe, tmp_path / "again", calibration=token_ids())
     files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "again")]

@@ -207,7 +207,7 @@ def test_memory_counts_weights_cache_and_the_rest(llama: Source) -> None:
     assert made.room == room and 0.99 * room <= made.plan.output_bytes <= room
     most = allocation(llama, sensitivity, fit_memory="1GB")
     assert {str(r.format) for r in most.rows if not r.fixed} == {"int8:g32"}
-    with pytest.raises(RecipeError, match=r"600,0.* of it beside the weights"):
+    with pytest.raises(RecipeError, match=r"of which .*600,0.* are not for weights"):
         allocation(llama, sensitivity, fit_memory="600MB")
 
 
@@ -220,11 +220,11 @@ def test_an_impossible_target_names_the_nearest(llama: Source) -> None:
     largest = make_plan(llama, Recipe.of("search@int8:g32")).output_bytes
     with pytest.raises(RecipeError, match=f"10,000,000 bytes is more .* reach, {largest:,} bytes at most"):
         allocation(llama, sensitivity, target_size="10MB")
-    with pytest.raises(RecipeError, match=r"2 bits are too few: the candidates reach 2\.5"):
+    with pytest.raises(RecipeError, match=r"2 bits are too few: these formats reach 2\.5"):
         allocation(llama, sensitivity, target_bits=2)
     with pytest.raises(RecipeError, match="9 bits .* 8.5000 at most"):
         allocation(llama, sensitivity, target_bits=9)
-    with pytest.raises(RecipeError, match="out of reach: the candidates reach"):
+    with pytest.raises(RecipeError, match="cannot be reached: with these formats the least is"):
         allocation(llama, sensitivity, target_kl=1e-9)
 
 

@@ -38,7 +38,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--target-size", "2kB"], ["2,000 bytes is too little", "ask for", "or more"]),
         (["--target-bits", "1.5"], ["1.5 bits are too few", "2.5000", "ask for 2.5 or more"]),
-        (["--target-bits", "12"], ["more than these candidates reach"]),
+        (["--target-bits", "12"], ["more than these formats reach"]),
         (["--fit-memory", "50MB", "--context", "32768"], ["KV cache of 32,768 tokens", "600MB for Python", "or more"]),
         (["--target-kl", "-1"], ["above 0"]),
         (["--target-size", "80"], ["--target-size 80 has no unit", "80MB", "80GB"]),

@@ -203,7 +203,7 @@ def test_factors_scale_formats() -> None:
     half = found.scaled({"int2:g16": 0.5})
     assert half.kl["head.weight"]["int2:g16"] == found.kl["head.weight"]["int2:g16"] / 2
     assert half.kl["head.weight"]["int4:g16"] == found.kl["head.weight"]["int4:g16"]
-    with pytest.raises(RecipeError, match="not among the candidates"):
+    with pytest.raises(RecipeError, match="not among the formats"):
         found.scaled({"int3:g16": 0.5})
 
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_measured_is_an_error() -> None:
     source = open_source(Bigram().eval())
     with pytest.raises(TextError, match="20 tokens, fewer than 2 sequences of 16"):
         measure_sensitivity(source, text(24, 20), length=16)
-    with pytest.raises(RecipeError, match="no candidates"):
+    with pytest.raises(RecipeError, match="no formats to choose from"):
         measure_sensitivity(source, text(24, 64), [], length=16)
     with pytest.raises(RecipeError, match="measure nothing"):
         measure_sensitivity(source, text(24, 64), length=1)

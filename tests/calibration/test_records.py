@@ -67,7 +67,7 @@ BAD: list[tuple[bytes, str]] = [
     (b"", "is empty"),
     (b'{"text": "a"}\n{"text": "b"\n', "line 2 is no JSON .*column"),
     (b'{"question": "a", "answer": "b"}\n', "line 1 is a record with 'question', 'answer': records have text;"),
-    (b'{"text": "a"}\n{"messages": []}\n', "line 2 has 'messages' and line 1 'text': one file, one kind"),
+    (b'{"text": "a"}\n{"messages": []}\n', "line 2 has 'messages' and line 1 'text': a file holds one kind"),
     (b'{"text": NaN}\n', "line 1: 'text' is a number and not text"),
     (b'{"text": null}\n', "line 1: 'text' is nothing"),
     (b"[" * 200_000, "nested too deeply"),

@@ -194,7 +194,7 @@ def test_a_file_that_reads_back_otherwise_is_not_kept(room: Path, monkeypatch: p
         out.write_bytes(raw)
 
     monkeypatch.setattr(type(kind), "write", spoiled)
-    with pytest.raises(ExportError, match="comes back changed"):
+    with pytest.raises(ExportError, match="is read back changed"):
         lowbit.export(folder, "gguf", room / "spoiled.gguf")
     assert not list(room.glob("spoiled*"))
 

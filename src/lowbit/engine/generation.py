@@ -44,7 +44,7 @@ class Sampling:
         }  # fmt: skip
         for name, (fine, what) in rules.items():
             if not fine:
-                raise RecipeError(f"{name}={getattr(self, name)} is not a number {what}")
+                raise RecipeError(f"{name}={getattr(self, name)}; it must be {what}")
         given = {"top_k": self.top_k > 1, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
         ignored = [name for name, is_given in given.items() if is_given]
         if self.temperature == 0 and ignored:
