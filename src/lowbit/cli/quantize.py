@@ -156,7 +156,7 @@ def quantize(
         from lowbit.report.panel import render_card
 
         base = model if made.quantized.source.config is not None else None
-        screen.print(render_card(measured, advice(measured, base, target_format or "lowbit")))
+        screen.print(render_card(measured, advice(measured, base, job.ready.exporter.name if job.ready else "lowbit")))
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 
