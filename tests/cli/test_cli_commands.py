@@ -12,13 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 import lowbit
-from lowbit.cli.job import default_folder
+from lowbit.cli import budgets
+from lowbit.cli.job import default_file, default_folder
 from lowbit.cli.main import app
+from lowbit.interchange.exporters.exporter import exporter_named
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = ("quantize", "plan", "evaluate", "card", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
+COMMANDS = ("quantize", "recommend", "plan", "evaluate", "card", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
             "inspect", "explain", "doctor", "recipes")  # fmt: skip
 
 
@@ -207,3 +209,15 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch-int8 declines" in text and "packed" in text and "lowbit doctor --all" in text
     assert "lowbit doctor --all" not in run("doctor", "--all")
     assert json.loads(run("doctor", "--no-kernels", "--json"))["kernels"] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [({}, ""), ({"target_size": "80MB"}, "-80MB"), ({"target_size": "1.5 GiB"}, "-1.5-GiB"), ({"target_bits": 5.5}, "-5.5-bits"),
+     ({"target_kl": 0.05}, "-kl-0.05"), ({"fit_memory": "8GB", "context": 4096}, "-in-8GB")],
+)  # fmt: skip
+def test_the_default_name_of_a_result_has_its_target(target: dict[str, object], words: str) -> None:
+    """So that a result for one target does not stand where that of another, or of none, stands already."""
+    name = budgets.in_a_name(target)
+    assert str(default_folder("org/model", Recipe.parse("w4"), name)) == f"model-w4{words}"
+    assert str(default_file("model.gguf", "q4_k_m", exporter_named("gguf"), name)) == f"model-q4-k-m{words}.gguf"

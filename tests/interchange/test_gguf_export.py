@@ -167,6 +167,14 @@ def test_a_model_of_another_family_is_refused_before_anything_is_written(room: P
     assert not list(room.glob("bloom.gguf*"))
 
 
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("GGUF", "gguf"), ("ollama", "gguf"), ("llama.cpp", "gguf"), ("SGLang", "vllm"), ("GPTQModel", "gptq")],
+)
+def test_a_target_may_be_named_after_a_program_that_reads_it(typed: str, name: str) -> None:
+    assert exporter_named(typed).name == name
+
+
 def test_names_and_places_are_checked(room: Path) -> None:
     folder, file = written(room, "llama")
     with pytest.raises(ExportError, match=r"unknown target 'ggml'; did you mean 'gguf'"):

@@ -10,7 +10,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import lowbit
-from lowbit.cli.plan import render_plan
 from lowbit.interchange.opening import open_source
 from lowbit.measure.bench import Bench, BenchRow
 from lowbit.measure.card import Card, CardParts
@@ -26,6 +25,7 @@ from lowbit.report.doctor import KernelTrial
 from lowbit.report.doctor_view import render_report
 from lowbit.report.inspect import inspect_quantized, inspect_source, render_inspection
 from lowbit.report.panel import render_card
+from lowbit.report.plan_view import render_plan
 from lowbit.report.tables import render_compare
 from tiny import save_tiny
 

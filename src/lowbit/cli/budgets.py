@@ -32,6 +32,14 @@ def chosen(
     return found | ({"context": context} if context is not None else {})
 
 
+_NAMES = {"target_size": "{}", "target_bits": "{}-bits", "target_kl": "kl-{}", "fit_memory": "in-{}"}
+
+
+def in_a_name(target: dict[str, Any]) -> str:
+    """A target as a part of the name of its result, such as "80MB" or "5.5-bits"; empty for none."""
+    return next((form.format(target[key]) for key, form in _NAMES.items() if key in target), "")
+
+
 def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path, screen: Any, **text: Any) -> Any:
     """The recipe for the target; what it found is printed."""
     import lowbit

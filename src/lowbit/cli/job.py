@@ -73,11 +73,11 @@ class Job:
             )
         return Job(model, recipe, wanted, ready, text)
 
-    def default_out(self) -> Path:
-        """The name of the result in the current folder, where none is given."""
+    def default_out(self, target: str = "") -> Path:
+        """The name of the result in the current folder, where none is given. target: what it is to meet, as a part of that name."""
         if self.ready is None:
-            return default_folder(self.model, self.recipe)
-        return default_file(self.model, self.typed, self.ready.exporter)
+            return default_folder(self.model, self.recipe, target)
+        return default_file(self.model, self.typed, self.ready.exporter, target)
 
     def advice(self) -> tuple[str, ...]:
         """What is unusual in how the recipe groups weights of this model, known from its headers."""
@@ -124,16 +124,20 @@ class Job:
             yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident())
 
 
-def default_file(model: str, recipe: str, kind: Exporter) -> Path:
-    """`<model's own name>-<recipe as it was typed>` with the exporter's ending, in the current folder."""
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.removesuffix(".toml")).strip("-")
+def default_file(model: str, recipe: str, kind: Exporter, target: str = "") -> Path:
+    """`<model's own name>-<recipe as it was typed>[-<target>]` with the exporter's ending, in the current folder."""
+    words = _as_name(recipe.removesuffix(".toml"), target)
     return Path(f"{own_name(model)}-{words}{kind.suffix or '-' + kind.name}")
 
 
-def default_folder(model: str, recipe: Recipe) -> Path:
-    """`<model's own name>-<recipe>` in the current folder."""
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", recipe.name or str(recipe)).strip("-")
-    return Path(f"{own_name(model)}-{words}")
+def default_folder(model: str, recipe: Recipe, target: str = "") -> Path:
+    """`<model's own name>-<recipe>[-<target>]` in the current folder."""
+    return Path(f"{own_name(model)}-{_as_name(recipe.name or str(recipe), target)}")
+
+
+def _as_name(recipe: str, target: str) -> str:
+    """Both as a part of the name of a file."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{recipe}-{target}").strip("-")
 
 
 def own_name(model: str) -> str:

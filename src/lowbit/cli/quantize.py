@@ -122,7 +122,8 @@ def quantize(
     console.quiet()
     calibration = "self" if target and calibration is None else calibration
     job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
-    out = out or job.default_out()
+    plain = out or job.default_out()  # its sensitivity serves every target
+    out = out or job.default_out(budgets.in_a_name(target))
     if card and text is not None:
         from lowbit.calibration.text import load_text
 
@@ -133,7 +134,7 @@ def quantize(
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
     if target:
-        kept = sensitivity or out.with_name(out.name + ".sensitivity.json")
+        kept = sensitivity or plain.with_name(plain.name + ".sensitivity.json")
         job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
@@ -155,7 +156,7 @@ def quantize(
         from lowbit.report.panel import render_card
 
         base = model if made.quantized.source.config is not None else None
-        screen.print(render_card(measured, advice(measured, base, target_format or "lowbit")))
+        screen.print(render_card(measured, advice(measured, base, job.ready.exporter.name if job.ready else "lowbit")))
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from lowbit.interchange.tensors import TensorPlan
 
 OWN = "lowbit"
-# Programs by their own names -> the exporter that writes for them.
-_ALSO = {"llama.cpp": "gguf", "ollama": "gguf", "sglang": "vllm", "gptqmodel": "gptq", "autoawq": "awq"}
 AS_IT_IS = "as it is"
 WITH_TEXT, WITHOUT = "qronos", "search"  # the methods for a format that no preset names
 _FEW_BITS = 7  # below so many bits per weight calibration text pays
@@ -91,7 +89,7 @@ def choices(
     kv: the cache of the model. text: what `--calibration` would be given where it pays, None for recipes without. A choice that another beats in
     quality at about as few bytes is left out. ExportError where the program can hold nothing of the model.
     """
-    kind = None if target == OWN else _exporter(_ALSO.get(target.lower(), target))
+    kind = None if target == OWN else _exporter(target)
     found: dict[tuple[str, str | None], Choice] = {}
     refusals: dict[str, LowbitError] = {}
     if kind is None and source.storage != "float":

@@ -38,6 +38,7 @@ class Awq(FolderExporter):
     """
 
     name = "awq"
+    also = ("autoawq",)
     summary = "AWQ layout (gemm) for vLLM and transformers"
     tags = ("awq",)
     loading = (

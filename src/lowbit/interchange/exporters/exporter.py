@@ -69,6 +69,7 @@ class Exporter(ABC):
     """A format of another program.
 
     name        what `--as` says
+    also        other names that people know it by, in small letters: those of programs that read it
     summary     one line for people
     reader      who reads the result, for messages
     suffix      `.gguf` where one file is written, empty for a folder
@@ -83,6 +84,7 @@ class Exporter(ABC):
     """
 
     name: ClassVar[str]
+    also: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str]
     reader: ClassVar[str]
     suffix: ClassVar[str] = ""
@@ -183,8 +185,10 @@ def exporters() -> dict[str, Exporter]:
 
 
 def exporter_named(name: str) -> Exporter:
-    """The exporter called `name`. ExportError with the names that there are."""
+    """The exporter called `name`, in capitals or not, or after a program that reads what it writes. ExportError with the names that
+    there are."""
     known = exporters()
-    if name not in known:
-        raise ExportError(f"unknown target {name!r}{nearest(name, known)} (known: {', '.join(known)})")
-    return known[name]
+    spoken = {other: kind for kind in known.values() for other in (kind.name, *kind.also)}
+    if name.lower() not in spoken:
+        raise ExportError(f"unknown target {name!r}{nearest(name, spoken)} (known: {', '.join(known)})")
+    return spoken[name.lower()]

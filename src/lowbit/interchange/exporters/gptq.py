@@ -46,6 +46,7 @@ class Gptq(FolderExporter):
     """
 
     name = "gptq"
+    also = ("gptqmodel", "autogptq")
     summary = "GPTQ layout for GPTQModel, vLLM and transformers"
     tags = ("gptq",)
     loading = (

@@ -35,6 +35,7 @@ class Vllm(FolderExporter):
     """One config group for each way in which layers are stored; the format of the whole is theirs, or mixed-precision."""
 
     name = "vllm"
+    also = ("sglang", "compressed-tensors")
     summary = "compressed-tensors folder for vLLM, SGLang and transformers"
     tags = ("compressed-tensors", "vllm")
     loading = (

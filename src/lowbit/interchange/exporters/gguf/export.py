@@ -34,6 +34,7 @@ class Gguf(Exporter):
     """One file in GGUF version 3: our codes in ggml's block types, vocabulary and chat template included."""
 
     name: ClassVar[str] = "gguf"
+    also = ("llama.cpp", "ollama")
     summary: ClassVar[str] = "one file for llama.cpp, Ollama and others built on ggml"
     reader: ClassVar[str] = "llama.cpp"
     suffix: ClassVar[str] = ".gguf"
