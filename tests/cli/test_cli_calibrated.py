@@ -75,7 +75,10 @@ def test_layers_that_are_not_static_are_shown(room: Path) -> None:
     """By the plan as a possibility, then by what quantized, by the card of a folder and by inspect as they are."""
     recipe = "absmax@int8:channel,a=minmax@int8:tensor,fallback=int8:g16:over=1"
     planned = " ".join(run("plan", room / "float", recipe)[1].split())
-    assert "layers int8:tensor:static; int8:g16:over=1 where calibration text shows that a fixed range would be far too wide" in planned
+    assert (
+        "layers int8:tensor:static; int8:g16:over=1 where calibration text shows that a fixed range would be far too wide"
+        in planned
+    )
     out, text = room / "static", room / "text.txt"
     _, said = run("quantize", room / "float", recipe, "-o", out, "--calibration", text, "--no-card", "--json")
     told = json.loads(said[said.index("{") :])
@@ -86,7 +89,9 @@ def test_layers_that_are_not_static_are_shown(room: Path) -> None:
     assert {n for n, inputs in facts.items() if inputs == "int8:g16"} == set(ranges["exploded"])
     notes = folder_parts(out, lowbit.load(out)).notes
     assert (
-        len(notes) == 1 and f"{count} of {count} find their scales while running, because their largest input is over 1 times" in notes[0]
+        len(notes) == 1
+        and f"{count} of {count} find their scales while running, because their largest input is over 1 times"
+        in notes[0]
     )
     listed = json.loads(run("recipes", "--json")[1])
     assert listed["fallback"] == "int8:g64:over=32" and listed["ranges"]["percentile"] == {"p": 99.99}

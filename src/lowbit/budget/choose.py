@@ -128,7 +128,9 @@ class _Problem(Choices):
         found = choose(self.sizes, self.kl, kl - fixed)
         if found is None:
             least = fixed + sum(min(k) for k in self.kl)
-            raise RecipeError(f"a KL divergence of {kl:g} cannot be reached: with these formats the least is {least:.3g} nats per token")
+            raise RecipeError(
+                f"a KL divergence of {kl:g} cannot be reached: with these formats the least is {least:.3g} nats per token"
+            )
         return self._allocation(self.plan(found.picks), found.picks, None, None)
 
     def _rows(self, plan: Plan) -> list[Row]:

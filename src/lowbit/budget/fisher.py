@@ -65,7 +65,9 @@ def cut(ids: Sequence[Tensor], sequences: int, length: int, frame: Frame) -> tup
     frame: what the tokenizer put around each of `ids`, and what each row gets.
     """
     if length < 2 or sequences < 2:
-        raise RecipeError(f"{sequences} sequences of {length} tokens measure nothing; use 2 or more sequences of 2 or more tokens")
+        raise RecipeError(
+            f"{sequences} sequences of {length} tokens measure nothing; use 2 or more sequences of 2 or more tokens"
+        )
     rows = [row for x in ids for row in frame.windows(frame.inside(x), length)]
     if len(rows) < 2:
         total = sum(len(x) for x in ids)

@@ -95,7 +95,9 @@ class Sensitivity:
         """
         for text in factors:
             if text not in self.candidates:
-                raise RecipeError(f"{text!r} is not among the formats that were measured{nearest(text, self.candidates)}")
+                raise RecipeError(
+                    f"{text!r} is not among the formats that were measured{nearest(text, self.candidates)}"
+                )
         kl = {name: {f: v * factors.get(f, 1.0) for f, v in by.items()} for name, by in self.kl.items()}
         return replace(self, kl=kl)
 

@@ -103,7 +103,9 @@ def load_calibration(
     kind, data = _kind_of(source)
     if kind == "ids":
         if chat:
-            raise TextError("chat was asked for, but a chat template takes text, not token ids: leave chat out, or pass texts")
+            raise TextError(
+                "chat was asked for, but a chat template takes text, not token ids: leave chat out, or pass texts"
+            )
         found = Calibration.of("token ids", _rows(data, samples, longest))
         if not found.ids:
             raise TextError("the calibration data holds no token: every row is empty or padding")

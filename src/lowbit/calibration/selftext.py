@@ -64,7 +64,9 @@ def opening_of(tokenizer: Any, config: Any = None, *, chat: bool = False) -> Ope
     text = render_chat(tokenizer, [{"role": "user", "content": _MARK}], add_generation_prompt=True)
     before, mark, after = text.partition(_MARK)
     if not mark:
-        raise TextError("the tokenizer's chat template changes the messages, so it is unknown what it puts before them: leave chat out")
+        raise TextError(
+            "the tokenizer's chat template changes the messages, so it is unknown what it puts before them: leave chat out"
+        )
     start, reply = (tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
     return Opening(start, reply[1:] if reply[:1] and reply[0] in ends else reply, ends, banned)
 

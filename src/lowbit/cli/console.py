@@ -152,9 +152,7 @@ def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Cal
         output = solved.output
         errors = ""
         if output is not None:
-            errors = (
-                f", error of its output {100 * output.final:.2g} % (by rounding to nearest {100 * output.nearest:.2g} %)"
-            )
+            errors = f", error of its output {100 * output.final:.2g} % (by rounding to nearest {100 * output.nearest:.2g} %)"
         found["text"] = f"{errors}, {peak_resident() / 2**20:.0f} MiB of memory"
 
     with progress(what, "%") as shown:

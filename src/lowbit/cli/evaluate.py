@@ -34,7 +34,8 @@ def evaluate(
     save: Annotated[
         bool,
         typer.Option(
-            "--save/--no-save", help="Keep the figures in the folder as its card (README.md, card.json), which is done where --against is given."
+            "--save/--no-save",
+            help="Keep the figures in the folder as its card (README.md, card.json), which is done where --against is given.",
         ),
     ] = True,
     as_json: Json = False,

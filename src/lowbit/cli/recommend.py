@@ -50,7 +50,8 @@ def recommend(
         ),
     ] = "lowbit",
     speed: Annotated[
-        bool, typer.Option("--speed", help="Take the fastest of the recipes that lose little, not the one that loses least.")
+        bool,
+        typer.Option("--speed", help="Take the fastest of the recipes that lose little, not the one that loses least."),
     ] = False,
     measure: Annotated[
         bool,

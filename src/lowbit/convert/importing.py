@@ -128,7 +128,9 @@ def _taken(plan: Plan, tensor: TensorPlan, source: Source, weight: Tensor) -> So
         return replace(solve(tensor, weight, plan.recipe), note=f"quantized anew: {stored.why if stored else ''}")
     q = stored.read()
     if q.format != tensor.format or q.shape != tensor.stored_shape:
-        raise SourceError(f"{source.label}: {tensor.name!r} is {q.format} {list(q.shape)}, which is not what its headers said")
+        raise SourceError(
+            f"{source.label}: {tensor.name!r} is {q.format} {list(q.shape)}, which is not what its headers said"
+        )
     parts = {
         f"{tensor.name}.{part}": value for part, value in (q.parts() | _inputs(tensor, stored.input_parts)).items()
     }

@@ -60,7 +60,9 @@ def quantized_as(
     if folder.resolve() == out.resolve():
         raise OutputError(f"--keep and --out (keep and out) both name {out}; give two names")
     if keep is None and folder.exists() and not (folder / MANIFEST).is_file():
-        raise OutputError(f"{folder} is in the way, and lowbit did not write it; move it, or give another name than {out}")
+        raise OutputError(
+            f"{folder} is in the way, and lowbit did not write it; move it, or give another name than {out}"
+        )
     text: dict[str, Any] = {}
     if isinstance(options.get("calibration"), Iterator):
         options["calibration"] = list(options["calibration"])  # it may be read twice

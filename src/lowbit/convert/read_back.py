@@ -35,7 +35,9 @@ def compared(
     unequal = {}
     lacking = [n for n in ours.tensors if n not in read.tensors and n not in ours.extra]
     if lacking:
-        raise ExportError(f"{out.name}: {lacking[0]!r} is not there when the file is read back; nothing was kept of the export")
+        raise ExportError(
+            f"{out.name}: {lacking[0]!r} is not there when the file is read back; nothing was kept of the export"
+        )
     for name in ours.tensors:
         if name not in read.tensors:
             continue

@@ -257,7 +257,9 @@ class Builder:
             raise EngineError(f"the inputs of {name!r} are {inputs}; the engine rounds inputs to symmetric int8 only")
         if inputs.static:
             if quantizer.scale is None or quantizer.scale.numel() != 1:
-                raise EngineError(f"the inputs of {name!r} are {inputs}; the engine takes only one stored scale for these")
+                raise EngineError(
+                    f"the inputs of {name!r} are {inputs}; the engine takes only one stored scale for these"
+                )
             return Inputs(8, static_scale=float(quantizer.scale), divisor=divisor)
         if fmt.block.rows == -1:
             raise EngineError(

@@ -88,7 +88,9 @@ def read_template(file: Path) -> str:
     """The text of chat_template.jinja. SourceError when it is none."""
     try:
         if file.stat().st_size > _LONGEST:
-            raise SourceError(f"{file} has {file.stat().st_size} bytes, too many for a chat template; mend or remove it")
+            raise SourceError(
+                f"{file} has {file.stat().st_size} bytes, too many for a chat template; mend or remove it"
+            )
         return file.read_text("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"

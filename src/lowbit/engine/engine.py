@@ -134,7 +134,9 @@ class Engine:
         """The text of the answer to one prompt as it comes; the generator returns the `Generated`."""
         alone, every = split_prompts(prompt)
         if not alone:
-            raise EngineError(f"a list of {len(every)} prompts; stream answers one prompt, and generate(..., stream=...) answers several")
+            raise EngineError(
+                f"a list of {len(every)} prompts; stream answers one prompt, and generate(..., stream=...) answers several"
+            )
         how = sampling_of(sampling)
         running = self.running(0, self._ids(every[0], raw), max_new_tokens, stop, how)
         cache = self._cache_of([running], 1)  # what is wrong is said here, not at the first text

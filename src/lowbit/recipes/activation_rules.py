@@ -71,7 +71,9 @@ class Fallback:
 
     def __post_init__(self) -> None:
         if self.inputs is not None and self.inputs.static:
-            raise RecipeError(f"fallback={self.inputs} has a stored scale itself; give inputs whose scales are found while running, such as int8:g64")
+            raise RecipeError(
+                f"fallback={self.inputs} has a stored scale itself; give inputs whose scales are found while running, such as int8:g64"
+            )
         if not 1 <= self.over < float("inf"):
             raise RecipeError(f"fallback: over={self.over:g} is no ratio of the largest value to a typical one; try 32")
 

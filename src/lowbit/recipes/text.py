@@ -65,7 +65,9 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
     for step in steps:
         call = _parse_call(step)
         if tuner is not None:
-            raise RecipeError(f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, a step that trains what is stored, and it comes last")
+            raise RecipeError(
+                f"{call.name!r} after {tuner.name!r}: a recipe has one tuner, a step that trains what is stored, and it comes last"
+            )
         if call.method.kind == "transform":
             if fit is not None or solver is not None:
                 first = fit or solver
@@ -76,7 +78,9 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
         elif call.method.kind == "fit":
             if fit is not None or solver is not None:
                 first = fit or solver
-                raise RecipeError(f"{call.name!r} after {first}: a recipe has one fit, the step that finds scales, and it comes before the step that rounds")
+                raise RecipeError(
+                    f"{call.name!r} after {first}: a recipe has one fit, the step that finds scales, and it comes before the step that rounds"
+                )
             fit = call
         elif call.method.kind == "weighting":
             if fit is not None or solver is not None or weighting is not None:
@@ -89,7 +93,9 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
             tuner = call
         else:
             if solver is not None:
-                raise RecipeError(f"{call.name!r} after {solver.name!r}: a recipe has one solver, the step that rounds; leave one out")
+                raise RecipeError(
+                    f"{call.name!r} after {solver.name!r}: a recipe has one solver, the step that rounds; leave one out"
+                )
             solver = call
     return replace(recipe, fit=fit, solver=solver, transforms=tuple(transforms), tuner=tuner, weighting=weighting)
 

@@ -66,7 +66,11 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
     counts, fallback = plan.input_counts(), plan.recipe.fallback
     if counts:
         static = any(t.inputs is not None and t.inputs.static for t in plan.tensors)
-        falls = f"; {fallback} where calibration text shows that a fixed range would be far too wide" if static and fallback else ""
+        falls = (
+            f"; {fallback} where calibration text shows that a fixed range would be far too wide"
+            if static and fallback
+            else ""
+        )
         lines.append(("inputs", inputs_text(counts, None) + falls))
     lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
     if plan.kv_bytes_per_token:

@@ -180,7 +180,12 @@ def _solve_stacked(
 def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict[int, Stats]) -> Solved:
     """A stack of experts [experts, ...]: each with its own statistics, shrunk towards those of all where it saw few tokens."""
     if plan.format is None or not by_rows(plan.format, plan.stored_shape):
-        return solve(plan, weight, recipe, note="all experts share its scales, so that it was quantized without statistics of the inputs")
+        return solve(
+            plan,
+            weight,
+            recipe,
+            note="all experts share its scales, so that it was quantized without statistics of the inputs",
+        )
     fmt = in_range(plan.as_rows(weight), plan.format)
     width = plan.stored_shape[-1]
     everything = _together(stats)
@@ -203,7 +208,9 @@ def _solve_experts(plan: TensorPlan, weight: Tensor, recipe: Recipe, stats: dict
         six_digits(sum(o.final for o in outputs) / len(outputs)), everything.tokens,
     )  # fmt: skip
     note = (
-        f"{few} of {len(weight)} experts saw fewer than {width} tokens and also use the statistics of all experts" if few else ""
+        f"{few} of {len(weight)} experts saw fewer than {width} tokens and also use the statistics of all experts"
+        if few
+        else ""
     )
     warning = next((f"{s.warning} (of expert {e})" for e, s in enumerate(found) if s.warning), "")
     return Solved(plan, stored, six_digits(mean), output, note, warning=warning, exponent=fmt.exponent)

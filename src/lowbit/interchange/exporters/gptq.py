@@ -124,7 +124,11 @@ class Gptq(FolderExporter):
         if not found and len({_symmetric(t) for t in packed}) > 1:
             odd = next(t for t in packed if _symmetric(t))
             found.append(
-                Problem(odd.name, "has no zero-points where other layers do; a GPTQ folder has them in all layers or in none", _asym(packed))
+                Problem(
+                    odd.name,
+                    "has no zero-points where other layers do; a GPTQ folder has them in all layers or in none",
+                    _asym(packed),
+                )
             )
         return found
 

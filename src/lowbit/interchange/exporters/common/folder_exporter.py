@@ -180,7 +180,9 @@ class FolderExporter(Exporter):
         found = tensors_of(out, set(expected))
         for name, tensor in expected.items():
             if name not in found or not torch.equal(found[name], tensor):
-                raise ExportError(f"{out.name}: {name!r} is not read back as it was written; nothing was kept of the export")
+                raise ExportError(
+                    f"{out.name}: {name!r} is not read back as it was written; nothing was kept of the export"
+                )
         for t in filter(is_packed, model.contents.tensors.values()):
             read = source.stored_as(t.name)
             theirs = None if read is None or read.inputs is None else levels_of(read.inputs, read.input_parts())

@@ -54,7 +54,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with path.open("rb") as file:
             return _Reader(file, path).header()
     except OSError as error:
-        raise SourceError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+        raise SourceError(
+            f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
+        ) from error
 
 
 class _Reader:
