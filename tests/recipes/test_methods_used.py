@@ -142,7 +142,7 @@ def test_how_much_text_without_text_is_refused(given: dict[str, Any]) -> None:
 
 
 def test_weighed_tokens_that_nobody_looks_at_are_refused() -> None:
-    with pytest.raises(RecipeError, match="guided weighs statistics of inputs, and nothing in"):
+    with pytest.raises(RecipeError, match="guided says how much tokens count in statistics of inputs, and nothing in"):
         lowbit.plan(tiny_model("llama"), "guided+absmax@int4:g32")
     assert lowbit.plan(tiny_model("llama"), "guided+search@int4:g32").coverage > 0.9
 
@@ -162,5 +162,5 @@ def test_an_option_that_some_tensor_uses_is_taken() -> None:
         "kmeans(rounds=3)@kmeans4:g32:cb=tensor", "search(emphasis=2)+gptq@int4:g32", "gptq+reconstruct(scales=0.5)@int4:g32"
     ):  # fmt: skip
         assert lowbit.plan(tiny_model("llama"), recipe).coverage > 0.9
-    with pytest.raises(RecipeError, match="'emphasis' of 'search' makes no difference .* beside calibration text"):
+    with pytest.raises(RecipeError, match="'emphasis' of 'search' makes no difference .* when there is calibration text"):
         quantized("search(emphasis=2)@int4:g32,embed=keep", calibration=[torch.arange(3, 40)])

@@ -81,7 +81,7 @@ def test_embeddings_get_another_fit_only_where_the_recipe_s_own_cannot_serve() -
         ("search(steps)@int4:g32", "not OPTION=VALUE"),
         ("search(steps=4@int4:g32", "does not close|never closed"),
         ("search+absmax@int4:g32", "a recipe has one fit"),
-        ("rtn+search@int4:g32", "comes before the solver"),
+        ("rtn+search@int4:g32", "comes before the step that rounds"),
         ("rtn+rtn@int4:g32", "one solver"),
         ("int4:g32,foo=int8", "unknown option 'foo'"),
         ("int4:g32,embed", "is not KEY=VALUE"),

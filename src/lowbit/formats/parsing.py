@@ -122,7 +122,7 @@ def _parse(text: str, start: int) -> Format:
         name = words[0][1]
     known = [*grid_names(), "fp8", "fp4", *NAMED]
     if name not in known:
-        raise _Failure(at, f"unknown grid {name!r}{nearest(name, known)}")
+        raise _Failure(at, f"unknown grid {name!r}, the levels of a format{nearest(name, known)}")
 
     block: Block | None = None
     settings: dict[str, tuple[int, str]] = {}

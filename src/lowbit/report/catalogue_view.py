@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LOSS = (
-    "What is said of losses is the KL divergence from the original model, on a model of 135 million parameters; larger models lose "
+    "Loss means the KL divergence from the original model. It was measured on a model of 135 million parameters; larger models lose "
     "less."
 )
 _FEW = 4  # entries whose formulas and sources are printed
