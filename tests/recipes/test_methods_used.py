@@ -162,5 +162,7 @@ def test_an_option_that_some_tensor_uses_is_taken() -> None:
         "kmeans(rounds=3)@kmeans4:g32:cb=tensor", "search(emphasis=2)+gptq@int4:g32", "gptq+reconstruct(scales=0.5)@int4:g32"
     ):  # fmt: skip
         assert lowbit.plan(tiny_model("llama"), recipe).coverage > 0.9
-    with pytest.raises(RecipeError, match="'emphasis' of 'search' makes no difference .* when there is calibration text"):
+    with pytest.raises(
+        RecipeError, match="'emphasis' of 'search' makes no difference .* when there is calibration text"
+    ):
         quantized("search(emphasis=2)@int4:g32,embed=keep", calibration=[torch.arange(3, 40)])
