@@ -256,7 +256,7 @@ def test_a_file_of_another_text_or_other_candidates_is_refused(tmp_path: Path) -
     assert run(calibration=None).recipe == first.recipe, "a text that is not at hand is not compared"
     with pytest.raises(RecipeError, match="another calibration text.*another file"):
         run(seed=1)
-    with pytest.raises(RecipeError, match="candidates int4:g16, int8:g16 and not int4:g16, int6:g16"):
+    with pytest.raises(RecipeError, match="formats int4:g16, int8:g16 and not int4:g16, int6:g16"):
         run(candidates=("int4:g16", "int6:g16"))
     content = json.loads(path.read_text())
     assert content["candidates"] == list(candidates) and len(content["settings"]["calibration"]) == 64
