@@ -219,7 +219,9 @@ SPELLED = {
         "text": "`evaluate` measures", "windows": "`evaluate` measures", "card": "`evaluate` measures",
     }),
     "plan": ("plan", {"every": COMMAND_LINE, "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`"}),
-    "evaluate": ("evaluate", {}),
+    "recommend": ("recommend", {}),
+    "evaluate": ("evaluate", {"save": "`save_card`"}),
+    "card": ("card", {"markdown": "README.md in the folder", "rewrite": "`save_card`"}),
     "compare": ("compare", {"markdown": "`to_markdown` of the result"}),
     "generate": ("generate", {}),
     "chat": ("chat", {"max_new_tokens": "of `ask`, for each answer", "stop": "of `ask`, for each answer"}),
@@ -279,9 +281,9 @@ def test_defaults_of_a_command_and_of_its_function_are_the_same() -> None:
             None,
         ),  # the command tells whether the option was given, to refuse it where it is ignored
         ("compare", "windows", None, 8),  # the command is for people who wait
-        ("explain", "rows", None, 1),  # all blocks of an array are shown, and of a tensor the first row's
         ("plan", "recipe", "w4", None),  # where --bits says it, a recipe is refused
         ("quantize", "recipe", "w4", None),
+        ("recommend", "windows", 2, None),  # the command tells whether the option was given
     }
 
 

@@ -39,15 +39,24 @@ class Made:
 
 
 def card(folder: str | Path) -> Card:
-    """The card that a folder carries, without measuring. SourceError where it has none."""
+    """The card that a folder carries, without measuring. SourceError where it has none.
+
+    >>> notes = lowbit.save_card(lowbit.evaluate(quantized, model, text, windows=1, length=64), quantized)
+    >>> lowbit.card(quantized).text.windows
+    1
+    """
     return read(folder).card
 
 
 def save_card(card: Card, folder: str | Path, against: str | None = None) -> tuple[str, ...]:
-    """Keep a card of `evaluate` in the folder that was measured, as README.md and `card.json`.
+    """Keep a `card` of `evaluate` in the folder that was measured, as README.md and `card.json`.
 
     against: the float model by any of its names, whose licence and name go into the README; None: what the folder knows of it.
     Returns what a person should know, such as that a README.md of their own stays. OutputError, SourceError.
+
+    >>> found = lowbit.evaluate(quantized, model, text, windows=1, length=64)
+    >>> lowbit.save_card(found, quantized)
+    ()
     """
     facts = facts_of_folder(Path(folder)) if against is None else open_source(against).facts()
     base = facts.base_model if against is None or Path(against).exists() else against
