@@ -57,7 +57,7 @@ def command(*before: str) -> list[str]:
     return [sys.executable, *before, *words]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "code"), [pytest.param("SIGTERM", 143, marks=pytest.mark.slow), ("SIGINT", 130)])
 def test_the_same_command_goes_on_from_what_was_finished(room: Path, name: str, code: int) -> None:
     before = set(room.iterdir())
     run = subprocess.run(command("-c", INTERRUPTED, name), capture_output=True, text=True)

@@ -55,6 +55,7 @@ def examples(command: Any) -> list[str]:
 
 
 EVERY = [(name, line) for name, command in commands().items() for line in examples(command)]
+SLOW = ("lowbit bench", "lowbit doctor")  # they measure speed for half a minute or more; other tests run them in short
 
 
 def test_every_command_has_an_example_of_itself() -> None:
@@ -113,7 +114,13 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
-@pytest.mark.parametrize(("name", "line"), EVERY, ids=[line for _, line in EVERY])
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        pytest.param(name, line, id=line, marks=pytest.mark.slow if line.startswith(SLOW) else ())
+        for name, line in EVERY
+    ],
+)
 def test_an_example_does_what_it_says(name: str, line: str, room: Path) -> None:
     for part, (there, reason) in NEEDS.items():
         if part in line and not there():

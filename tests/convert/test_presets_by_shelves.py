@@ -21,6 +21,8 @@ from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from tiny import _ROPE, tiny_tokenizer
 
+# Others run every night: these are one of each kind of answer.
+DAILY = ("w8", "w4", "w4 calibrated", "w3", "nl4", "smoothquant", "zeropoint", "nf4", "fp8", "mxfp4")
 SHELVES = ("gguf", "vllm", "gptq", "awq")
 INTEGERS = "vllm gptq awq"
 # Preset -> the shelves that hold its folder; "calibrated" after a name: with calibration text.
@@ -69,7 +71,9 @@ def test_every_preset_has_its_row() -> None:
     assert {name.split()[0] for name in HELD} == set(PRESETS)
 
 
-@pytest.mark.parametrize("preset", HELD)
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=() if name in DAILY else pytest.mark.slow) for name in HELD]
+)
 def test_what_a_preset_writes_is_held_or_a_command_that_runs_is_named(
     room: Path, float_model: Path, ran: set[str], preset: str
 ) -> None:
