@@ -143,8 +143,16 @@ def quantize(
         console.say(screen, _written(made, out))
         measured = None
         if card:
-            with _whole():
-                measured = _measured(made, text, windows)
+            from lowbit.report import card as cards
+
+            place = keep if made.exported is not None else out
+            if made.checked and place is not None:
+                measured = cards.measured_before(place, text, windows, _LENGTH)
+            if measured is not None:
+                console.say(screen, "measured before, on the same text; what the card in the folder says:", style="dim")
+            else:
+                with _whole():
+                    measured = _measured(made, text, windows)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -204,13 +212,15 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
         console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")
         return None
+    if made.checked:  # what quantizing took is known to the card that the folder has, if any
+        return card
     return replace(card, parts=replace(card.parts, quantize_seconds=made.seconds, quantize_peak=made.peak_bytes))
 
 
 def _plain(made: Outcome, out: Path, card: Card | None) -> dict[str, Any]:
     """For --json."""
     found: dict[str, Any] = {
-        "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
+        "folder": str(out), "already_done": made.checked, "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
         "left_out": left_out_of(made.quantized),
     }  # fmt: skip
     if made.quantized.report.warnings:
@@ -230,11 +240,13 @@ def _written(made: Outcome, out: Path) -> str:
     if made.exported is not None:
         return f"{summary(made.exported)}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
-    speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
+    speed = f" in {made.seconds:.1f} s ({bytes_text(plan.bytes_before / max(made.seconds, 1e-9))}/s)"
+    if made.checked:
+        speed = f"; checked in {made.seconds:.1f} s"
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
     return (
-        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} in {made.seconds:.1f} s ({speed}/s)\n"
+        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)}{speed}\n"
         f"bits per weight: {bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{said}"
     )
 

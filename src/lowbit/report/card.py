@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, OutputError, SourceError
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.finished import MANIFEST
@@ -129,6 +130,19 @@ def keep_of_export(folder: Path, out: Path, target: str, error: float, unequal: 
     if saved is None:
         return keep(Card(_parts_of_manifest(folder)), out, Made(facts, target))
     return keep(of_export(saved.card, out, error, unequal), out, Made(facts, target, saved.base, saved.command))
+
+
+def measured_before(folder: str | Path, text: Any, windows: int, length: int) -> Card | None:
+    """The card in a folder where it is of these weights beside the float model, on `windows` windows of `length` tokens of this text,
+    a source as of `load_text`; None otherwise, and for conversations, whose text depends on the model."""
+    saved = _fresh(Path(folder))
+    if saved is None or (seen := saved.card.text) is None:
+        return None
+    compared = saved.card.outputs is not None or (saved.card.quality is not None and saved.card.quality.kl_mean is not None)
+    asked = ((seen.windows, windows), (seen.length, length))
+    # A text or a model that is shorter than what was asked for says so in a note.
+    same = all(had == wanted or any(note.endswith(f"instead of {wanted}") for note in seen.notes) for had, wanted in asked)
+    return saved.card if compared and same and seen.sha256 == load_text(text).sha256 else None
 
 
 def of_export(card: Card, out: Path, error: float, unequal: Sequence[str]) -> Card:
