@@ -138,10 +138,14 @@ def measured_before(folder: str | Path, text: Any, windows: int, length: int) ->
     saved = _fresh(Path(folder))
     if saved is None or (seen := saved.card.text) is None:
         return None
-    compared = saved.card.outputs is not None or (saved.card.quality is not None and saved.card.quality.kl_mean is not None)
+    compared = saved.card.outputs is not None or (
+        saved.card.quality is not None and saved.card.quality.kl_mean is not None
+    )
     asked = ((seen.windows, windows), (seen.length, length))
     # A text or a model that is shorter than what was asked for says so in a note.
-    same = all(had == wanted or any(note.endswith(f"instead of {wanted}") for note in seen.notes) for had, wanted in asked)
+    same = all(
+        had == wanted or any(note.endswith(f"instead of {wanted}") for note in seen.notes) for had, wanted in asked
+    )
     return saved.card if compared and same and seen.sha256 == load_text(text).sha256 else None
 
 

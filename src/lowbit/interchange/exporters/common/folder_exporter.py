@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,8 +208,11 @@ class FolderExporter(Exporter):
         try:
             out.mkdir(parents=True)
             create(out, shards)
-            made = ((t.name, self._tensors(t, folder)) for t in contents.tensors.values())
-            for whole, tensors in chain(made, ((name, {name: tensor}) for name, tensor in extra.items())):
+            made = ((t.name, partial(self._tensors, t, folder)) for t in contents.tensors.values())
+            for whole, make in chain(made, ((name, partial(dict, {name: tensor})) for name, tensor in extra.items())):
+                if progress is not None:
+                    progress(whole, done, total)
+                tensors = make()
                 for name, tensor in tensors.items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())
