@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "What is the capital of France?"
 _LENGTH = 1024
+_WRITES = "a target measures each layer on text: the model writes its own; --calibration FILE gives it yours"
 _WARNED = 5  # tensors that are named one by one
 
 
@@ -120,7 +121,8 @@ def quantize(
     if kv is not None and target_format is None:
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     console.quiet()
-    calibration = "self" if target and calibration is None else calibration
+    told = bool(target) and calibration is None
+    calibration = "self" if told else calibration
     job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
@@ -134,8 +136,11 @@ def quantize(
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
     if target:
+        if told and sensitivity is None:
+            console.dim(_WRITES)
         kept = sensitivity or plain.with_name(plain.name + ".sensitivity.json")
-        job = job.allocated(target, kept, screen)
+        with _noted(kept):
+            job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
     command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
@@ -171,12 +176,14 @@ def quantize(
 
 @contextmanager
 def _noted(sensitivity: Path | None) -> Iterator[None]:
-    """An error notes that the measured sensitivity is kept, where there is one."""
+    """An error notes that the measured sensitivity is kept, where there is one, and an interruption that it is not, where it is not whole."""
     try:
         yield
     except BaseException as error:
         if sensitivity is not None and sensitivity.is_file():
             error.add_note(f"{sensitivity} keeps the sensitivity, which the same command reads again")
+        elif sensitivity is not None and isinstance(error, KeyboardInterrupt):
+            error.add_note("the sensitivity was not measured to its end, and nothing of it is kept")
         raise
 
 

@@ -66,10 +66,18 @@ def read(folder: str | Path) -> SavedCard:
         raise SourceError(f"there is no folder {str(folder)!r}; name one that lowbit wrote")
     found = load(place)
     if found is None:
-        raise SourceError(
-            f"{folder} has no card yet; `lowbit evaluate {folder} --against FLOAT_MODEL` measures one and keeps it there"
-        )
+        raise SourceError(_no_card(place, str(folder)))
     return found
+
+
+def _no_card(place: Path, named: str) -> str:
+    """What to do for a card: make a folder of lowbit, or measure the one at hand."""
+    if not (place / MANIFEST).is_file():
+        return (
+            f"{named} is no folder that lowbit wrote, so it has no card; `lowbit quantize {named}` makes one that has"
+        )
+    base = facts_of_folder(place).base_model or "FLOAT_MODEL"
+    return f"{named} has no card yet; `lowbit evaluate {named} --against {base}` measures one and keeps it there"
 
 
 def outdated(saved: SavedCard, folder: str | Path) -> str | None:
