@@ -224,6 +224,8 @@ def test_a_bug_is_not_dressed_up(model: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_wrong_usage() -> None:
+    bare = CliRunner().invoke(app, [])
+    assert "Usage: lowbit" in bare.stdout.replace("root", "lowbit") and bare.stderr == ""
     for words in (["plan"], ["nonsense"], ["quantize", "x", "--windows", "0"], ["plan", "x", "--nonsense"]):
         assert CliRunner().invoke(app, words).exit_code == 2
 

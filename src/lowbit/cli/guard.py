@@ -40,19 +40,21 @@ def end_in_order() -> None:
 class Guarded(Group):
     """A group of commands whose expected failures end quietly."""
 
-    def main(self, *args: Any, **how: Any) -> Any:
+    def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
         """As of every group of commands; what is typed wrong is one sentence too. `standalone_mode=False` raises it, as elsewhere."""
-        if not how.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **how)
+        how["standalone_mode"] = False
+        if not standalone_mode:
+            return super().main(*args, **how)
         code: Any
         try:
-            code = super().main(*args, standalone_mode=False, **how)
+            code = super().main(*args, **how)
         except typer.Abort:  # such as Ctrl-C before the command began
             code = INTERRUPTED
         except Exception as error:
             if not is_usage_error(error):
                 raise
-            sys.stderr.write(f"error: {usage_text(error)}\n")
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help is on the screen
+                sys.stderr.write(f"error: {usage_text(error)}\n")
             code = MISTAKE
         sys.exit(code if isinstance(code, int) else 0)
 
