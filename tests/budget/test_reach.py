@@ -87,7 +87,8 @@ def test_a_large_embedding_is_named_with_what_a_smaller_one_gives(
     model = tiny_folder("llama")
     with pytest.raises(RecipeError, match="add embed=") as found:
         lowbit.allocate(model, target_size="2kB")
-    fmt, size = re.search(r"add embed=(\S+) to the recipe, which makes it (\S+)$", str(found.value)).groups()  # type: ignore[union-attr]
+    fmt, size = re.search(r"add embed=(\S+) to the recipe, which makes it (\S+): ", str(found.value)).groups()  # type: ignore[union-attr]
+    assert str(found.value).endswith(f"`lowbit quantize MODEL w4,embed={fmt} --target-size {size}`")
     assert fmt in CANDIDATES
     with pytest.raises(AssertionError, match="this is work"):
         lowbit.allocate(model, f"w4,embed={fmt}", target_size=size)

@@ -54,6 +54,25 @@ def test_the_example_of_the_help(room: Path) -> None:
     assert str(room) not in text and str(room) not in (room / "q/card.json").read_text("utf-8")
 
 
+def test_a_second_run_checks_and_says_what_was_measured(room: Path, tmp_path: Path) -> None:
+    """The time of checking is none of quantizing, the card is that of the first run, and another text or window measures anew."""
+    words = ["quantize", room / "float", "int4:g32", "-o", tmp_path / "q", "--windows", 2, "--text", room / "text.txt"]
+    first = run(*words)
+    took = json.loads((tmp_path / "q/card.json").read_text("utf-8"))["parts"]["quantize_seconds"]
+    again = CliRunner().invoke(app, [str(word) for word in words])
+    assert again.exit_code == 0 and "already done" in again.stderr and "quantizing" not in again.stderr
+    assert " in " in first.splitlines()[1] and "/s)" in first
+    assert "checked in" in again.stdout and "/s)" not in again.stdout.partition("bits per weight")[0]
+    assert "measured before" in again.stdout and "measured before" not in first
+    assert first.partition("╮")[2] == again.stdout.partition("╮")[2]  # below the name, here without its path
+    (tmp_path / "q/card.json").unlink()
+    data = json.loads(run(*words, "--json"))
+    assert data["already_done"] and data["card"]["parts"]["quantize_seconds"] is None and took is not None
+    words[words.index("--windows") + 1] = 1
+    assert json.loads(run(*words, "--json"))["card"]["quality"]["windows"] == 1
+    assert not json.loads(run(*words, "--json", "--overwrite"))["already_done"]
+
+
 def test_what_a_user_wrote_stays_until_asked(room: Path) -> None:
     evaluate(room)
     (room / "q/README.md").write_text("# Mine\n", "utf-8")

@@ -40,7 +40,12 @@ def fails(*words: object) -> str:
     assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
     *before, line = result.stderr.strip().split("\n")
     assert line.startswith("error: ") and "Traceback" not in result.stderr, result.stderr
-    assert set(before) <= {"loading the model", "loading the float model", "quantizing"}, result.stderr
+    # "quantizing; NAME" where a tensor was at work
+    assert {each.partition(";")[0] for each in before} <= {
+        "loading the model",
+        "loading the float model",
+        "quantizing",
+    }, result.stderr
     return line
 
 
@@ -219,6 +224,8 @@ def test_a_bug_is_not_dressed_up(model: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_wrong_usage() -> None:
+    bare = CliRunner().invoke(app, [])
+    assert "Usage: lowbit" in bare.stdout.replace("root", "lowbit") and bare.stderr == ""
     for words in (["plan"], ["nonsense"], ["quantize", "x", "--windows", "0"], ["plan", "x", "--nonsense"]):
         assert CliRunner().invoke(app, words).exit_code == 2
 
@@ -251,7 +258,7 @@ def test_bits_and_groups_stand_for_a_recipe_that_the_first_line_names(
         (["--bits", 16], ["2 to 8"]),
         (["--bits", 4, "--group-size", 0], ["-1 for a whole row"]),
         (["int4:32"], ["did you mean 'int4:g32'"]),
-        (["q4_k_m"], ["lowbit quantize MODEL q4_k_m --as gguf"]),
+        (["q4_k_m"], ["`lowbit quantize tiny q4_k_m --as gguf`"]),
     ],
 )
 @pytest.mark.parametrize("command", ["quantize", "plan"])
@@ -274,3 +281,41 @@ def test_an_odd_group_is_said_before_the_work(model: Path) -> None:
     )
     plan = " ".join(CliRunner().invoke(app, ["plan", str(model), "int4:g12"]).stdout.split())
     assert plan.count("groups of 12 do not divide rows of") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantize", "tiny", "--load-in-4bit"], "there is no --load-in-4bit; write --bits 4"),
+        (["quantize", "tiny", "--bit", "4"], "there is no --bit; did you mean --bits"),
+        (["generate", "tiny", "--quant", "x"], "there is no --quant; `lowbit generate --help` lists the options"),
+        (["run", "tiny"], "there is no command 'run'; `lowbit chat MODEL` talks to a model, and `lowbit generate MODEL PROMPT`"),
+        (["quantise", "tiny"], "there is no command 'quantise'; did you mean quantize"),
+        (["generate", "tiny"], "PROMPT is missing, or `lowbit chat MODEL` to talk"),
+        (["export", "tiny"], "--as is missing"),
+        (["quantize", "tiny", "--bits", "four"], "--bits takes a whole number"),
+        (["quantize", "tiny", "w4", "w8"], "'w8' is more than `lowbit quantize` takes"),
+        (["quantize", "tiny", "-o"], "requires an argument"),
+        (["quantize", "tiny", "q4_k_m"], "`lowbit quantize tiny q4_k_m --as gguf`"),
+        (["quantize", "./nowhere"], "'./nowhere' is not there"),
+        (["quantize", "tiny", "--target-size", "1500"], "write --target-size 1500MB"),
+        (["card", "tiny"], "tiny is no folder that lowbit wrote, so it has no card; `lowbit quantize tiny` makes one"),
+    ],
+)  # fmt: skip
+def test_what_is_typed_wrong_is_answered_with_what_to_type(model: Path, words: list[str], said: str) -> None:
+    """One sentence in the same words as every other error, not a box; what a message calls MODEL is the name that was typed."""
+    line = fails(*words)
+    assert said in line and "nn.Module" not in line and "╭" not in line, line
+
+
+def test_an_interruption_says_what_is_left(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lowbit, "quantize", stop, raising=False)
+    monkeypatch.setattr(lowbit, "allocate", stop, raising=False)
+    said = CliRunner().invoke(app, ["quantize", "tiny"]).stderr
+    assert said.strip().endswith("interrupted before anything was finished; nothing is left behind")
+    said = CliRunner().invoke(app, ["quantize", "tiny", "--target-bits", "5"]).stderr
+    assert "--calibration FILE gives it yours" in said
+    assert "interrupted; the sensitivity was not measured to its end, and nothing of it is kept" in said

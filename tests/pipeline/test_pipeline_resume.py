@@ -34,7 +34,12 @@ from lowbit.interchange.files import folder_writer
 from lowbit.interchange.files.folder_writer import FolderWriter
 where, at, flush, model, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 folder_writer._FLUSH = flush
-calls = 0
+calls = reached = 0
+def done(name, at, total):  # a tensor is done; a call that brings no more bytes says that one begins
+    global reached
+    if at > reached:
+        reached = at
+        die()
 def die(*args, **kwargs):
     global calls
     calls += 1
@@ -60,7 +65,7 @@ elif where == "rename":
     os.rename = rename
 elif where in ("flush", "verify", "finish"):
     before(FolderWriter, where)
-lowbit.quantize(model, "absmax@int4:g32", out, progress=die if where == "progress" else None, max_shard_bytes=9000, overwrite="over" in sys.argv)
+lowbit.quantize(model, "absmax@int4:g32", out, progress=done if where == "progress" else None, max_shard_bytes=9000, overwrite="over" in sys.argv)
 """
 
 
@@ -256,7 +261,12 @@ def test_the_manifest_says_where_bytes_came_from(tiny_folder: Float, whole: dict
 def test_progress_ends_at_all_bytes(tiny_folder: Float, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     result = lowbit.quantize(tiny_folder("llama"), RECIPE, tmp_path / "out", progress=lambda *a: seen.append(a))
-    assert [name for name, _, _ in seen] == [t.name for t in result.plan.tensors]
+    names = [t.name for t in result.plan.tensors]
+    assert seen[0] == (names[0], 0, result.plan.bytes_before), (
+        "the first tensor, which may take long, is named as it begins"
+    )
+    assert [name for (name, at, _), (_, before, _) in zip(seen[1:], seen, strict=False) if at > before] == names
+    assert [name for name, _, _ in seen] == [name for name in names for _ in range(2)]
     assert [at for _, at, _ in seen] == sorted(at for _, at, _ in seen)
     assert seen[-1][1] == seen[-1][2] == result.plan.bytes_before
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lowbit.interchange.pace import Tracker
 from lowbit.interchange.progress import Step
-from lowbit.report.progress_view import EVERY, Lines, drawn, duration_text, line_text, moving_lines
+from lowbit.report.progress_view import EVERY, Lines, Shown, drawn, duration_text, line_text, moving_lines
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,8 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_line_says_what_is_at_work_and_how_far() -> None:
     step = Step("quantizing", 45 * 2**20, 134 * 2**20, "bytes", 61.0, note="layers.0.mlp")
     assert line_text(step, 30) == "quantizing: 45 of 134 MiB, 30 s so far, about 1 min left; layers.0.mlp"
+    assert line_text(Step("quantizing", 0, 9, "%", note="embed"), 70) == "quantizing: 0 %, 1 min 10 s so far; embed"
+    assert line_text(Step("a"), 120) == "a: 2 min so far" and line_text(Step("a"), 119.6) == "a: 2 min so far"
     assert line_text(Step("loading"), 3) == "loading: 3 s so far"
     assert line_text(Step("a", 3, 8, "windows", 9.0, True), 1) == "a: 3/8 windows, 1 s so far, at least 9 s left"
 
@@ -52,6 +54,13 @@ def test_without_a_terminal_there_is_a_line_at_once_and_one_now_and_then() -> No
         lines.tick()
     assert said[0] == "quantizing" and len(said) == 1 + int(35 / EVERY)
     assert said[-1] == "quantizing: 30 of 70 B, 30 s so far, about 40 s left"
+
+
+def test_the_first_plain_line_names_what_is_at_work() -> None:
+    tracker, said = Tracker("quantizing", "%"), list[str]()
+    lines = Lines(tracker, said.append)
+    Shown(tracker, lines, said.append).move(0, 70, "model.embed_tokens.weight")
+    assert said == ["quantizing; model.embed_tokens.weight"]
 
 
 def test_rows_stand_above_a_bar_which_goes_away() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import lowbit
+from lowbit.interchange.progress import READ_BACK
 from lowbit.report import watching
 from tiny import save_tiny
 
@@ -136,3 +137,21 @@ def test_every_long_call_is_watched_and_takes_a_wish() -> None:
         if takes:
             assert "progress=False" in (function.__doc__ or "")
             assert "bool" in str(inspect.signature(function).parameters["progress"].annotation), name
+
+
+@pytest.mark.parametrize("target", ["gptq", "gguf"])
+def test_reading_an_export_back_is_a_stage_that_counts_from_nothing(target: str, folder: Path, tmp_path: Path) -> None:
+    """What takes most of an export is seen to move: writing and reading back each go from 0 to all, and never stand at the end."""
+    model = folder / "q"
+    if target == "gguf":
+        model = tmp_path / "q8"
+        lowbit.quantize(folder / "m", "q8_0", model)
+    seen = list[tuple[str, int, int]]()
+    lowbit.export(model, target, tmp_path / "out.gguf", progress=lambda *each: seen.append(each))
+    back = [name.startswith(READ_BACK) for name, _, _ in seen]
+    first = back.index(True)
+    assert all(back[first:]), "the second stage comes after the first"
+    for stage in (seen[:first], seen[first:]):
+        counts = [at for _, at, _ in stage]
+        assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == stage[-1][2]
+    assert counts.count(counts[-1]) == 1, "the last count is the end of the work"

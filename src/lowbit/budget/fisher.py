@@ -30,6 +30,8 @@ def squared_gradients(
     seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     try:
         for i, sequence in enumerate(sequences):
+            if progress:
+                progress(f"gradients of sequence {i + 1} of {len(sequences)}", i, steps)
             ids = sequence.to(next(iter(wanted.values())).device)[None]
             with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
                 out = model(ids, **({"labels": ids} if seq2seq else {}), **options)
@@ -50,8 +52,6 @@ def squared_gradients(
             for name, p in wanted.items():
                 if p.grad is not None:
                     squares[name].addcmul_(p.grad, p.grad)
-            if progress:
-                progress("gradients", i + 1, steps)
     finally:
         for p, flag, grad in before:
             p.requires_grad_(flag)

@@ -116,9 +116,12 @@ def too_little(choices: Choices, room: Room) -> RecipeError:
         ways.append(f"for a context of at most {context:,} tokens")
     if (saved := _smaller_embedding(choices, room, plan.output_bytes)) is not None:
         text, nbytes = saved
-        ways.append(f"add embed={text} to the recipe, which makes it {size_text(nbytes + room.reserved)}")
+        size, named = size_text(nbytes + room.reserved), choices.recipe.name
+        option = "fit-memory" if room.kv is not None else "target-size"
+        typed = f": `lowbit quantize MODEL {named},embed={text} --{option} {size}`" if named else ""
+        ways.append(f"add embed={text} to the recipe, which makes it {size}{typed}")
     return RecipeError(
-        f"{_size(room.target)} is too little: the smallest that these formats make of {choices.source.label} is "
+        f"{_size(room.target)} is too little: the smallest that the formats it may choose from make of {choices.source.label} is "
         f"{_size(needed)}{beside}; {', or '.join(ways)}"
     )
 

@@ -154,6 +154,8 @@ def measure_sensitivity(
     settings = {"sequences": len(rows), "length": length, "seed": seed, "calibration": digest}
     specs = _quantizable(source)
     steps = len(rows) + len(specs)
+    if progress:
+        progress("loading the model", 0, steps)
     model = source.load_float(torch.float32, device)
     for name, parameter in model.named_parameters():
         check_finite(parameter.detach(), name)
@@ -163,6 +165,8 @@ def measure_sensitivity(
     unused = []
     tokens = len(rows) * length
     for i, t in enumerate(specs):
+        if progress:
+            progress(t.name, len(rows) + i, steps)
         fisher = squares.pop(t.name)
         weight = model.get_parameter(t.name).detach()
         if t.transposed:
@@ -173,8 +177,8 @@ def measure_sensitivity(
         for fmt in _formats_of(t, formats):
             cost, error = _cost(t, weight, fisher, fmt)
             kl[t.name][str(fmt)], errors[t.name][str(fmt)] = _short(cost / (2 * tokens)), _short(error)
-        if progress:
-            progress(t.name, len(rows) + i + 1, steps)
+    if progress and specs:
+        progress(specs[-1].name, steps, steps)
     _fill(kl, errors, unused)
     return Sensitivity(
         source.inventory.model_class, source.identity(), "fisher", settings, tuple(map(str, formats)), kl, errors
@@ -193,11 +197,13 @@ def estimate_sensitivity(
     formats, specs = _formats(candidates), _quantizable(source)
     errors: dict[str, dict[str, float]] = {}
     for i, t in enumerate(specs):
+        if progress:
+            progress(t.name, i, len(specs))
         weight = source.read(t.name).to(torch.float32)
         weight = weight.transpose(-1, -2) if t.transposed else weight
         errors[t.name] = {str(f): _short(_cost(t, weight, None, f)[1]) for f in _formats_of(t, formats)}
-        if progress:
-            progress(t.name, i + 1, len(specs))
+    if progress and specs:
+        progress(specs[-1].name, len(specs), len(specs))
     each = _KL_PER_ERROR / max(1, len(specs))
     kl = {name: {f: _short(each * e * e) for f, e in by.items()} for name, by in errors.items()}
     return Sensitivity(

@@ -7,6 +7,7 @@ import re
 
 from lowbit.errors import RecipeError
 
+_FEW, _MANY = 20, 1000  # below the first, gigabytes are meant, above the second, megabytes
 _LEAST = 1_000_000  # a number without a unit below this is no number of bytes that anybody means
 
 
@@ -29,7 +30,15 @@ def typed_size(option: str, text: str) -> int:
     """
     word = text.strip()
     if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", word) and float(word) < _LEAST:
-        raise RecipeError(f"{option} {word} has no unit; write {option} {word}MB, {word}GB or {word}GiB")
+        # So few gigabytes are those of a machine; of more, only megabytes are meant.
+        units = (
+            f"{word}GB or {word}GiB"
+            if float(word) < _FEW
+            else f"{word}MB or {word}GB"
+            if float(word) <= _MANY
+            else f"{word}MB"
+        )
+        raise RecipeError(f"{option} {word} has no unit; write {option} {units}")
     try:
         return parse_size(word)
     except RecipeError as error:

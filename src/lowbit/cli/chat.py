@@ -12,7 +12,7 @@ from lowbit.cli import console
 from lowbit.cli.generation_options import Generation, show, with_generation
 from lowbit.cli.options import MaxNewTokens, Model
 
-_HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/exit or Ctrl-D leaves, /reset forgets what was said, Ctrl-C stops an answer"
 
 
 def register(app: typer.Typer) -> None:

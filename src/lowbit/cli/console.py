@@ -140,23 +140,35 @@ def bytes_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
+def share_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """The same, which shows the share alone: what is counted is not bytes throughout."""
+    with progress(what, "%") as shown:
+        yield lambda name, done, total: shown.move(done, total, name)
+
+
+@contextmanager
 def layers_bar(what: str) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Any], None]]]:
     """A bar moved by calls of (name, done, in all), which shows the share, and a function that takes what became of each layer: the bar then shows the error of its output,
     of round-to-nearest and of the result, and the memory of the process."""
     from lowbit.interchange.progress import TEXT
     from lowbit.measure.memory import peak_resident
 
-    found = {"text": ""}
+    found = {"name": "", "text": ""}
 
     def layer(solved: Any) -> None:
         output = solved.output
         errors = ""
         if output is not None:
             errors = f", error of its output {100 * output.final:.2g} % (by rounding to nearest {100 * output.nearest:.2g} %)"
-        found["text"] = f"{errors}, {peak_resident() / 2**20:.0f} MiB of memory"
+        found["name"], found["text"] = solved.plan.name, f"{errors}, {peak_resident() / 2**20:.0f} MiB of memory"
 
     with progress(what, "%") as shown:
-        yield lambda name, done, total: shown.move(done, total, name + found["text"], name == TEXT), layer
+        yield (
+            lambda name, done, total: shown.move(
+                done, total, name + (found["text"] if name == found["name"] else ""), name == TEXT
+            ),
+            layer,
+        )
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def export(
             "--calibration, --samples and --chat would be ignored: the weights are quantized already, and only --kv looks at text in an export"
         )
     console.quiet()
-    with console.bytes_bar("exporting") as progress:
+    with console.share_bar("exporting") as progress:
         made = write(
             folder, target, out, kv=kv, calibration=calibration, samples=samples, chat=chat, overwrite=overwrite,
             progress=progress,

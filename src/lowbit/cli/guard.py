@@ -12,9 +12,12 @@ from typing import Any
 import typer
 
 from lowbit.cli.help import Group
+from lowbit.cli.usage import is_usage_error, usage_text
 from lowbit.errors import LowbitError
 
 MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 2, 130, 141, 143
+_WRITING = ("quantize", "import", "export", "dequantize")  # commands of whose work a person asks what is left
+_NOTHING = " before anything was finished; nothing is left behind"
 _LONGEST = 1500  # characters of an error
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -37,6 +40,24 @@ def end_in_order() -> None:
 class Guarded(Group):
     """A group of commands whose expected failures end quietly."""
 
+    def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
+        """As of every group of commands; what is typed wrong is one sentence too. `standalone_mode=False` raises it, as elsewhere."""
+        how["standalone_mode"] = False
+        if not standalone_mode:
+            return super().main(*args, **how)
+        code: Any
+        try:
+            code = super().main(*args, **how)
+        except typer.Abort:  # such as Ctrl-C before the command began
+            code = INTERRUPTED
+        except Exception as error:
+            if not is_usage_error(error):
+                raise
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help is on the screen
+                sys.stderr.write(f"error: {usage_text(error)}\n")
+            code = MISTAKE
+        sys.exit(code if isinstance(code, int) else 0)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -44,7 +65,8 @@ class Guarded(Group):
             fail(str(error), error)
         except KeyboardInterrupt as error:
             ended = isinstance(error, Terminated)
-            sys.stderr.write(f"\n{'terminated' if ended else 'interrupted'}{_notes(error)}\n")
+            left = _notes(error) or (_NOTHING if ctx.invoked_subcommand in _WRITING else "")
+            sys.stderr.write(f"\n{'terminated' if ended else 'interrupted'}{left}\n")
             raise typer.Exit(TERMINATED if ended else INTERRUPTED) from None
         except BrokenPipeError:  # whoever read the output has enough
             go_nowhere(sys.stdout)

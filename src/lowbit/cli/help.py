@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,20 @@ _VALUE = "VALUE"  # of an option that does not say what it takes
 
 class Command(TyperCommand):
     """A command whose help has sections."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As of every command; where an error proposes a command for MODEL, it is for the model that was typed."""
+        from lowbit.errors import LowbitError
+
+        try:
+            return super().invoke(ctx)
+        except LowbitError as error:
+            typed = ctx.params.get("model")
+            if isinstance(typed, str) and error.args:
+                named = shlex.quote(typed)
+                text = re.sub(r"(lowbit [a-z]+) MODEL\b", lambda found: f"{found[1]} {named}", str(error.args[0]))
+                error.args = (text, *error.args[1:])
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, as wide as the terminal."""

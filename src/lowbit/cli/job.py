@@ -36,12 +36,14 @@ class CalibrationText:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written. exported: in the format of another program, None for lowbit's own."""
+    """What was written. exported: in the format of another program, None for lowbit's own. checked: whether it was there already, so
+    that `seconds` went into reading it back and not into quantizing."""
 
     quantized: Quantized
     exported: Exported | None
     seconds: float
     peak_bytes: int
+    checked: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Job:
     def run(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Outcome]:
         """Quantize and write, with a bar; what came of it can be measured until the end of the block."""
         import lowbit
-        from lowbit.convert.quantize_as import quantized_as
+        from lowbit.convert.quantize_as import quantized_as, work_folder
         from lowbit.measure.memory import peak_resident
 
         needs = self.recipe.needs_calibration
@@ -113,15 +115,30 @@ class Job:
             console.dim(f"{needs} needs text: the model writes its own (--calibration self)")
         start = time.perf_counter()
         exported = None
+        place = out if self.ready is None else keep or work_folder(out)
+        before = _written_at(place)
+        doing = "quantizing" if before is None or overwrite else f"checking {place}, which is there already"
         with ExitStack() as kept:
-            with console.layers_bar("quantizing") as (progress, on_layer):
+            with console.layers_bar(doing) as (progress, on_layer):
                 options = {"progress": progress, "on_layer": on_layer, "overwrite": overwrite, **self.text.options()}
                 if self.ready is None:
                     quantized = lowbit.quantize(self.model, self.recipe, out, **options)
                 else:
                     writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
                     quantized, exported = kept.enter_context(writing)
-            yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident())
+            checked = before is not None and _written_at(place) == before
+            yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident(), checked)
+
+
+def _written_at(folder: Path) -> tuple[int, int] | None:
+    """What tells one writing of a finished folder from another; None where there is none."""
+    from lowbit.interchange.files.finished import MANIFEST
+
+    try:
+        found = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def default_file(model: str, recipe: str, kind: Exporter, target: str = "") -> Path:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "What is the capital of France?"
 _LENGTH = 1024
+_WRITES = "a target measures each layer on text: the model writes its own; --calibration FILE gives it yours"
 _WARNED = 5  # tensors that are named one by one
 
 
@@ -120,7 +121,8 @@ def quantize(
     if kv is not None and target_format is None:
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     console.quiet()
-    calibration = "self" if target and calibration is None else calibration
+    told = bool(target) and calibration is None
+    calibration = "self" if told else calibration
     job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
@@ -134,8 +136,11 @@ def quantize(
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     kept = None
     if target:
+        if told and sensitivity is None:
+            console.dim(_WRITES)
         kept = sensitivity or plain.with_name(plain.name + ".sensitivity.json")
-        job = job.allocated(target, kept, screen)
+        with _noted(kept):
+            job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
     command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
@@ -143,8 +148,16 @@ def quantize(
         console.say(screen, _written(made, out))
         measured = None
         if card:
-            with _whole():
-                measured = _measured(made, text, windows)
+            from lowbit.report import card as cards
+
+            place = keep if made.exported is not None else out
+            if made.checked and place is not None:
+                measured = cards.measured_before(place, text, windows, _LENGTH)
+            if measured is not None:
+                console.say(screen, "measured before, on the same text; what the card in the folder says:", style="dim")
+            else:
+                with _whole():
+                    measured = _measured(made, text, windows)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -163,12 +176,14 @@ def quantize(
 
 @contextmanager
 def _noted(sensitivity: Path | None) -> Iterator[None]:
-    """An error notes that the measured sensitivity is kept, where there is one."""
+    """An error notes that the measured sensitivity is kept, where there is one, and an interruption that it is not, where it is not whole."""
     try:
         yield
     except BaseException as error:
         if sensitivity is not None and sensitivity.is_file():
             error.add_note(f"{sensitivity} keeps the sensitivity, which the same command reads again")
+        elif sensitivity is not None and isinstance(error, KeyboardInterrupt):
+            error.add_note("the sensitivity was not measured to its end, and nothing of it is kept")
         raise
 
 
@@ -204,13 +219,15 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "
         console.stderr().print(f"not measured: {kind}{console.escaped(str(error))}")
         return None
+    if made.checked:  # what quantizing took is known to the card that the folder has, if any
+        return card
     return replace(card, parts=replace(card.parts, quantize_seconds=made.seconds, quantize_peak=made.peak_bytes))
 
 
 def _plain(made: Outcome, out: Path, card: Card | None) -> dict[str, Any]:
     """For --json."""
     found: dict[str, Any] = {
-        "folder": str(out), "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
+        "folder": str(out), "already_done": made.checked, "seconds": made.seconds, "peak_bytes": made.peak_bytes, "plan": _totals(made.quantized.plan),
         "left_out": left_out_of(made.quantized),
     }  # fmt: skip
     if made.quantized.report.warnings:
@@ -230,11 +247,13 @@ def _written(made: Outcome, out: Path) -> str:
     if made.exported is not None:
         return f"{summary(made.exported)}, in {made.seconds:.1f} s{said}"
     plan = made.quantized.plan
-    speed = bytes_text(plan.bytes_before / max(made.seconds, 1e-9))
+    speed = f" in {made.seconds:.1f} s ({bytes_text(plan.bytes_before / max(made.seconds, 1e-9))}/s)"
+    if made.checked:
+        speed = f"; checked in {made.seconds:.1f} s"
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
     return (
-        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)} in {made.seconds:.1f} s ({speed}/s)\n"
+        f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)}{speed}\n"
         f"bits per weight: {bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{said}"
     )
 

@@ -130,6 +130,8 @@ class _Names:
         at = 0
         for group in self._groups:
             if group.names[0] not in done:
+                if progress:
+                    progress(group.names[0], at, sum(sizes.values()))
                 made = {name: self._rounded(name) for name in group.names}
                 pieces = self._published.tensors(group, {name: tensor for name, (tensor, _, _) in made.items()})
                 error, norm = (math.hypot(*(facts[i] for facts in made.values())) for i in (1, 2))

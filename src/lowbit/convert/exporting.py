@@ -72,7 +72,8 @@ def export(
 
     `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
     quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens, in the chat
-    template where `chat` is set. `progress(name, bytes done, bytes in all)`.
+    template where `chat` is set. `progress(name, bytes done, bytes in all)`; reading back
+    counts again from nothing, and says so in the name.
     ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.
 
     >>> lowbit.export(quantized, "gptq", folder / "for-gptq").weights < 1e-3  # what is kept in float is float16 there
@@ -111,7 +112,7 @@ def written(
         with temporary_folder(_without_old(place), place.parent) as temporary:
             fresh = temporary / place.name
             kind.write(as_written, fresh, progress)
-            apart, logits = compared(kind, folder, as_written, fresh)
+            apart, logits = compared(kind, folder, as_written, fresh, progress)
             for path in (fresh, *(fresh.rglob("*") if fresh.is_dir() else ())):
                 sync(path)
             size = sum(p.stat().st_size for p in ([fresh] if fresh.is_file() else fresh.rglob("*")) if p.is_file())

@@ -111,6 +111,8 @@ def model_type(source: Source) -> torch.dtype:
 def _results(plan: Plan, source: Source, progress: Progress | None) -> Iterator[tuple[Solved, str]]:
     at, total = 0, plan.bytes_before
     for tensor in plan.tensors:
+        if progress:
+            progress(tensor.name, at, total)
         weight = source.read(tensor.name)
         digest = hashlib.sha256(bytes_of(weight)).hexdigest()
         yield _taken(plan, tensor, source, weight), digest

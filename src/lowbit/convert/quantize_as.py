@@ -17,6 +17,7 @@ from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, remove_folder
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.progress import READ_BACK, Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.recipes.recipe import Recipe
@@ -87,7 +88,7 @@ def quantized_as(
                 error.add_note(_goes_on(folder))
             raise
         try:
-            yield made, _exported(ready, folder, out, text, overwrite)
+            yield made, _exported(ready, folder, out, text, overwrite, heard(options.get("progress")))
         except BaseException as error:
             if any(note.startswith(str(folder)) for note in getattr(error, "__notes__", ())):
                 keep = folder
@@ -97,13 +98,20 @@ def quantized_as(
                 remove_folder(folder)
 
 
-def _exported(ready: Prepared, folder: Path, out: Path, text: dict[str, Any], overwrite: bool) -> Exported:
+def _exported(
+    ready: Prepared, folder: Path, out: Path, text: dict[str, Any], overwrite: bool, progress: Progress | None
+) -> Exported:
     """The folder of lowbit that stands between, exported. An error that mending the place mends notes that it is kept."""
+
+    def tell(name: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(name if name.startswith(READ_BACK) else f"writing for {ready.exporter.name}: {name}", done, total)
+
     try:
         packed = LowbitFolder(folder)
         refuse_folder(ready.exporter, packed)
         given = {"calibration": None, "samples": None, "length": None, "chat": False} | text
-        return written(ready.exporter, packed, out, ready.kv, given, overwrite)
+        return written(ready.exporter, packed, out, ready.kv, given, overwrite, tell)
     except BaseException as error:
         if not isinstance(error, LowbitError) or type(error) is OutputError:
             error.add_note(_goes_on(folder))

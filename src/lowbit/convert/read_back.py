@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.convert.conversions import ConvertedFolder, allowed
 from lowbit.errors import ExportError
 from lowbit.interchange.exporters.exporter import Exporter
+from lowbit.interchange.progress import READ_BACK, Progress
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.source import Source
 
@@ -22,12 +23,13 @@ _LOGITS = 3e-2  # how far they may be where weights were converted
 
 
 def compared(
-    kind: Exporter, folder: LowbitFolder, written: LowbitFolder, out: Path
+    kind: Exporter, folder: LowbitFolder, written: LowbitFolder, out: Path, progress: Progress | None = None
 ) -> tuple[dict[str, float], float | None]:
     """({weight that is not equal: its relative difference}, that of the logits) of what was written, read back by other code.
 
     `written` is `folder` as the exporter writes it. Every tensor must come back as it was written; one that was converted must
-    also be as near to lowbit's own as its conversion states.
+    also be as near to lowbit's own as its conversion states. `progress` counts from nothing: the bytes of the weights as they are
+    written, and as much again for the logits where they are compared.
     """
     read = kind.reopen(out, written)
     ours, theirs = folder.dense(), written.dense()
@@ -38,9 +40,18 @@ def compared(
         raise ExportError(
             f"{out.name}: {lacking[0]!r} is not there when the file is read back; nothing was kept of the export"
         )
+    fits = _fits(ours)
+    sizes = {name: t.bytes_after for name, t in folder.contents.tensors.items()}
+    done, total = 0, sum(sizes.values()) * (2 if fits else 1)
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(f"{READ_BACK}: {what}", done, total)
+
     for name in ours.tensors:
         if name not in read.tensors:
             continue
+        tell(name)
         found = read.read(name)
         limits = [(theirs, kind.allowed(written.contents.tensors[name]))]
         if name in becomes:
@@ -54,9 +65,18 @@ def compared(
                 )
         if apart > 0:
             unequal[name] = apart
-    if not _fits(ours):
+        done += sizes.get(name, 0)
+    done = sum(sizes.values())
+    if not fits:
+        tell("all weights")
         return unequal, None
-    logits = distance(logits_of(read), logits_of(ours))
+    tell("what the model says")
+    theirs_say = logits_of(read)
+    done += (total - done) // 2
+    tell("what the model says")
+    logits = distance(theirs_say, logits_of(ours))
+    done = total
+    tell("what the model says")
     if not logits <= max(kind.logits_allowed(written.contents), _LOGITS if unequal.keys() & becomes.keys() else 0.0):
         raise ExportError(
             f"{out.name}: the weights come back, but the logits differ by {logits:.3g} of their size: the exporter "

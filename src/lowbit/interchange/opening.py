@@ -16,7 +16,7 @@ from lowbit.interchange.source import Source, say_remarks
 
 WHAT_A_MODEL_CAN_BE = (
     "a model can be a local folder with config.json and safetensors files, a .gguf file, "
-    "a Hugging Face id such as 'org/name', the name 'smollm2', or a torch nn.Module"
+    "a Hugging Face id such as 'org/name', or the name 'smollm2'"
 )
 # Asked in this order; each module has `claims(model) -> bool` and `open_model(model, tokenizer) -> Source`.
 # A new kind of source is one file and its name here.
@@ -68,10 +68,12 @@ def open_checked(
 def _not_found(model: Any) -> str:
     """What was looked for under this name, and what would do."""
     if not isinstance(model, (str, Path)):
-        return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}"
+        return f"cannot use a {type(model).__name__} as a model; {WHAT_A_MODEL_CAN_BE}, or a torch nn.Module"
     path = Path(model)
     if path.is_file():
         refuse_adapter(path.parent, str(path.parent))
         return f"{model} is a file but not a .gguf file; {WHAT_A_MODEL_CAN_BE}"
     close = near_names(str(model), ["smollm2"])
+    if path.is_absolute() or str(model).startswith((".", "~")):
+        return f"{str(model)!r} is not there{close or f'; {WHAT_A_MODEL_CAN_BE}'}"
     return f"no folder or file {str(model)!r} exists in {Path.cwd()} and it is no known name{close or f'; {WHAT_A_MODEL_CAN_BE}'}"

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 # A name in `Progress` of what comes before the tensors, and counts by itself.
 TEXT = "the model writes calibration text"
+# What a name in `Progress` begins with while an export is read back, which counts again from nothing.
+READ_BACK = "reading it back and comparing"
 Progress = Callable[[str, int, int], None]
 """Called as `progress(name of the tensor at hand, bytes done, bytes in all)`. A call that brings no more bytes says what begins; a
 second pass over the model counts again from nothing."""

@@ -8,7 +8,11 @@ With p the float model's distribution of the next token and q the other's:
 
 Both models see a window right after one another and their logits are compared at once, a few rows
 at a time and in float64, so that neither a file of logits nor a second copy of them is needed.
-Standard errors are over windows, since tokens of a window are not independent.
+
+A standard error is that of a mean over windows, since tokens of a window are not independent. Over few windows that error is itself
+a matter of luck: two windows that happen to agree would claim an error near zero. With fewer than 8 windows it is therefore the larger of two:
+that over windows, and that over blocks of at least 64 consecutive tokens which are taken as independent (the method of batch means,
+see Flegal and Jones 2010, "Batch means and spectral variance estimators in Markov chain Monte Carlo"). One window is judged by its blocks alone.
 """
 
 from __future__ import annotations
@@ -27,11 +31,13 @@ from lowbit.measure.scoring import Scorer
 from lowbit.measure.windows import Windows
 
 Progress = Callable[[int, int], None]
+_ENOUGH = 8  # windows, from which their own spread is known well enough
+_BLOCK = 64  # tokens of a block at least
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error, which is None when there is one window only."""
+    """A value and its standard error, which is None where less than two blocks of tokens were measured (see above)."""
 
     value: float
     stderr: float | None = None
@@ -181,11 +187,20 @@ def _summary(kind: str, windows: Windows, figures: dict[str, np.ndarray]) -> Qua
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    """Mean of [windows, tokens], with the standard error of the mean over windows."""
+    """Mean of [windows, tokens], with the standard error of the mean: over windows, and of few windows over blocks of tokens too."""
     means = values.mean(axis=1)
-    with np.errstate(invalid="ignore"):  # the spread of something infinite is NaN
-        stderr = float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-    return Estimate(float(means.mean()), stderr)
+    errors = [_error(means)]
+    if len(means) < _ENOUGH:
+        blocks = np.array_split(values, max(1, values.shape[1] // _BLOCK), axis=1)
+        errors.append(_error(np.concatenate([block.mean(axis=1) for block in blocks])))
+    known = [error for error in errors if error is not None]
+    return Estimate(float(means.mean()), float(np.max(known)) if known else None)
+
+
+def _error(means: np.ndarray) -> float | None:
+    """The standard error of the mean of independent values, None for a single one; NaN where one is infinite."""
+    with np.errstate(invalid="ignore"):
+        return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def _exponential(mean: Estimate) -> Estimate:
@@ -198,7 +213,7 @@ def _exponential(mean: Estimate) -> Estimate:
 def _quantile(values: np.ndarray, level: float) -> Estimate:
     """Quantile of all tokens; its standard error after Woodruff (1952).
 
-    The error of the share of tokens at or below the quantile, found over windows, is carried
+    The error of the share of tokens at or below the quantile, found as for a mean, is carried
     to the values: half the distance of the quantiles one such error above and below.
     """
     if not np.isfinite(values).all():

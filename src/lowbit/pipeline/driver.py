@@ -56,16 +56,19 @@ def solved_results(
     """
     reports = _Reports(plan, options)
     if text is None:
-        return reports.told(_solved_alone(plan, source, options, done), done)
+        return reports.told(_solved_alone(plan, source, options, done, reports.begins), done)
     run = BlockwiseQuantizer(
         plan, source, text, folder, fast_dtype(), flush, lambda name: reports.begins(f"{name}: reading the text")
     )
     return reports.told(run.results(), run.finished)
 
 
-def _solved_alone(plan: Plan, source: Source, options: Options, done: frozenset[str]) -> Results:
+def _solved_alone(
+    plan: Plan, source: Source, options: Options, done: frozenset[str], begins: Callable[[str], None]
+) -> Results:
     for tensor in plan.tensors:
         if tensor.name not in done:
+            begins(tensor.name)
             weight = source.read(tensor.name)
             digest = hashlib.sha256(bytes_of(weight)).hexdigest()
             yield solve(tensor, weight, plan.recipe, options.device), digest

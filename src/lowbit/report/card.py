@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, OutputError, SourceError
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.finished import MANIFEST
@@ -74,10 +75,18 @@ def read(folder: str | Path) -> SavedCard:
         raise SourceError(f"there is no folder {str(folder)!r}; name one that lowbit wrote")
     found = load(place)
     if found is None:
-        raise SourceError(
-            f"{folder} has no card yet; `lowbit evaluate {folder} --against FLOAT_MODEL` measures one and keeps it there"
-        )
+        raise SourceError(_no_card(place, str(folder)))
     return found
+
+
+def _no_card(place: Path, named: str) -> str:
+    """What to do for a card: make a folder of lowbit, or measure the one at hand."""
+    if not (place / MANIFEST).is_file():
+        return (
+            f"{named} is no folder that lowbit wrote, so it has no card; `lowbit quantize {named}` makes one that has"
+        )
+    base = facts_of_folder(place).base_model or "FLOAT_MODEL"
+    return f"{named} has no card yet; `lowbit evaluate {named} --against {base}` measures one and keeps it there"
 
 
 def outdated(saved: SavedCard, folder: str | Path) -> str | None:
@@ -138,6 +147,23 @@ def keep_of_export(folder: Path, out: Path, target: str, error: float, unequal: 
     if saved is None:
         return keep(Card(_parts_of_manifest(folder)), out, Made(facts, target))
     return keep(of_export(saved.card, out, error, unequal), out, Made(facts, target, saved.base, saved.command))
+
+
+def measured_before(folder: str | Path, text: Any, windows: int, length: int) -> Card | None:
+    """The card in a folder where it is of these weights beside the float model, on `windows` windows of `length` tokens of this text,
+    a source as of `load_text`; None otherwise, and for conversations, whose text depends on the model."""
+    saved = _fresh(Path(folder))
+    if saved is None or (seen := saved.card.text) is None:
+        return None
+    compared = saved.card.outputs is not None or (
+        saved.card.quality is not None and saved.card.quality.kl_mean is not None
+    )
+    asked = ((seen.windows, windows), (seen.length, length))
+    # A text or a model that is shorter than what was asked for says so in a note.
+    same = all(
+        had == wanted or any(note.endswith(f"instead of {wanted}") for note in seen.notes) for had, wanted in asked
+    )
+    return saved.card if compared and same and seen.sha256 == load_text(text).sha256 else None
 
 
 def of_export(card: Card, out: Path, error: float, unequal: Sequence[str]) -> Card:

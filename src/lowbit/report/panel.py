@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 VERDICT_COLOURS = {"indistinguishable": "green", "very close": "green", "noticeable": "yellow", "damaged": "red"}
 ABSENT = "-"
 _CLOSE = THRESHOLDS[1]
+ERROR_LEGEND = "one standard error, from how windows of the text differ, or blocks of 64 tokens in few windows"
 KL_LEGEND = f"0 is the float model itself, up to {_CLOSE.kl:g} is {_CLOSE.word}: {_CLOSE.meaning}"
 _SPEEDS = (
     ("decode", "decode", "one sequence"),
@@ -98,6 +99,8 @@ def _quality_lines(card: Card) -> list[tuple[str, str]]:
         lines.append(("  how to read it", KL_LEGEND))
         lines.append(("  worst 1 % of tokens", f"above {estimate_text(quality.kl_p99, ' nats')}"))
         lines.append(("same first choice", estimate_text(quality.top1, " % of tokens", scale=100)))
+        if quality.kl_mean.stderr:
+            lines.append(("  the ± is", ERROR_LEGEND))
     if quality.kind != "causal":
         lines.append(("  scored as", f"{quality.kind} ({MEANING[quality.kind]})"))
     return lines

@@ -27,6 +27,14 @@ def duration_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def elapsed_text(seconds: float) -> str:
+    """'8 s', '1 min 10 s', '1 h 20 min': exact enough that two lines ten seconds apart differ in the first hour."""
+    whole = round(seconds)
+    if 60 <= whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return duration_text(seconds)
+
+
 def left_text(step: Step) -> str:
     """'about 3 min left', 'at least 3 min left', or empty where nothing is known yet."""
     if not step.seconds_left:
@@ -53,7 +61,7 @@ def line_text(step: Step, elapsed: float) -> str:
 
 
 def _figures(step: Step, elapsed: float) -> str:
-    return ", ".join(text for text in (done_text(step), f"{duration_text(elapsed)} so far", left_text(step)) if text)
+    return ", ".join(text for text in (done_text(step), f"{elapsed_text(elapsed)} so far", left_text(step)) if text)
 
 
 def moving_lines(step: Step, elapsed: float) -> RenderableType:
@@ -89,7 +97,8 @@ class Lines:
 
     def begin(self) -> None:
         """Say what begins, at once: a log or a pipe shows where a long command is."""
-        self._write(self._tracker.now().what)
+        step = self._tracker.now()
+        self._write(f"{step.what}; {step.note}" if step.note else step.what)
         self._last = self._clock()
 
     def tick(self) -> None:

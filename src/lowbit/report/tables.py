@@ -46,7 +46,7 @@ _COLUMNS = (
     ),
     _Column(
         "±", "kl_stderr", lambda value: f"{value:.5f}" if value < 10 else f"{value:.2g}",
-        "±: one standard error of KL over the windows",
+        "±: one standard error of KL, over windows, or over blocks of tokens where windows are few",
     ),
     _Column(
         "top-1 %", "top1", lambda value: f"{100 * value:.2f}",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,8 +207,13 @@ class FolderExporter(Exporter):
         try:
             out.mkdir(parents=True)
             create(out, shards)
-            made = ((t.name, self._tensors(t, folder)) for t in contents.tensors.values())
-            for whole, tensors in chain(made, ((name, {name: tensor}) for name, tensor in extra.items())):
+            parts: list[tuple[str, Callable[[], dict[str, Tensor]]]]
+            parts = [(t.name, partial(self._tensors, t, folder)) for t in contents.tensors.values()]
+            parts += [(name, partial(dict, {name: tensor})) for name, tensor in extra.items()]
+            for whole, make in parts:
+                if progress is not None:
+                    progress(whole, done, total)
+                tensors = make()
                 for name, tensor in tensors.items():
                     begin, end = place[name].spans[name]
                     raw = bytes_of(tensor.contiguous())

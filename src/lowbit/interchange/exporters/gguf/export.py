@@ -141,6 +141,8 @@ class Gguf(Exporter):
             writer.write_ti_data_to_file()
             done, total = 0, sum(p.nbytes for p in tensors)
             for p in tensors:
+                if progress:
+                    progress(p.tensor.name, done, total)
                 writer.write_tensor_data(bytes_in_file(p, model.read(p.tensor.name)))
                 done += p.nbytes
                 if progress:
