@@ -10,6 +10,7 @@ from lowbit.calibration.text import load_text
 from lowbit.errors import EngineError, RecipeError
 from lowbit.measure.card import CardParts
 from lowbit.measure.compare import Built, CompareRow, compare
+from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.quality import measure_quality
 from lowbit.measure.speed import SpeedSettings
 from lowbit.measure.windows import make_windows
@@ -111,3 +112,12 @@ def test_markdown_keeps_its_columns_whatever_an_error_says():
     text = markdown_compare([CompareRow("a|b", error="one | two\nthree")])
     assert len(text.strip().splitlines()) == 3
     assert "one \\| two three" in text and math.isfinite(len(text))
+
+
+def test_quantizing_a_kept_recipe_again_says_why():
+    told = []
+    steps = CompareSteps(["w8", "w4"], 2, lambda step: told.append(step.what), kept={-1, 0}, redrawn=True)
+    steps.begins(0, "quantizing")
+    steps.begins(1, "quantizing")
+    assert "w8 (recipe 1 of 2): quantizing again to draw its weights" in told
+    assert "w4 (recipe 2 of 2): quantizing" in told
