@@ -35,6 +35,7 @@ _BASE_BYTES, _CUDA_BASE_BYTES = 420_000_000, 1_000_000_000
 # Of each parameter while the whole model is tuned: float32, dense in use, its gradient, codes, and what a step of 512
 # tokens keeps for the backward pass. Measured on a model of 135 million parameters.
 _TUNING_BYTES = 18
+QUANTIZED_SOURCE = "the source is itself quantized"
 BY_RECIPE = "kept by the recipe"
 
 
@@ -65,6 +66,15 @@ class Plan(Displayed):
     def shards(self) -> tuple[Shard, ...]:
         """The weight files, each with every stored tensor at its place."""
         return shards_of([(t.name, t.stored()) for t in self.tensors], self.max_shard_bytes)
+
+    @property
+    def about_source(self) -> tuple[str, ...]:
+        """A sentence where the source is itself quantized, so that its files are smaller than the values read from them."""
+        if self.source_bytes is None or self.source_bytes >= self.bytes_before:
+            return ()
+        return (
+            f"{QUANTIZED_SOURCE}, a file of {self.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
+        )
 
     @property
     def parameters(self) -> int:
@@ -181,7 +191,7 @@ class Plan(Displayed):
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
         out["inputs"] = self.input_counts()
-        out["notes"] = list(self.notes)
+        out["notes"] = [*self.notes, *self.about_source]
         out["advice"] = list(self.advice)
         if self.survey is not None:
             out["ranges"] = self.survey.to_json()

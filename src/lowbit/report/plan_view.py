@@ -74,4 +74,4 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
     elif plan.kv_bytes:
         lines.append(("state", bytes_text(plan.kv_bytes)))
-    return lines + [("note", note) for note in (*plan.notes, *plan.advice)]
+    return lines + [("note", note) for note in (*plan.notes, *plan.about_source, *plan.advice)]
