@@ -255,3 +255,14 @@ def test_a_source_that_is_quantized_is_said_in_text_and_json(tiny_folder: Float)
     small = replace(plan, source_bytes=plan.bytes_before // 4)
     assert "the source is itself quantized, a file of" in " ".join(str(small).split())
     assert any("the size before is of its float values" in note for note in small.to_json()["notes"])
+
+
+def test_the_peak_with_calibration_text_is_said_beside_the_one_without(tiny_folder: Float) -> None:
+    plan = lowbit.plan(tiny_folder("llama"), "w4")
+    wide = replace(plan, tensors=tuple(replace(t, shape=tuple(16 * n for n in t.shape)) for t in plan.tensors))
+    needs = replace(wide, recipe=lowbit.Recipe.parse("qronos@int4:g32")).peak_bytes
+    assert wide.calibrated_peak_bytes == needs == wide.to_json()["calibrated_peak_bytes"] > wide.peak_bytes
+    assert "while quantizing, about" in " ".join(str(wide).split()) and "with calibration text" in " ".join(
+        str(wide).split()
+    )
+    assert lowbit.plan(tiny_folder("llama"), "absmax@int4:g32").calibrated_peak_bytes is None

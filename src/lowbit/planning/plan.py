@@ -119,6 +119,14 @@ class Plan(Displayed):
     @property
     def peak_bytes(self) -> int:
         """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
+        return self._peak(self.recipe.needs_calibration is not None)
+
+    @property
+    def calibrated_peak_bytes(self) -> int | None:
+        """The same with calibration text; None where the recipe does not look at any."""
+        return self._peak(True) if self.recipe.calibrated().uses_calibration else None
+
+    def _peak(self, calibrated: bool) -> int:
 
         def working(t: TensorPlan) -> int:
             reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack and the parts it is made of
@@ -129,7 +137,7 @@ class Plan(Displayed):
             return reading + t.bytes_after + 16 * slab
 
         most = max((working(t) for t in self.tensors), default=0)
-        if self.recipe.needs_calibration is not None:
+        if calibrated:
             most = max(most, calibrated_working_bytes(self.tensors))
         if self.recipe.tuner_of("model") is not None:
             most = max(most, _TUNING_BYTES * self.parameters)
@@ -184,7 +192,7 @@ class Plan(Displayed):
         """Everything above, as JSON values."""
         keys = (
             "label", "parameters", "source_bytes", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
-            "linear_bits_per_weight", "coverage", "peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
+            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
         )  # fmt: skip
         out: dict[str, Any] = {key: getattr(self, key) for key in keys}
         out["recipe"] = str(self.recipe)
