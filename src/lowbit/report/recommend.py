@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ from lowbit.report.wording import bytes_text
 CONTEXT = 4096
 OWN_TEXT = "my-text.txt"  # in commands: a text of the user's own
 ACCEPTABLE = THRESHOLDS[1]  # the loss, nats per token, up to which speed decides
-TOP = 3  # choices that are measured
-WINDOWS, LENGTH = 2, 1024
+TOP, WINDOWS, LENGTH = 3, 2, 1024  # choices that are measured, on so many windows of so many tokens
 _SMALLER = 0.95  # a second choice that loses more takes at most this share of the bytes of the first
 
 
@@ -107,8 +106,9 @@ class Recommendation(Displayed):
         return words(self, width)
 
     def _brief(self) -> str:
-        answer = "nothing fits" if self.best is None else self.best.name
-        return f"{answer} for {self.label} in {bytes_text(self.memory)}"
+        return (
+            f"{'nothing fits' if self.best is None else self.best.name} for {self.label} in {bytes_text(self.memory)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, as JSON values."""
@@ -144,9 +144,12 @@ def recommend(
     result is for, `lowbit`, or an exporter such as `gguf` or `vllm`. `speed`: the fewest bytes read for each token, among losses of at most
     0.05 nats per token. What a recipe is expected to cost are measurements of the same formats on another model.
 
-    With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by
-    `compare`, with `calibration` text where it is given, which is also what the recommended commands name. `told` hears how long
-    that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
+    With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by `compare`,
+    with `samples` windows of `calibration` text where it is given, which is also what the recommended commands name. `told` hears how
+    long that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
+
+    >>> lowbit.recommend(model, "8GB").best.name
+    'w8'
     """
     if not measure and text is not None:
         raise RecipeError("a text would be ignored, as nothing is measured; add --measure, or leave it out")
@@ -154,8 +157,7 @@ def recommend(
         raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
     if context is not None and context < 1:
         raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
-    source = open_headers(model)
-    room, given = _memory(memory)
+    source, (room, given) = open_headers(model), _memory(memory)
     longest = _longest(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
@@ -164,17 +166,15 @@ def recommend(
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
 
-    def answer(
-        among: list[Choice], measured_on: str | None = None, unmeasured: list[Choice] | None = None
-    ) -> Recommendation:
+    def answer(among: list[Choice], where: str | None = None, also: Sequence[Choice] = ()) -> Recommendation:
         fitting = [c for c in among if c.memory.total <= room]
         best, second, acceptable = _picked(fitting, speed)
-        everything = sorted([*among, *(unmeasured or [])], key=lambda c: c.rank)
+        everything = sorted([*among, *also], key=lambda c: c.rank)
         better = [c for c in everything if c.memory.total > room and (not fitting or c.rank < fitting[0].rank)]
         larger = min(better, key=lambda c: (c.memory.total >> 20, c.rank), default=None)
         return Recommendation(
             source.label, target, room, given, tokens, longest, tuple(everything), best, second, larger, speed, acceptable, kv,
-            before, source.storage, generates, active_experts(source.config), free_memory(), samples, measured_on,
+            before, source.storage, generates, active_experts(source.config), free_memory(), samples, where,
         )  # fmt: skip
 
     expected = answer(found)
