@@ -147,3 +147,16 @@ def test_a_temporary_folder_goes_however_often_one_interrupts(tmp_path: Path, mo
         (made / "file").write_text("half")
         stop()
     assert not list(tmp_path.iterdir())
+
+
+def test_notes_on_what_a_temporary_folder_kept_go_with_it(tmp_path: Path) -> None:
+    def broken() -> None:
+        with temporary_folder("x-", tmp_path) as made:
+            error = ValueError("broken")
+            error.add_note(f"{made}/model.partial keeps what was done")
+            error.add_note(f"{tmp_path}/rows keeps its rows")
+            raise error
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        broken()
+    assert caught.value.__notes__ == [f"{tmp_path}/rows keeps its rows"]

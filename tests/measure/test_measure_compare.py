@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from measure_models import perturbed, tiny_llama
 
 from lowbit.calibration.text import load_text
+from lowbit.display import as_text
 from lowbit.errors import EngineError, RecipeError
 from lowbit.measure.card import CardParts
 from lowbit.measure.compare import Built, CompareRow, compare
+from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.quality import measure_quality
 from lowbit.measure.speed import SpeedSettings
 from lowbit.measure.windows import make_windows
+from lowbit.planning.plan import QUANTIZED_SOURCE
+from lowbit.report.comparison import Comparison
 from lowbit.report.tables import compare_json, compare_records, markdown_compare
 
 NOISE = {"little": 0.02, "much": 0.5}
@@ -111,3 +116,26 @@ def test_markdown_keeps_its_columns_whatever_an_error_says():
     text = markdown_compare([CompareRow("a|b", error="one | two\nthree")])
     assert len(text.strip().splitlines()) == 3
     assert "one \\| two three" in text and math.isfinite(len(text))
+
+
+def test_quantizing_a_kept_recipe_again_says_why():
+    told = []
+    steps = CompareSteps(["w8", "w4"], 2, lambda step: told.append(step.what), kept={-1, 0}, redrawn=True)
+    steps.begins(0, "quantizing")
+    steps.begins(1, "quantizing")
+    assert "w8 (recipe 1 of 2): quantizing again to draw its weights" in told
+    assert "w4 (recipe 2 of 2): quantizing" in told
+
+
+def test_one_window_and_a_quantized_source_are_said_below_the_table(windows):
+    note = f"{QUANTIZED_SOURCE}, a file of 94 MiB; the size before is of its float values"
+    plenty = compare(["little"], build, tiny_llama(), BASE, windows)
+    assert "one window" not in markdown_compare(plenty) and "itself quantized" not in markdown_compare(plenty)
+    card = plenty[1].card
+    one = replace(card, parts=replace(card.parts, notes=("inputs: some", note)), text=replace(card.text, windows=1))
+    base = replace(plenty[0].card, text=one.text)
+    rows = [replace(plenty[0], card=base), replace(plenty[1], card=one), replace(plenty[1], recipe="other", card=one)]
+    for text in (markdown_compare(rows), as_text(Comparison(rows), 80)):
+        flat = " ".join(text.split())
+        assert "one window gives no standard error; use more windows for a claim" in flat
+        assert flat.count(note) == 1 and "inputs: some" not in flat

@@ -144,3 +144,16 @@ def test_an_error_on_the_way_to_a_temporary_folder_leaves_nothing(
     with pytest.raises(WeightError, match="lm_head"):
         lowbit.quantize(tmp_path / "model", RECIPE)
     assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_an_interrupted_run_into_a_temporary_folder_promises_nothing(tiny_folder: Float) -> None:
+    seen: list[str] = []
+
+    def stop(name: str, *_: int) -> None:
+        seen.append(name)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        lowbit.quantize(tiny_folder("llama-tied"), RECIPE, max_shard_bytes=9000, progress=stop)
+    assert not getattr(caught.value, "__notes__", [])  # the folder is removed, and with it what was done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,3 +247,22 @@ def test_shards_hold_every_tensor_once_and_aligned() -> None:
         for i in range(20):
             assert len({s.file for s in shards if f"t{i}.codes" in s.spans or f"t{i}.scale" in s.spans}) == 1
         assert set(json.loads(index_json(shards))["weight_map"]) == set(names)
+
+
+def test_a_source_that_is_quantized_is_said_in_text_and_json(tiny_folder: Float) -> None:
+    plan = lowbit.plan(tiny_folder("llama"), "w4")
+    assert not plan.about_source and "itself quantized" not in str(plan)
+    small = replace(plan, source_bytes=plan.bytes_before // 4)
+    assert "the source is itself quantized, a file of" in " ".join(str(small).split())
+    assert any("the size before is of its float values" in note for note in small.to_json()["notes"])
+
+
+def test_the_peak_with_calibration_text_is_said_beside_the_one_without(tiny_folder: Float) -> None:
+    plan = lowbit.plan(tiny_folder("llama"), "w4")
+    wide = replace(plan, tensors=tuple(replace(t, shape=tuple(16 * n for n in t.shape)) for t in plan.tensors))
+    needs = replace(wide, recipe=lowbit.Recipe.parse("qronos@int4:g32")).peak_bytes
+    assert wide.calibrated_peak_bytes == needs == wide.to_json()["calibrated_peak_bytes"] > wide.peak_bytes
+    assert "while quantizing, about" in " ".join(str(wide).split()) and "with calibration text" in " ".join(
+        str(wide).split()
+    )
+    assert lowbit.plan(tiny_folder("llama"), "absmax@int4:g32").calibrated_peak_bytes is None

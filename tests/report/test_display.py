@@ -29,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = [
         made, made.report, lowbit.plan(root / "m", "w4"), made.plan.recipe, made.plan.recipe.format,
         lowbit.inspect(root / "q"), lowbit.explain([-0.3, 0, 0.1, 0.7], "absmax"), lowbit.doctor(kernels=False),
-        lowbit.catalogue("gptq"), lowbit.export(root / "q", "gptq", root / "gptq"),
+        lowbit.recommend(root / "m", "8GB"), lowbit.catalogue("gptq"), lowbit.export(root / "q", "gptq", root / "gptq"),
         lowbit.dequantize_model(root / "q", root / "f"),
         lowbit.compare(root / "m", ["w8", "w4", "none such"], text=TEXT, windows=1, length=64),
         lowbit.evaluate(made, text=TEXT, windows=1, length=64), lowbit.bench(root / "q", rounds=1, settings=FEW),

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from lowbit.interchange.pace import Tracker
+from lowbit.interchange.pace import Stage, Stages, Tracker
 from lowbit.interchange.progress import Step
-from lowbit.report.progress_view import EVERY, Lines, Shown, drawn, duration_text, line_text, moving_lines
+from lowbit.report.progress_view import EVERY, Lines, Shown, drawn, duration_text, elapsed_text, line_text, moving_lines
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,25 @@ from lowbit.report.progress_view import EVERY, Lines, Shown, drawn, duration_tex
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (61, "1 min 1 s"), (71, "1 min 11 s"), (599.9, "10 min")])
+def test_what_is_over_has_seconds_up_to_ten_minutes(seconds: float, text: str) -> None:
+    assert elapsed_text(seconds) == text
+
+
+def test_one_step_of_several_says_what_is_of_it_and_what_of_all() -> None:
+    step = Step("w4 (recipe 1 of 2): measuring", 16, 32, "windows", 4900.0, True, one_of=4)
+    said = "step 16/32 windows; all: 1 min 11 s so far, at least 1 h 22 min left"
+    assert line_text(step, 71) == f"{step.what}: {said}"
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    console.print(moving_lines(step, 4000))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1].rstrip().endswith("all: 1 h 7 min so far, at least 1 h 22 min left") and "…" not in lines[1]
+    told: list[Step] = []
+    stages = [Stage("a", ("a",), 8, "windows"), Stage("b", ("b",), 8, "windows")]
+    Stages(stages, told.append).begin(stages[0])
+    assert told[-1].one_of == 2
 
 
 def test_a_line_says_what_is_at_work_and_how_far() -> None:

@@ -102,7 +102,7 @@ def recommend(
     else:
         found = asked()
     if as_json:
-        console.print_json(found.to_json())
+        console.print_json(found.to_dict())
     else:
         sys.stdout.write(found.text(min(console.stdout().width, 100)) + "\n")
     if found.best is None:

@@ -120,6 +120,7 @@ class Stages:
 
     def __init__(self, stages: Sequence[Stage], show: OnStep, clock: Clock = time.monotonic) -> None:
         self._ahead, self._show, self._clock = list(stages), show, clock
+        self._count = len(stages)
         self._costs: dict[str, list[float]] = {}  # kind -> seconds for one of its count
         self._now: Stage | None = None
         self._start = self._pass = clock()  # of the stage at hand, and of a pass of it that counts again from nothing
@@ -187,6 +188,12 @@ class Stages:
         seconds, bound = self.left()
         known = seconds > 0 or not bound
         step = Step(
-            self._now.what, self._done, self._total or None, self._now.unit, seconds if known else None, bound and known
+            self._now.what,
+            self._done,
+            self._total or None,
+            self._now.unit,
+            seconds if known else None,
+            bound and known,
+            one_of=self._count,
         )
         self._show(step)

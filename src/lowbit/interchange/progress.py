@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 # A name in `Progress` of what comes before the tensors, and counts by itself.
@@ -25,6 +25,7 @@ class Step:
     seconds_left  until all is done, as far as it can be told; None where it cannot yet
     at_least      whether more is to come whose cost nothing has shown yet, so that `seconds_left` is a lower bound
     note          a few words more for those who watch, such as the memory of the process
+    one_of        of how many steps this is one: `done` counts this one, `seconds_left` all of them
     """
 
     what: str
@@ -34,6 +35,7 @@ class Step:
     seconds_left: float | None = None
     at_least: bool = False
     note: str = ""
+    one_of: int = field(default=1, compare=False)
 
 
 OnStep = Callable[[Step], None]

@@ -30,8 +30,9 @@ class CompareSteps:
         for index, recipe in enumerate(recipes):
             title = f"{recipe} (recipe {index + 1} of {len(recipes)})"
             stages = {}
+            what = "quantizing again to draw its weights" if index in kept else "quantizing"
             if index not in kept or redrawn:
-                stages["quantizing"] = Stage(f"{title}: quantizing", alike(recipe), 1, "%")
+                stages["quantizing"] = Stage(f"{title}: {what}", alike(recipe), 1, "%")
             if index not in kept:
                 stages["measuring"] = Stage(f"{title}: measuring", (_RECIPE, _FLOAT), windows, "windows")
                 if speed:

@@ -81,11 +81,7 @@ def plan_parts(plan: Plan) -> CardParts:
     quantized = sum(t.count for t in plan.tensors if t.format is not None)
     kept = tuple(_kept(words, n, count, plan.parameters) for words, (n, count) in plan.kept_words().items())
     ranges = None if plan.survey is None else plan.survey.to_json()
-    notes = (*_inputs_note(plan.input_counts(), ranges), *plan.notes)
-    if plan.source_bytes is not None and plan.source_bytes < plan.bytes_before:
-        notes += (
-            f"the source is itself quantized, a file of {plan.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
-        )
+    notes = (*_inputs_note(plan.input_counts(), ranges), *plan.notes, *plan.about_source)
     return CardParts(
         plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,

@@ -8,6 +8,7 @@ format 0.03 to 0.1, a poor one 0.3 and more.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 from lowbit.measure.quality import Quality
@@ -44,6 +45,16 @@ def verdict(quality: Quality) -> Threshold | None:
 def word_of_kl(kl: float) -> Threshold:
     """The first threshold that a mean KL divergence, in nats per token, keeps; the last for NaN."""
     return next((row for row in THRESHOLDS if kl <= row.kl), THRESHOLDS[-1])
+
+
+def near_limit(kl: float, stderr: float | None) -> Threshold | None:
+    """The other word, where a mean KL divergence lies within two standard errors of the limit to it; None where it does not."""
+    if stderr is None or not math.isfinite(stderr):
+        return None
+    for below, above in pairwise(THRESHOLDS):
+        if abs(kl - below.kl) <= 2 * stderr:
+            return above if kl <= below.kl else below
+    return None
 
 
 def slower(speed: Speed) -> str | None:

@@ -21,7 +21,7 @@ from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.folder_writer import head_of
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
-from lowbit.interchange.files.undisturbed import temporary_folder, undisturbed
+from lowbit.interchange.files.undisturbed import forget, temporary_folder, undisturbed
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import TEXT, Progress, heard
@@ -159,9 +159,10 @@ def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | 
     target = Path(out) if out is not None else folder / "model"  # type: ignore[operator]
     try:
         report = write_folder(plan, source, target, options, text, key=key, again=out is not None)
-    except BaseException:
+    except BaseException as error:
         with undisturbed():
             if folder is not None:
+                forget(folder, error)
                 shutil.rmtree(folder, ignore_errors=True)
         raise
     result = Quantized(plan, report, source, target)

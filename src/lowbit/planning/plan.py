@@ -35,6 +35,7 @@ _BASE_BYTES, _CUDA_BASE_BYTES = 420_000_000, 1_000_000_000
 # Of each parameter while the whole model is tuned: float32, dense in use, its gradient, codes, and what a step of 512
 # tokens keeps for the backward pass. Measured on a model of 135 million parameters.
 _TUNING_BYTES = 18
+QUANTIZED_SOURCE = "the source is itself quantized"
 BY_RECIPE = "kept by the recipe"
 
 
@@ -65,6 +66,15 @@ class Plan(Displayed):
     def shards(self) -> tuple[Shard, ...]:
         """The weight files, each with every stored tensor at its place."""
         return shards_of([(t.name, t.stored()) for t in self.tensors], self.max_shard_bytes)
+
+    @property
+    def about_source(self) -> tuple[str, ...]:
+        """A sentence where the source is itself quantized, so that its files are smaller than the values read from them."""
+        if self.source_bytes is None or self.source_bytes >= self.bytes_before:
+            return ()
+        return (
+            f"{QUANTIZED_SOURCE}, a file of {self.source_bytes / 2**20:.0f} MiB; the size before is of its float values",
+        )
 
     @property
     def parameters(self) -> int:
@@ -109,6 +119,14 @@ class Plan(Displayed):
     @property
     def peak_bytes(self) -> int:
         """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
+        return self._peak(self.recipe.needs_calibration is not None)
+
+    @property
+    def calibrated_peak_bytes(self) -> int | None:
+        """The same with calibration text; None where the recipe does not look at any."""
+        return self._peak(True) if self.recipe.calibrated().uses_calibration else None
+
+    def _peak(self, calibrated: bool) -> int:
 
         def working(t: TensorPlan) -> int:
             reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack and the parts it is made of
@@ -119,7 +137,7 @@ class Plan(Displayed):
             return reading + t.bytes_after + 16 * slab
 
         most = max((working(t) for t in self.tensors), default=0)
-        if self.recipe.needs_calibration is not None:
+        if calibrated:
             most = max(most, calibrated_working_bytes(self.tensors))
         if self.recipe.tuner_of("model") is not None:
             most = max(most, _TUNING_BYTES * self.parameters)
@@ -174,14 +192,14 @@ class Plan(Displayed):
         """Everything above, as JSON values."""
         keys = (
             "label", "parameters", "source_bytes", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
-            "linear_bits_per_weight", "coverage", "peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
+            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
         )  # fmt: skip
         out: dict[str, Any] = {key: getattr(self, key) for key in keys}
         out["recipe"] = str(self.recipe)
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
         out["inputs"] = self.input_counts()
-        out["notes"] = list(self.notes)
+        out["notes"] = [*self.notes, *self.about_source]
         out["advice"] = list(self.advice)
         if self.survey is not None:
             out["ranges"] = self.survey.to_json()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowbit.budget.memory import Memory, running_memory
+from lowbit.calibration.data import SAMPLES
 from lowbit.convert.preparing import contents_of, fitted, floats_of, recipe_for
 from lowbit.errors import ExportError, LowbitError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named, exporters
@@ -19,6 +20,7 @@ from lowbit.measure.expected_loss import ExpectedLoss, expected_loss, quantizing
 from lowbit.measure.quality import Estimate
 from lowbit.planning.kv_cache import KVCache
 from lowbit.planning.plan import Plan, make_plan
+from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
 
@@ -52,6 +54,8 @@ class Choice:
     text      what `--calibration` is given, None for none
     seconds   about how long making it takes on two cores; peak: bytes that it takes there
     measured  its KL divergence, nats per token, on this model, where that was measured
+    replaced  what stands in place of formats that do not fit this model's shapes, with the reason of each
+    means     whether the name of a preset stands for another recipe in the program that it is for
     """
 
     name: str
@@ -65,6 +69,13 @@ class Choice:
     seconds: float = 0.0
     peak: int = 0
     measured: Estimate | None = None
+    replaced: tuple[str, ...] = ()
+    means: bool = False
+
+    @property
+    def bound(self) -> bool:
+        """Whether its loss is a bound by another format's, not a measurement."""
+        return self.measured is None and self.loss is not None and self.loss.at_most
 
     @property
     def kl(self) -> float:
@@ -76,9 +87,8 @@ class Choice:
     @property
     def rank(self) -> tuple[float, float, int]:
         """Smaller is better: the loss to two digits, of equal losses the bound with the most bits, then the fewest bytes."""
-        at_most = self.measured is None and self.loss is not None and self.loss.at_most
         rounded = float(f"{self.kl:.1e}") if math.isfinite(self.kl) else math.inf
-        return rounded, -self.bits if at_most else 0.0, self.memory.weights
+        return rounded, -self.bits if self.bound else 0.0, self.memory.weights
 
 
 def choices(
@@ -144,33 +154,35 @@ def _choice(
 ) -> Choice | None:  # fmt: skip
     """What one recipe makes of the model; None where nothing is known of what it costs, or where it is not for this program."""
     looks = text is not None
-    plan, weights = _planned(name, kind, source, context, looks)
+    plan, weights, replaced = _planned(name, kind, source, context, looks)
     pays = looks and plan.linear_bits_per_weight < _FEW_BITS and plan.recipe.uses_calibration
     if looks and not pays:
-        plan, weights = _planned(name, kind, source, context, False)
+        plan, weights, replaced = _planned(name, kind, source, context, False)
     if not pays and plan.recipe.needs_calibration is not None:
         return None
     loss = expected_loss(plan, pays, "" if kind is None else name)
     if loss is None:
         return None
-    seconds = quantizing_seconds(plan.parameters, pays, *(() if samples is None else (samples,)))
+    seconds = quantizing_seconds(plan.parameters, pays, SAMPLES if samples is None else samples, loss)
     return Choice(
         name, str(plan.recipe), _command(model, name, kind, text if pays else None, samples), running_memory(weights, kv, context),
         read_bytes(plan, source.config), plan.linear_bits_per_weight, loss, text if pays else None, seconds,
-        plan.peak_bytes,
+        plan.peak_bytes, replaced=replaced, means=kind is not None and name in PRESETS and name in kind.recipes,
     )  # fmt: skip
 
 
-def _planned(name: str, kind: Exporter | None, source: Source, context: int, looks: bool) -> tuple[Plan, int]:
-    """(the plan of a recipe, exact bytes of its weight files). looks: whether calibration text is at hand."""
+def _planned(
+    name: str, kind: Exporter | None, source: Source, context: int, looks: bool
+) -> tuple[Plan, int, tuple[str, ...]]:
+    """(the plan of a recipe, exact bytes of its weight files, what stands in place of what does not fit). looks: whether calibration text is at hand."""
     if kind is None:
         wanted = Recipe.parse(name).calibrated() if looks else Recipe.parse(name)
         plan = make_plan(rewritten(source, wanted), wanted, context=context)
-        return plan, plan.output_bytes
+        return plan, plan.output_bytes, ()
     wanted = recipe_for(kind, name, source, looks)
     apart = rewritten(source, wanted)
-    plan, _ = fitted(kind, make_plan(apart, wanted, context=context), apart)
-    return plan, kind.weight_bytes(contents_of(plan, source))
+    plan, changes = fitted(kind, make_plan(apart, wanted, context=context), apart)
+    return plan, kind.weight_bytes(contents_of(plan, source)), tuple(changes)
 
 
 def _command(model: Any, name: str, kind: Exporter | None, text: str | None, samples: int | None) -> str:

@@ -54,6 +54,12 @@ def _row(group: list[TensorPlan]) -> list[str]:
     ]
 
 
+def _with_text(plan: Plan) -> str:
+    """', about 3 GiB with calibration text' where that takes more."""
+    peak = plan.calibrated_peak_bytes
+    return f", about {bytes_text(peak)} with calibration text" if peak is not None and peak > plan.peak_bytes else ""
+
+
 def _totals(plan: Plan) -> list[tuple[str, str]]:
     before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
     times = plan.bytes_before / max(1, plan.output_bytes)
@@ -61,7 +67,7 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
         ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
         ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
-        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing"),
+        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing{_with_text(plan)}"),
     ]
     counts, fallback = plan.input_counts(), plan.recipe.fallback
     if counts:
@@ -78,4 +84,4 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
     elif plan.kv_bytes:
         lines.append(("state", bytes_text(plan.kv_bytes)))
-    return lines + [("note", note) for note in (*plan.notes, *plan.advice)]
+    return lines + [("note", note) for note in (*plan.notes, *plan.about_source, *plan.advice)]

@@ -16,6 +16,7 @@ from lowbit.report.wording import bytes_text
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+_BAR, _SHORT_BAR = 24, 8  # characters; beside the figures of one step of several there is less room
 EVERY = 10.0  # seconds between plain lines
 
 
@@ -61,7 +62,12 @@ def line_text(step: Step, elapsed: float) -> str:
 
 
 def _figures(step: Step, elapsed: float) -> str:
-    return ", ".join(text for text in (done_text(step), f"{elapsed_text(elapsed)} so far", left_text(step)) if text)
+    """'45 %, 30 s so far, about 1 min left'; of one of several steps 'step 45 %; all: 30 s so far, about 1 min left'."""
+    done = done_text(step)
+    times = ", ".join(text for text in (f"{elapsed_text(elapsed)} so far", left_text(step)) if text)
+    if not done:
+        return times
+    return f"step {done}; all: {times}" if step.one_of > 1 else f"{done}, {times}"
 
 
 def moving_lines(step: Step, elapsed: float) -> RenderableType:
@@ -72,7 +78,7 @@ def moving_lines(step: Step, elapsed: float) -> RenderableType:
     from rich.text import Text
 
     bar = Table.grid(padding=(0, 1))
-    bar.add_column(width=24)
+    bar.add_column(width=_BAR if step.one_of == 1 else _SHORT_BAR)
     bar.add_column(no_wrap=True)
     bar.add_row(
         ProgressBar(total=step.total or None, completed=step.done, pulse=not step.total),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,30 @@ from torch import nn
 from lowbit.budget.memory import OVERHEAD, longest_context
 from lowbit.budget.sizes import parse_size
 from lowbit.calibration.data import SAMPLES, SELF
+from lowbit.display import Displayed
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
 from lowbit.interchange.opening import open_headers
 from lowbit.interchange.source import Source
 from lowbit.measure import api
+from lowbit.measure.card import json_ready
 from lowbit.measure.environment import free_memory
 from lowbit.measure.expected_loss import measuring_seconds
 from lowbit.measure.quality import Progress
 from lowbit.measure.verdict import THRESHOLDS
 from lowbit.planning.kv_cache import KVCache, kv_cache
 from lowbit.report.choices import OWN, Choice, active_experts, choices
+from lowbit.report.wording import bytes_text
 
 CONTEXT = 4096
 OWN_TEXT = "my-text.txt"  # in commands: a text of the user's own
 ACCEPTABLE = THRESHOLDS[1]  # the loss, nats per token, up to which speed decides
-TOP = 3  # choices that are measured
-WINDOWS, LENGTH = 2, 1024
-_SMALLER = 0.98  # a second choice takes at most this share of the bytes of the first
+TOP, WINDOWS, LENGTH = 3, 2, 1024  # choices that are measured, on so many windows of so many tokens
+_SMALLER = 0.95  # a second choice that loses more takes at most this share of the bytes of the first
 
 
-@dataclass(frozen=True)
-class Recommendation:
+@dataclass(frozen=True, repr=False)
+class Recommendation(Displayed):
     """What is recommended for a model, and everything that it was chosen from. Printed, it is the answer in words.
 
     label         the model as it was named
@@ -102,14 +105,20 @@ class Recommendation:
 
         return words(self, width)
 
-    def __str__(self) -> str:
-        return self.text()
+    def _brief(self) -> str:
+        return (
+            f"{'nothing fits' if self.best is None else self.best.name} for {self.label} in {bytes_text(self.memory)}"
+        )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything above, as JSON values."""
-        from lowbit.report.recommend_view import plain
+        from lowbit.report.recommend_json import plain
 
         return plain(self)
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(json_ready(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def recommend(
@@ -135,9 +144,12 @@ def recommend(
     result is for, `lowbit`, or an exporter such as `gguf` or `vllm`. `speed`: the fewest bytes read for each token, among losses of at most
     0.05 nats per token. What a recipe is expected to cost are measurements of the same formats on another model.
 
-    With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by
-    `compare`, with `calibration` text where it is given, which is also what the recommended commands name. `told` hears how long
-    that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
+    With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by `compare`,
+    with `samples` windows of `calibration` text where it is given, which is also what the recommended commands name. `told` hears how
+    long that takes, `progress(done, in all)` counts windows. RecipeError for options that would be ignored.
+
+    >>> lowbit.recommend(model, "8GB").best.name
+    'w8'
     """
     if not measure and text is not None:
         raise RecipeError("a text would be ignored, as nothing is measured; add --measure, or leave it out")
@@ -145,8 +157,7 @@ def recommend(
         raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
     if context is not None and context < 1:
         raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
-    source = open_headers(model)
-    room, given = _memory(memory)
+    source, (room, given) = open_headers(model), _memory(memory)
     longest = _longest(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
@@ -155,17 +166,15 @@ def recommend(
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
 
-    def answer(
-        among: list[Choice], measured_on: str | None = None, unmeasured: list[Choice] | None = None
-    ) -> Recommendation:
+    def answer(among: list[Choice], where: str | None = None, also: Sequence[Choice] = ()) -> Recommendation:
         fitting = [c for c in among if c.memory.total <= room]
         best, second, acceptable = _picked(fitting, speed)
-        everything = sorted([*among, *(unmeasured or [])], key=lambda c: c.rank)
+        everything = sorted([*among, *also], key=lambda c: c.rank)
         better = [c for c in everything if c.memory.total > room and (not fitting or c.rank < fitting[0].rank)]
         larger = min(better, key=lambda c: (c.memory.total >> 20, c.rank), default=None)
         return Recommendation(
             source.label, target, room, given, tokens, longest, tuple(everything), best, second, larger, speed, acceptable, kv,
-            before, source.storage, generates, active_experts(source.config), free_memory(), samples, measured_on,
+            before, source.storage, generates, active_experts(source.config), free_memory(), samples, where,
         )  # fmt: skip
 
     expected = answer(found)
@@ -232,11 +241,12 @@ def _picked(fitting: list[Choice], speed: bool) -> tuple[Choice | None, Choice |
         return None, None, False
     good = [c for c in fitting if c.kl <= ACCEPTABLE.kl]
     if not speed or not good:
-        rest = fitting[1:]
-        smaller = (c for c in rest if c.memory.weights < _SMALLER * fitting[0].memory.weights)
-        return fitting[0], next(smaller, rest[0] if rest else None), bool(good)
+        smaller = (c for c in fitting[1:] if c.memory.weights < _SMALLER * fitting[0].memory.weights)
+        return fitting[0], next(smaller, None), bool(good)
     best = min(good, key=lambda c: (c.read, c.rank))
-    return best, fitting[0] if fitting[0] is not best else next((c for c in fitting if c is not best), None), True
+    if fitting[0].rank[0] < best.rank[0]:
+        return best, fitting[0], True
+    return best, next((c for c in fitting if c.read < _SMALLER * best.read), None), True
 
 
 def _to_measure(expected: Recommendation, text: bool) -> list[Choice]:
@@ -256,7 +266,7 @@ def _measured(
     needs, free = OVERHEAD + 4 * parameters, free_memory()
     if free and needs > free:
         raise SourceError(
-            f"measuring runs the float model, which takes {needs / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free here; "
+            f"measuring runs the float model, which takes {bytes_text(needs)}, and {bytes_text(free)} are free here; "
             "leave --measure out, or run it on a larger machine"
         )
     if told is not None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from lowbit.measure.expected_loss import CAVEAT, PARAMETERS, SECONDS, SECONDS_WITH_TEXT
+from lowbit.measure.expected_loss import CAVEAT, PARAMETERS, SECONDS, SECONDS_WITH_TEXT, seconds_of
 from lowbit.measure.verdict import THRESHOLDS, word_of_kl
 from lowbit.report.choices import AS_IT_IS, OWN, Choice
 from lowbit.report.recommend import ACCEPTABLE, OWN_TEXT, Recommendation, about
+from lowbit.report.recommend_table import expectation, loss_text, table, word_of
 from lowbit.report.wording import bytes_text
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 # What is to be known of a recipe in one program, by (program, recipe).
 _HINTS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -18,7 +22,15 @@ _HINTS: Mapping[tuple[str, str], tuple[str, ...]] = {
         "On processors without a GPU vLLM 0.32 has no kernel for 8-bit weights with float inputs; w8a8 runs there.",
     ),
 }
-_HEADINGS = ("recipe", "bits", "weights", "in all", "left", "loss", "in words")
+_LEFT_OUT, _INSTEAD = "w4", "nl4"
+_USEFUL = 512  # tokens: a context that is worth naming
+
+
+def render_recommendation(found: Recommendation, *, width: int = 80) -> Text:
+    """The answer in words, for `print` and notebooks; commands are not broken."""
+    from rich.text import Text
+
+    return Text(words(found, min(width, 100)), no_wrap=True, overflow="ignore")
 
 
 def words(found: Recommendation, width: int = 80) -> str:
@@ -32,43 +44,12 @@ def words(found: Recommendation, width: int = 80) -> str:
         parts += [wrapped(text) for text in _nothing(found)]
     else:
         parts += [f"  {found.best.command}", wrapped(" ".join(_reasons(found, found.best)))]
-    parts.append(_table(found))
+    parts.append(table(found, width))
     if found.best is not None and found.second is not None:
         parts.append(f"Second choice:\n\n  {found.second.command}")
         parts.append(wrapped(_beside(found, found.second, found.best)))
     parts += [wrapped(text) for text in _remarks(found)]
     return "\n\n".join(parts)
-
-
-def plain(found: Recommendation) -> dict[str, Any]:
-    """For JSON."""
-
-    def name(choice: Choice | None) -> str | None:
-        return None if choice is None else choice.name
-
-    keys = (
-        "label", "target", "memory", "context", "longest", "speed", "float_bytes", "storage", "samples", "measured_on", "extra",
-    )  # fmt: skip
-    out: dict[str, Any] = {key: getattr(found, key) for key in keys}
-    out |= {"best": name(found.best), "second": name(found.second), "larger": name(found.larger)}
-    if found.best is None:
-        out |= {"smallest": found.smallest.name, "context_that_fits": found.context_that_fits}
-    out["choices"] = [_plain(found, choice) for choice in found.choices]
-    return out
-
-
-def _plain(found: Recommendation, choice: Choice) -> dict[str, Any]:
-    loss, measured, memory = choice.loss, choice.measured, choice.memory
-    return {
-        "name": choice.name, "recipe": choice.recipe, "command": choice.command, "fits": found.fits(choice),
-        "weight_bytes": memory.weights, "cache_bytes": memory.cache, "working_bytes": memory.working,
-        "total_bytes": memory.total, "read_bytes_per_token": choice.read, "linear_bits_per_weight": choice.bits,
-        "seconds": choice.seconds, "peak_bytes": choice.peak, "verdict": word_of_kl(choice.kl).word,
-        "expected_kl": None if loss is None else {
-            "kl": loss.kl, "at_most": loss.at_most, "measured_as": loss.by.recipe, "source": loss.by.source,
-        },
-        "kl": None if measured is None else {"value": measured.value, "stderr": measured.stderr},
-    }  # fmt: skip
 
 
 def _asked(found: Recommendation) -> str:
@@ -93,19 +74,17 @@ def _reasons(found: Recommendation, best: Choice) -> Iterator[str]:
         )
         return
     yield _why(found, best)
-    loss = word_of_kl(best.kl)
-    if best.measured is not None:
-        yield f'Measured on this model it is "{loss.word}": {loss.meaning}.'
-    else:
-        yield f'Expect "{loss.word}": {loss.meaning}.'
+    yield expectation(best)
     yield _making(found, best)
 
 
 def _why(found: Recommendation, best: Choice) -> str:
     if found.speed and found.acceptable:
+        alike = [c.name for c in found.choices if c is not best and found.fits(c) and _reads_as_much(c, best)]
+        few = f"as few as {_listed(alike)}, and loses the least of them" if alike else "the fewest of all"
         return (
-            f"Of the recipes that fit and lose no more than {ACCEPTABLE.kl:g} nats per token, it reads the fewest bytes for each "
-            f"new token, {bytes_text(best.read)}; reading them takes most of the time."
+            f"Of the recipes that fit and lose no more than {ACCEPTABLE.kl:g} nats per token, it reads {bytes_text(best.read)} for each "
+            f"new token, {few}; reading them takes most of the time."
         )
     if found.speed:
         return (
@@ -115,8 +94,20 @@ def _why(found: Recommendation, best: Choice) -> str:
     return f"It loses the least of what fits, and leaves {bytes_text(found.memory - best.memory.total)} free."
 
 
+def _reads_as_much(one: Choice, best: Choice) -> bool:
+    return one.kl <= ACCEPTABLE.kl and abs(one.read - best.read) < 0.01 * best.read
+
+
+def _listed(names: Sequence[str]) -> str:
+    """'w8, fp8 and w8a8'."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
 def _making(found: Recommendation, choice: Choice) -> str:
-    return f"Making it takes {about(choice.seconds)} on two cores and {bytes_text(choice.peak)} of memory."
+    said = about(choice.seconds)
+    if choice.text is not None and seconds_of(choice.loss) is None:
+        said = said.replace("about", "roughly")
+    return f"Making it takes {said} on two cores and roughly {bytes_text(choice.peak)} of memory."
 
 
 def _beside(found: Recommendation, second: Choice, best: Choice) -> str:
@@ -126,13 +117,13 @@ def _beside(found: Recommendation, second: Choice, best: Choice) -> str:
     size = f"{bytes_text(abs(less))} {'less' if less > 0 else 'more'} for the weights"
     reading = f" and reads {bytes_text(second.read)} for each token" if found.generates else ""
     if best.name == AS_IT_IS:
-        return f'It takes {size}{reading}. Expect it to be "{word_of_kl(second.kl).word}" beside the model as it is.'
-    word = word_of_kl(second.kl).word
-    kind = "Measured" if second.measured is not None else "Expect"
-    if word != word_of_kl(best.kl).word:
-        tail = f'"{word}" instead of "{word_of_kl(best.kl).word}"'
-    elif _loss(second) != _loss(best):
-        tail = f'"{word}" too, with a loss of {_loss(second)} instead of {_loss(best)}'
+        return f"It takes {size}{reading}. Beside the model as it is: {expectation(second)}"
+    word = word_of(second)
+    kind = "Measured:" if second.measured is not None else "Likely"
+    if word is None or word != word_of(best):
+        return f"It takes {size}{reading}. {expectation(second)}"
+    if loss_text(second) != loss_text(best):
+        tail = f'"{word}" too, with a loss of {loss_text(second)} instead of {loss_text(best)}'
     else:
         tail = f'"{word}" too, at {second.bits:.2f} bits per weight in the linear layers instead of {best.bits:.2f}'
     return f"It takes {size}{reading}. {kind} {tail}."
@@ -147,49 +138,17 @@ def _nothing(found: Recommendation) -> Iterator[str]:
         f"{bytes_text(m.total - found.memory)} too much."
     )
     fitting = found.context_that_fits
-    better = next(((c, n) for c in found.choices if c is not small and (n := found.longest_with(c))), None)
     if fitting and found.kv.bytes_at(1):
-        yield f"With it, a context of {fitting:,} tokens would fit: add --context {fitting}." + (
-            f" With {better[0].name}, which loses less, one of {better[1]:,} tokens." if better else ""
+        useful = min(_USEFUL, fitting)
+        best, most = next((c, n) for c in found.choices if (n := found.longest_with(c)) >= useful)
+        name = "the model as it is" if best.name == AS_IT_IS else best.name
+        yield f"With a shorter context, {name} loses the least of what fits: add --context {most}." + (
+            f" {small.name}, the smallest, has room for {fitting:,} tokens." if best is not small else ""
         )
     elif m.cache:
         yield "No context is short enough: give more memory, or take a smaller model."
     else:
         yield "Give more memory, or take a smaller model."
-
-
-def _table(found: Recommendation) -> str:
-    """All choices, the best quality first; the answer is marked."""
-    rows = [_HEADINGS, *(_cells(found, c) for c in found.choices)]
-    sizes = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    mark = {True: "* ", False: "  "}
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [
-            cell.ljust(n) if i in (0, 6) else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, sizes, strict=True))
-        ]
-        chosen = number > 0 and found.choices[number - 1] is found.best
-        lines.append((mark[chosen] + "  ".join(cells)).rstrip())
-    memory = found.choices[0].memory
-    cache = f"{bytes_text(memory.cache)} of KV cache and " if memory.cache else ""
-    unit = "loss: KL divergence from the float model, nats per token"
-    return "\n".join([*lines, "", f"in all: weights, {cache}{bytes_text(memory.working)} for the program", unit])
-
-
-def _cells(found: Recommendation, choice: Choice) -> tuple[str, ...]:
-    left = found.memory - choice.memory.total
-    verdict = "no further loss" if choice.name == AS_IT_IS else word_of_kl(choice.kl).word
-    return (
-        choice.name, f"{choice.bits:.2f}", bytes_text(choice.memory.weights), bytes_text(choice.memory.total),
-        bytes_text(left) if left >= 0 else f"-{bytes_text(-left)}", _loss(choice), verdict,
-    )  # fmt: skip
-
-
-def _loss(choice: Choice) -> str:
-    if choice.name == AS_IT_IS:
-        return "0"
-    sign = "" if choice.measured is not None else "<" if choice.loss is not None and choice.loss.at_most else "~"
-    return f"{sign}{choice.kl:.2g}"
 
 
 def _remarks(found: Recommendation) -> Iterator[str]:
@@ -214,12 +173,8 @@ def _remarks(found: Recommendation) -> Iterator[str]:
     if found.best is not None and found.best.loss is not None and word_of_kl(found.best.kl) is THRESHOLDS[-1]:
         yield "A smaller model in more bits answers better than this one in so few: take one, or give more memory."
     yield from _about_text(found)
-    if found.best is not None and found.best.peak > found.here > 0:
-        yield (
-            f"Making it takes {bytes_text(found.best.peak)}, and {bytes_text(found.here)} are free on this machine: run the "
-            "command on a larger one."
-            + ("" if found.best.text is None else " Recipes without calibration text take less.")
-        )
+    yield from _room_to_make(found)
+    yield from _names(found)
     if found.target != OWN:
         yield (
             f"The {bytes_text(found.choices[0].memory.working)} for the program are what lowbit takes with Python; other programs "
@@ -234,11 +189,11 @@ def _remarks(found: Recommendation) -> Iterator[str]:
     if found.measured_on:
         yield (
             f"Losses without a sign were measured on this model, on {found.measured_on}; the others, with ~ or <, are of the "
-            "same formats on a model of 135 million parameters."
+            f"same formats on another one. {CAVEAT.partition('. ')[2]}"
         )
     elif any(choice.loss is not None for choice in found.choices):
         measure = " --measure measures the best three on this model." if found.generates else ""
-        yield f"{CAVEAT} < is an upper bound, from a format that is no better.{measure}"
+        yield f"{CAVEAT}{measure}"
         if not found.generates:
             yield "That model predicts tokens, and this one does not: the losses only put the recipes in order."
 
@@ -255,8 +210,41 @@ def _about_text(found: Recommendation) -> Iterator[str]:
         )
         yield (
             f"{what}The calibration text is worth its time at so few bits: on the benchmark model it left a quarter of the loss "
-            f"of w4. The time is in proportion to {SECONDS_WITH_TEXT:.0f} s for {PARAMETERS / 1e6:.0f} million parameters, "
-            f"{SECONDS:.0f} s without text; a text that the model writes itself takes some more."
+            f"of w4. The time is in proportion to {seconds_of(best.loss) or SECONDS_WITH_TEXT:.0f} s for "
+            f"{PARAMETERS / 1e6:.0f} million parameters, {SECONDS:.0f} s without text; a text that the model writes itself takes "
+            "some more."
         )
     elif best.measured is not None and best.bits < 7:
         yield "With --calibration self the loss of so few bits falls to about a quarter; add it here to measure that."
+
+
+def _room_to_make(found: Recommendation) -> Iterator[str]:
+    """A warning where making the answer needs more memory than it was asked for, or than is free here."""
+    best = found.best
+    if best is None or best.name == AS_IT_IS:
+        return
+    over = [f"the {bytes_text(found.memory)} that it is to run in"] if best.peak > found.memory and found.given else []
+    over += [f"the {bytes_text(found.here)} that are free on this machine"] if best.peak > found.here > 0 else []
+    if over:
+        yield (
+            f"Warning: making {best.name} takes roughly {bytes_text(best.peak)} of memory, more than {' and '.join(over)}: make it "
+            "on a larger machine and copy the result."
+            + ("" if best.text is None else " Recipes without calibration text take less.")
+        )
+
+
+def _names(found: Recommendation) -> Iterator[str]:
+    """What is to be known of names: presets that stand for another recipe here, formats that others stand in for."""
+    for choice in (found.best, found.second):
+        if choice is not None and choice.means:
+            yield f"For {found.target}, {choice.name} is {choice.recipe}."
+    replaced = [c for c in found.choices if c.replaced]
+    if replaced:
+        reason = replaced[0].replaced[0].partition("instead: ")[2]
+        yield (
+            f"In {_listed([c.name for c in replaced])} other blocks stand in for those that do not fit this model: {reason}. So "
+            "their bits are not those that the name has in other models."
+        )
+    listed = {c.name: c for c in found.choices}
+    if found.target == OWN and _LEFT_OUT not in listed and _INSTEAD in listed:
+        yield f"{_LEFT_OUT}, the recipe that quantize takes when none is named, is not listed: {_INSTEAD} is as small and loses less."

@@ -11,6 +11,7 @@ from lowbit.measure.card import json_ready
 from lowbit.measure.compare import CompareRow
 from lowbit.measure.markdown import markdown_table
 from lowbit.measure.verdict import verdict
+from lowbit.planning.plan import QUANTIZED_SOURCE
 from lowbit.report.layout import Lines, columns_shown, table_or_list, wrapped
 from lowbit.report.panel import ABSENT, VERDICT_COLOURS, estimate_text, rate_text
 
@@ -175,8 +176,18 @@ def _caption(rows: Sequence[CompareRow]) -> list[str]:
         return []
     model = next(row.card.parts.model for row in rows if row.card is not None)
     windows = f"{text.windows} window{'s' * (text.windows != 1)} of {text.length} tokens"
-    notes = [f"note: {note}" for note in text.notes]
+    notes = [f"note: {note}" for note in (*text.notes, *_about_source(rows))]
+    if text.windows == 1 and any(
+        row.card is not None and row.card.quality is not None for row in rows if not row.is_base
+    ):
+        notes.append("one window gives no standard error; use more windows for a claim")
     return ["; ".join([f"{model} on {text.name}, {windows}", *_programs(rows)]), *notes, *_earlier(rows)]
+
+
+def _about_source(rows: Sequence[CompareRow]) -> list[str]:
+    """What the recipes' cards say of a source that is itself quantized, once."""
+    every = [note for row in rows if row.card is not None for note in row.card.parts.notes]
+    return list(dict.fromkeys(note for note in every if note.startswith(QUANTIZED_SOURCE)))
 
 
 def _earlier(rows: Sequence[CompareRow]) -> list[str]:

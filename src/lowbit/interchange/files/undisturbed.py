@@ -54,7 +54,18 @@ def temporary_folder(prefix: str = "lowbit-", place: Path | None = None) -> Iter
         with undisturbed():
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
         yield folder
+    except BaseException as error:
+        if folder is not None:
+            forget(folder, error)
+        raise
     finally:
         with undisturbed():
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget(folder: Path, error: BaseException) -> None:
+    """Take notes off an error that name files in a folder that is removed: they promise what is not kept."""
+    places = {str(folder), str(folder.resolve())}
+    notes = getattr(error, "__notes__", [])
+    notes[:] = [note for note in notes if not any(place in note for place in places)]
