@@ -66,6 +66,9 @@ class Explanation(Displayed):
     inputs: tuple[tuple[float, ...], ...] | None = None
     at_work: tuple[Trace, ...] = ()
 
+    def _brief(self) -> str:
+        return f"{self.label}, {self.recipe}, relative error {self.relative_error:.3g}"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         fmt, skip = self.format, ("blocks", "format", "fit", "solver", "at_work")
