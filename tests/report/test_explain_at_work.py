@@ -207,6 +207,22 @@ def test_the_best_candidate_of_search_is_the_scale_of_the_fit(fmt: str, seed: in
     assert scale == pytest.approx(found.blocks[0].steps[0].value, rel=1e-6)
 
 
+@pytest.mark.parametrize("fmt", ["int4:g32", "int8:channel", "e4m3:channel", "uint8:g32:min=fp16"])
+@pytest.mark.parametrize("array", ["[-0.3, 0, 0.1, 0.7]", "[0.5, 0.25, -0.125, 1]", EXAMPLE])
+def test_errors_of_search_are_sums_of_squares_in_float64(fmt: str, array: str) -> None:
+    shown = trace_of(explain(array, f"search@{fmt}"), "search").to_dict()["candidates"]
+    x, grid = parse_array(array)[None], Recipe.parse(fmt).format.grid
+    for name, *numbers, error in shown["rows"]:
+        assert error >= 0
+        if "min" in fmt:
+            s, z = numbers
+            level = grid.round(x / s + z).double() - z
+        else:
+            s, level = numbers[1], grid.round(x * (1 / torch.tensor(numbers[0]))).double()
+        exact = float((x.double().abs() * (x.double() - s * level).square()).sum())
+        assert error == pytest.approx(exact, rel=1e-6, abs=1e-15), name
+
+
 def test_kmeans_levels_move_as_lloyd_says() -> None:
     x = parse_array(registered(lowbit_call("kmeans")).example).double().sort().values
     found = rounds(x, torch.ones_like(x), start(x, torch.ones_like(x), 4), 30)
