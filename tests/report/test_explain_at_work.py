@@ -158,6 +158,52 @@ def test_awq_errors_are_the_output_errors_of_each_exponent() -> None:
     np.testing.assert_allclose(listing(trace, "columns")["s"], real.scale.tolist())
 
 
+@pytest.mark.parametrize("recipe", ["gptq@int4:g64", "qronos@int4:g32", "mse+qronos@int4:g32"])
+def test_the_scale_that_the_fit_ends_at_is_the_one_that_the_solver_uses(recipe: str) -> None:
+    found = explain(EXAMPLE, recipe, inputs=made_up(6))
+    case = case_of(recipe, parse_array(EXAMPLE)[None], made_up(6))
+    used = float(steps(case, case.recipe.solver).start.scales())
+    trace = found.at_work[0]
+    name = "candidates" if trace.method.startswith("search") else "clip_ratios"
+    shown = trace.to_dict()[name]
+    row = shown["rows"][shown["best"]]
+    assert row[2 if name == "candidates" else 1] == pytest.approx(used, rel=1e-3)
+    assert ("`w corrected`" in " ".join(trace.to_dict()["said"])) == ("qronos" in recipe)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "qronos"])
+def test_methods_are_compared_with_the_rounding_of_the_first_table(name: str) -> None:
+    found = explain(name)
+    x, (block,) = torch.tensor(found.inputs).double(), found.blocks
+    if name == "qronos":
+        x_f, x = x, case_of("qronos@int4:g32", parse_array(EXAMPLE)[None], x.float()).inputs.double()
+    else:
+        x_f = x
+    w, q = (torch.tensor(v).double() for v in (block.values, block.dequantized))
+    errors = trace_of(found, name).outcome.errors
+    assert errors[0] == ("round-to-nearest, without inputs", pytest.approx(float(((x_f @ w - x @ q) ** 2).mean())))
+    said = " ".join(trace_of(found, name).to_dict()["said"])
+    if name != "qronos":
+        assert errors[1][1] > errors[0][1] and "counts each column's error by itself" in said
+
+
+def test_awq_says_how_its_scales_follow() -> None:
+    trace = trace_of(explain("awq"), "awq")
+    shown, said = listing(trace, "columns"), " ".join(trace.to_dict()["said"])
+    assert "s_k = mean|x_k|^alpha / sqrt(a b)" in said and "10 of them are shown" in said
+    alpha = float(said.partition("alpha = ")[2].split()[0])
+    power = np.array(shown["mean|x|"]) ** alpha
+    np.testing.assert_allclose(shown["s"], power / np.sqrt(power.max() * power.min()), rtol=1e-5)
+
+
+def test_the_errors_of_the_polish_say_that_they_are_of_the_damped_matrix() -> None:
+    trace = trace_of(explain("gptq"), "gptq")
+    said = " ".join(trace.to_dict()["said"])
+    w, q = parse_array(EXAMPLE).double(), torch.tensor(trace.outcome.values[0]).double()
+    h = torch.tensor([row[1:] for row in trace.to_dict()["hessian"]["rows"]]).double()
+    assert f"to {float((w - q) @ h @ (w - q)):.4g}. These two count what was added to the diagonal of H" in said
+
+
 def test_smoothquant_scales_are_equation_4() -> None:
     weight, x = parse_array(EXAMPLE)[None], made_up(6)
     trace = trace_of(explain(weight, "smoothquant", inputs=x), "smooth")

@@ -23,7 +23,7 @@ from lowbit.measure.card import json_ready
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.at_work.case import COLUMNS, CORNER, ROWS, SEED, Case, checked, made_up
 from lowbit.report.at_work.inputs import show_inputs
-from lowbit.report.at_work.trace import Trace, registered
+from lowbit.report.at_work.trace import Registered, Trace, registered
 from lowbit.report.bits import bits_text
 from lowbit.report.explain_blocks import BlockSteps, blocks_of
 from lowbit.report.explain_what import chosen, parse_array
@@ -182,14 +182,33 @@ def _stages(recipe: Recipe, fmt: Format) -> list[Call]:
 def _traces(case: Case) -> list[Trace]:
     """Every method in order, each on what the one before made of weight and inputs."""
     traces = []
-    for call in _stages(case.recipe, case.wanted):
+    stages = _stages(case.recipe, case.wanted)
+    for call in stages:
         found = registered(call)
-        shown = None if found is None else found.show(case, call)
+        if found is None:
+            continue
+        if call.method.kind == "fit":
+            traces += _fit_trace(case, call, stages, found)
+            continue
+        shown = found.show(case, call)
         if shown is not None:
             traces.append(shown.trace)
             case = shown.after
     last = show_inputs(case)
     return [*traces, last] if last is not None else traces
+
+
+def _fit_trace(case: Case, call: Call, stages: list[Call], found: Registered) -> list[Trace]:
+    """The fit at work on the weights that the recipe's solver finds scales for."""
+    said = ""
+    solver = next((c for c in stages if c.method.kind == "solver"), None)
+    by = None if solver is None else registered(solver)
+    if solver is not None and by is not None and by.fitted is not None:
+        case, said = by.fitted(case, solver)
+    shown = found.show(case, call)
+    if shown is None:
+        return []
+    return [dataclasses.replace(shown.trace, parts=(said, *shown.trace.parts)) if said else shown.trace]
 
 
 def _blocks(label: str, weight: Tensor, recipe: Recipe, fmt: Format, rows: int | None, elements: int) -> Explanation:
