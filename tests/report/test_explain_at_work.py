@@ -190,7 +190,7 @@ def test_methods_are_compared_with_the_rounding_of_the_first_table(name: str) ->
 def test_awq_says_how_its_scales_follow() -> None:
     trace = trace_of(explain("awq"), "awq")
     shown, said = listing(trace, "columns"), " ".join(trace.to_dict()["said"])
-    assert "s_k = mean|x_k|^alpha / sqrt(a b)" in said and "10 of them are shown" in said
+    assert "s_k = mean|x_k|^alpha / sqrt(a b)" in said and "10 of the 20 lines are shown" in said
     alpha = float(said.partition("alpha = ")[2].split()[0])
     power = np.array(shown["mean|x|"]) ** alpha
     np.testing.assert_allclose(shown["s"], power / np.sqrt(power.max() * power.min()), rtol=1e-5)
@@ -261,12 +261,32 @@ def test_errors_of_search_are_sums_of_squares_in_float64(fmt: str, array: str) -
     for name, *numbers, error in shown["rows"]:
         assert error >= 0
         if "min" in fmt:
-            s, z = numbers
-            level = grid.round(x / s + z).double() - z
+            s, m = numbers
+            level = grid.round((x - m) / s).double() + m / s
         else:
             s, level = numbers[1], grid.round(x * (1 / torch.tensor(numbers[0]))).double()
         exact = float((x.double().abs() * (x.double() - s * level).square()).sum())
         assert error == pytest.approx(exact, rel=1e-6, abs=1e-15), name
+
+
+def test_counts_are_those_of_what_is_drawn() -> None:
+    for name, said in (("awq", "10 of the 20 lines"), ("rotate", "4 of the 8 inputs"), ("w4", "6 of the 28 lines")):
+        assert f"{said}" in " ".join(str(explain(name)).split())
+    few = " ".join(str(explain("[-0.3, 0, 0.1, 0.7]", "kmeans")).split())
+    assert "after 1 iteration." in few and "lines are shown" not in few and "as fp16 holds it" in few
+
+
+def test_search_says_which_range_is_refitted_and_how_its_scale_is_kept() -> None:
+    trace = trace_of(explain("[-0.3, 0, 0.1, 0.7]", "search@int4:g32"), "search")
+    assert [name for name, _ in trace.outcome.errors] == ["absmax: the whole range, not refitted", "search"]
+    assert listing(trace, "candidates")["tried"][0] == "whole range, refitted"
+    assert "Its scale is kept in fp16 as 0.09997559" in " ".join(trace.to_dict()["said"])
+    assert "found without inputs; here it is found anew" in " ".join(trace_of(explain("gptq"), "search").to_dict()["said"])
+    assert "nothing to refit" in " ".join(trace_of(explain(EXAMPLE, "search@mxfp4"), "search").to_dict()["said"])
+    q = explain(EXAMPLE, "search@uint4:g32:min=fp16")
+    shown = listing(trace_of(q, "search"), "candidates")
+    best = trace_of(q, "search").to_dict()["candidates"]["best"]
+    assert shown["m"][best] == pytest.approx(q.blocks[0].steps[1].value, rel=1e-5)
 
 
 def test_kmeans_levels_move_as_lloyd_says() -> None:

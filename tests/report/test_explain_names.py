@@ -14,6 +14,7 @@ from lowbit.cli.main import app
 from lowbit.errors import FormatError, RecipeError, SourceError
 from lowbit.formats import parse_format
 from lowbit.report.explain import explain
+from lowbit.report.explain_view import code_text
 from lowbit.report.explain_what import Names, find
 from lowbit.report.trace_view import folded
 from tiny import save_tiny
@@ -126,6 +127,55 @@ def test_clipped_values_say_so() -> None:
     said = remark("[0.01, 0.02, -0.01, 5]", "percentile(p=50)@int8:tensor")
     assert "x = 5 is at" in said and "highest level 127" in said
     assert "Clipped" not in remark("[1, 2, 3]", "absmax@int8:tensor")
+
+
+def test_a_rounded_zero_point_says_why_the_highest_value_does_not_get_the_highest_level() -> None:
+    said = remark("[-0.3, 0, 0.1, 0.7]", "zeropoint")
+    assert "from -51.5 to -52, which moves all levels by -0.5: the highest value 0.7 gets 126, not 127" in said
+    assert "moves all levels" not in remark("[-1, 0, 0.5, 1.55]", "minmax@uint8:tensor:zero=fp32")
+
+
+@pytest.mark.parametrize("fmt", ["int4:g32", "uint4:g32:min=fp16", "mxfp4", "e4m3:channel", "e5m2:channel", "nf4", "bnb_fp4", "iq4nl:g32"])  # fmt: skip
+def test_how_a_code_comes_from_its_level(fmt: str) -> None:
+    found = explain("[[-0.3, 0, 0.1, 0.7], [-2, 1, 0.05, 0.4]]", fmt)
+    said = flat(code_text(found.format))
+    assert f"code {said}" in flat(str(found)), "one line of the block says it"
+    for block in found.blocks:
+        for level, code in zip(block.levels, block.codes, strict=True):
+            if "level + " in said or said == "code = level":
+                exact = int(level) + int(said.partition("level + ")[2] or 0)
+            elif "bits of exponent" in said:
+                e, m = (int(digit) for digit in said.rpartition("(e")[2].rstrip(")").split("m"))
+                top, low = code >> m & (1 << e) - 1, code & (1 << m) - 1
+                size = (1 + low / 2**m) * 2.0 ** (top - 2 ** (e - 1) + 1) if top else low / 2**m * 2.0 ** (2 - 2 ** (e - 1))
+                assert (-size if code >> e + m else size) == level
+                continue
+            else:
+                listed = [float(v) for v in said.partition("0: ")[2].split()] or sorted(found.format.grid.levels.tolist())
+                exact = min(range(len(listed)), key=lambda i: abs(listed[i] - level))
+            assert exact == code
+
+
+def test_rounding_of_float32_is_no_error() -> None:
+    found = explain("[0.9, 0.2]", "minmax@uint8:g32:min=fp32")
+    assert 0 < found.blocks[0].errors[1] < 1e-7, "so the test has something to see"
+    assert "+1.49e-08" not in str(found)
+    assert "-1e-09" in str(explain("[1e-9, 1]", "absmax@int8:channel")), "a value that is lost is one"
+
+
+def test_a_tensor_that_the_recipe_treats_in_another_way_says_so(model: Path) -> None:
+    said = " ".join(explain(f"{model}:model.norm.weight", "w4").remarks)
+    assert "A recipe keeps this tensor in float (norms); it is shown because you asked." in said
+    found = explain(f"{model}:model.embed_tokens", "w4")
+    assert f"stores this tensor in {found.format}, and linear layers in int4:g32." in " ".join(found.remarks)
+    assert "stores this tensor" not in " ".join(explain(f"{model}:0.self_attn.q_proj", "w4").remarks)
+    some = explain(f"{model}:0.self_attn.q_proj", "int4:channel")
+    assert f"1 of {some.block_count} blocks is shown" in flat(str(some))
+
+
+def test_a_linear_layer_is_suggested_before_the_embedding(model: Path) -> None:
+    found = find(f"{model}:")
+    assert "q_proj" in found.names[0] and {"embed_tokens", "lm_head"} == {n.split(".")[-2] for n in found.names[-2:]}
 
 
 def test_negative_scales_and_levels_that_nothing_uses() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError, RecipeError, SourceError, WeightError, nearest
 from lowbit.formats import Format, parse_format
+from lowbit.interchange.inventory import Param, kept_words
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.at_work.trace import registered
@@ -191,7 +192,20 @@ def _of_model(text: str, recipe: Recipe, fmt: Format | None, rows: int | None) -
         raise SourceError(f"{name} of {source.label} is {weight.dtype}, not a float tensor")
     kept = fmt or recipe.format_for(name, param.kind) or recipe.format
     weight = weight.transpose(-1, -2) if param.transposed else weight
-    return What(weight, recipe, kept, name, 1 if rows is None else rows, _TENSOR_ELEMENTS)
+    remarks = () if fmt is not None else _of_tensor(recipe, name, param)
+    return What(weight, recipe, kept, name, 1 if rows is None else rows, _TENSOR_ELEMENTS, remarks)
+
+
+def _of_tensor(recipe: Recipe, name: str, param: Param) -> tuple[str, ...]:
+    """What a recipe does with this tensor, where it is not what its title says."""
+    own = recipe.format_for(name, param.kind)
+    if param.keep is not None or own is None:
+        why = "" if param.keep is None else f" ({kept_words(name, param.keep)})"
+        return (f"A recipe keeps this tensor in float{why}; it is shown because you asked.",)
+    if own != recipe.format:
+        others = "linear layers" if param.kind in ("embedding", "head") else "other layers"
+        return (f"The recipe stores this tensor in {own}, and {others} in {recipe.format}.",)
+    return ()
 
 
 def find(text: str) -> Any:
@@ -210,7 +224,9 @@ def find(text: str) -> Any:
         return source, name
     params = source.inventory.params
     if not tensor:
-        kinds = grouped([n for n in source.tensors if params[n].keep is None], lambda n: _last(n))
+        free = [n for n in source.tensors if params[n].keep is None]
+        free.sort(key=lambda n: params[n].kind in ("embedding", "head"))  # after the layers that a recipe's format is for
+        kinds = grouped(free, lambda n: _last(n))
         return Names(model, "", tuple(same[0] for same in kinds) or tuple(source.tensors)[:_LISTED])
     ends = tuple(f".{end}" for end in (tensor, f"{tensor}.weight"))
     names = tuple(n for n in source.tensors if n.endswith(ends))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lowbit.report.at_work.case import Case
 from lowbit.report.at_work.feedback import EXAMPLE, scales_of
-from lowbit.report.at_work.trace import Listing, Outcome, Shown, Trace, shows
+from lowbit.report.at_work.trace import Listing, Outcome, Shown, Trace, shown_of, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 from lowbit.transforms.scale import Scaling
@@ -31,10 +31,6 @@ def scale_of(mean_abs: Tensor, alpha: float) -> Tensor:
     if len(power):
         scale[alive] = power / (power.max() * power.min()).sqrt()
     return scale
-
-
-def _some(shown: tuple[int, ...], count: int) -> str:
-    return "" if len(shown) == count else f"; {len(shown)} of them are shown"
 
 
 @shows("awq", example=EXAMPLE)
@@ -64,7 +60,7 @@ def awq(case: Case, call: Call) -> Shown:
         "Columns whose inputs are large matter most, so they are multiplied by s_k before rounding, and the input is divided "
         "by s_k: x W^T = (x / s) (W s)^T. A larger weight in the same group is rounded relatively less. "
         "s_k = mean|x_k|^alpha / sqrt(a b), where a and b are the largest and the smallest mean|x_k|^alpha of all columns, so that "
-        f"the largest and the smallest s are as far from 1. {points} values of alpha are tried on the inputs{_some(shown, points)}:",
+        f"the largest and the smallest s are as far from 1. {points} values of alpha are tried on the inputs{shown_of(len(shown), points)}:",
         Listing("alphas", ("alpha", "output error", "largest s / smallest s"), tuple(tried), shown, best),
         f"alpha = {num(found.alpha)} has the least error. alpha = 0 scales nothing and is round-to-nearest.",
         *scales_of(case.recipe.fit_for(case.format), errors[:-1]),

@@ -163,7 +163,7 @@ def _preparation(case: Case, call: Call, found: Steps, options: dict[str, float]
     parts.append(
         f"The scales are found before any rounding by the fit {case.recipe.fit_for(case.format)}"
         + (" for the corrected weights" if call.name == "qronos" else "")
-        + f", for which an error in column k counts H_kk times: s = {shown}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
+        + f", for which an error in column k counts H_kk times: s = {shown}{_store(case)}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
     )
     rule = "w_j changes by -e U_ij / U_ii"
     if call.name == "gptaq":
@@ -216,6 +216,10 @@ def _results(
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))
     return final, errors, told
+
+
+def _store(case: Case) -> str:
+    return f" (kept in {case.format.scale})" if isinstance(case.format.scale, str) else ""
 
 
 def _summed(case: Case, call: Call) -> str:

@@ -10,7 +10,7 @@ from lowbit.formats.nearest import inverse
 from lowbit.report.at_work.blocks import EXAMPLE, first_block, kept_errors
 from lowbit.report.at_work.case import Case
 from lowbit.report.at_work.clip_search import plain_fit
-from lowbit.report.at_work.trace import Cell, Listing, Shown, Trace, shows
+from lowbit.report.at_work.trace import Cell, Listing, Shown, Trace, shown_of, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 from lowbit.solvers.fits.minmax import affine
@@ -34,9 +34,9 @@ def candidates(
     two_signs = fmt.scale_signed and grid.signed and not torch.equal(levels, -levels.flip(0))
     start = peak / grid.extreme if two_signs else peak.abs() / grid.reach
     factors = torch.linspace(1 - options["span"], 1 + options["span"] / 3, int(options["steps"])).tolist()
-    tried = [("whole range", peak.abs() / grid.reach), *((f"{num(f, 4)} x s0", start * f) for f in (1.0, *factors))]
-    tried += [(f"{num(-f, 4)} x s0", start * -f) for f in factors[::2] if two_signs]
     refit = fmt.scale != "e8m0"
+    tried = [("whole range, refitted" if refit else "whole range", peak.abs() / grid.reach), *((f"{num(f, 4)} x s0", start * f) for f in (1.0, *factors))]
+    tried += [(f"{num(-f, 4)} x s0", start * -f) for f in factors[::2] if two_signs]
     vxx = total(x * x if v is None else v * x * x)
 
     def fitted(s: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -80,7 +80,7 @@ def affine_candidates(
     kept = 0
     scale, offset = as_stored(*affine(low, high, fmt), fmt)
     least, exact = measured(scale, offset)
-    rows: list[tuple[Cell, ...]] = [("whole range", float(scale), float(offset), exact)]
+    rows: list[tuple[Cell, ...]] = [("whole range, not refitted", float(scale), float(offset), exact)]
     for factor in (1.0, *factors, 0.0, 0.0):
         s, z = as_stored(*affine(low * factor, high * factor, fmt), fmt) if factor else (scale, offset)
         q = grid.round(x * inverse(s)[:, None] + z[:, None])
@@ -124,15 +124,24 @@ def search(case: Case, call: Call) -> Shown:
         start = f"s0 = {num(peak)} / {num(extreme)} takes the value of largest magnitude to the level of largest magnitude. "
     else:
         rows, kept = affine_candidates(x, fmt, torch.ones_like(x) if v is None else v, options)
-        heads, start = ("tried", "s", "z in levels", "error"), ""
+        heads, start = ("tried", "s", "z", "error"), ""
+        if fmt.offset_kind == "min":
+            heads, rows = ("tried", "s", "m", "error"), [(n, s, -s * z + 0.0, e) for n, s, z, e in rows]
     least = min(range(len(rows)), key=lambda i: float(rows[i][3] or 0.0))
     near = _distinct(rows)[:_SHOWN]
+    drawn = tuple(sorted({0, kept, *near}))
+    anew = "" if known is False else "The scale above was found without inputs; here it is found anew, with the inputs known. "
+    refits = fmt.offset is not None or fmt.scale != "e8m0"
+    how = (
+        "For each, values are rounded, and then the scale is set anew to what is best for these levels (least squares)"
+        if refits
+        else "For each, values are rounded; between powers of two there is nothing to refit"
+    )
     parts: list[str | Listing] = [
-        f"{start}{len(rows)} scales are tried for each block. For each, values are rounded, and then the scale is set anew to "
-        "what is best for these levels (least squares). An error on a value is squared and counted "
-        f"{weighed_by}, and the least sum wins. The whole range and the best for the first block:",
+        f"{anew}{start}{len(rows)} scales are tried for each block. {how}. An error on a value is squared and counted "
+        f"{weighed_by}, and the least sum wins. The whole range and the best for the first block{shown_of(len(drawn), len(rows))}:",
         Listing(
-            "candidates", heads, tuple(rows), tuple(sorted({0, kept, *near})), kept, "best" if kept == least else "kept"
+            "candidates", heads, tuple(rows), drawn, kept, "best" if kept == least else "kept"
         ),
     ]
     if kept != least:
@@ -140,8 +149,11 @@ def search(case: Case, call: Call) -> Shown:
             "Errors are shown in double precision. The search compares them in single precision, where differences as small as "
             "these are lost in rounding; so it kept a row that is not quite the least."
         )
+    best = float(rows[kept][heads.index("s refitted" if "s refitted" in heads else "s")] or 0.0)
+    if isinstance(fmt.scale, str) and (now := float(stores.rounded(torch.tensor([best]), fmt.scale))) != best:
+        parts.append(f"Its scale is kept in {fmt.scale} as {num(now, 7)}, which the errors below are with.")
     cost = None if known else lambda off: off.square() * case.weight.abs().pow(emphasis)
-    return Shown(Trace(str(call), tuple(parts), kept_errors(case, plain_fit(case), call, cost=cost)), case)
+    return Shown(Trace(str(call), tuple(parts), kept_errors(case, plain_fit(case), call, cost=cost, note=", not refitted" if refits else "")), case)
 
 
 def _distinct(rows: list[tuple[Cell, ...]]) -> list[int]:

@@ -133,6 +133,11 @@ def registered(call: Call) -> Registered | None:
     return _BY_NAME.get(call.name) or _BY_KIND.get(call.method.kind)
 
 
+def shown_of(shown: int, count: int) -> str:
+    """'; 10 of the 20 lines are shown', empty where all are."""
+    return "" if shown == count else f"; {shown} of the {count} lines are shown"
+
+
 def matrix(name: str, values: Tensor, rows: str = "row", columns: str = "") -> Listing:
     """A matrix [n, k] with its row and column numbers."""
     heads = tuple(f"{columns}{k}" for k in range(values.shape[1]))
