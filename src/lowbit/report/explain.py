@@ -111,7 +111,7 @@ def explain(
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise WeightError(
-            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold"
+            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which cannot be quantized"
         )
     given = None if inputs is None else _inputs(inputs)
     if given is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from lowbit.solvers.ranges.estimator import estimators
 from lowbit.solvers.registry import methods
 
 ARRAY = "[-0.3, 0, 0.1, 0.7]"
+_NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf|infinity)(?![a-z])", re.IGNORECASE)
+_BARE = re.compile(r"[-+]?\.?\d[-+.,\d\seE]*")  # '-0.3,0.1', '0.3'
 _TENSOR_ELEMENTS = 16  # of a block of a model's tensor; the block may be a million wide
 _FORMATS = ("int4:g32", "uint4:g32:zero=fp16", "kmeans2:channel")  # the first that a method fills shows it
 _LISTED = 12
@@ -78,6 +81,8 @@ def parse_array(text: str) -> Tensor:
         value = ast.literal_eval(text.strip())
         array = torch.tensor(value, dtype=torch.float32)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError, OverflowError):
+        if _NOT_FINITE.search(text):
+            raise WeightError(f"{text[:80]!r} has NaN or infinite values, which cannot be quantized: give finite numbers") from None
         raise WeightError(f"{text[:80]!r} is not an array of numbers of one shape: {example}") from None
     if array.dim() == 0 or array.dim() > 3 or array.numel() == 0:
         raise WeightError(f"{text[:80]!r} is not an array of one to three dimensions: {example}")
@@ -90,6 +95,7 @@ def chosen(
 ) -> What:  # fmt: skip
     """What the arguments of `explain` mean. SourceError where a name means several tensors or none."""
     if isinstance(what, str) and not is_array(what):
+        refuse_bare_numbers(what)
         alone = recipe_alone(what) if recipe is None else None
         if alone is None:
             return _of_model(what, _wanted(recipe), fmt, rows)
@@ -110,6 +116,13 @@ def chosen(
 def is_array(text: str) -> bool:
     """Whether a text is meant as numbers in brackets."""
     return text.lstrip().startswith(("[", "("))
+
+
+def refuse_bare_numbers(text: str) -> None:
+    """WeightError for numbers that have no brackets."""
+    if _BARE.fullmatch(text.strip()):
+        written = ", ".join(re.split(r"[,\s]+", text.strip(", ")))
+        raise WeightError(f'{text[:80]!r} are numbers without brackets; put them in brackets and quotes, such as "[{written[:80]}]"')
 
 
 def _wanted(recipe: str | Path | Format | Recipe | None) -> Recipe:
