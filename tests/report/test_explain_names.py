@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.errors import FormatError, RecipeError, SourceError
+from lowbit.errors import FormatError, RecipeError, SourceError, WeightError
 from lowbit.formats import parse_format
 from lowbit.report.explain import explain
 from lowbit.report.explain_view import code_text
@@ -199,3 +199,10 @@ def test_wide_tables_fold_into_blocks_of_columns() -> None:
     text = folded(heads, [(0, *(i + 0.123 for i in range(20)))], 80)
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"column {i}" in text for i in range(20)) and "19.12" in text
+
+
+def test_quantize_tensor_takes_lists_as_explain_does() -> None:
+    given, found = lowbit.quantize_tensor([-0.3, 0, 0.1, 0.7], "absmax"), explain("[-0.3, 0, 0.1, 0.7]", "absmax")
+    assert tuple(given.unpacked().tolist()) == found.blocks[0].codes
+    with pytest.raises(WeightError, match="lists of one length"):
+        lowbit.quantize_tensor([[1, 2], [3]], "absmax")
