@@ -281,7 +281,9 @@ def test_search_says_which_range_is_refitted_and_how_its_scale_is_kept() -> None
     assert [name for name, _ in trace.outcome.errors] == ["absmax: the whole range, not refitted", "search"]
     assert listing(trace, "candidates")["tried"][0] == "whole range, refitted"
     assert "Its scale is kept in fp16 as 0.09997559" in " ".join(trace.to_dict()["said"])
-    assert "found without inputs; here it is found anew" in " ".join(trace_of(explain("gptq"), "search").to_dict()["said"])
+    assert "found without inputs; here it is found anew" in " ".join(
+        trace_of(explain("gptq"), "search").to_dict()["said"]
+    )
     assert "nothing to refit" in " ".join(trace_of(explain(EXAMPLE, "search@mxfp4"), "search").to_dict()["said"])
     q = explain(EXAMPLE, "search@uint4:g32:min=fp16")
     shown = listing(trace_of(q, "search"), "candidates")

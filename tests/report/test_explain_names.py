@@ -84,6 +84,11 @@ def test_a_tensor_of_a_model_is_shown_with_the_method_on_a_corner(model: Path) -
     found = explain(f"{model}:model.layers.0.mlp.down_proj", "gptq")
     assert found.at_work and any("as a small weight of their own" in said for said in found.remarks)
     assert len(found.at_work[-1].outcome.codes[0]) <= 32
+    for trace in found.at_work:
+        rows, columns = len(trace.outcome.codes), len(trace.outcome.codes[0])
+        assert trace.parts[0] == f"Of {rows * columns} weights, the first {rows} rows and {columns} columns."
+        assert trace.outcome.measure.endswith(f", all {rows} rows")
+    assert f"with the same scales (row 0 of {rows}):" in flat(str(found))
 
 
 def test_lists_and_tensors_are_taken_and_the_text_is_that_of_the_command() -> None:
@@ -147,11 +152,17 @@ def test_how_a_code_comes_from_its_level(fmt: str) -> None:
             elif "bits of exponent" in said:
                 e, m = (int(digit) for digit in said.rpartition("(e")[2].rstrip(")").split("m"))
                 top, low = code >> m & (1 << e) - 1, code & (1 << m) - 1
-                size = (1 + low / 2**m) * 2.0 ** (top - 2 ** (e - 1) + 1) if top else low / 2**m * 2.0 ** (2 - 2 ** (e - 1))
+                size = (
+                    (1 + low / 2**m) * 2.0 ** (top - 2 ** (e - 1) + 1)
+                    if top
+                    else low / 2**m * 2.0 ** (2 - 2 ** (e - 1))
+                )
                 assert (-size if code >> e + m else size) == level
                 continue
             else:
-                listed = [float(v) for v in said.partition("0: ")[2].split()] or sorted(found.format.grid.levels.tolist())
+                listed = [float(v) for v in said.partition("0: ")[2].split()] or sorted(
+                    found.format.grid.levels.tolist()
+                )
                 exact = min(range(len(listed)), key=lambda i: abs(listed[i] - level))
             assert exact == code
 

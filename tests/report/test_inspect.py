@@ -99,6 +99,8 @@ def test_the_numbers_of_a_row_are_those_of_one_tensor() -> None:
 
 
 def test_a_source_that_is_quantized_itself_is_said_to_be() -> None:
-    found = replace(inspect_source(open_source(tiny_model("llama"))), storage="gguf, Q4_1 and Q8_0", source_bytes=94 << 20)
+    found = replace(
+        inspect_source(open_source(tiny_model("llama"))), storage="gguf, Q4_1 and Q8_0", source_bytes=94 << 20
+    )
     assert "stored as gguf, Q4_1 and Q8_0, 94 MiB; types and sizes here are of its float values" in as_text(found, 200)
     assert "stored as float," not in as_text(inspect_source(open_source(tiny_model("llama"))), 200)

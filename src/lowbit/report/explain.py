@@ -125,7 +125,8 @@ def explain(
         )
     case = _case(weight, wanted, fmt, given, remarks)
     shown = _blocks(found.label, weight, wanted, fmt, found.rows, found.elements)
-    traces = () if case is None else tuple(_traces(case))
+    corner = case is not None and case.weight.numel() < weight.numel()
+    traces = () if case is None else tuple(_placed(trace, case.weight, corner) for trace in _traces(case))
     seen = case is not None and _looks_at_inputs(wanted, given)
     return dataclasses.replace(
         shown,
@@ -196,6 +197,18 @@ def _traces(case: Case) -> list[Trace]:
             case = shown.after
     last = show_inputs(case)
     return [*traces, last] if last is not None else traces
+
+
+def _placed(trace: Trace, weight: Tensor, corner: bool) -> Trace:
+    """The trace with what it is of: the corner of a larger weight, and errors of all its rows."""
+    rows, columns = weight.shape
+    if corner:
+        first = f"the first {_count(rows, 'row')} and {_count(columns, 'column')}"
+        trace = dataclasses.replace(trace, parts=(f"Of {_count(rows * columns, 'weight')}, {first}.", *trace.parts))
+    if rows > 1 and trace.outcome is not None:
+        measure = f"{trace.outcome.measure}, all {rows} rows"
+        trace = dataclasses.replace(trace, outcome=dataclasses.replace(trace.outcome, measure=measure))
+    return trace
 
 
 def _fit_trace(case: Case, call: Call, stages: list[Call], found: Registered) -> list[Trace]:

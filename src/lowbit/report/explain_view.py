@@ -42,7 +42,9 @@ def render_explanation(found: Explanation, width: int = _WIDTH) -> RenderableTyp
         elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
-        elements.append(Text(f"{shown} of {found.block_count} blocks {'is' if shown == 1 else 'are'} shown\n", style="dim"))
+        elements.append(
+            Text(f"{shown} of {found.block_count} blocks {'is' if shown == 1 else 'are'} shown\n", style="dim")
+        )
     elements.append(named_lines(_errors(found), _NAMES))
     if found.at_work:
         elements.append(Text())
@@ -107,7 +109,11 @@ def code_text(fmt: Format) -> str:
     grid = fmt.grid
     if isinstance(grid, IntGrid):
         low = num(abs(grid.lo))
-        return "code = level" if not grid.lo else f"code = level - lowest level = level {'+' if grid.lo < 0 else '-'} {low}"
+        return (
+            "code = level"
+            if not grid.lo
+            else f"code = level - lowest level = level {'+' if grid.lo < 0 else '-'} {low}"
+        )
     if fmt.codebook is not None:
         return "code = the number of the level among the learned ones, from 0"
     if str(grid) in _FLOATS:

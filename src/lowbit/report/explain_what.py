@@ -82,7 +82,9 @@ def parse_array(text: str) -> Tensor:
         array = torch.tensor(value, dtype=torch.float32)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError, OverflowError):
         if _NOT_FINITE.search(text):
-            raise WeightError(f"{text[:80]!r} has NaN or infinite values, which cannot be quantized: give finite numbers") from None
+            raise WeightError(
+                f"{text[:80]!r} has NaN or infinite values, which cannot be quantized: give finite numbers"
+            ) from None
         raise WeightError(f"{text[:80]!r} is not an array of numbers of one shape: {example}") from None
     if array.dim() == 0 or array.dim() > 3 or array.numel() == 0:
         raise WeightError(f"{text[:80]!r} is not an array of one to three dimensions: {example}")
@@ -122,7 +124,9 @@ def refuse_bare_numbers(text: str) -> None:
     """WeightError for numbers that have no brackets."""
     if _BARE.fullmatch(text.strip()):
         written = ", ".join(re.split(r"[,\s]+", text.strip(", ")))
-        raise WeightError(f'{text[:80]!r} are numbers without brackets; put them in brackets and quotes, such as "[{written[:80]}]"')
+        raise WeightError(
+            f'{text[:80]!r} are numbers without brackets; put them in brackets and quotes, such as "[{written[:80]}]"'
+        )
 
 
 def _wanted(recipe: str | Path | Format | Recipe | None) -> Recipe:
@@ -238,7 +242,9 @@ def find(text: str) -> Any:
     params = source.inventory.params
     if not tensor:
         free = [n for n in source.tensors if params[n].keep is None]
-        free.sort(key=lambda n: params[n].kind in ("embedding", "head"))  # after the layers that a recipe's format is for
+        free.sort(
+            key=lambda n: params[n].kind in ("embedding", "head")
+        )  # after the layers that a recipe's format is for
         kinds = grouped(free, lambda n: _last(n))
         return Names(model, "", tuple(same[0] for same in kinds) or tuple(source.tensors)[:_LISTED])
     ends = tuple(f".{end}" for end in (tensor, f"{tensor}.weight"))

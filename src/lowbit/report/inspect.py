@@ -215,7 +215,9 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     if found.quantized is not None:
         head += wrapped(Text.assemble(("recipe  ", "cyan"), found.quantized or "not noted"), width)
     if found.storage != "float" and found.source_bytes is not None:
-        said = f"stored as {found.storage}, {bytes_text(found.source_bytes)}; types and sizes here are of its float values"
+        said = (
+            f"stored as {found.storage}, {bytes_text(found.source_bytes)}; types and sizes here are of its float values"
+        )
         head += wrapped(said, width)
     for alias, name in found.tied.items():
         head += wrapped(Text(f"{alias} is tied to {name}", "dim"), width)

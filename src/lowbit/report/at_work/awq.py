@@ -55,7 +55,10 @@ def awq(case: Case, call: Call) -> Shown:
         )
         for k in range(len(mean))
     )  # fmt: skip
-    errors = [*case.nearest_errors(found.plain, "round-to-nearest, alpha = 0"), (f"{call.name}, then round-to-nearest", found.error)]
+    errors = [
+        *case.nearest_errors(found.plain, "round-to-nearest, alpha = 0"),
+        (f"{call.name}, then round-to-nearest", found.error),
+    ]
     parts = (
         "Columns whose inputs are large matter most, so they are multiplied by s_k before rounding, and the input is divided "
         "by s_k: x W^T = (x / s) (W s)^T. A larger weight in the same group is rounded relatively less. "

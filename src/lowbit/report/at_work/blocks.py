@@ -27,7 +27,11 @@ def first_block(case: Case) -> tuple[Tensor, Tensor | None]:
 
 
 def kept_errors(
-    case: Case, plain: str, call: Call, measure: str = OF_WEIGHTS, cost: Callable[[Tensor], Tensor] | None = None,
+    case: Case,
+    plain: str,
+    call: Call,
+    measure: str = OF_WEIGHTS,
+    cost: Callable[[Tensor], Tensor] | None = None,
     note: str = "",
 ) -> Outcome:
     """The error of the weights with the range-based fit `plain` and with this one, as the fit counts it: `cost` of the

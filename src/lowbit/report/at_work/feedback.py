@@ -88,7 +88,9 @@ def fitted(case: Case, call: Call) -> tuple[Case, str]:
     options = {**call.method.options, **dict(call.options)}
     weight = corrected(case.weight, case.stats, options["blend"], options["ridge"])
     still = zero_runs(case.weight, case.format)
-    said = "The weights here are those that qronos corrects first, `w corrected` of its table below; it uses these scales."
+    said = (
+        "The weights here are those that qronos corrects first, `w corrected` of its table below; it uses these scales."
+    )
     return replace(case, weight=weight if still is None else weight.masked_fill(still, 0)), said
 
 
@@ -108,7 +110,8 @@ def feedback(case: Case, call: Call) -> Shown:
         rows.append(
             (k, float(found.target[row, k]), now, float(levels[row, k]), int(codes[row, k]), value, now - value)
         )
-    many = f" (row 0 of {len(case.weight)}; rows do not affect one another)" if len(case.weight) > 1 else ""
+    several = len(case.weight) > 1
+    many = f" (row 0 of {len(case.weight)}; rows do not affect one another)" if several else ""
     parts += [
         f"Each line rounds one column{many}. `now` is the weight as the earlier columns have moved it; e is what rounding "
         "it takes away, now - value.",
@@ -126,8 +129,8 @@ def feedback(case: Case, call: Call) -> Shown:
     ]
     final, errors, told = _results(case, call, found, options)
     made, plain = final.weight.dequantize(), _real(case, with_values(found.start, found.target)).dequantize()
-    parts += [*told, "What is stored, beside each value rounded on its own with the same scales:", _beside(
-        case, plain, final.weight, row)]  # fmt: skip
+    parts += [*told, "What is stored, beside each value rounded on its own with the same scales"
+        f"{f' (row 0 of {len(case.weight)})' if several else ''}:", _beside(case, plain, final.weight, row)]  # fmt: skip
     outcome = Outcome.of(final.weight.unpacked(), made, errors)
     return Shown(Trace(str(call), tuple(parts), outcome), case)
 
@@ -199,7 +202,7 @@ def _results(
     assert before is not None
     if call.name != "gptaq" and before.end >= before.start:
         told.append(
-            "Here each value rounded on its own has no larger e H e^T than the columns above, and is kept instead of them."
+            f"Here each value rounded on its own has no larger e H e^T{_rows(case)} than the method's columns, and is kept instead of them."
         )
     if options.get("polish") and final.trace is not None:
         changed = final.trace.end < before.end
@@ -216,6 +219,10 @@ def _results(
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))
     return final, errors, told
+
+
+def _rows(case: Case) -> str:
+    return f", over all {len(case.weight)} rows," if len(case.weight) > 1 else ""
 
 
 def _store(case: Case) -> str:

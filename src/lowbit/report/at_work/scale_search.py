@@ -35,7 +35,10 @@ def candidates(
     start = peak / grid.extreme if two_signs else peak.abs() / grid.reach
     factors = torch.linspace(1 - options["span"], 1 + options["span"] / 3, int(options["steps"])).tolist()
     refit = fmt.scale != "e8m0"
-    tried = [("whole range, refitted" if refit else "whole range", peak.abs() / grid.reach), *((f"{num(f, 4)} x s0", start * f) for f in (1.0, *factors))]
+    tried = [
+        ("whole range, refitted" if refit else "whole range", peak.abs() / grid.reach),
+        *((f"{num(f, 4)} x s0", start * f) for f in (1.0, *factors)),
+    ]
     tried += [(f"{num(-f, 4)} x s0", start * -f) for f in factors[::2] if two_signs]
     vxx = total(x * x if v is None else v * x * x)
 
@@ -130,7 +133,11 @@ def search(case: Case, call: Call) -> Shown:
     least = min(range(len(rows)), key=lambda i: float(rows[i][3] or 0.0))
     near = _distinct(rows)[:_SHOWN]
     drawn = tuple(sorted({0, kept, *near}))
-    anew = "" if known is False else "The scale above was found without inputs; here it is found anew, with the inputs known. "
+    anew = (
+        ""
+        if known is False
+        else "The scale above was found without inputs; here it is found anew, with the inputs known. "
+    )
     refits = fmt.offset is not None or fmt.scale != "e8m0"
     how = (
         "For each, values are rounded, and then the scale is set anew to what is best for these levels (least squares)"
@@ -140,9 +147,7 @@ def search(case: Case, call: Call) -> Shown:
     parts: list[str | Listing] = [
         f"{anew}{start}{len(rows)} scales are tried for each block. {how}. An error on a value is squared and counted "
         f"{weighed_by}, and the least sum wins. The whole range and the best for the first block{shown_of(len(drawn), len(rows))}:",
-        Listing(
-            "candidates", heads, tuple(rows), drawn, kept, "best" if kept == least else "kept"
-        ),
+        Listing("candidates", heads, tuple(rows), drawn, kept, "best" if kept == least else "kept"),
     ]
     if kept != least:
         parts.append(
@@ -153,7 +158,14 @@ def search(case: Case, call: Call) -> Shown:
     if isinstance(fmt.scale, str) and (now := float(stores.rounded(torch.tensor([best]), fmt.scale))) != best:
         parts.append(f"Its scale is kept in {fmt.scale} as {num(now, 7)}, which the errors below are with.")
     cost = None if known else lambda off: off.square() * case.weight.abs().pow(emphasis)
-    return Shown(Trace(str(call), tuple(parts), kept_errors(case, plain_fit(case), call, cost=cost, note=", not refitted" if refits else "")), case)
+    return Shown(
+        Trace(
+            str(call),
+            tuple(parts),
+            kept_errors(case, plain_fit(case), call, cost=cost, note=", not refitted" if refits else ""),
+        ),
+        case,
+    )
 
 
 def _distinct(rows: list[tuple[Cell, ...]]) -> list[int]:
