@@ -208,6 +208,7 @@ def test_smoothquant_scales_are_equation_4() -> None:
     weight, x = parse_array(EXAMPLE)[None], made_up(6)
     trace = trace_of(explain(weight, "smoothquant", inputs=x), "smooth")
     most, least = x.double().abs().amax(0), weight.double().abs().amax(0)
+    assert "s_k = max|x_k|^alpha / max|w_k|^(1 - alpha), with alpha = 0.5" in " ".join(trace.to_dict()["said"])
     shown = listing(trace, "columns")
     np.testing.assert_allclose(shown["s"], (most**0.5 / least**0.5).numpy(), rtol=1e-5)
     np.testing.assert_allclose(shown["max|x/s|"], shown["max|w s|"], rtol=1e-5)

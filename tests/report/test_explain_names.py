@@ -112,7 +112,9 @@ def test_a_quantized_scale_shows_its_own_code_and_scale() -> None:
             assert f"code {code}" in block.steps[0].parts and f"{code} x {step:.7g}" in block.steps[0].parts
             assert block.steps[0].stored == pytest.approx(code * step, rel=1e-6)
     assert "2^(124 - 127) = 0.125" in explain("mxfp4").blocks[0].steps[0].parts
-    assert "code 126, level 448 in e4m3" in explain("nvfp4").blocks[0].steps[0].parts
+    assert (
+        "code 126, level 448 in e4m3 (fp8: a sign, 4 bits of exponent, 3" in explain("nvfp4").blocks[0].steps[0].parts
+    )
 
 
 def remark(array: str, recipe: str) -> str:
