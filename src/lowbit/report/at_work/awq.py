@@ -59,7 +59,7 @@ def awq(case: Case, call: Call) -> Shown:
         *case.nearest_errors(found.plain, "round-to-nearest, alpha = 0"),
         (f"{call.name}, then round-to-nearest", found.error),
     ]
-    parts = (
+    parts: tuple[str | Listing, ...] = (
         "Columns whose inputs are large matter most, so they are multiplied by s_k before rounding, and the input is divided "
         "by s_k: x W^T = (x / s) (W s)^T. A larger weight in the same group is rounded relatively less. "
         "s_k = mean|x_k|^alpha / sqrt(a b), where a and b are the largest and the smallest mean|x_k|^alpha of all columns, so that "

@@ -129,7 +129,8 @@ def search(case: Case, call: Call) -> Shown:
         rows, kept = affine_candidates(x, fmt, torch.ones_like(x) if v is None else v, options)
         heads, start = ("tried", "s", "z", "error"), ""
         if fmt.offset_kind == "min":
-            heads, rows = ("tried", "s", "m", "error"), [(n, s, -s * z + 0.0, e) for n, s, z, e in rows]
+            heads = ("tried", "s", "m", "error")
+            rows = [(n, s, -float(s or 0.0) * float(z or 0.0) + 0.0, e) for n, s, z, e in rows]
     least = min(range(len(rows)), key=lambda i: float(rows[i][3] or 0.0))
     near = _distinct(rows)[:_SHOWN]
     drawn = tuple(sorted({0, kept, *near}))
