@@ -154,6 +154,11 @@ def test_a_model_quantized_in_an_unknown_way_is_refused(model: Path) -> None:
     [
         ("[1, oops]", "array"),
         ("[1e999]", "infinite"),
+        ("[1, 2, nan]", "cannot be quantized"),
+        ("[1, -inf]", "cannot be quantized"),
+        ("-0.3,0.1", 'in brackets and quotes, such as "[-0.3, 0.1]"'),
+        ("-.5", "in brackets and quotes"),
+        ("0.3, 0.1", "in brackets and quotes"),
         ("tiny", "MODEL:TENSOR"),
         ("tiny:model.layers.0.mlp.up_prj.weight", "up_proj"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -81,3 +82,31 @@ def test_every_method_begins_with_a_plain_sentence(entries: list[Entry]) -> None
         assert (entry.summary.endswith(".") and entry.summary[0].isupper()) or entry.kind == "preset", entry
         formula = set("=^{}\\*") | ({"|", "_"} if entry.kind != "preset" else set())
         assert not formula & set(entry.summary), f"{entry.name}: a formula belongs on a later line"
+
+
+def test_what_is_printed_of_a_name_is_for_readers_of_the_command() -> None:
+    for entry in catalogue():
+        assert not re.search(r"\(see `|float32 \[|float \[|Returns |Error (for|when) |` \[", entry.details), entry.name
+        assert not entry.details or entry.details.rstrip().endswith((".", ")")), entry.name
+    assert catalogue_of("gptaq").startswith("    W[:, i:] -= e U[i, i:]"), "formulas stay as they are"
+    assert "With statistics of its input the fit weighs" in catalogue_of("rtn")
+    assert "moves out of local minima. For formats" in catalogue_of("kmeans")
+
+
+def catalogue_of(name: str) -> str:
+    return next(e.details for e in catalogue() if e.name == name and e.details)
+
+
+@pytest.mark.parametrize("name", ["gptq", "w4", "nf4", "search", "minmax", "guided", "q8_0"])
+def test_a_name_ends_with_the_command_that_shows_it(name: str) -> None:
+    import lowbit
+
+    assert lowbit.explain(name), "the command shows something"
+    assert f"lowbit explain {name} shows it at work on numbers." in str(lowbit.catalogue(name))
+    assert "lowbit explain" not in str(lowbit.catalogue("solver")), "several names have no such line"
+
+
+@pytest.mark.parametrize("word", ["grid", "grids", "codebook"])
+def test_a_word_of_formats_points_to_formats(word: str) -> None:
+    with pytest.raises(RecipeError, match="lowbit recipes format"):
+        matching(catalogue(), word)

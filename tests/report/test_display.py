@@ -50,6 +50,18 @@ def test_every_result_has_a_picture_and_every_picture_a_result(results: dict[str
 
 
 @pytest.mark.parametrize("name", sorted(VIEWS))
+def test_every_class_with_a_picture_says_what_it_is_in_a_few_words(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    kind = getattr(importlib.import_module(f"lowbit.{module}"), attribute)
+    assert kind._brief is not Displayed._brief and kind.__repr__ is Displayed.__repr__
+
+
+def test_an_explanation_in_one_line() -> None:
+    found = lowbit.explain([-0.3, 0, 0.1, 0.7], "absmax")
+    assert repr(found) == f"Explanation(x, {found.recipe}, relative error {found.relative_error:.3g})"
+
+
+@pytest.mark.parametrize("name", sorted(VIEWS))
 def test_a_result_is_one_short_line_and_a_table_within_80_columns(
     name: str, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,10 +158,57 @@ def test_awq_errors_are_the_output_errors_of_each_exponent() -> None:
     np.testing.assert_allclose(listing(trace, "columns")["s"], real.scale.tolist())
 
 
+@pytest.mark.parametrize("recipe", ["gptq@int4:g64", "qronos@int4:g32", "mse+qronos@int4:g32"])
+def test_the_scale_that_the_fit_ends_at_is_the_one_that_the_solver_uses(recipe: str) -> None:
+    found = explain(EXAMPLE, recipe, inputs=made_up(6))
+    case = case_of(recipe, parse_array(EXAMPLE)[None], made_up(6))
+    used = float(steps(case, case.recipe.solver).start.scales())
+    trace = found.at_work[0]
+    name = "candidates" if trace.method.startswith("search") else "clip_ratios"
+    shown = trace.to_dict()[name]
+    row = shown["rows"][shown["best"]]
+    assert row[2 if name == "candidates" else 1] == pytest.approx(used, rel=1e-3)
+    assert ("`w corrected`" in " ".join(trace.to_dict()["said"])) == ("qronos" in recipe)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "qronos"])
+def test_methods_are_compared_with_the_rounding_of_the_first_table(name: str) -> None:
+    found = explain(name)
+    x, (block,) = torch.tensor(found.inputs).double(), found.blocks
+    if name == "qronos":
+        x_f, x = x, case_of("qronos@int4:g32", parse_array(EXAMPLE)[None], x.float()).inputs.double()
+    else:
+        x_f = x
+    w, q = (torch.tensor(v).double() for v in (block.values, block.dequantized))
+    errors = trace_of(found, name).outcome.errors
+    assert errors[0] == ("round-to-nearest, without inputs", pytest.approx(float(((x_f @ w - x @ q) ** 2).mean())))
+    said = " ".join(trace_of(found, name).to_dict()["said"])
+    if name != "qronos":
+        assert errors[1][1] > errors[0][1] and "counts each column's error by itself" in said
+
+
+def test_awq_says_how_its_scales_follow() -> None:
+    trace = trace_of(explain("awq"), "awq")
+    shown, said = listing(trace, "columns"), " ".join(trace.to_dict()["said"])
+    assert "s_k = mean|x_k|^alpha / sqrt(a b)" in said and "10 of the 20 lines are shown" in said
+    alpha = float(said.partition("alpha = ")[2].split()[0])
+    power = np.array(shown["mean|x|"]) ** alpha
+    np.testing.assert_allclose(shown["s"], power / np.sqrt(power.max() * power.min()), rtol=1e-5)
+
+
+def test_the_errors_of_the_polish_say_that_they_are_of_the_damped_matrix() -> None:
+    trace = trace_of(explain("gptq"), "gptq")
+    said = " ".join(trace.to_dict()["said"])
+    w, q = parse_array(EXAMPLE).double(), torch.tensor(trace.outcome.values[0]).double()
+    h = torch.tensor([row[1:] for row in trace.to_dict()["hessian"]["rows"]]).double()
+    assert f"to {float((w - q) @ h @ (w - q)):.4g}. These two count what was added to the diagonal of H" in said
+
+
 def test_smoothquant_scales_are_equation_4() -> None:
     weight, x = parse_array(EXAMPLE)[None], made_up(6)
     trace = trace_of(explain(weight, "smoothquant", inputs=x), "smooth")
     most, least = x.double().abs().amax(0), weight.double().abs().amax(0)
+    assert "s_k = max|x_k|^alpha / max|w_k|^(1 - alpha), with alpha = 0.5" in " ".join(trace.to_dict()["said"])
     shown = listing(trace, "columns")
     np.testing.assert_allclose(shown["s"], (most**0.5 / least**0.5).numpy(), rtol=1e-5)
     np.testing.assert_allclose(shown["max|x/s|"], shown["max|w s|"], rtol=1e-5)
@@ -205,6 +252,44 @@ def test_the_best_candidate_of_search_is_the_scale_of_the_fit(fmt: str, seed: in
     row = shown["rows"][shown["best"]]
     scale = row[shown["columns"].index("s refitted" if "s refitted" in shown["columns"] else "s")]
     assert scale == pytest.approx(found.blocks[0].steps[0].value, rel=1e-6)
+
+
+@pytest.mark.parametrize("fmt", ["int4:g32", "int8:channel", "e4m3:channel", "uint8:g32:min=fp16"])
+@pytest.mark.parametrize("array", ["[-0.3, 0, 0.1, 0.7]", "[0.5, 0.25, -0.125, 1]", EXAMPLE])
+def test_errors_of_search_are_sums_of_squares_in_float64(fmt: str, array: str) -> None:
+    shown = trace_of(explain(array, f"search@{fmt}"), "search").to_dict()["candidates"]
+    x, grid = parse_array(array)[None], Recipe.parse(fmt).format.grid
+    for name, *numbers, error in shown["rows"]:
+        assert error >= 0
+        if "min" in fmt:
+            s, m = numbers
+            level = grid.round((x - m) / s).double() + m / s
+        else:
+            s, level = numbers[1], grid.round(x * (1 / torch.tensor(numbers[0]))).double()
+        exact = float((x.double().abs() * (x.double() - s * level).square()).sum())
+        assert error == pytest.approx(exact, rel=1e-6, abs=1e-15), name
+
+
+def test_counts_are_those_of_what_is_drawn() -> None:
+    for name, said in (("awq", "10 of the 20 lines"), ("rotate", "4 of the 8 inputs"), ("w4", "6 of the 28 lines")):
+        assert f"{said}" in " ".join(str(explain(name)).split())
+    few = " ".join(str(explain("[-0.3, 0, 0.1, 0.7]", "kmeans")).split())
+    assert "after 1 iteration." in few and "lines are shown" not in few and "as fp16 holds it" in few
+
+
+def test_search_says_which_range_is_refitted_and_how_its_scale_is_kept() -> None:
+    trace = trace_of(explain("[-0.3, 0, 0.1, 0.7]", "search@int4:g32"), "search")
+    assert [name for name, _ in trace.outcome.errors] == ["absmax: the whole range, not refitted", "search"]
+    assert listing(trace, "candidates")["tried"][0] == "whole range, refitted"
+    assert "Its scale is kept in fp16 as 0.09997559" in " ".join(trace.to_dict()["said"])
+    assert "found without inputs; here it is found anew" in " ".join(
+        trace_of(explain("gptq"), "search").to_dict()["said"]
+    )
+    assert "nothing to refit" in " ".join(trace_of(explain(EXAMPLE, "search@mxfp4"), "search").to_dict()["said"])
+    q = explain(EXAMPLE, "search@uint4:g32:min=fp16")
+    shown = listing(trace_of(q, "search"), "candidates")
+    best = trace_of(q, "search").to_dict()["candidates"]["best"]
+    assert shown["m"][best] == pytest.approx(q.blocks[0].steps[1].value, rel=1e-5)
 
 
 def test_kmeans_levels_move_as_lloyd_says() -> None:

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
-from lowbit.errors import FormatError, RecipeError, SourceError
+from lowbit.errors import FormatError, RecipeError, SourceError, WeightError
 from lowbit.formats import parse_format
 from lowbit.report.explain import explain
+from lowbit.report.explain_view import code_text
 from lowbit.report.explain_what import Names, find
 from lowbit.report.trace_view import folded
 from tiny import save_tiny
@@ -83,6 +84,11 @@ def test_a_tensor_of_a_model_is_shown_with_the_method_on_a_corner(model: Path) -
     found = explain(f"{model}:model.layers.0.mlp.down_proj", "gptq")
     assert found.at_work and any("as a small weight of their own" in said for said in found.remarks)
     assert len(found.at_work[-1].outcome.codes[0]) <= 32
+    for trace in found.at_work:
+        rows, columns = len(trace.outcome.codes), len(trace.outcome.codes[0])
+        assert trace.parts[0] == f"Of {rows * columns} weights, the first {rows} rows and {columns} columns."
+        assert trace.outcome.measure.endswith(f", all {rows} rows")
+    assert f"with the same scales (row 0 of {rows}):" in flat(str(found))
 
 
 def test_lists_and_tensors_are_taken_and_the_text_is_that_of_the_command() -> None:
@@ -106,7 +112,9 @@ def test_a_quantized_scale_shows_its_own_code_and_scale() -> None:
             assert f"code {code}" in block.steps[0].parts and f"{code} x {step:.7g}" in block.steps[0].parts
             assert block.steps[0].stored == pytest.approx(code * step, rel=1e-6)
     assert "2^(124 - 127) = 0.125" in explain("mxfp4").blocks[0].steps[0].parts
-    assert "code 126, level 448 in e4m3" in explain("nvfp4").blocks[0].steps[0].parts
+    assert (
+        "code 126, level 448 in e4m3 (fp8: a sign, 4 bits of exponent, 3" in explain("nvfp4").blocks[0].steps[0].parts
+    )
 
 
 def remark(array: str, recipe: str) -> str:
@@ -126,6 +134,61 @@ def test_clipped_values_say_so() -> None:
     said = remark("[0.01, 0.02, -0.01, 5]", "percentile(p=50)@int8:tensor")
     assert "x = 5 is at" in said and "highest level 127" in said
     assert "Clipped" not in remark("[1, 2, 3]", "absmax@int8:tensor")
+
+
+def test_a_rounded_zero_point_says_why_the_highest_value_does_not_get_the_highest_level() -> None:
+    said = remark("[-0.3, 0, 0.1, 0.7]", "zeropoint")
+    assert "from -51.5 to -52, which moves all levels by -0.5: the highest value 0.7 gets 126, not 127" in said
+    assert "moves all levels" not in remark("[-1, 0, 0.5, 1.55]", "minmax@uint8:tensor:zero=fp32")
+
+
+@pytest.mark.parametrize("fmt", ["int4:g32", "uint4:g32:min=fp16", "mxfp4", "e4m3:channel", "e5m2:channel", "nf4", "bnb_fp4", "iq4nl:g32"])  # fmt: skip
+def test_how_a_code_comes_from_its_level(fmt: str) -> None:
+    found = explain("[[-0.3, 0, 0.1, 0.7], [-2, 1, 0.05, 0.4]]", fmt)
+    said = flat(code_text(found.format))
+    assert f"code {said}" in flat(str(found)), "one line of the block says it"
+    for block in found.blocks:
+        for level, code in zip(block.levels, block.codes, strict=True):
+            if "level + " in said or said == "code = level":
+                exact = int(level) + int(said.partition("level + ")[2] or 0)
+            elif "bits of exponent" in said:
+                e, m = (int(digit) for digit in said.rpartition("(e")[2].rstrip(")").split("m"))
+                top, low = code >> m & (1 << e) - 1, code & (1 << m) - 1
+                size = (
+                    (1 + low / 2**m) * 2.0 ** (top - 2 ** (e - 1) + 1)
+                    if top
+                    else low / 2**m * 2.0 ** (2 - 2 ** (e - 1))
+                )
+                assert (-size if code >> e + m else size) == level
+                continue
+            else:
+                listed = [float(v) for v in said.partition("0: ")[2].split()] or sorted(
+                    found.format.grid.levels.tolist()
+                )
+                exact = min(range(len(listed)), key=lambda i: abs(listed[i] - level))
+            assert exact == code
+
+
+def test_rounding_of_float32_is_no_error() -> None:
+    found = explain("[0.9, 0.2]", "minmax@uint8:g32:min=fp32")
+    assert 0 < found.blocks[0].errors[1] < 1e-7, "so the test has something to see"
+    assert "+1.49e-08" not in str(found)
+    assert "-1e-09" in str(explain("[1e-9, 1]", "absmax@int8:channel")), "a value that is lost is one"
+
+
+def test_a_tensor_that_the_recipe_treats_in_another_way_says_so(model: Path) -> None:
+    said = " ".join(explain(f"{model}:model.norm.weight", "w4").remarks)
+    assert "A recipe keeps this tensor in float (norms); it is shown because you asked." in said
+    found = explain(f"{model}:model.embed_tokens", "w4")
+    assert f"stores this tensor in {found.format}, and linear layers in int4:g32." in " ".join(found.remarks)
+    assert "stores this tensor" not in " ".join(explain(f"{model}:0.self_attn.q_proj", "w4").remarks)
+    some = explain(f"{model}:0.self_attn.q_proj", "int4:channel")
+    assert f"1 of {some.block_count} blocks is shown" in flat(str(some))
+
+
+def test_a_linear_layer_is_suggested_before_the_embedding(model: Path) -> None:
+    found = find(f"{model}:")
+    assert "q_proj" in found.names[0] and {"embed_tokens", "lm_head"} == {n.split(".")[-2] for n in found.names[-2:]}
 
 
 def test_negative_scales_and_levels_that_nothing_uses() -> None:
@@ -149,3 +212,10 @@ def test_wide_tables_fold_into_blocks_of_columns() -> None:
     text = folded(heads, [(0, *(i + 0.123 for i in range(20)))], 80)
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"column {i}" in text for i in range(20)) and "19.12" in text
+
+
+def test_quantize_tensor_takes_lists_as_explain_does() -> None:
+    given, found = lowbit.quantize_tensor([-0.3, 0, 0.1, 0.7], "absmax"), explain("[-0.3, 0, 0.1, 0.7]", "absmax")
+    assert tuple(given.unpacked().tolist()) == found.blocks[0].codes
+    with pytest.raises(WeightError, match="lists of one length"):
+        lowbit.quantize_tensor([[1, 2], [3]], "absmax")

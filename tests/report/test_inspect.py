@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lowbit.display import as_text
 from lowbit.errors import SourceError
 from lowbit.interchange.opening import open_source
 from lowbit.report.inspect import inspect_quantized, inspect_source, moments
@@ -77,3 +79,28 @@ def test_a_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "lowbit"}}))
     with pytest.raises(SourceError, match="quantization_config.tensors is missing"):
         inspect_quantized(tmp_path)
+
+
+def test_the_numbers_of_a_row_are_those_of_one_tensor() -> None:
+    found = inspect_source(open_source(tiny_model("llama")))
+    lines = as_text(found, 1000).splitlines()
+    heads = next(line for line in lines if "max/std" in line).split()
+    assert heads[-7:-2] == ["min", "max", "std", "max/std", "kurtosis"]
+    rows = {line.split()[0]: line for line in lines if ".{0-1}." in line}
+    assert rows
+    for name, line in rows.items():
+        ends = name.partition("{0-1}")[2]
+        group = [t.moments for t in found.tensors if t.name.endswith(ends) and t.moments is not None]
+        most = max(group, key=lambda m: m.outlier)
+        numbers = (most.low, most.high, most.std, most.outlier, most.kurtosis)
+        assert " ".join(f"{value:.3g}" for value in numbers) in " ".join(line.split())
+    text = " ".join(lines)
+    assert "the numbers of the one with the largest max/std" in text and "0 for a normal distribution" in text
+
+
+def test_a_source_that_is_quantized_itself_is_said_to_be() -> None:
+    found = replace(
+        inspect_source(open_source(tiny_model("llama"))), storage="gguf, Q4_1 and Q8_0", source_bytes=94 << 20
+    )
+    assert "stored as gguf, Q4_1 and Q8_0, 94 MiB; types and sizes here are of its float values" in as_text(found, 200)
+    assert "stored as float," not in as_text(inspect_source(open_source(tiny_model("llama"))), 200)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.help import Command
 from lowbit.cli.options import Json
 
 USAGE = """Show each step of the arithmetic of a recipe.
@@ -27,8 +28,22 @@ The tensors of a model whose names end so, or one of each kind:
 `lowbit recipes` lists recipes and methods."""
 
 
+class Explain(Command):
+    """Numbers without brackets, which may begin with a minus, are no options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of click. WeightError for such numbers."""
+        for before, word in zip(["", *args], args, strict=False):
+            if before not in ("--rows", "--inputs") and word.lstrip("-+.")[:1].isdigit() and not word.startswith("--"):
+                from lowbit.report.explain_what import refuse_bare_numbers
+
+                refuse_bare_numbers(word)
+        return super().parse_args(ctx, args)
+
+
 def register(app: typer.Typer) -> None:
     app.command(
+        cls=Explain,
         rich_help_panel="Look",
         short_help="Show each step of the arithmetic on a few numbers.",
         epilog='Examples:\nlowbit explain "[-0.3, 0, 0.1, 0.7]" absmax\nlowbit explain gptq\n'

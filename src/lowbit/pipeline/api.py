@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -256,20 +257,31 @@ def plan(
     return make_plan(rewritten(open_headers(model), wanted), wanted, context=context, max_shard_bytes=max_shard_bytes)
 
 
-def quantize_tensor(x: Tensor, recipe: str | Format | Recipe) -> QTensor:
+def quantize_tensor(x: Tensor | Sequence[Any], recipe: str | Format | Recipe) -> QTensor:
     """Quantize one tensor of 0 to 3 dimensions by the linear-layer part of a recipe, without statistics of its input: a
-    solver that needs them gives way to round-to-nearest. `x` is rounded in float32, and must be finite (WeightError).
+    solver that needs them gives way to round-to-nearest. `x`, a tensor or lists of numbers, is rounded in float32, and must be
+    finite (WeightError).
 
     >>> q = lowbit.quantize_tensor(torch.tensor([-0.3, 0.0, 0.1, 0.7]), "absmax")
     >>> q.dequantize().shape, q.nbytes
     (torch.Size([4]), 8)
     """
     wanted = Recipe.of(recipe)
+    if not isinstance(x, Tensor):
+        x = _of_numbers(x)
     if x.dim() > 3:
         raise WeightError(f"a tensor of {x.dim()} dimensions has no rows and columns; reshape it to 3 or fewer")
     check_finite(x, "x")
     fmt = in_range(x, wanted.format)
     return wanted.solver_for(fmt).solve(x.to(torch.float32), fmt, wanted.fit_for(fmt), None).weight
+
+
+def _of_numbers(x: Sequence[Any]) -> Tensor:
+    """Lists of numbers as float32. WeightError for what is none."""
+    try:
+        return torch.as_tensor(x, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise WeightError("x is a tensor, or numbers in lists of one length, such as [-0.3, 0, 0.1, 0.7]") from None
 
 
 def _required(folder: Path | None) -> Path:

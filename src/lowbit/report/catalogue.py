@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,12 @@ KINDS = {
     "range": ("finds the fixed range of inputs that are rounded too", "RECIPE,a={name}@int8:tensor"),
     "format": ("how numbers are stored", "METHOD@{name}"),
 }
+_FUNCTION = re.compile(r"\s\(see `\w+`\)")
+_CALLERS = re.compile(
+    r"(?<!\S)(?:`\w+` (?:float\d*\s)?\[|`\w+` float|Returns\s|\w+Error\s(?:for|when)\s)(?:(?![.;](?:\s|$)).)*(?P<end>[.;])(?:\s+(?P<next>[a-z](?!\w*\|))?|$)",
+    re.DOTALL,
+)
+_ABOUT_FORMATS = ("grid", "level", "block", "group", "scale", "zero-point", "codebook", "dtype", "type")
 METHODS = ("fit", "solver", "transform", "weighting", "tuner")
 
 
@@ -79,6 +86,11 @@ def matching(entries: Sequence[Entry], what: str) -> tuple[list[Entry], list[str
 
 
 def _unknown(what: str, entries: Sequence[Entry]) -> str:
+    if what.strip().lower().removesuffix("s") in _ABOUT_FORMATS:
+        return (
+            f"{what!r} is no name; the levels, blocks and scales of stored numbers are what a format says, such as int4:g32 "
+            "(`lowbit recipes format` lists those with a name of their own)"
+        )
     try:
         Recipe.parse(what)
     except (LowbitError, ValueError):
@@ -140,7 +152,18 @@ def _method(name: str) -> Entry:
         ("options", pairs(method.options)), ("presets", ", ".join(users)),
         ("written as", KINDS[method.kind][1].format(name=name)),
     ]  # fmt: skip
-    return Entry(name, method.kind, method.summary, _given(facts), method.details)
+    return Entry(name, method.kind, method.summary, _given(facts), for_readers(method.details))
+
+
+def for_readers(details: str) -> str:
+    """Details of a docstring without what only callers of the function need: shapes of arguments, errors, names of functions."""
+    return _CALLERS.sub(_rest, _FUNCTION.sub("", details)).rstrip()
+
+
+def _rest(found: re.Match[str]) -> str:
+    """What stands behind a semicolon becomes a sentence."""
+    following = found["next"] or ""
+    return following.upper() if found["end"] == ";" and re.fullmatch(r"[a-z]", following) else following
 
 
 def _steps(text: str) -> set[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lowbit.errors import LowbitError
 from lowbit.recipes.presets import GROUPS, START
 from lowbit.report.catalogue import KINDS, METHODS, Entry, fallback
+from lowbit.report.explain_what import recipe_alone
 from lowbit.report.layout import Lines, named_lines, wrapped
 
 if TYPE_CHECKING:
@@ -87,11 +89,23 @@ def render_entries(entries: Sequence[Entry], others: Sequence[str], width: int) 
         if entry.details and len(entries) <= _FEW:
             elements.append(Lines([Text(), *_details(entry.details, width)]))
         elements.append(Text())
+    names = list(dict.fromkeys(entry.name for entry in entries))
+    if len(names) == 1 and explained(names[0]):
+        said = f"lowbit explain {names[0]}"
+        elements.append(Lines([Text.assemble((said, "cyan"), " shows it at work on numbers."), Text()]))
     if others:
         elements.append(Lines(_indented(f"Other names that contain this: {', '.join(others)}", width)))
     elif len(entries) > _FEW and any(e.details for e in entries):
         elements.append(Lines(_indented("`lowbit recipes NAME` also prints formulas and sources.", width)))
     return Group(*elements)
+
+
+def explained(name: str) -> bool:
+    """Whether `lowbit explain NAME` shows something."""
+    try:
+        return recipe_alone(name) is not None
+    except LowbitError:
+        return False
 
 
 def _details(text: str, width: int) -> list[Text]:

@@ -23,7 +23,7 @@ from lowbit.measure.card import json_ready
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.at_work.case import COLUMNS, CORNER, ROWS, SEED, Case, checked, made_up
 from lowbit.report.at_work.inputs import show_inputs
-from lowbit.report.at_work.trace import Trace, registered
+from lowbit.report.at_work.trace import Registered, Trace, registered
 from lowbit.report.bits import bits_text
 from lowbit.report.explain_blocks import BlockSteps, blocks_of
 from lowbit.report.explain_what import chosen, parse_array
@@ -65,6 +65,9 @@ class Explanation(Displayed):
     remarks: tuple[str, ...] = ()
     inputs: tuple[tuple[float, ...], ...] | None = None
     at_work: tuple[Trace, ...] = ()
+
+    def _brief(self) -> str:
+        return f"{self.label}, {self.recipe}, relative error {self.relative_error:.3g}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
@@ -108,7 +111,7 @@ def explain(
     if not bool(weight.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise WeightError(
-            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which no format can hold"
+            f"{found.label}: {bad} of {weight.numel()} values are NaN or infinite, which cannot be quantized"
         )
     given = None if inputs is None else _inputs(inputs)
     if given is not None:
@@ -122,7 +125,8 @@ def explain(
         )
     case = _case(weight, wanted, fmt, given, remarks)
     shown = _blocks(found.label, weight, wanted, fmt, found.rows, found.elements)
-    traces = () if case is None else tuple(_traces(case))
+    corner = case is not None and case.weight.numel() < weight.numel()
+    traces = () if case is None else tuple(_placed(trace, case.weight, corner) for trace in _traces(case))
     seen = case is not None and _looks_at_inputs(wanted, given)
     return dataclasses.replace(
         shown,
@@ -179,14 +183,45 @@ def _stages(recipe: Recipe, fmt: Format) -> list[Call]:
 def _traces(case: Case) -> list[Trace]:
     """Every method in order, each on what the one before made of weight and inputs."""
     traces = []
-    for call in _stages(case.recipe, case.wanted):
+    stages = _stages(case.recipe, case.wanted)
+    for call in stages:
         found = registered(call)
-        shown = None if found is None else found.show(case, call)
+        if found is None:
+            continue
+        if call.method.kind == "fit":
+            traces += _fit_trace(case, call, stages, found)
+            continue
+        shown = found.show(case, call)
         if shown is not None:
             traces.append(shown.trace)
             case = shown.after
     last = show_inputs(case)
     return [*traces, last] if last is not None else traces
+
+
+def _placed(trace: Trace, weight: Tensor, corner: bool) -> Trace:
+    """The trace with what it is of: the corner of a larger weight, and errors of all its rows."""
+    rows, columns = weight.shape
+    if corner:
+        first = f"the first {_count(rows, 'row')} and {_count(columns, 'column')}"
+        trace = dataclasses.replace(trace, parts=(f"Of {_count(rows * columns, 'weight')}, {first}.", *trace.parts))
+    if rows > 1 and trace.outcome is not None:
+        measure = f"{trace.outcome.measure}, all {rows} rows"
+        trace = dataclasses.replace(trace, outcome=dataclasses.replace(trace.outcome, measure=measure))
+    return trace
+
+
+def _fit_trace(case: Case, call: Call, stages: list[Call], found: Registered) -> list[Trace]:
+    """The fit at work on the weights that the recipe's solver finds scales for."""
+    said = ""
+    solver = next((c for c in stages if c.method.kind == "solver"), None)
+    by = None if solver is None else registered(solver)
+    if solver is not None and by is not None and by.fitted is not None:
+        case, said = by.fitted(case, solver)
+    shown = found.show(case, call)
+    if shown is None:
+        return []
+    return [dataclasses.replace(shown.trace, parts=(said, *shown.trace.parts)) if said else shown.trace]
 
 
 def _blocks(label: str, weight: Tensor, recipe: Recipe, fmt: Format, rows: int | None, elements: int) -> Explanation:

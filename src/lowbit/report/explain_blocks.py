@@ -18,6 +18,7 @@ from lowbit.formats.blocks import as_matrices
 from lowbit.report.formulas import Range, Step, steps
 from lowbit.report.remarks import remarks
 from lowbit.report.stored import kept_text
+from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 
 
@@ -86,7 +87,8 @@ def blocks_of(
             None if learned is None else tuple(learned.tolist()),
             tuple(x.tolist()), tuple(scaled.tolist()), tuple(levels.tolist()),
             tuple(codes.tolist()), tuple(values[:elements].tolist()),
-            remarks(x, scaled, codes, learned, q.format, fit, None if s is None else float(s)),
+            (*_moved(found, reach, q, s, z),
+             *remarks(x, scaled, codes, learned, q.format, fit, None if s is None else float(s))),
         )  # fmt: skip
 
 
@@ -117,6 +119,23 @@ def _with_stored(step: Step, q: QTensor, s: Tensor | None, z: Tensor | None, pla
     name = f"{fmt.grid}" if store == "grid" else str(store)
     parts = kept_text(q, "scale" if step.symbol == "s" else "offset", place)
     return dataclasses.replace(step, stored=None if kept is None else float(kept), store=name, parts=parts)
+
+
+def _moved(found: list[Step], reach: Range, q: QTensor, s: Tensor | None, z: Tensor | None) -> tuple[str, ...]:
+    """Why the end of the range does not get the end of the levels: a zero-point is kept as a whole number."""
+    step = next((step for step in found if step.symbol == "z"), None)
+    if step is None or step.value is None or not step.formula or s is None or z is None:
+        return ()
+    by = float(z) - step.value
+    if abs(by) < 0.25:
+        return ()
+    ends = [
+        f"the {name} value {num(x)} gets {num(float(level))}, not {num(end)}"
+        for name, x, end in (("lowest", reach.low, q.format.grid.lo), ("highest", reach.high, q.format.grid.hi))
+        if (level := q.format.grid.round(torch.tensor([x]) * (1 / s) + z)[0]) != end
+    ]
+    said = f"The zero-point is rounded from {num(step.value, 4)} to {num(float(z))}, which moves all levels by {num(by, 2)}"
+    return (f"{said}: {' and '.join(ends)}." if ends else f"{said}.",)
 
 
 def _number(values: Tensor | None, r: int, c: int) -> float | None:

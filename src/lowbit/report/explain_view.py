@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from lowbit.formats import Format
 
+_FLOATS = {"e2m1": (2, 1), "e4m3": (4, 3), "e5m2": (5, 2)}  # bits of exponent and of mantissa
 _NAMES = 8  # characters of the column of names, so that those of all blocks stand below one another
 _WIDTH = 80
+_DUST = 2.0**-22  # of a value: two steps of a float32 number, which codes and scales do not answer for
 
 
 def render_explanation(found: Explanation, width: int = _WIDTH) -> RenderableType:
@@ -40,7 +42,9 @@ def render_explanation(found: Explanation, width: int = _WIDTH) -> RenderableTyp
         elements += _block(found, block)
     shown = len(found.blocks)
     if shown < found.block_count:
-        elements.append(Text(f"{shown} of {found.block_count} blocks are shown\n", style="dim"))
+        elements.append(
+            Text(f"{shown} of {found.block_count} blocks {'is' if shown == 1 else 'are'} shown\n", style="dim")
+        )
     elements.append(named_lines(_errors(found), _NAMES))
     if found.at_work:
         elements.append(Text())
@@ -100,6 +104,29 @@ def _symbols(found: Explanation) -> str:
     return "; ".join([*words, "code the number that is stored for a level"])
 
 
+def code_text(fmt: Format) -> str:
+    """How the number that is stored follows from the level."""
+    grid = fmt.grid
+    if isinstance(grid, IntGrid):
+        low = num(abs(grid.lo))
+        return (
+            "code = level"
+            if not grid.lo
+            else f"code = level - lowest level = level {'+' if grid.lo < 0 else '-'} {low}"
+        )
+    if fmt.codebook is not None:
+        return "code = the number of the level among the learned ones, from 0"
+    if str(grid) in _FLOATS:
+        exponent, mantissa = _FLOATS[str(grid)]
+        return (
+            f"code = the {grid.bits} bits of the level as a number: sign, {exponent} bits of exponent, {mantissa} of mantissa "
+            f"(e{exponent}m{mantissa})"
+        )
+    if list(grid.levels.tolist()) == sorted(grid.levels.tolist()):
+        return "code = the place of the level in the list of the grid, from 0"
+    return f"code = the place of the level in this list, from 0: {'  '.join(num(v, 3) for v in grid.levels.tolist())}"
+
+
 def grid_text(fmt: Format) -> str:
     """'int8, the 256 integers from -128 to 127', or all levels when they are few."""
     grid = fmt.grid
@@ -143,7 +170,7 @@ def _block(found: Explanation, block: BlockSteps) -> list[RenderableType]:
             lines.append(("", Text(f"{step.note}; {kept}" if step.note else kept, style="dim")))
     if block.learned is not None:
         lines.append(("levels", "  ".join(dict.fromkeys(num(v, 4) for v in block.learned))))
-    lines += [("round", rounding(fmt)), ("read", reading(fmt))]
+    lines += [("round", rounding(fmt)), ("read", reading(fmt)), ("code", code_text(fmt))]
     elements += [named_lines(lines, _NAMES), _values(fmt, block)]
     if block.remarks:
         elements += [named_lines([("note", remark) for remark in block.remarks], _NAMES), Text()]
@@ -167,12 +194,18 @@ def _values(fmt: Format, block: BlockSteps) -> RenderableType:
     headings = ["x", *([] if fmt.scale is None else [scaled_heading(fmt)]), "level", "code", "x'", "error"]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+    dust = block.range.peak if fmt.offset is not None else 0.0  # which s * level + m is computed from
     for x, scaled, level, code, value, error in zip(
         block.values, block.scaled, block.levels, block.codes, block.dequantized, block.errors, strict=True
     ):
         before = [] if fmt.scale is None else [f"{round(scaled, 4) + 0.0:.4f}"]
-        table.add_row(num(x), *before, num(level, 5), str(code), num(value), f"{error:+.3g}" if error else "0")
+        table.add_row(num(x), *before, num(level, 5), str(code), num(value), _error_text(max(abs(x), dust), error))
     return table
+
+
+def _error_text(size: float, error: float) -> str:
+    """0 for what is only the rounding of float32 numbers of this size."""
+    return f"{error:+.3g}" if abs(error) > _DUST * size else "0"
 
 
 def _errors(found: Explanation) -> list[tuple[str, str | Text]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError, RecipeError, SourceError, WeightError, nearest
 from lowbit.formats import Format, parse_format
+from lowbit.interchange.inventory import Param, kept_words
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.at_work.trace import registered
@@ -23,6 +25,8 @@ from lowbit.solvers.ranges.estimator import estimators
 from lowbit.solvers.registry import methods
 
 ARRAY = "[-0.3, 0, 0.1, 0.7]"
+_NOT_FINITE = re.compile(r"(?<![a-z])(nan|inf|infinity)(?![a-z])", re.IGNORECASE)
+_BARE = re.compile(r"[-+]?\.?\d[-+.,\d\seE]*")  # '-0.3,0.1', '0.3'
 _TENSOR_ELEMENTS = 16  # of a block of a model's tensor; the block may be a million wide
 _FORMATS = ("int4:g32", "uint4:g32:zero=fp16", "kmeans2:channel")  # the first that a method fills shows it
 _LISTED = 12
@@ -77,6 +81,10 @@ def parse_array(text: str) -> Tensor:
         value = ast.literal_eval(text.strip())
         array = torch.tensor(value, dtype=torch.float32)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError, OverflowError):
+        if _NOT_FINITE.search(text):
+            raise WeightError(
+                f"{text[:80]!r} has NaN or infinite values, which cannot be quantized: give finite numbers"
+            ) from None
         raise WeightError(f"{text[:80]!r} is not an array of numbers of one shape: {example}") from None
     if array.dim() == 0 or array.dim() > 3 or array.numel() == 0:
         raise WeightError(f"{text[:80]!r} is not an array of one to three dimensions: {example}")
@@ -89,6 +97,7 @@ def chosen(
 ) -> What:  # fmt: skip
     """What the arguments of `explain` mean. SourceError where a name means several tensors or none."""
     if isinstance(what, str) and not is_array(what):
+        refuse_bare_numbers(what)
         alone = recipe_alone(what) if recipe is None else None
         if alone is None:
             return _of_model(what, _wanted(recipe), fmt, rows)
@@ -109,6 +118,15 @@ def chosen(
 def is_array(text: str) -> bool:
     """Whether a text is meant as numbers in brackets."""
     return text.lstrip().startswith(("[", "("))
+
+
+def refuse_bare_numbers(text: str) -> None:
+    """WeightError for numbers that have no brackets."""
+    if _BARE.fullmatch(text.strip()):
+        written = ", ".join(re.split(r"[,\s]+", text.strip(", ")))
+        raise WeightError(
+            f'{text[:80]!r} are numbers without brackets; put them in brackets and quotes, such as "[{written[:80]}]"'
+        )
 
 
 def _wanted(recipe: str | Path | Format | Recipe | None) -> Recipe:
@@ -191,7 +209,20 @@ def _of_model(text: str, recipe: Recipe, fmt: Format | None, rows: int | None) -
         raise SourceError(f"{name} of {source.label} is {weight.dtype}, not a float tensor")
     kept = fmt or recipe.format_for(name, param.kind) or recipe.format
     weight = weight.transpose(-1, -2) if param.transposed else weight
-    return What(weight, recipe, kept, name, 1 if rows is None else rows, _TENSOR_ELEMENTS)
+    remarks = () if fmt is not None else _of_tensor(recipe, name, param)
+    return What(weight, recipe, kept, name, 1 if rows is None else rows, _TENSOR_ELEMENTS, remarks)
+
+
+def _of_tensor(recipe: Recipe, name: str, param: Param) -> tuple[str, ...]:
+    """What a recipe does with this tensor, where it is not what its title says."""
+    own = recipe.format_for(name, param.kind)
+    if param.keep is not None or own is None:
+        why = "" if param.keep is None else f" ({kept_words(name, param.keep)})"
+        return (f"A recipe keeps this tensor in float{why}; it is shown because you asked.",)
+    if own != recipe.format:
+        others = "linear layers" if param.kind in ("embedding", "head") else "other layers"
+        return (f"The recipe stores this tensor in {own}, and {others} in {recipe.format}.",)
+    return ()
 
 
 def find(text: str) -> Any:
@@ -210,7 +241,11 @@ def find(text: str) -> Any:
         return source, name
     params = source.inventory.params
     if not tensor:
-        kinds = grouped([n for n in source.tensors if params[n].keep is None], lambda n: _last(n))
+        free = [n for n in source.tensors if params[n].keep is None]
+        free.sort(
+            key=lambda n: params[n].kind in ("embedding", "head")
+        )  # after the layers that a recipe's format is for
+        kinds = grouped(free, lambda n: _last(n))
         return Names(model, "", tuple(same[0] for same in kinds) or tuple(source.tensors)[:_LISTED])
     ends = tuple(f".{end}" for end in (tensor, f"{tensor}.weight"))
     names = tuple(n for n in source.tensors if n.endswith(ends))

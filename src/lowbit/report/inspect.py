@@ -72,13 +72,19 @@ class TensorFacts:
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Displayed):
-    """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known."""
+    """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known.
+
+    storage, source_bytes: how a float model's source stores its weights, "float" or what a quantized one says of itself, and in how
+    many bytes.
+    """
 
     label: str
     model_class: str
     tensors: tuple[TensorFacts, ...]
     tied: dict[str, str]
     quantized: str | None = None
+    storage: str = "float"
+    source_bytes: int | None = None
 
     def _brief(self) -> str:
         return f"{self.label}, {self.model_class}, {len(self.tensors)} tensors, {self.nbytes:,} bytes"
@@ -137,7 +143,10 @@ def inspect_source(source: Source, progress: Progress | None = None) -> Inspecti
         done += spec.nbytes
         if progress is not None:
             progress(name, done, total)
-    return Inspection(source.label, source.inventory.model_class, tuple(facts), dict(source.inventory.tied))
+    return Inspection(
+        source.label, source.inventory.model_class, tuple(facts), dict(source.inventory.tied), storage=source.storage,
+        source_bytes=source.disk_bytes(),
+    )  # fmt: skip
 
 
 def inspect_quantized(folder: Path) -> Inspection:
@@ -205,6 +214,11 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     head = [line] if line.cell_len <= width else [Text(found.label, "bold"), *wrapped(f"  {sizes}", width)]
     if found.quantized is not None:
         head += wrapped(Text.assemble(("recipe  ", "cyan"), found.quantized or "not noted"), width)
+    if found.storage != "float" and found.source_bytes is not None:
+        said = (
+            f"stored as {found.storage}, {bytes_text(found.source_bytes)}; types and sizes here are of its float values"
+        )
+        head += wrapped(said, width)
     for alias, name in found.tied.items():
         head += wrapped(Text(f"{alias} is tied to {name}", "dim"), width)
     groups = [[t] for t in found.tensors] if every else grouped(found.tensors, _alike)
@@ -214,8 +228,26 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     table = table_or_list(headings, rows, width, expendable=less, left=headings[:4])
     elements: list[RenderableType] = [Lines(head), table]
     if found.quantized is None:
-        elements.append(Lines(_standing_out(found.tensors, width)))
+        several = any(len(group) > 1 for group in groups)
+        elements.append(Lines([*_columns(several, width), *_standing_out(found.tensors, width)]))
     return Group(*elements)
+
+
+def _columns(several: bool, width: int) -> list[Text]:
+    """What the columns of numbers are, as lines."""
+    from rich.text import Text
+
+    said = [
+        "max/std: the largest magnitude in standard deviations; a million values of a normal distribution reach about 5. kurtosis: "
+        "how much of the spread comes from rare large values (excess kurtosis); 0 for a normal distribution."
+    ]
+    if several:
+        said.insert(
+            0,
+            "A row of several tensors has their bytes together, and the numbers of the one with the largest max/std; --all lists "
+            "each by itself.",
+        )
+    return [line for text in said for line in wrapped(Text(text, "dim"), width)]
 
 
 _FLOAT = ("min", "max", "std", "max/std", "kurtosis")
@@ -230,21 +262,15 @@ def _alike(t: TensorFacts) -> Any:
 
 
 def _row(group: Sequence[TensorFacts], is_float: bool) -> list[str]:
-    """The cells of one group: widest range, mean deviation, farthest outlier, highest kurtosis."""
+    """The cells of one group: the numbers of the tensor with the farthest outlier, and the bytes of all."""
     first = group[0]
     kind = f"stays: {kept_words(first.name, first.keep)}" if first.keep else first.kind
     cells = [span_text([t.name for t in group]), shape_text(first.shape), kind, first.format or first.dtype]
     cells[-1] += f", inputs {first.inputs}" if first.inputs else ""
     known = [t.moments for t in group if t.moments is not None]
     if is_float and known:
-        numbers = (
-            min(m.low for m in known),
-            max(m.high for m in known),
-            sum(m.std for m in known) / len(known),
-            max(m.outlier for m in known),
-            max(m.kurtosis for m in known),
-        )
-        cells += [num(value, 3) for value in numbers]
+        most = max(known, key=lambda m: m.outlier)
+        cells += [num(value, 3) for value in (most.low, most.high, most.std, most.outlier, most.kurtosis)]
     elif is_float:
         cells += [""] * len(_FLOAT)
     else:

@@ -20,7 +20,10 @@ def kept_text(q: QTensor, part: str, place: tuple[int, int]) -> str:
     value = float(stores.from_store(stored.reshape(-1)[at], str(how)))
     if how == "e8m0":
         return f"one byte holds the exponent: byte {byte} = 2^({byte} - 127) = {num(value, 7)}" + _power(q)
-    return f"one byte holds an fp8 number (e4m3): byte {byte} = {num(value, 7)}" + _power(q)
+    return (
+        f"one byte holds an fp8 number (e4m3: a sign, 4 bits of exponent, 3 of mantissa): byte {byte} = {num(value, 7)}"
+        + _power(q)
+    )
 
 
 def _nested(inner: QTensor, how: Format, at: int, part: str) -> str:
@@ -45,9 +48,10 @@ def _nested(inner: QTensor, how: Format, at: int, part: str) -> str:
         )
     named = f"code {code}" + (f", level {num(level)}" if float(code) != level else "")
     deeper = "" if isinstance(how.scale, str) else f" ({how.scale})"
+    spelled = " (fp8: a sign, 4 bits of exponent, 3 of mantissa), " if str(how.grid) == "e4m3" else ", "
     store = how.scale if isinstance(how.scale, str) else "few bits again"
     return (
-        f"the {part if part == 'scale' else 'minimum'} is a code of its own, {named} in {how.grid}, times a second scale for {shared} "
+        f"the {part if part == 'scale' else 'minimum'} is a code of its own, {named} in {how.grid}{spelled}times a second scale for {shared} "
         f"({store}{deeper}): {read} = {num(value, 7)}"
     )
 

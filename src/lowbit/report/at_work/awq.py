@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.feedback import EXAMPLE
-from lowbit.report.at_work.trace import Listing, Outcome, Shown, Trace, shows
+from lowbit.report.at_work.feedback import EXAMPLE, scales_of
+from lowbit.report.at_work.trace import Listing, Outcome, Shown, Trace, shown_of, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 from lowbit.transforms.scale import Scaling
@@ -24,7 +24,7 @@ def chosen(case: Case, call: Call) -> Scaling:
 
 
 def scale_of(mean_abs: Tensor, alpha: float) -> Tensor:
-    """mean|x|^alpha, divided by the root of the product of its largest and smallest value."""
+    """mean|x|^alpha (of 1e-4 at least; 1 where it is 0), divided by the root of the product of its largest and smallest value."""
     alive = mean_abs > 0
     power = mean_abs[alive].clamp(min=1e-4) ** alpha
     scale = mean_abs.new_ones(mean_abs.shape)
@@ -55,13 +55,18 @@ def awq(case: Case, call: Call) -> Shown:
         )
         for k in range(len(mean))
     )  # fmt: skip
-    errors = [("round-to-nearest", found.plain), (f"{call.name}, then round-to-nearest", found.error)]
-    parts = (
+    errors = [
+        *case.nearest_errors(found.plain, "round-to-nearest, alpha = 0"),
+        (f"{call.name}, then round-to-nearest", found.error),
+    ]
+    parts: tuple[str | Listing, ...] = (
         "Columns whose inputs are large matter most, so they are multiplied by s_k before rounding, and the input is divided "
         "by s_k: x W^T = (x / s) (W s)^T. A larger weight in the same group is rounded relatively less. "
-        f"s_k = mean|x_k|^alpha, and {points} values of alpha are tried on the inputs:",
+        "s_k = mean|x_k|^alpha / sqrt(a b), where a and b are the largest and the smallest mean|x_k|^alpha of all columns, so that "
+        f"the largest and the smallest s are as far from 1. {points} values of alpha are tried on the inputs{shown_of(len(shown), points)}:",
         Listing("alphas", ("alpha", "output error", "largest s / smallest s"), tuple(tried), shown, best),
         f"alpha = {num(found.alpha)} has the least error. alpha = 0 scales nothing and is round-to-nearest.",
+        *scales_of(case.recipe.fit_for(case.format), errors[:-1]),
         "What is stored is W s, rounded; the last column is what it stands for, divided by s again"
         + (f" (row 0 of {len(case.weight)})." if len(case.weight) > 1 else "."),
         Listing("columns", ("column", "mean|x|", "s", "w", "w s", "code", "value / s"), columns),

@@ -27,14 +27,19 @@ def first_block(case: Case) -> tuple[Tensor, Tensor | None]:
 
 
 def kept_errors(
-    case: Case, plain: str, call: Call, measure: str = OF_WEIGHTS, cost: Callable[[Tensor], Tensor] | None = None
+    case: Case,
+    plain: str,
+    call: Call,
+    measure: str = OF_WEIGHTS,
+    cost: Callable[[Tensor], Tensor] | None = None,
+    note: str = "",
 ) -> Outcome:
     """The error of the weights with the range-based fit `plain` and with this one, as the fit counts it: `cost` of the
-    differences [N, K], squares times what is known of the inputs unless given; summed over all."""
+    differences [N, K], squares times what is known of the inputs unless given; summed over all. `note`: what else is to be said of the plain one."""
     if cost is None:
         cost = partial(_squares, case)
     fmt, errors = case.format, []
-    for name, fit in ((f"{plain}, the whole range", Call(plain)), (str(call), call)):
+    for name, fit in ((f"{plain}: the whole range{note}", Call(plain)), (str(call), call)):
         case_of = replace(case, recipe=replace(case.recipe, fit=fit, solver=None))
         q = case_of.recipe.solver_for(fmt)(case.weight, fmt, fit, case.known)
         errors.append((name, float(cost((q.dequantize() - case.weight).double()).sum())))

@@ -16,6 +16,8 @@ from lowbit.solvers.ranging import in_range
 from lowbit.solvers.stats import Stats, StatsBuilder
 
 ROWS, COLUMNS, TOKENS, SEED = 4, 32, 8, 0
+NEAREST = "round-to-nearest, without inputs"
+WITH_INPUTS = "round-to-nearest with these scales"
 CORNER = 8  # columns of a weight that has more than COLUMNS
 
 
@@ -66,6 +68,14 @@ class Case:
         """Any weight [N, K] by the recipe's data-free solver, as a transform tries it."""
         fmt = in_range(weight, self.wanted)
         return self.recipe.solver_for(fmt)(weight, fmt, self.recipe.fit_for(fmt), stats)  # type: ignore[no-any-return]
+
+    def nearest_errors(self, known: float, name: str = WITH_INPUTS) -> list[tuple[str, float]]:
+        """Output errors of round-to-nearest by name: with the scales that are found without inputs, and `known`, that with the
+        scales that are found with them, under `name` and where it is another."""
+        free = self.output_error(self.rounded(self.weight, None).dequantize())
+        if abs(known - free) <= 1e-5 * free:
+            return [(NEAREST, free)]
+        return [(NEAREST, free), (name, known)]
 
     def solved(self) -> QTensor:
         """The weight by the recipe's own solver."""

@@ -7,7 +7,7 @@ import torch
 from lowbit.formats import stores
 from lowbit.report.at_work.blocks import EXAMPLE, first_block, kept_errors
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.trace import Listing, Shown, Trace, shows
+from lowbit.report.at_work.trace import Listing, Shown, Trace, shown_of, shows
 from lowbit.report.wording import number_text as num
 from lowbit.solvers import Call
 from lowbit.solvers.fits.minmax import affine
@@ -41,7 +41,7 @@ def mse(case: Case, call: Call) -> Shown:
     weighed = "" if v is None else ", each times the mean square of its input"
     parts = (
         "The scale may be smaller than the largest value needs. That value is then clipped to the highest level, "
-        f"and all others are rounded more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins; some are shown:",
+        f"and all others are rounded more finely. {len(rows)} shares of the range are tried, and the least sum of squared errors{weighed} wins{shown_of(len(shown), len(rows))}:",
         Listing("clip_ratios", ("share of the range", "s", "values beyond", "error"), tuple(rows), shown, best),
         "Nothing is gained by clipping this block." if best == 0 else f"{num(100 * rows[best][0], 4)} % of the range has the least error.",
     )  # fmt: skip

@@ -81,7 +81,20 @@ def steps(case: Case, call: Call) -> Steps:
     return Steps(factor, start, target, now[:, back], value[:, back], moves[:, back][:, :, back])
 
 
-@shows("gptq", "gptaq", "qronos", example=EXAMPLE)
+def fitted(case: Case, call: Call) -> tuple[Case, str]:
+    """The case whose scales the solver uses, and what its weights are where they are not those of the array."""
+    if call.name != "qronos":
+        return case, ""
+    options = {**call.method.options, **dict(call.options)}
+    weight = corrected(case.weight, case.stats, options["blend"], options["ridge"])
+    still = zero_runs(case.weight, case.format)
+    said = (
+        "The weights here are those that qronos corrects first, `w corrected` of its table below; it uses these scales."
+    )
+    return replace(case, weight=weight if still is None else weight.masked_fill(still, 0)), said
+
+
+@shows("gptq", "gptaq", "qronos", example=EXAMPLE, fitted=fitted)
 def feedback(case: Case, call: Call) -> Shown:
     """The columns in order, the polish after them, and the errors beside those of round-to-nearest."""
     found = steps(case, call)
@@ -97,7 +110,8 @@ def feedback(case: Case, call: Call) -> Shown:
         rows.append(
             (k, float(found.target[row, k]), now, float(levels[row, k]), int(codes[row, k]), value, now - value)
         )
-    many = f" (row 0 of {len(case.weight)}; rows do not affect one another)" if len(case.weight) > 1 else ""
+    several = len(case.weight) > 1
+    many = f" (row 0 of {len(case.weight)}; rows do not affect one another)" if several else ""
     parts += [
         f"Each line rounds one column{many}. `now` is the weight as the earlier columns have moved it; e is what rounding "
         "it takes away, now - value.",
@@ -115,8 +129,8 @@ def feedback(case: Case, call: Call) -> Shown:
     ]
     final, errors, told = _results(case, call, found, options)
     made, plain = final.weight.dequantize(), _real(case, with_values(found.start, found.target)).dequantize()
-    parts += [*told, "What is stored, beside each value rounded on its own with the same scales:", _beside(
-        case, plain, final.weight, row)]  # fmt: skip
+    parts += [*told, "What is stored, beside each value rounded on its own with the same scales"
+        f"{f' (row 0 of {len(case.weight)})' if several else ''}:", _beside(case, plain, final.weight, row)]  # fmt: skip
     outcome = Outcome.of(final.weight.unpacked(), made, errors)
     return Shown(Trace(str(call), tuple(parts), outcome), case)
 
@@ -132,7 +146,8 @@ def _preparation(case: Case, call: Call, found: Steps, options: dict[str, float]
         )
     parts.append(
         f"H = X^T X / {len(case.inputs)} says what errors cost: with e = w - q the mean squared error of the output is e H e^T. "
-        f"{num(100 * found.factor.damp)} % of its mean diagonal is added to the diagonal, so that it can be inverted:"
+        f"{num(100 * found.factor.damp)} % of its mean diagonal is added to the diagonal, so that it can be inverted, and the method "
+        "works with the H that this gives:"
     )
     parts.append(matrix("hessian", found.factor.hessian, "H"))
     if call.name == "qronos":
@@ -151,7 +166,7 @@ def _preparation(case: Case, call: Call, found: Steps, options: dict[str, float]
     parts.append(
         f"The scales are found before any rounding by the fit {case.recipe.fit_for(case.format)}"
         + (" for the corrected weights" if call.name == "qronos" else "")
-        + f", for which an error in column k counts H_kk times: s = {shown}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
+        + f", for which an error in column k counts H_kk times: s = {shown}{_store(case)}. Columns are then rounded one by one, {_ORDERS[int(options['order'])]}."
     )
     rule = "w_j changes by -e U_ij / U_ii"
     if call.name == "gptaq":
@@ -169,17 +184,17 @@ def _results(
     """The solver's own result, errors by name, and what is said of the polish."""
     fmt, fit = case.format, case.recipe.fit_for(case.format)
     final = call.solve(case.weight, fmt, fit, case.stats)
-    errors = [
-        ("round-to-nearest", case.output_error(_real(case, with_values(found.start, found.target)).dequantize())),
+    of_start = case.output_error(_real(case, with_values(found.start, found.target)).dequantize())
+    errors = case.nearest_errors(of_start)
+    if call.name == "qronos":
+        errors = [errors[0], ("w corrected, then round-to-nearest", of_start)]
+    told: list[str | Listing] = [] if call.name == "qronos" else [*scales_of(fit, errors)]
+    errors.append(
         (
             f"{call.name}, column by column",
             case.output_error(_real(case, with_values(found.start, found.value)).dequantize()),
-        ),
-    ]
-    if call.name == "qronos":
-        plain = case.nearest().dequantize()
-        errors[0] = ("round-to-nearest of w as given", case.output_error(plain))
-    told: list[str | Listing] = []
+        )
+    )
     bare = replace(
         call, options=tuple(sorted({**dict(call.options), **dict.fromkeys(options.keys() & {"polish"}, 0)}.items()))
     )
@@ -187,7 +202,7 @@ def _results(
     assert before is not None
     if call.name != "gptaq" and before.end >= before.start:
         told.append(
-            "Here each value rounded on its own has no larger e H e^T than the columns above, and is kept instead of them."
+            f"Here each value rounded on its own has no larger e H e^T{_rows(case)} than the method's columns, and is kept instead of them."
         )
     if options.get("polish") and final.trace is not None:
         changed = final.trace.end < before.end
@@ -195,7 +210,8 @@ def _results(
             f"Polish, {int(options['polish'])} rounds at most: all scales are set anew by least squares for the codes that were "
             "found, then every weight is tried once more while the others stay. A round is kept only where e H e^T falls; "
             + (
-                f"here it falls from {num(before.end, 4)} to {num(final.trace.end, 4)}."
+                f"here it falls from {num(before.end, 4)} to {num(final.trace.end, 4)}{_summed(case, call)}. These two count what was "
+                "added to the diagonal of H, and the errors at the end do not."
                 if changed
                 else "here none helps."
             )
@@ -203,6 +219,33 @@ def _results(
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))
     return final, errors, told
+
+
+def _rows(case: Case) -> str:
+    return f", over all {len(case.weight)} rows," if len(case.weight) > 1 else ""
+
+
+def _store(case: Case) -> str:
+    return f" (kept in {case.format.scale})" if isinstance(case.format.scale, str) else ""
+
+
+def _summed(case: Case, call: Call) -> str:
+    """Of what e H e^T is: all rows, and the corrected weights where there are some."""
+    of = (["summed over the rows"] if len(case.weight) > 1 else []) + (
+        ["with e from w corrected"] if call.name == "qronos" else []
+    )
+    return f" ({', '.join(of)})" if of else ""
+
+
+def scales_of(fit: Call, errors: list[tuple[str, float]]) -> tuple[str, ...]:
+    """Why scales that were found with inputs may be worse than those found without, where the first two errors say so."""
+    if len(errors) < 2 or errors[1][1] <= errors[0][1]:
+        return ()
+    return (
+        f"With inputs, {fit.name} counts each column's error by itself, by the mean square of its input (the diagonal of H). How "
+        "errors of different columns add up in the output it does not see, so that its scales can be worse than those found "
+        f"without inputs where values are rounded one by one: here {num(errors[1][1], 4)} against {num(errors[0][1], 4)}.",
+    )
 
 
 def _real(case: Case, q: QTensor) -> QTensor:

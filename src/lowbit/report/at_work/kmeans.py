@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.report.at_work.case import Case
-from lowbit.report.at_work.trace import OF_WEIGHTS, Listing, Outcome, Shown, Trace, shows
+from lowbit.report.at_work.trace import OF_WEIGHTS, Listing, Outcome, Shown, Trace, shown_of, shows
 from lowbit.solvers import Call
 
 EXAMPLE = (
@@ -48,6 +48,10 @@ def rounds(x: Tensor, v: Tensor, levels: Tensor, most: int) -> list[tuple[Tensor
     return found
 
 
+def _counted(count: int) -> str:
+    return "1 iteration" if count == 1 else f"{count} iterations"
+
+
 @shows("kmeans", example=EXAMPLE)
 def kmeans(case: Case, call: Call) -> Shown | None:
     """Levels by iteration for the first set of them, then what the solver found."""
@@ -78,14 +82,15 @@ def kmeans(case: Case, call: Call) -> Shown | None:
         + (", each counted by the mean square of its input" if case.known is not None else "")
         + ". They start close together where weights are many. Then, again and again: each weight goes to its nearest level, "
         "and each level moves to the mean of its weights. Last, levels that are hardly used move to where errors are "
-        f"largest, as long as that helps; here after {len(found) - 1} iterations, some of which are shown; `kept` is what is "
+        f"largest, as long as that helps; here after {_counted(len(found) - 1)}{shown_of(len(some), len(table))}. `kept` is what is "
         f"stored (in {fmt.levels_store}):",
         Listing("levels", ("iteration", "error", *heads), tuple(table), some),
     ]
     distinct = len(x.unique())
     if distinct <= len(final):
         parts.append(
-            f"The row has {distinct} different values, so that each has a level of its own and comes back as it is."
+            f"The row has {distinct} different values, so that each has a level of its own and comes back as {fmt.levels_store} "
+            "holds it."
         )
     spare = len(final) - len(nearest.unique())
     if spare:

@@ -13,6 +13,7 @@ from lowbit.solvers import Call
 from lowbit.transforms.hadamard import rotation_for
 
 EXAMPLE = "[-0.17, 0.1, -0.13, 0.35, 0.03, -0.23, -0.98, 0.11]"
+_INPUTS = 4  # whose spread is shown
 _NAMES = {
     "hadamard": "a Hadamard matrix with random signs: every entry has the same size, so that each value is spread over all",
     "random": "a random orthogonal matrix, as no Hadamard matrix of this size is known",
@@ -36,7 +37,7 @@ def rotate(case: Case, call: Call) -> Shown:
         inputs_float=q.apply(case.inputs_float),
     )
     pairs = [(f"w {i}", case.weight[i], after.weight[i]) for i in range(len(case.weight))]
-    pairs += [(f"x {i}", case.inputs[i], after.inputs[i]) for i in range(min(4, len(case.inputs)))]
+    pairs += [(f"x {i}", case.inputs[i], after.inputs[i]) for i in range(min(_INPUTS, len(case.inputs)))]
     rows: list[tuple[Cell, ...]] = [
         (name, *(v for pair in zip(spread(before), spread(turned)) for v in pair)) for name, before, turned in pairs
     ]
@@ -47,7 +48,8 @@ def rotate(case: Case, call: Call) -> Shown:
     if q.size <= 8:
         parts.append(matrix("rotation", q.matrix(), "Q"))
     parts += [
-        "The largest magnitude of each row over its root mean square, before and after; 1 would be all values alike:",
+        "The largest magnitude of each row over its root mean square, before and after; 1 would be all values alike"
+        f"{'' if len(case.inputs) <= _INPUTS else f' ({_INPUTS} of the {len(case.inputs)} inputs are shown)'}:",
         Listing("spread", ("row", "max", "max, turned", "rms", "rms, turned", "max/rms", "turned"), tuple(rows)),
         "The first row, and what it becomes:",
         Listing(

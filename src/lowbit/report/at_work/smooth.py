@@ -31,12 +31,12 @@ def smooth(case: Case, call: Call) -> Shown:
         outputs.append(c.output_error(w, x))
         rows.append((name, 100 * off(x, c.inputs), 100 * off(w, c.weight), outputs[-1]))
     options = {**call.method.options, **dict(call.options)}
-    searched = f"{options['points'] + 1} values of a are tried, and the best is a = {num(found.alpha)}"
-    how = searched if options["points"] else f"a = {num(found.alpha)}"
+    searched = f"{options['points'] + 1} values of alpha are tried, and the best is alpha = {num(found.alpha)}"
+    how = searched if options["points"] else f"alpha = {num(found.alpha)}"
     parts = (
         "Inputs in few bits suffer from channels that are much larger than the others. Each input channel is divided by s_k "
         "and the weight's column multiplied by it, which leaves x W^T as it is: "
-        f"s_k = max|x_k|^a / max|w_k|^(1 - a), with {how}.",
+        f"s_k = max|x_k|^alpha / max|w_k|^(1 - alpha), with {how}.",
         Listing("columns", ("column", "max|x|", "max|w|", "s", "max|x/s|", "max|w s|"), columns),
         f"Inputs in {kept} and weights in {case.format}: the relative error of each, and the error of the layer's output:",
         Listing("errors", ("", "inputs off by %", "weights off by %", "output error"), tuple(rows)),

@@ -95,26 +95,33 @@ class Shown:
 
 
 Show = Callable[[Case, Call], Shown | None]
+Fitted = Callable[[Case, Call], tuple[Case, str]]
 
 
 @dataclass(frozen=True)
 class Registered:
+    """`fitted`: of a solver, the case that its fit sees, and a sentence where this is another than the array's."""
+
     show: Show
     example: str | None
+    fitted: Fitted | None = None
 
 
 _BY_NAME: dict[str, Registered] = {}
 _BY_KIND: dict[str, Registered] = {}
 
 
-def shows(*names: str, kind: str | None = None, example: str | None = None) -> Callable[[Show], Show]:
-    """Register what shows these methods, or all of a kind. `example`: an array on which there is something to see."""
+def shows(
+    *names: str, kind: str | None = None, example: str | None = None, fitted: Fitted | None = None
+) -> Callable[[Show], Show]:
+    """Register what shows these methods, or all of a kind. `example`: an array on which there is something to see; `fitted`: of
+    solvers that find scales for other weights than they are given."""
 
     def register(function: Show) -> Show:
         for name in names:
-            _BY_NAME[name] = Registered(function, example)
+            _BY_NAME[name] = Registered(function, example, fitted)
         if kind is not None:
-            _BY_KIND[kind] = Registered(function, example)
+            _BY_KIND[kind] = Registered(function, example, fitted)
         return function
 
     return register
@@ -124,6 +131,11 @@ def registered(call: Call) -> Registered | None:
     """What shows a method, or None where its formula says everything."""
     modules_of("lowbit.report.at_work")
     return _BY_NAME.get(call.name) or _BY_KIND.get(call.method.kind)
+
+
+def shown_of(shown: int, count: int) -> str:
+    """'; 10 of the 20 lines are shown', empty where all are."""
+    return "" if shown == count else f"; {shown} of the {count} lines are shown"
 
 
 def matrix(name: str, values: Tensor, rows: str = "row", columns: str = "") -> Listing:
