@@ -101,6 +101,7 @@ _WATCHED = {
     "inspect": ("reading", "bytes"),
     "quantize": ("quantizing", "bytes"),
     "quantize_as": ("quantizing", "bytes"),
+    "recommend": ("recommending", "windows"),
 }
 __all__ = sorted(_HOMES)
 

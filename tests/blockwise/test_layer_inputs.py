@@ -97,7 +97,7 @@ def test_the_last_glob_wins_and_the_python_form_is_the_same() -> None:
         ("a:*.down_proj=minmax@float", "no range"),
         ("a=int8:token,fallback=int8:g64:over=9", "for static inputs"),
         ("fallback=never", "for static inputs"),
-        ("a=minmax@int8:tensor,fallback=int8:tensor:static", "static itself"),
+        ("a=minmax@int8:tensor,fallback=int8:tensor:static", "has a stored scale itself"),
         ("a=minmax@int8:tensor,fallback=int8:g64:over=much", "no number"),
         ("a=minmax@int8:tensor,fallback=int8:g64:over=0.5", "no ratio"),
         ("a=minmax@int8:tensor,fallback:*.x=int8:g64", "names no layers"),
@@ -275,5 +275,5 @@ def test_it_is_said_how_many_layers_stay_static() -> None:
     ranges = {"over": 32.0, "static": 180, "exploded": {"a.weight": 40.0, "b.weight": 1331.0}}
     text = inputs_text({"int8:tensor:static": 180, "int8:g64": 2}, ranges)
     assert "180 layers int8:tensor:static, 2 layers int8:g64" in text and "2 of 182" in text
-    assert "most: 1331, b)" in text and Fallback(FALLBACK.inputs) == FALLBACK
+    assert "the most, 1331 times, in b)" in text and Fallback(FALLBACK.inputs) == FALLBACK
     assert inputs_text({"int8:token": 1}, None) == "1 layer int8:token"

@@ -50,8 +50,8 @@ def folder_exporter(name: str) -> FolderExporter:
         ("vllm", "int8:*x128", None, "blocks of", "int8:channel"),
         ("vllm", "e5m2:channel", None, "e5m2", "e4m3:channel"),
         ("vllm", "e4m3:g64", None, "blocks of g64", "e4m3:channel"),
-        ("vllm", "int8:channel", "int8:g64", "a scale is for a token", "a=int8:token"),
-        ("vllm", "int8:channel", "int8:tensor", "a scale is for a token", "a=int8:token"),
+        ("vllm", "int8:channel", "int8:g64", "a scale there is for one token", "a=int8:token"),
+        ("vllm", "int8:channel", "int8:tensor", "a scale there is for one token", "a=int8:token"),
         ("vllm", "int8:channel", "int8:token:divisor", "divides its inputs", "a=int8:token"),
         ("vllm", "int8:channel", "int8:token:outliers=6", "outliers", "a=int8:token"),
         ("vllm", "int8:channel", "e4m3:token", "inputs in e4m3", "a=int8:token"),
@@ -60,7 +60,7 @@ def folder_exporter(name: str) -> FolderExporter:
         ("vllm", "uint4:g64:asym", "int8:token", "zero-points", "int4:g64"),
         ("vllm", "mxfp4", "int8:token", "stay float", "the same recipe without a="),
         ("gptq", "int5:g32", None, "5 bits", "int8:g32"),
-        ("gptq", "int4:g32", "int8:token", "GPTQ's are float", "the same recipe without a="),
+        ("gptq", "int4:g32", "int8:token", "GPTQ keeps inputs float", "the same recipe without a="),
         ("gptq", "e4m3:channel", None, "no consecutive integers", "int8:channel"),
         ("awq", "int8:channel", None, "8 bits", "uint4:channel:asym"),
         ("awq", "int4:g16", None, "groups of 16", "uint4:g32:asym"),
@@ -120,7 +120,7 @@ def test_gptq_says_once_whether_there_are_zero_points() -> None:
     (problem,) = folder_exporter("gptq").check(
         model(layer("mlp.down_proj", "uint4:g32:asym"), layer("mlp.up_proj", "int4:g32"))
     )
-    assert "no zero-points where others do" in problem.reason
+    assert "no zero-points where other layers do" in problem.reason
 
 
 @pytest.mark.parametrize("name", NAMES)

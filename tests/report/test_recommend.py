@@ -24,7 +24,7 @@ from lowbit.interchange.hub import hub
 from lowbit.measure.expected_loss import MEASURED, MIXES, expected_of_format
 from lowbit.planning.kv_cache import KVCache
 from lowbit.report.choices import AS_IT_IS, active_experts
-from lowbit.report.recommend import ACCEPTABLE, Recommendation, about
+from lowbit.report.recommendation import ACCEPTABLE, Recommendation, about
 from tiers import mostly_nightly
 
 Float = Callable[[str], Path]

@@ -15,8 +15,8 @@ import lowbit
 from lowbit.formats import parse_format
 from lowbit.measure.expected_loss import MIXES, PARAMETERS, expected_loss, quantizing_seconds
 from lowbit.measure.verdict import THRESHOLDS, near_limit
-from lowbit.report.recommend import Recommendation
-from lowbit.report.recommend_table import expectation, word_of
+from lowbit.report.choice_words import expectation, word_of
+from lowbit.report.recommendation import Recommendation
 
 Float = Callable[[str], Path]
 PLENTY = 10**12

@@ -83,6 +83,7 @@ def recommend(
     from lowbit.budget.sizes import typed_size
     from lowbit.errors import RecipeError
     from lowbit.report import recommend as report
+    from lowbit.report.recommendation import Recommendation
 
     if windows is not None and not measure:
         raise RecipeError("--windows would be ignored, as nothing is measured; add --measure, or leave it out")
@@ -90,7 +91,7 @@ def recommend(
         typed_size("--memory", memory)
     console.quiet()
 
-    def asked(**watching: Any) -> report.Recommendation:
+    def asked(**watching: Any) -> Recommendation:
         return report.recommend(
             model, memory, context, target, speed=speed, measure=measure, calibration=calibration, samples=samples, text=text,
             windows=windows or report.WINDOWS, **watching,

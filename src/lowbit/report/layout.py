@@ -123,10 +123,10 @@ def table_or_list(
 def columns_shown(
     headings: Sequence[str], rows: Sequence[Sequence[Cell]], width: int, expendable: Sequence[str] = ()
 ) -> list[int]:
-    """Indices of the columns that `table_or_list` shows of the same rows."""
+    """Indices of the columns of the table that `table_or_list` makes of the same rows; none where it makes a list, which has all."""
     texts = [[as_text(cell) for cell in row] for row in rows]
     listed = _fitting_table(headings, texts, width, expendable) is None
-    return list(range(len(headings))) if listed else _kept(headings, texts, width, expendable)
+    return [] if listed else _kept(headings, texts, width, expendable)
 
 
 def _kept(headings: Sequence[str], texts: Sequence[Sequence[Text]], width: int, expendable: Sequence[str]) -> list[int]:

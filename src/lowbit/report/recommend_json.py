@@ -1,38 +1,21 @@
-"""A recommendation as JSON values."""
+"""A choice of a recommendation as JSON values."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lowbit.measure.expected_loss import CALIBRATION
+from lowbit.report.choice_words import word_of
 from lowbit.report.choices import Choice
-from lowbit.report.recommend import Recommendation
-from lowbit.report.recommend_table import word_of
 
 RESULTS = "benchmarks/results"
 
 
-def plain(found: Recommendation) -> dict[str, Any]:
-    """All fields of a recommendation and of its choices; sizes are bytes, losses nats per token."""
-
-    def name(choice: Choice | None) -> str | None:
-        return None if choice is None else choice.name
-
-    keys = (
-        "label", "target", "memory", "context", "longest", "speed", "float_bytes", "storage", "samples", "measured_on", "extra",
-    )  # fmt: skip
-    out: dict[str, Any] = {key: getattr(found, key) for key in keys}
-    out |= {"best": name(found.best), "second": name(found.second), "larger": name(found.larger)}
-    if found.best is None:
-        out |= {"smallest": found.smallest.name, "context_that_fits": found.context_that_fits}
-    out["choices"] = [_plain(found, choice) for choice in found.choices]
-    return out
-
-
-def _plain(found: Recommendation, choice: Choice) -> dict[str, Any]:
+def plain(choice: Choice, fits: bool) -> dict[str, Any]:
+    """All fields of a choice; sizes are bytes, losses nats per token."""
     loss, measured, memory = choice.loss, choice.measured, choice.memory
     return {
-        "name": choice.name, "recipe": choice.recipe or None, "command": choice.command, "fits": found.fits(choice),
+        "name": choice.name, "recipe": choice.recipe or None, "command": choice.command, "fits": fits,
         "weight_bytes": memory.weights, "cache_bytes": memory.cache, "working_bytes": memory.working,
         "total_bytes": memory.total, "read_bytes_per_token": choice.read, "linear_bits_per_weight": choice.bits,
         "seconds": choice.seconds, "peak_bytes": choice.peak, "verdict": word_of(choice),

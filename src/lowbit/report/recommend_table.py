@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowbit.measure.verdict import THRESHOLDS, Threshold, near_limit, word_of_kl
-from lowbit.report.choices import AS_IT_IS, Choice
-from lowbit.report.recommend import Recommendation
+from lowbit.report.choice_words import in_words, loss_text, near
+from lowbit.report.choices import Choice
+from lowbit.report.recommendation import Recommendation
 from lowbit.report.wording import bytes_text, fitting
 
 _TO_THE_LEFT = ("recipe", "likely", "in words", "text")
@@ -42,7 +42,7 @@ def _legend(found: Recommendation) -> Iterator[str]:
     said = {loss_text(c)[0] for c in found.choices}
     if "<" in said:
         yield "<: at most that, by the loss of a format that is no better"
-    if any(_near(c) is not None for c in found.choices):
+    if any(near(c) is not None for c in found.choices):
         yield "±: within two standard errors of the limit to the next word"
 
 
@@ -52,53 +52,5 @@ def _cells(found: Recommendation, choice: Choice) -> tuple[str, ...]:
     return (
         choice.name, f"{choice.bits:.2f}", bytes_text(choice.memory.weights), bytes_text(choice.memory.total),
         bytes_text(room) if room >= 0 else f"-{bytes_text(-room)}", "no" if choice.text is None else "yes",
-        loss_text(choice), _in_words(choice),
+        loss_text(choice), in_words(choice),
     )  # fmt: skip
-
-
-def loss_text(choice: Choice) -> str:
-    """'~0.049' measured elsewhere, '<0.29' a bound, '0.049' measured on this model, '0' for what is left as it is."""
-    if choice.name == AS_IT_IS:
-        return "0"
-    sign = "" if choice.measured is not None else "<" if choice.bound else "~"
-    return f"{sign}{choice.kl:.2g}"
-
-
-def word_of(choice: Choice) -> str | None:
-    """The word for its loss; None where nothing is lost or a bound is so high that it says nothing."""
-    if choice.name == AS_IT_IS or _says_nothing(choice):
-        return None
-    return word_of_kl(choice.kl).word
-
-
-def _says_nothing(choice: Choice) -> bool:
-    return choice.bound and word_of_kl(choice.kl) is THRESHOLDS[-1]
-
-
-def _near(choice: Choice) -> Threshold | None:
-    """The other word that its loss may have, where that is within two standard errors of the limit."""
-    if choice.measured is not None:
-        return near_limit(choice.kl, choice.measured.stderr)
-    if choice.loss is None or choice.bound:
-        return None
-    return near_limit(choice.kl, choice.loss.by.stderr)
-
-
-def _in_words(choice: Choice) -> str:
-    word = word_of(choice)
-    if word is None:
-        return "no further loss" if choice.name == AS_IT_IS else "unknown"
-    if choice.bound:
-        return word if word == THRESHOLDS[0].word else f"{word} or better"
-    return word if _near(choice) is None else f"{word} ±"
-
-
-def expectation(choice: Choice) -> str:
-    """What its loss means, in a sentence."""
-    if _says_nothing(choice):
-        return f"What it loses is not known: {loss_text(choice)} is a bound, and too high to say anything."
-    found, near = word_of_kl(choice.kl), _near(choice)
-    kind = "Measured on this model it is" if choice.measured is not None else "It is likely"
-    limit = "" if near is None else f', near the limit of "{near.word}"'
-    better = " or better" if choice.bound and found is not THRESHOLDS[0] else ""
-    return f'{kind} "{found.word}"{better}{limit}: {found.meaning}.'

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from lowbit.measure.expected_loss import CAVEAT, PARAMETERS, SECONDS, SECONDS_WITH_TEXT, seconds_of
 from lowbit.measure.verdict import THRESHOLDS, word_of_kl
+from lowbit.report.choice_words import expectation, loss_text, word_of
 from lowbit.report.choices import AS_IT_IS, OWN, Choice
-from lowbit.report.recommend import ACCEPTABLE, OWN_TEXT, Recommendation, about
-from lowbit.report.recommend_table import expectation, loss_text, table, word_of
+from lowbit.report.recommend_table import table
+from lowbit.report.recommendation import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from lowbit.report.panel import ABSENT, VERDICT_COLOURS, estimate_text, rate_tex
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
     from rich.console import Group
     from rich.text import Text
 
-    width = _UNBOUNDED if width is None else width
+    room = _UNBOUNDED if width is None else width
     columns, cells = _cells(rows)
     words = ["failed" if row.error else record["verdict"] or "" for row, record in _with_records(rows)]
     headings = ["recipe", *(column.heading.replace(" ", "\n") for column in columns), "verdict"]
@@ -143,14 +144,28 @@ def render_compare(rows: Sequence[CompareRow], *, width: int | None = None) -> R
         [Text(row.recipe), *map(Text, values), Text(word, style=VERDICT_COLOURS.get(word, "red"))]
         for row, word, values in zip(rows, words, cells, strict=True)
     ]
+    shown = columns_shown(headings, body, room, expendable)
+    explained = [columns[i - 1] for i in shown or range(len(headings)) if 0 < i <= len(columns)]
+    if not shown and "±" in headings:  # in a list an error stands beside its value
+        headings, body = _joined(headings, body)
     base = [number for number, row in enumerate(rows) if row.is_base]
     table = table_or_list(
-        headings, body, width, expendable=expendable, left=("recipe", "verdict"), dim=base, ruled=base
+        headings, body, room, expendable=expendable, left=("recipe", "verdict"), dim=base, ruled=base
     )  # fmt: skip
-    shown = [columns[i - 1] for i in columns_shown(headings, body, width, expendable) if 0 < i <= len(columns)]
-    said = [Text(line, style="dim") for line in (*_caption(rows), _meanings(shown))]
+    said = [Text(line, style="dim") for line in (*_caption(rows), _meanings(explained))]
     said += [Text.assemble((f"{row.recipe} failed: ", "red"), row.error) for row in rows if row.error]
+    if width is None:  # wrapped by whatever prints it
+        return Group(table, *said)
     return Group(table, Lines([line for text in said for line in wrapped(text, width)]))
+
+
+def _joined(headings: list[str], body: list[list[Text]]) -> tuple[list[str], list[list[Text]]]:
+    """The same without a column of errors: each stands in the cell before it, as in `0.041 ± 0.001`."""
+    at = headings.index("±")
+    for row in body:
+        if row[at].plain != ABSENT:
+            row[at - 1].append(f" ± {row[at].plain}")
+    return headings[:at] + headings[at + 1 :], [row[:at] + row[at + 1 :] for row in body]
 
 
 def markdown_compare(rows: Sequence[CompareRow]) -> str:

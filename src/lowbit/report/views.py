@@ -25,7 +25,7 @@ VIEWS = {
     "report.doctor.Report": "report.doctor_view.render_report",
     "report.explain.Explanation": "report.explain_view.render_explanation",
     "report.inspect.Inspection": "report.inspect.render_inspection",
-    "report.recommend.Recommendation": "report.recommend_view.render_recommendation",
+    "report.recommendation.Recommendation": "report.recommend_view.render_recommendation",
     "report.look.Catalogue": "report.results_view.render_names",
 }
 
