@@ -137,5 +137,7 @@ def test_one_window_and_a_quantized_source_are_said_below_the_table(windows):
     rows = [replace(plenty[0], card=base), replace(plenty[1], card=one), replace(plenty[1], recipe="other", card=one)]
     for text in (markdown_compare(rows), as_text(Comparison(rows), 80)):
         flat = " ".join(text.split())
-        assert "one window gives no standard error; use more windows for a claim" in flat
+        assert (
+            "one window is little text, and its ± comes from its own blocks alone; use more windows for a claim" in flat
+        )
         assert flat.count(note) == 1 and "inputs: some" not in flat

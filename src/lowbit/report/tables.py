@@ -195,7 +195,9 @@ def _caption(rows: Sequence[CompareRow]) -> list[str]:
     if text.windows == 1 and any(
         row.card is not None and row.card.quality is not None for row in rows if not row.is_base
     ):
-        notes.append("one window gives no standard error; use more windows for a claim")
+        notes.append(
+            "one window is little text, and its ± comes from its own blocks alone; use more windows for a claim"
+        )
     return ["; ".join([f"{model} on {text.name}, {windows}", *_programs(rows)]), *notes, *_earlier(rows)]
 
 
