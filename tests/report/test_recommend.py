@@ -54,6 +54,14 @@ def test_memory_is_that_of_the_plan_and_of_a_naive_cache(tiny_folder: Float) -> 
         assert choice.memory.total == choice.memory.weights + cache + OVERHEAD
 
 
+def test_what_another_program_takes_for_itself_is_not_counted_but_said(tiny_folder: Float) -> None:
+    """So that a model that llama.cpp runs is not refused for the memory that Python takes."""
+    found = lowbit.recommend(tiny_folder("llama"), 5_000_000, 100, "gguf")
+    assert found.best is not None and all(choice.memory.working == 0 for choice in found.choices)
+    assert "for the program" not in str(found) and "comes on top" in str(found)
+    assert lowbit.recommend(tiny_folder("llama"), 5_000_000, 100).best is None
+
+
 def test_no_weight_is_read_and_defaults_are_said(tiny_folder: Float, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowbit.interchange.readers import folder
 

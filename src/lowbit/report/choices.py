@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowbit.budget.memory import Memory, running_memory
+from lowbit.budget.memory import OVERHEAD, Memory, running_memory
 from lowbit.calibration.data import SAMPLES
 from lowbit.convert.preparing import contents_of, fitted, floats_of, recipe_for
 from lowbit.errors import ExportError, LowbitError, RecipeError
@@ -165,7 +165,8 @@ def _choice(
         return None
     seconds = quantizing_seconds(plan.parameters, pays, SAMPLES if samples is None else samples, loss)
     return Choice(
-        name, str(plan.recipe), _command(model, name, kind, text if pays else None, samples), running_memory(weights, kv, context),
+        name, str(plan.recipe), _command(model, name, kind, text if pays else None, samples),
+        running_memory(weights, kv, context, working=OVERHEAD if kind is None else 0),  # what others take is not known
         read_bytes(plan, source.config), plan.linear_bits_per_weight, loss, text if pays else None, seconds,
         plan.peak_bytes, replaced=replaced, means=kind is not None and name in PRESETS and name in kind.recipes,
     )  # fmt: skip

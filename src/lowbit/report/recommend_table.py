@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowbit.budget.memory import Memory
 from lowbit.report.choice_words import in_words, loss_text, near
 from lowbit.report.choices import Choice
 from lowbit.report.recommendation import Recommendation
@@ -35,8 +36,8 @@ def table(found: Recommendation, width: int) -> str:
 
 def _legend(found: Recommendation) -> Iterator[str]:
     memory = found.choices[0].memory
-    cache = f"{bytes_text(memory.cache)} of KV cache and " if memory.cache else ""
-    yield f"in all: weights, {cache}{bytes_text(memory.working)} for the program"
+    if memory.beside:
+        yield f"in all: {parts_text(memory, 'weights')}"
     yield "text: whether it is made with calibration text, and its loss was measured so"
     yield "loss: KL divergence from the float model, nats per token"
     said = {loss_text(c)[0] for c in found.choices}
@@ -44,6 +45,14 @@ def _legend(found: Recommendation) -> Iterator[str]:
         yield "<: at most that, by the loss of a format that is no better"
     if any(near(c) is not None for c in found.choices):
         yield "±: within two standard errors of the limit to the next word"
+
+
+def parts_text(memory: Memory, weights: str = "") -> str:
+    """'55.9 MiB of weights, 90 MiB of KV cache and 572 MiB for the program': what memory is for. weights: in place of the first."""
+    parts = [weights or f"{bytes_text(memory.weights)} of weights"]
+    parts += [f"{bytes_text(memory.cache)} of KV cache"] if memory.cache else []
+    parts += [f"{bytes_text(memory.working)} for the program"] if memory.working else []
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _cells(found: Recommendation, choice: Choice) -> tuple[str, ...]:

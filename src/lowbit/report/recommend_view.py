@@ -10,7 +10,7 @@ from lowbit.measure.expected_loss import CAVEAT, PARAMETERS, SECONDS, SECONDS_WI
 from lowbit.measure.verdict import THRESHOLDS, word_of_kl
 from lowbit.report.choice_words import expectation, loss_text, word_of
 from lowbit.report.choices import AS_IT_IS, OWN, Choice
-from lowbit.report.recommend_table import table
+from lowbit.report.recommend_table import parts_text, table
 from lowbit.report.recommendation import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
 
@@ -134,8 +134,7 @@ def _nothing(found: Recommendation) -> Iterator[str]:
     small = found.smallest
     m = small.memory
     yield (
-        f"Nothing fits. The smallest that can be had is {small.name} with {bytes_text(m.total)}: {bytes_text(m.weights)} of "
-        f"weights, {bytes_text(m.cache)} of KV cache and {bytes_text(m.working)} for the program itself. That is "
+        f"Nothing fits. The smallest that can be had is {small.name} with {bytes_text(m.total)}: {parts_text(m)}. That is "
         f"{bytes_text(m.total - found.memory)} too much."
     )
     fitting = found.context_that_fits
@@ -178,8 +177,8 @@ def _remarks(found: Recommendation) -> Iterator[str]:
     yield from _names(found)
     if found.target != OWN:
         yield (
-            f"The {bytes_text(found.choices[0].memory.working)} for the program are what lowbit takes with Python; other programs "
-            "take less (llama.cpp) or more (vLLM), and how much is not known here."
+            "What the program itself takes comes on top, little for llama.cpp and more for those in Python, and is not known here: "
+            "leave room for it."
         )
     yield from _HINTS.get((found.target, "" if found.best is None else found.best.name), ())
     if found.storage != "float" and (found.best is None or found.best.name != AS_IT_IS):
