@@ -16,7 +16,7 @@ from lowbit.convert.read_back import compared
 from lowbit.convert.refusal import check_kv, refuse
 from lowbit.display import Displayed
 from lowbit.errors import LowbitError, OutputError, RecipeError
-from lowbit.interchange.exporters.exporter import Exporter, exporter_named, exporters
+from lowbit.interchange.exporters.exporter import Exporter, exporter_named
 from lowbit.interchange.files.atomic import replace_file, sync
 from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import TakenError, check_apart, os_error_of, remove_replaced, replace_folder
@@ -184,11 +184,6 @@ def refuse_folder(kind: Exporter, folder: LowbitFolder) -> None:
     problems = kind.check(contents) or kind.check_tokenizer(folder.tokenizer(), contents)
     if problems:
         refuse(kind, problems, command_for_folder(kind, folder))
-
-
-def target_names() -> dict[str, str]:
-    """Name -> one line about it, of every target."""
-    return {name: kind.summary for name, kind in exporters().items()}
 
 
 def _folder_of(model: Any) -> Path:
