@@ -21,8 +21,8 @@ SRC = Path(lowbit.__file__).parent
 ROOMS = (
     "formats",
     "families",
-    "solvers",
     "kernels",
+    "solvers",
     "nn",
     "interchange",
     "transforms",
