@@ -7,6 +7,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "core/thread_pool.h"
+#include "solvers/dispatch.h"
 #include "solvers/feed.h"
 #include "solvers/polish.h"
 
@@ -17,19 +18,19 @@ using Matrix = Array<float, 2>;
 using Mask = Array<std::uint8_t, 2>;
 using Order = Array<std::int32_t, 1>;
 
-Levels integer_levels(int lo, int hi) {
+GridLevels integer_levels(int lo, int hi) {
     require(lo < hi && hi - lo < 256 && lo >= -128 && hi <= 255, "integers from lo to hi, at most 256 of them");
-    Levels levels;
+    GridLevels levels;
     levels.lo = static_cast<float>(lo);
     levels.hi = static_cast<float>(hi);
     return levels;
 }
 
-Levels table_levels(const Array<float, 1>& level, const Array<float, 1>& bound, const Array<std::uint8_t, 1>& code) {
+GridLevels table_levels(const Array<float, 1>& level, const Array<float, 1>& bound, const Array<std::uint8_t, 1>& code) {
     const std::size_t count = level.shape(0);
     require(count >= 2 && count <= kMostLevels, "a table has 2 to 16 levels");
     require(bound.shape(0) + 1 == count && code.shape(0) == count, "a bound between two levels, and a code for each");
-    Levels levels;
+    GridLevels levels;
     levels.integers = false;
     levels.count = static_cast<int>(count);
     std::copy_n(level.data(), count, levels.level);
@@ -63,29 +64,29 @@ void check_offsets(Offsets offsets, bool given, std::size_t rows, std::size_t gr
     require(!given || (rows == found_rows && groups == found_groups), "offsets are [rows, groups]");
 }
 
-void feed_arrays(ThreadPool& pool, const std::string& isa, const Levels& levels, Offsets offsets, int group, const Matrix& weight,
-                 const Matrix& scale, const std::optional<Matrix>& offset, const Matrix& hessian, const Matrix& upper,
+void feed_arrays(ThreadPool& pool, const std::string& isa, const GridLevels& levels, Offsets offsets, int group, const Matrix& weight,
+                 const Matrix& scale, const std::optional<Matrix>& offset, const Matrix& hessian, const Matrix& root,
                  const std::optional<Matrix>& shift, const Order& order, const std::optional<Mask>& still,
                  const Output<std::uint8_t, 2>& codes, const Output<double, 1>& start, const Output<double, 1>& error) {
     Feed feed{};
     feed.shape = checked_shape(weight, group, scale.shape(0), scale.shape(1), hessian, order, still);
     check_offsets(offsets, offset.has_value(), scale.shape(0), scale.shape(1), offset ? offset->shape(0) : 0, offset ? offset->shape(1) : 0);
     const std::size_t cols = weight.shape(1);
-    require(upper.shape(0) == cols && upper.shape(1) == cols, "matrices are [columns, columns]");
+    require(root.shape(0) == cols && root.shape(1) == cols, "matrices are [columns, columns]");
     require(!shift || (shift->shape(0) == cols && shift->shape(1) == cols), "matrices are [columns, columns]");
     require(codes.shape(0) == weight.shape(0) && codes.shape(1) == cols, "codes have the shape of the weight");
     require(start.shape(0) == weight.shape(0) && error.shape(0) == weight.shape(0), "an error for each row");
     feed.as = {levels, offsets, scale.data(), offset ? offset->data() : nullptr};
     feed.weight = weight.data();
     feed.hessian = hessian.data();
-    feed.upper = upper.data();
+    feed.root = root.data();
     feed.shift = shift ? shift->data() : nullptr;
     feed.order = order.data();
     feed.still = still ? still->data() : nullptr;
     feed.codes = codes.data();
     feed.start = start.data();
     feed.error = error.data();
-    const SolverKernels& kernels = checked_kernels(isa).solver;
+    const SolverKernels& kernels = *solver_kernels_for(checked_kernels(isa).name);
     const nb::gil_scoped_release released;
     feed_errors(pool, kernels, feed);
 }
@@ -95,7 +96,7 @@ Store store_of(const std::string& name) {
     return name == "fp32" ? Store::fp32 : name == "fp16" ? Store::fp16 : Store::bf16;
 }
 
-void polish_arrays(ThreadPool& pool, const std::string& isa, const Levels& levels, Offsets offsets, int group, const Matrix& target,
+void polish_arrays(ThreadPool& pool, const std::string& isa, const GridLevels& levels, Offsets offsets, int group, const Matrix& target,
                    const Output<float, 2>& scale, const std::optional<Output<float, 2>>& offset, const Matrix& hessian,
                    const Order& order, const std::optional<Mask>& still, const Output<std::uint8_t, 2>& codes,
                    const Output<double, 1>& error, int rounds, bool refit, bool signed_scales, const std::string& scale_store,
@@ -121,7 +122,7 @@ void polish_arrays(ThreadPool& pool, const std::string& isa, const Levels& level
     job.scale = scale.data();
     job.offset = offset ? offset->data() : nullptr;
     job.error = error.data();
-    const SolverKernels& kernels = checked_kernels(isa).solver;
+    const SolverKernels& kernels = *solver_kernels_for(checked_kernels(isa).name);
     const nb::gil_scoped_release released;
     polish(pool, kernels, job);
 }
@@ -134,16 +135,16 @@ void bind_solvers(nb::module_& m) {
         .value("none", Offsets::none)
         .value("points", Offsets::points)
         .value("minima", Offsets::minima);
-    nb::class_<Levels>(m, "Levels", "What the codes of a format mean.")
+    nb::class_<GridLevels>(m, "GridLevels", "What the codes of a format mean.")
         .def_static("integers", &integer_levels, "lo"_a, "hi"_a)
         .def_static("table", &table_levels, "level"_a, "bound"_a, "code"_a,
                     "Ascending levels float32 [n], the largest number that goes to each but the last, and their codes uint8 [n].");
     m.def("feed_errors", &feed_arrays, "pool"_a, "isa"_a, "levels"_a, "offsets"_a, "group"_a, "weight"_a, "scale"_a,
-          "offset"_a.none(), "hessian"_a, "upper"_a, "shift"_a.none(), "order"_a, "still"_a.none(), "codes"_a.noconvert(),
+          "offset"_a.none(), "hessian"_a, "root"_a, "shift"_a.none(), "order"_a, "still"_a.none(), "codes"_a.noconvert(),
           "start"_a.noconvert(), "error"_a.noconvert(),
           "Rounds weight float32 [rows, cols] column by column in `order` int32 [cols]; fills codes uint8 [rows, cols], and for "
-          "each row the error under the hessian [cols, cols] of the nearest levels and of the codes, float64. upper, shift: in "
-          "that order. still uint8 [rows, cols]: zeros that stay.");
+          "each row the error under the hessian [cols, cols] of the nearest levels and of the codes, float64. root R, "
+          "upper triangular with H = R R', and shift: in that order. still uint8 [rows, cols]: zeros that stay.");
     m.def("polish", &polish_arrays, "pool"_a, "isa"_a, "levels"_a, "offsets"_a, "group"_a, "target"_a, "scale"_a.noconvert(),
           "offset"_a.none().noconvert(), "hessian"_a, "order"_a, "still"_a.none(), "codes"_a.noconvert(), "error"_a.noconvert(),
           "rounds"_a, "refit"_a, "signed_scales"_a, "scale_store"_a, "offset_store"_a,

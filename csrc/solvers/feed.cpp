@@ -20,12 +20,13 @@ struct Tile {
           found(size(shape)),
           off(size(shape)),
           product(size(shape)),
+          fed(size(shape)),
           errors(static_cast<std::size_t>(kBlock) * kLanes),
           still(size(shape)) {}
     static std::size_t size(const Shape& shape) { return static_cast<std::size_t>(shape.cols) * kLanes; }
 
     LaneScales scales;
-    Buffer<float> w, nearest, found, off, product, errors;
+    Buffer<float> w, nearest, found, off, product, fed, errors;
     Buffer<std::uint8_t> still;
 };
 
@@ -74,18 +75,18 @@ class Feeder {
 
     void columns(Tile& tile, double* squares) const {
         const std::int64_t cols = f_.shape.cols;
+        std::memset(tile.fed.data(), 0, tile.fed.bytes());
         for (int begin = 0; begin < cols; begin += kBlock) {
             const int count = std::min<int>(kBlock, static_cast<int>(cols) - begin), end = begin + count;
             const std::uint8_t* still = f_.still == nullptr ? nullptr : tile.still.data() + begin * kLanes;
-            const float *u = f_.upper + begin * cols, *p = f_.shift == nullptr ? nullptr : f_.shift + begin * cols;
+            const float *root = f_.root + begin * cols, *p = f_.shift == nullptr ? nullptr : f_.shift + begin * cols;
             float* inner = tile.w.data() + begin * kLanes;
-            float* rest = tile.w.data() + end * kLanes;
-            k_.feed_columns(f_.as.levels, {count, group_.data() + begin, still}, tile.scales.view(), u + begin,
-                            p == nullptr ? nullptr : p + begin, cols, inner, tile.found.data() + begin * kLanes, tile.errors.data(),
-                            squares);
+            k_.feed_columns(f_.as.levels, {count, group_.data() + begin, still}, tile.scales.view(), root + begin,
+                            p == nullptr ? nullptr : p + begin, cols, inner, tile.fed.data() + begin * kLanes,
+                            tile.found.data() + begin * kLanes, tile.errors.data(), squares);
             const int left = static_cast<int>(cols) - end;
-            k_.multiply_add({u + end, 1, cols}, left, count, tile.errors.data(), kLanes, kLanes, rest, kLanes);
-            if (p != nullptr) k_.multiply_add({p + end, 1, cols}, left, count, inner, kLanes, kLanes, rest, kLanes);
+            k_.multiply_add({root + end, 1, cols}, left, count, tile.errors.data(), kLanes, kLanes, tile.fed.data() + end * kLanes, kLanes);
+            if (p != nullptr) k_.multiply_add({p + end, 1, cols}, left, count, inner, kLanes, kLanes, tile.w.data() + end * kLanes, kLanes);
         }
     }
 

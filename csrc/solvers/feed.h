@@ -6,7 +6,7 @@
 
 namespace lowbit {
 
-// Matrices [cols, cols]; `upper` U and `shift` P (null: none) in the order of `order` [cols], `hessian` H as the weight is. Codes
+// Matrices [cols, cols]; `root` R, upper triangular with H = R R', and `shift` P (null: none) in the order of `order` [cols], `hessian` H as the weight is. Codes
 // are those of feedback or, where there is no shift, of round-to-nearest for rows where its error is no larger.
 // start, error [rows]: e H e' of the nearest levels and of the codes.
 struct Feed {
@@ -14,7 +14,7 @@ struct Feed {
     Grouped as;
     const float* weight;  // [rows, cols]
     const float* hessian;
-    const float* upper;
+    const float* root;
     const float* shift;
     const std::int32_t* order;
     const std::uint8_t* still;  // [rows, cols]: zeros that stay; null: none

@@ -1,4 +1,4 @@
-// What the solvers ask of every instruction set: a member of the table of kernels/kernels.h.
+// What the solvers ask of every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -33,13 +33,13 @@ struct SolverKernels {
     // The dot product of a and b over each run of `size` columns, and over what is left after the last whole one.
     void (*dots)(const float* a, const float* b, int cols, int size, float* out);
     // Rounds columns in order and feeds each error to those that follow: see columns.inl.
-    void (*feed_columns)(const Levels&, const Columns&, const GroupScales&, const float* upper, const float* shift,
-                         std::int64_t stride, float* w, float* levels, float* errors, double* squares);
+    void (*feed_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* root, const float* shift,
+                         std::int64_t stride, float* w, float* fed, float* levels, float* errors, double* squares);
     // Chooses columns once more, each the best while all others stay: see columns.inl.
-    void (*sweep_columns)(const Levels&, const Columns&, const GroupScales&, const float* h, float* pulled, float* levels,
+    void (*sweep_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* h, float* pulled, float* levels,
                           float* changes, double* gain);
     // The nearest levels to w [cols, lanes of kFeedLanes].
-    void (*round_columns)(const Levels&, const Columns&, const GroupScales&, const float* w, float* levels);
+    void (*round_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* w, float* levels);
     // Solves A x = b for 16 rows at once: a [n, n, 16], of which the lower triangle is read and overwritten; b [n, 16] becomes x.
     void (*solve_symmetric)(int n, float* a, float* b);
 };

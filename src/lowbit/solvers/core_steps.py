@@ -49,7 +49,7 @@ class CoreSteps:
         for rows in _parts(weight):
             module.feed_errors(
                 pool(), self.isa, _levels(q.format), _offsets(q.format), _group(q), weight[rows].numpy(), scale[rows].numpy(),
-                None if offset is None else offset[rows].numpy(), factor.hessian.numpy(), factor.upper.contiguous().numpy(), p,
+                None if offset is None else offset[rows].numpy(), factor.hessian.numpy(), factor.root.numpy(), p,
                 order.numpy(), None if mask is None else mask[rows].numpy(), codes[rows].numpy(), start[rows].numpy(), error[rows].numpy(),
             )  # fmt: skip
         return replace(q, codes=pack(codes, q.format.grid.cardinality)), start, error
@@ -112,10 +112,10 @@ def _levels(fmt: Format) -> Any:
     module: Any = core()
     grid = fmt.grid
     if isinstance(grid, IntGrid):
-        return module.Levels.integers(int(grid.lo), int(grid.hi))
+        return module.GridLevels.integers(int(grid.lo), int(grid.hi))
     assert isinstance(grid, TableGrid)
     search = grid.search
-    return module.Levels.table(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy())
+    return module.GridLevels.table(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy())
 
 
 def _offsets(fmt: Format) -> Any:
