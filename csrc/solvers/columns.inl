@@ -51,11 +51,11 @@ LOWBIT_INLINE F unless_still(F w, const std::uint8_t* still) {
 // which is GPTQ's loop, w_j -= d_i U_ij with d_i = (w_i - q_i) / U_ii and U = inv(R), for d = e R: no inverse is needed, and w
 // stays as it was. Beside GPTAQ's shift P, w_j += (w_i + f_i / R_ii) P_ij.
 //
-// w, fed f, levels, errors e [count, kFeedLanes]; root R and shift (null: none) [count, count], `stride` floats a row; w becomes what
+// w, fed f, levels, errors e, moved d [count, kFeedLanes]; root R and shift (null: none) [count, count], `stride` floats a row; w becomes what
 // the shift is multiplied with, if there is one. squares [kFeedLanes] gains the sum of d_i^2, which is e H e'.
 template <bool integers>
 void feed(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* root, const float* shift,
-          std::int64_t stride, float* w, float* fed, float* found, float* errors, double* squares) {
+          std::int64_t stride, float* w, float* fed, float* found, float* errors, float* moved, double* squares) {
     constexpr int kVectors = kFeedLanes / kTile;
     F sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = Simd::zero();
@@ -75,6 +75,7 @@ void feed(const GridLevels& levels, const Columns& columns, const GroupScales& s
             sums[v] = Simd::fma(left, left, sums[v]);
             Simd::store(found + at, level);
             Simd::store(errors + at, error[v]);
+            Simd::store(moved + at, left);
             if (shift != nullptr) Simd::store(w + at, asked);
         }
         for (int j = i + 1; j < columns.count; ++j) {
@@ -143,8 +144,9 @@ void round_all(const GridLevels& levels, const Columns& columns, const GroupScal
 }
 
 void feed_columns(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* root, const float* shift,
-                  std::int64_t stride, float* w, float* fed, float* found, float* errors, double* squares) {
-    (levels.integers ? feed<true> : feed<false>)(levels, columns, scales, root, shift, stride, w, fed, found, errors, squares);
+                  std::int64_t stride, float* w, float* fed, float* found, float* errors, float* moved, double* squares) {
+    (levels.integers ? feed<true> : feed<false>)(levels, columns, scales, root, shift, stride, w, fed, found, errors, moved,
+                                                  squares);
 }
 
 void sweep_columns(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* h, float* pulled,
