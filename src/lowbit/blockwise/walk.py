@@ -109,9 +109,15 @@ class BlockWalk:
     def blocks(self) -> Iterator[Block]:
         """The blocks that are not finished, in the order of the model, each with its weights in place.
 
-        When the next is asked for, what was saved of a block counts for good, and its weights are gone. The last one may
-        stand for what lies outside the others (`Block.returns` is false).
+        When the next is asked for, what was saved of a block counts as soon as it is on the disk, for which nobody waits, and its
+        weights are gone. The last one may stand for what lies outside the others (`Block.returns` is false).
         """
+        try:
+            yield from self._blocks()
+        finally:
+            self.close()
+
+    def _blocks(self) -> Iterator[Block]:
         places = self._runner.places
         for i, place in enumerate(places[self._first :], self._first):
             block = Block(self, i, place, self._names[place])
@@ -119,9 +125,7 @@ class BlockWalk:
                 self._drop_embeddings(block)
             yield block
             self.results.forget()
-            self._states.commit(i)
-            if i and places[i - 1].chain == place.chain:
-                self._states.drop(i - 1)
+            self._states.commit(i, instead_of=i - 1 if i and places[i - 1].chain == place.chain else None)
             for name in self._names[place]:
                 self._skeleton.place(name, None)
             block.weights = {}  # a visitor may still hold the block while the next one is read
@@ -129,6 +133,10 @@ class BlockWalk:
             yield Block(self, len(places), None, self.projections)
         self.results.remove()
         self._states.clear()
+
+    def close(self) -> None:
+        """Wait until the blocks that are finished are on the disk."""
+        self._states.wait()
 
     def run(
         self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None

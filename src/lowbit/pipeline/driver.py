@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -124,9 +124,13 @@ def write_folder(
             shutil.rmtree(writer.partial / STATES, ignore_errors=True)  # the kill came between the journal and this
         else:
             results = solved_results(plan, source, options, text, writer.partial, done, writer.flush)
-        for result, digest in results:
-            if result.plan.name not in done:
-                writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
+        try:
+            for result, digest in results:
+                if result.plan.name not in done:
+                    writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
+        finally:
+            if isinstance(results, Generator):
+                results.close()  # it may still be writing into the folder
         del results  # what it holds of the model
         if solved is None and text is not None:
             tune_folder(plan, source, text, writer, fast_dtype(), options.progress)
