@@ -22,6 +22,7 @@ from lowbit.kernels.core import core
 _NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 _lock = threading.Lock()
 _multipliers: dict[tuple[int, str], Any] = {}
+_pools: dict[int, Any] = {}
 _lost: list[Any] = []  # of a process that forked; their threads are not here, and freeing them would wait for these
 
 
@@ -32,16 +33,35 @@ def multiplier(isa: str = "") -> Any:
     return found if found is not None else _make(key)
 
 
+def pool() -> Any:
+    """The `ThreadPool` of `lowbit._core` for as many threads as PyTorch uses now."""
+    threads = torch.get_num_threads()
+    found = _pools.get(threads)
+    if found is None:
+        with _lock:
+            found = _pool(threads)
+    return found
+
+
+def _pool(threads: int) -> Any:
+    if threads not in _pools:
+        if not _pools:
+            _forget_in_time()
+        for old in [t for t in _pools if t != threads]:
+            del _pools[old]  # who uses it keeps it alive
+        module: Any = core()
+        _pools[threads] = module.ThreadPool(threads, openmp())
+    return _pools[threads]
+
+
 def _make(key: tuple[int, str]) -> Any:
     threads, isa = key
     with _lock:
         if key not in _multipliers:
-            if not _multipliers:
-                _forget_in_time()
             for old in [k for k in _multipliers if k[0] != threads]:
                 del _multipliers[old]  # who is in a product keeps it alive
             module: Any = core()
-            _multipliers[key] = module.Multiplier(module.ThreadPool(threads, openmp()), isa)
+            _multipliers[key] = module.Multiplier(_pool(threads), isa)
         return _multipliers[key]
 
 
@@ -60,13 +80,18 @@ def openmp() -> tuple[int, int, int] | None:
 
 @cache
 def _forget_in_time() -> None:
-    atexit.register(_multipliers.clear)  # before the interpreter goes, which nanobind would call a leak
+    atexit.register(_clear)  # before the interpreter goes, which nanobind would call a leak
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
+
+
+def _clear() -> None:
+    _multipliers.clear()
+    _pools.clear()
 
 
 def _forget() -> None:
     global _lock
     _lock = threading.Lock()
-    _lost.extend(_multipliers.values())
-    _multipliers.clear()
+    _lost.extend([*_multipliers.values(), *_pools.values()])
+    _clear()

@@ -19,10 +19,13 @@ from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.manifest import check_loads, origin, write_config
 from lowbit.pipeline.options import DEFAULTS, Options
+from lowbit.pipeline.overlap import Behind, read_ahead
 from lowbit.pipeline.report import Report, make_report, solved_facts
-from lowbit.planning.plan import Plan
+from lowbit.planning.plan import READ_AHEAD, WRITE_BEHIND, Plan
+from lowbit.solvers.in_core import made_by
 from lowbit.version import __version__
 from lowbit.weights.solve import Solved, solve
 
@@ -40,7 +43,7 @@ def fingerprint(
         "source": source.identity(), "recipe": str(plan.recipe), "version": __version__,
         "calibration": calibration and calibration.sha256,
         "settings": calibration and {"autocast": fast_dtype() != torch.float32},
-        "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
+        "torch": torch.__version__, "solved_by": made_by(), "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -66,12 +69,17 @@ def solved_results(
 def _solved_alone(
     plan: Plan, source: Source, options: Options, done: frozenset[str], begins: Callable[[str], None]
 ) -> Results:
-    for tensor in plan.tensors:
-        if tensor.name not in done:
-            begins(tensor.name)
-            weight = source.read(tensor.name)
-            digest = hashlib.sha256(bytes_of(weight)).hexdigest()
-            yield solve(tensor, weight, plan.recipe, options.device), digest
+    def read(tensor: TensorPlan) -> tuple[torch.Tensor, str]:
+        weight = source.read(tensor.name)
+        return weight, hashlib.sha256(bytes_of(weight)).hexdigest()
+
+    left = [(tensor, tensor.reading_bytes) for tensor in plan.tensors if tensor.name not in done]
+    room = max((size for _, size in left), default=0) + READ_AHEAD
+    for tensor, found in read_ahead(left, read, room):
+        begins(tensor.name)
+        weight, digest = found
+        yield solve(tensor, weight, plan.recipe, options.device), digest
+        del weight, found
 
 
 class _Reports:
@@ -124,9 +132,12 @@ def write_folder(
             shutil.rmtree(writer.partial / STATES, ignore_errors=True)  # the kill came between the journal and this
         else:
             results = solved_results(plan, source, options, text, writer.partial, done, writer.flush)
-        for result, digest in results:
-            if result.plan.name not in done:
-                writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
+        # Over text the work asks in between for what was written to be safe, and takes longer than writing.
+        with Behind(WRITE_BEHIND if text is None else 0) as behind:
+            for result, digest in results:
+                if result.plan.name not in done:
+                    facts = {"source": digest, **solved_facts(result)}
+                    behind.call(result.plan.bytes_after, writer.write, result.plan.name, result.stored, **facts)
         del results  # what it holds of the model
         if solved is None and text is not None:
             tune_folder(plan, source, text, writer, fast_dtype(), options.progress)
