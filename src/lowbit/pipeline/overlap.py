@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -48,40 +49,54 @@ def read_ahead(items: Sequence[tuple[T, int]], read: Callable[[T], Any], room: i
 
 
 class Behind:
-    """Calls functions in a thread, in order, in a `with`; the first error of one is raised by the next call, or at the end.
+    """Calls functions in a thread, in order, in a `with`, and what is to follow in the caller's own thread.
 
-    After an error of the caller, what was asked for before is still done.
+    The first error of one is raised where the caller waits for it. After an error of the caller, what was asked for before is
+    still done.
     """
 
     def __init__(self, room: int) -> None:
         """`room`: bytes that what waits may hold. A call that holds more is waited for."""
-        self._room, self._held = room, 0
-        self._waiting = deque[tuple[int, Future[Any]]]()
+        self._room, self._held, self._done = room, 0, 0
+        self._waiting = deque[tuple[int, Future[Any], Callable[[Any], None]]]()
         self._failed = False
         self._thread = ThreadPoolExecutor(1, "lowbit-write")
 
-    def call(self, size: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-        """Have `function` called, its arguments holding `size` bytes."""
+    def call(self, size: int, function: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """Have `function` called, which holds `size` bytes, and later `then` with what it gave."""
         while self._waiting and self._held + size > self._room:
-            self._wait()
-        self._waiting.append((size, self._thread.submit(self._run, function, arguments, named)))
+            self._finish_one()
+        self._waiting.append((size, self._thread.submit(self._run, function), then))
         self._held += size
         if size > self._room:
-            self._wait()
+            self._finish_one()
 
-    def _run(self, function: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def has_done(self, count: int, wait: bool = False) -> bool:
+        """Whether so many calls are done; `wait` until they are."""
+        while self._done < count and self._waiting and (wait or self._waiting[0][1].done()):
+            self._finish_one()
+        return self._done >= count
+
+    def _run(self, function: Callable[[], Any]) -> Any:
         if self._failed:
-            return
+            return None
         try:
-            function(*arguments, **named)
+            return function()
         except BaseException:
             self._failed = True
             raise
 
-    def _wait(self) -> None:
-        size, future = self._waiting.popleft()
+    def _finish_one(self) -> None:
+        size, future, then = self._waiting[0]
+        found = future.result()
+        self._waiting.popleft()
         self._held -= size
-        future.result()
+        then(found)
+        self._done += 1
+
+    def _settle(self) -> None:
+        while self._waiting:
+            self._finish_one()
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +105,10 @@ class Behind:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            while error is None and self._waiting:
-                self._wait()
+            if error is None:
+                self._settle()
         finally:
             self._thread.shutdown(wait=True)
+            if error is not None:
+                with suppress(Exception):
+                    self._settle()
