@@ -15,5 +15,6 @@ void bind_limits(nb::module_ &m);
 void bind_solvers(nb::module_ &m);
 void bind_moments(nb::module_ &m);
 void bind_causal(nb::module_ &m);
+void bind_fits(nb::module_ &m);
 
 } // namespace lowbit

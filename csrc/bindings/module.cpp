@@ -11,4 +11,5 @@ NB_MODULE(_core, m) {
     lowbit::bind_solvers(m);
     lowbit::bind_moments(m);
     lowbit::bind_causal(m);
+    lowbit::bind_fits(m);
 }
