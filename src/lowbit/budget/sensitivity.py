@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,15 @@ import torch
 from torch import Tensor
 
 from lowbit.budget.fisher import cut, squared_gradients
+from lowbit.budget.rounding_cost import SAMPLED, rounding_costs
 from lowbit.calibration.windows import Frame
 from lowbit.errors import OutputError, RecipeError, SourceError, nearest
-from lowbit.formats import Format, QTensor, encode, parse_format, stores
+from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
-from lowbit.planning.tensor import SLAB, by_rows
-from lowbit.recipes.recipe import EMBED, Recipe
-from lowbit.solvers import Call, fit_blocks
-from lowbit.solvers.ranging import in_range
+from lowbit.recipes.recipe import EMBED
 from lowbit.weights.finite import check_finite
 
 # 2.5 to 8.1 bits in steps of about 0.2 where models live.
@@ -151,7 +149,7 @@ def measure_sensitivity(
     """
     formats = _formats(candidates)
     rows, digest = cut(ids, sequences, length, frame or Frame())
-    settings = {"sequences": len(rows), "length": length, "seed": seed, "calibration": digest}
+    settings = {"sequences": len(rows), "length": length, "seed": seed, "rounded": SAMPLED, "calibration": digest}
     specs = _quantizable(source)
     steps = len(rows) + len(specs)
     if progress:
@@ -159,11 +157,11 @@ def measure_sensitivity(
     model = source.load_float(torch.float32, device)
     for name, parameter in model.named_parameters():
         check_finite(parameter.detach(), name)
-    squares = squared_gradients(model, [t.name for t in specs], rows, seed, autocast, progress, steps)
+    rarely = {t.name: t.kind in ("embedding", "head") for t in specs}
+    squares = squared_gradients(model, rarely, rows, seed, autocast, progress, steps)
     kl: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
     unused = []
-    tokens = len(rows) * length
     for i, t in enumerate(specs):
         if progress:
             progress(t.name, len(rows) + i, steps)
@@ -171,12 +169,11 @@ def measure_sensitivity(
         weight = model.get_parameter(t.name).detach()
         if t.transposed:
             weight, fisher = weight.transpose(-1, -2), fisher.transpose(-1, -2)
-        kl[t.name], errors[t.name] = {}, {}
         if not float(fisher.max()) > 0:
             unused.append(t.name)
-        for fmt in _formats_of(t, formats):
-            cost, error = _cost(t, weight, fisher, fmt)
-            kl[t.name][str(fmt)], errors[t.name][str(fmt)] = _short(cost / (2 * tokens)), _short(error)
+        found = rounding_costs(t, weight, fisher, _formats_of(t, formats))
+        kl[t.name] = {str(f): _short(cost / (2 * length)) for f, (cost, _) in found.items()}
+        errors[t.name] = {str(f): _short(error) for f, (_, error) in found.items()}
     if progress and specs:
         progress(specs[-1].name, steps, steps)
     _fill(kl, errors, unused)
@@ -201,7 +198,8 @@ def estimate_sensitivity(
             progress(t.name, i, len(specs))
         weight = source.read(t.name).to(torch.float32)
         weight = weight.transpose(-1, -2) if t.transposed else weight
-        errors[t.name] = {str(f): _short(_cost(t, weight, None, f)[1]) for f in _formats_of(t, formats)}
+        found = rounding_costs(t, weight, None, _formats_of(t, formats))
+        errors[t.name] = {str(f): _short(error) for f, (_, error) in found.items()}
     if progress and specs:
         progress(specs[-1].name, len(specs), len(specs))
     each = _KL_PER_ERROR / max(1, len(specs))
@@ -209,45 +207,6 @@ def estimate_sensitivity(
     return Sensitivity(
         source.inventory.model_class, source.identity(), "relative error", {}, tuple(map(str, formats)), kl, errors
     )
-
-
-@torch.no_grad()
-def _cost(t: TensorPlan, weight: Tensor, fisher: Tensor | None, fmt: Format) -> tuple[float, float]:
-    """sum_ij fisher_ij (w_q - w)_ij^2 and |w_q - w| / |w| of a weight [..., out, in] rounded to nearest.
-
-    Scales are searched under the mean of `fisher` over the outputs: E[g^2 x_j^2] for each input j.
-    """
-    whole = weight.numel() <= SLAB or not by_rows(fmt, tuple(weight.shape))
-    rows = weight.shape[0] if whole else max(1, SLAB // weight[0].numel())
-    importance = None
-    if fisher is not None:
-        mean = fisher.mean(-2, keepdim=True)
-        importance = torch.where(mean.amax(-1, keepdim=True) > 0, mean, 1.0).clamp_min(float(mean.max()) * 1e-6)
-    cost = changed = norm = 0.0
-    for start in range(0, weight.shape[0], rows):
-        at = slice(start, start + rows)
-        x = weight[at].to(torch.float32).contiguous()
-        check_finite(x, t.name)
-        v = importance[at] if importance is not None and importance.dim() > 2 else importance
-        d = _rounded(x, fmt, v).sub_(x).square_()
-        changed, norm = changed + float(d.sum(dtype=torch.float64)), norm + float(torch.linalg.vector_norm(x)) ** 2
-        if fisher is not None:
-            cost += float(d.mul_(fisher[at]).sum(dtype=torch.float64))
-    return cost, math.sqrt(changed / norm) if norm else 0.0
-
-
-def _rounded(weight: Tensor, fmt: Format, importance: Tensor | None) -> Tensor:
-    """The weight as it is read back when rounded to nearest, float32; a new tensor.
-
-    `importance`: of the weight's shape or broadcastable to it; not used by learned codebooks.
-    """
-    fmt = in_range(weight, fmt)
-    if fmt.codebook is not None:
-        quantized: QTensor = Recipe(fmt).solver_for(fmt)(weight, fmt, Call("search"), None)
-        return quantized.dequantize()
-    usual = stores.times_power(weight, -fmt.exponent)
-    made = encode(usual, fmt.plain, *fit_blocks(usual, fmt.plain, Call("search"), importance))
-    return replace(made, format=fmt).dequantize()
 
 
 def _fill(kl: dict[str, dict[str, float]], errors: dict[str, dict[str, float]], unused: Sequence[str]) -> None:
@@ -275,11 +234,9 @@ def _formats(candidates: Sequence[str | Format]) -> list[Format]:
     return list(dict.fromkeys(formats))
 
 
-def _formats_of(t: TensorPlan, formats: Sequence[Format]) -> Iterator[Format]:
+def _formats_of(t: TensorPlan, formats: Sequence[Format]) -> list[Format]:
     """Embeddings and heads are measured in the format too that recipes give them unless told otherwise."""
-    yield from formats
-    if t.kind in ("embedding", "head") and EMBED not in formats:
-        yield EMBED
+    return [*formats, *([EMBED] if t.kind in ("embedding", "head") and EMBED not in formats else [])]
 
 
 def _short(value: float) -> float:
