@@ -24,7 +24,7 @@ from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.ranging import in_range
 from lowbit.weights.finite import check_finite
 
-SAMPLED = 1 << 16  # weights of a tensor that are rounded, unless it has fewer
+SAMPLED = 1 << 15  # weights of a tensor that are rounded, unless it has fewer
 _FEWEST_ROWS = 64
 _EVEN = 0.2  # of the probability goes by the norm of a row alone: what costs nothing still tells the relative error
 
