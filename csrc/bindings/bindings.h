@@ -12,5 +12,6 @@ void bind_weights(nb::module_ &m);
 void bind_model(nb::module_ &m);
 void bind_decoder(nb::module_ &m);
 void bind_limits(nb::module_ &m);
+void bind_solvers(nb::module_ &m);
 
 } // namespace lowbit

@@ -8,4 +8,5 @@ NB_MODULE(_core, m) {
     lowbit::bind_model(m);
     lowbit::bind_decoder(m);
     lowbit::bind_limits(m);
+    lowbit::bind_solvers(m);
 }

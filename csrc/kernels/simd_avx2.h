@@ -144,6 +144,12 @@ struct Simd {
         const __m256 sign = _mm256_set1_ps(-0.0f);
         return {_mm256_andnot_ps(sign, v.a), _mm256_andnot_ps(sign, v.b)};
     }
+    LOWBIT_INLINE F root(F v) { return {_mm256_sqrt_ps(v.a), _mm256_sqrt_ps(v.b)}; }
+    // x where v > bound, else y
+    LOWBIT_INLINE F above(F v, F bound, F x, F y) {
+        return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(v.a, bound.a, _CMP_GT_OQ)),
+                _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(v.b, bound.b, _CMP_GT_OQ))};
+    }
     LOWBIT_INLINE F nearest(F v) {
         constexpr int nearest_even = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return {_mm256_round_ps(v.a, nearest_even), _mm256_round_ps(v.b, nearest_even)};

@@ -108,6 +108,11 @@ struct Simd {
     LOWBIT_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
     LOWBIT_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     LOWBIT_INLINE F abs(F v) { return _mm512_abs_ps(v); }
+    LOWBIT_INLINE F root(F v) { return _mm512_sqrt_ps(v); }
+    // x where v > bound, else y
+    LOWBIT_INLINE F above(F v, F bound, F x, F y) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), y, x);
+    }
     LOWBIT_INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     LOWBIT_INLINE F times_power_of_two(F v, F n) { return _mm512_scalef_ps(v, n); }
     LOWBIT_INLINE float sum(F v) { return _mm512_reduce_add_ps(v); }

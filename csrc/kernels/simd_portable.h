@@ -217,6 +217,13 @@ struct Simd {
     LOWBIT_INLINE F abs(F v) {
         return each<F>([&](int i) { return std::fabs(v.v[i]); });
     }
+    LOWBIT_INLINE F root(F v) {
+        return each<F>([&](int i) { return std::sqrt(v.v[i]); });
+    }
+    // x where v > bound, else y
+    LOWBIT_INLINE F above(F v, F bound, F x, F y) {
+        return each<F>([&](int i) { return v.v[i] > bound.v[i] ? x.v[i] : y.v[i]; });
+    }
     LOWBIT_INLINE F nearest(F v) {
         return each<F>([&](int i) { return std::nearbyintf(v.v[i]); });
     }

@@ -65,12 +65,14 @@ def test_gradients_are_those_of_pytorch() -> None:
 
 
 def test_a_file_of_tensors_gives_back_each_as_it_was(tmp_path: Path) -> None:
-    file = TensorFile(tmp_path / "x")
+    file = TensorFile(tmp_path)
     tensors = [torch.randn(3, 4).bfloat16(), torch.zeros(0, 5), torch.arange(6).reshape(2, 3).T, torch.tensor(1.5)]
     assert [file.append(t) for t in tensors] == [0, 1, 2, 3]
     for number in (2, 0, 3, 1):
         found = file.read(number)
         assert torch.equal(found, tensors[number]) and found.dtype == tensors[number].dtype
+    file.rewind()
+    assert len(file) == 0 and file.append(tensors[0]) == 0 and torch.equal(file.read(0), tensors[0])
     file.remove()
-    assert not (tmp_path / "x").exists() and len(file) == 0
+    assert not any(tmp_path.iterdir()) and len(file) == 0
     assert file.append(tensors[2]) == 0 and torch.equal(file.read(0), tensors[2])

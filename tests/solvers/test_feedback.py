@@ -125,7 +125,7 @@ def test_a_sweep_of_coordinate_descent_never_raises_the_error_and_ends_where_no_
     for _ in range(20):
         values, error = coordinate_descent(values, weight, hessian, rounder)
         errors.append(quadratic(values - weight, hessian))
-        assert error == pytest.approx(errors[-1], rel=1e-4)
+        assert float(error.sum()) == pytest.approx(errors[-1], rel=1e-4)
     assert all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors)) and errors[-1] < 0.85 * errors[0]
     levels = fmt.grid.levels
     for row, col in itertools.product(range(6), range(24)):

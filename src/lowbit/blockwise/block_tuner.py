@@ -30,8 +30,7 @@ class BlockTuner:
         assert call is not None
         self.call, self.batches, self.fast = call, batches, fast
         self.drift = bool({**call.method.options, **dict(call.options)}.get("drift"))
-        self.path = folder / "target"
-        self.targets = InputFile(self.path, torch.float32)
+        self.targets = InputFile(folder, torch.float32)
 
     @staticmethod
     def of(plan: Plan, folder: Path, batches: int, fast: torch.dtype) -> BlockTuner | None:
@@ -40,7 +39,7 @@ class BlockTuner:
 
     def begin(self) -> None:
         """A new block."""
-        self.targets = InputFile(self.path, torch.float32)
+        self.targets.rewind()
 
     def record(self, output: Any) -> None:
         """What the block is to return for the next micro-batch."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lowbit.blockwise.attention_cache import AttentionCache
 from lowbit.blockwise.causal_attention import attention
+from lowbit.blockwise.result_cache import ResultCache
 
 # Called with (name of the weight, expert or None, input [..., K]); what it returns takes the input's place.
 OnInput = Callable[[str, "int | None", Tensor], "Tensor | None"]
@@ -41,11 +41,12 @@ class InputCapture(TorchFunctionMode):
 
     def __init__(
         self, weights: Mapping[str, Tensor], on_input: OnInput, on_output: OnOutput | None = None,
-        attention_cache: AttentionCache | None = None,
+        results: ResultCache | None = None,
     ) -> None:  # fmt: skip
-        """`on_output` is called with what each product gave; `attention_cache` answers for attention."""
+        """`on_output` is called with what each product gave. `results` answers for products and attention that it knows: the
+        inputs of these are not seen."""
         super().__init__()
-        self.on_input, self.on_output, self.attention_cache = on_input, on_output, attention_cache
+        self.on_input, self.on_output, self.results = on_input, on_output, results
         self.known = {w.untyped_storage().data_ptr(): (name, w) for name, w in weights.items()}
 
     def __torch_function__(
@@ -57,7 +58,9 @@ class InputCapture(TorchFunctionMode):
             (at, name), (weight_at, weight_name) = product
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)
             found = self._find(weight)
-            if found is not None:
+            if found is not None and self.results is not None:
+                self.results.depends_on(found[0])
+            if found is not None and not (self.results is not None and self.results.knows_next):
                 x = args[at] if len(args) > at else kwargs[name]
                 other = self._multiplied(*found, x)
                 if len(args) > at:
@@ -66,9 +69,10 @@ class InputCapture(TorchFunctionMode):
                     kwargs[name] = other
         if func is F.scaled_dot_product_attention:
             func = attention
-        if self.attention_cache is not None and func is attention:
-            return self.attention_cache.result(lambda: func(*args, **kwargs))
-        result = func(*args, **kwargs)
+        if self.results is not None and (found is not None or func is attention):
+            result = self.results.result(lambda: func(*args, **kwargs), costly=func is attention)
+        else:
+            result = func(*args, **kwargs)
         if found is not None and self.on_output is not None:
             self.on_output(*found, result)
         return result
@@ -87,8 +91,6 @@ class InputCapture(TorchFunctionMode):
         return name, (weight.storage_offset() - whole.storage_offset()) // (whole.shape[1] * whole.shape[2])
 
     def _multiplied(self, name: str, expert: int | None, x: Tensor) -> Tensor:
-        if self.attention_cache is not None:
-            self.attention_cache.depends_on(name)
         if expert == -1:
             parts = [self._replaced(name, e, part) for e, part in enumerate(x)]
             changed = any(new is not old for new, old in zip(parts, x))

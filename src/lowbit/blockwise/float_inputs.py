@@ -22,6 +22,7 @@ class FloatInputs:
         """`compared`: whether inputs are kept at all, or only what blocks return."""
         self.folder, self.compared = folder, compared
         self.files: dict[str, InputFile] = {}
+        self._free: list[InputFile] = []  # of earlier blocks
 
     @staticmethod
     def of(recipe: Recipe, folder: Path, tuner: BlockTuner | None) -> FloatInputs | None:
@@ -31,15 +32,16 @@ class FloatInputs:
 
     def run(self, block: Block, tuner: BlockTuner | None) -> None:
         """Run the float stream through the block: keep the inputs of its weights, and what it returns."""
-        self.files = {}
+        self.forget()
         alive: dict[Any, Tensor] = {}
 
         def on_input(name: str, expert: int | None, x: Tensor) -> None:
             key = (x.data_ptr(), tuple(x.shape), x.stride())
             if expert is None and key not in alive:
                 alive[key] = x  # until the batch is over, so that no other input gets the same memory
-                path = self.folder / f"input-{len(self.files):04d}"
-                self.files.setdefault(name, InputFile(path)).append(x)
+                if name not in self.files:
+                    self.files[name] = self._free.pop() if self._free else InputFile(self.folder)
+                self.files[name].append(x)
 
         for batch in range(block.batches):
             alive.clear()
@@ -53,8 +55,15 @@ class FloatInputs:
         """[tokens, K] of a micro-batch, of those of the weights whose inputs are kept."""
         return {name: self.files[name].read(batch) for name in names if name in self.files}
 
-    def clear(self) -> None:
-        """The block is done: remove the files."""
-        for file in self.files.values():
-            file.remove()
+    def forget(self) -> None:
+        """The block is done: what is kept of the next takes its place."""
+        self._free += self.files.values()
+        for file in self._free:
+            file.rewind()
         self.files = {}
+
+    def remove(self) -> None:
+        """Remove the files."""
+        self.forget()
+        for file in self._free:
+            file.remove()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -81,49 +83,71 @@ class HiddenStates:
 
 
 class TensorFile:
-    """Tensors one after another in one file of plain bytes, for as long as the process works with them.
+    """Tensors one after another in a file without a name, which is gone when the process is, however it ends.
 
-    Read into fresh memory, not mapped: mapped pages would count as the process's own.
+    Read into fresh memory, not mapped: mapped pages would count as the process's own. What is written after `rewind` goes to
+    the places that the file has, which is several times as fast as new ones are.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: FileIO | None = None
         self._placed: list[tuple[int, torch.Size, torch.dtype]] = []  # where each begins, and what it is
         self._end = 0
 
     def __len__(self) -> int:
         return len(self._placed)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return self._end
+
     def append(self, x: Tensor) -> int:
         """Add a tensor; returns its number."""
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
         data = _bytes(x.detach().contiguous())
-        with open(self.path, "ab" if self._placed else "wb") as file:
-            file.write(data)
+        self._file.seek(self._end)
+        while data:
+            data = data[self._file.write(data) :]
         self._placed.append((self._end, x.shape, x.dtype))
-        self._end += len(data)
+        self._end = self._file.tell()
         return len(self._placed) - 1
 
     def read(self, number: int) -> Tensor:
         """The tensor of this number."""
         begin, shape, dtype = self._placed[number]
+        assert self._file is not None
         out = torch.empty(shape, dtype=dtype)
-        with open(self.path, "rb") as file:
-            file.seek(begin)
-            file.readinto(_bytes(out))
+        left = _bytes(out)
+        self._file.seek(begin)
+        while left:
+            count = self._file.readinto(left)
+            if not count:
+                raise OSError(f"a file of hidden states in {self.folder} ends too early: another program has cut it short")
+            left = left[count:]
         return out
+
+    def rewind(self) -> None:
+        """What is appended next is the first again, in the same file."""
+        self._placed.clear()
+        self._end = 0
 
     def remove(self) -> None:
         """Remove the file; what is appended next is the first again."""
-        self.path.unlink(missing_ok=True)
-        self._placed.clear()
-        self._end = 0
+        self.rewind()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class InputFile:
     """The float model's input of one weight (or output of a block), all micro-batches, kept until it is compared."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.file, self.dtype = TensorFile(path), dtype
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.file, self.dtype = TensorFile(folder), dtype
 
     def append(self, x: Tensor) -> None:
         """Add the input of the next micro-batch, [..., K]."""
@@ -132,6 +156,10 @@ class InputFile:
     def read(self, batch: int) -> Tensor:
         """[tokens, K] of micro-batch `batch`, in the type that it is kept in."""
         return self.file.read(batch)
+
+    def rewind(self) -> None:
+        """The input that is appended next is that of the first micro-batch again."""
+        self.file.rewind()
 
     def remove(self) -> None:
         self.file.remove()

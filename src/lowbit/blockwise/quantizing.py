@@ -77,6 +77,8 @@ class BlockwiseQuantizer:
             yield from self._block(block)
             self.flush()
         self.tokens.clear()
+        if self.float_inputs is not None:
+            self.float_inputs.remove()
 
     def _solved_outside(self) -> Iterator[tuple[Solved, str]]:
         """What lies outside the blocks, but the weights there that are multiplied, which come last."""
@@ -108,8 +110,6 @@ class BlockwiseQuantizer:
         found: dict[str, Solved] = {}
         for pass_ in passes:
             found |= self._solved_pass(block, pass_, scaled, activations)
-        if self.float_inputs is not None:
-            self.float_inputs.clear()
         if tuner is not None:
             found = _tuned(block, tuner, found, scaled, activations)
         for name, weight in scaled.weights.items():
@@ -174,7 +174,7 @@ def _tuned(
         dense = None if new is solved[name] else new.dense()
         if dense is not None:
             block.place(name, dense)
-    block.forget_attention()
+    block.forget_results()
     tuner.remove()
     return found
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.blockwise.attention_cache import AttentionCache
 from lowbit.blockwise.block_runner import BlockPlace, BlockRunner, LeaveForward, Saved, model_inputs
 from lowbit.blockwise.capture import InputCapture, OnInput
 from lowbit.blockwise.groups import Pass, find_passes
 from lowbit.blockwise.hidden_states import HiddenStates
 from lowbit.blockwise.precision import products_in
+from lowbit.blockwise.result_cache import ResultCache
 from lowbit.blockwise.skeleton import Skeleton
 from lowbit.formats import QTensor
 from lowbit.interchange.source import Source
@@ -56,7 +56,7 @@ class BlockWalk:
         self.weight_dtype = weight_dtype or dtype
         self.tensors = {t.name: t for t in plan.tensors}
         self.batches = micro_batches(windows)
-        self.attention = AttentionCache(folder)
+        self.results = ResultCache(folder)
         self._skeleton = Skeleton(source, plan.tied)
         self._runner = BlockRunner(self._skeleton.module)
         self._states = HiddenStates(folder / STATES)
@@ -118,7 +118,7 @@ class BlockWalk:
             if i and not self._whole:
                 self._drop_embeddings(block)
             yield block
-            self.attention.clear()
+            self.results.forget()
             self._states.commit(i)
             if i and places[i - 1].chain == place.chain:
                 self._states.drop(i - 1)
@@ -127,7 +127,7 @@ class BlockWalk:
             block.weights = {}  # a visitor may still hold the block while the next one is read
         if self._whole:
             yield Block(self, len(places), None, self.projections)
-        self.attention.clear()
+        self.results.remove()
         self._states.clear()
 
     def run(
@@ -191,13 +191,13 @@ class Block:
     def capture(self, on_input: OnInput, names: Sequence[str] | None = None, cached: int | None = None) -> InputCapture:
         """Enter it around `run`: `on_input` sees the inputs of these weights (None: of all that are multiplied).
 
-        `cached`: the micro-batch that is run, whose attention may come from the cache and is kept there.
+        `cached`: the micro-batch that is run, whose products and attention may come from the cache and are kept there.
         """
         watched = {name: self._walk._skeleton.get(name) for name in (self.multiplied if names is None else names)}
         if cached is None:
             return InputCapture(watched, on_input)
-        self._walk.attention.begin(cached)
-        return InputCapture(watched, on_input, attention_cache=self._walk.attention)
+        self._walk.results.begin(cached)
+        return InputCapture(watched, on_input, results=self._walk.results)
 
     def passes(self) -> list[Pass]:
         """Its weights in the order in which they are multiplied, see `find_passes`."""
@@ -210,12 +210,12 @@ class Block:
             self._walk._states.save(self._index, stream, batch, output)
 
     def mark_final(self, names: Sequence[str]) -> None:
-        """These weights have the values that they keep, so that attention which depends on no others is kept too."""
-        self._walk.attention.final.update(names)
+        """These weights have the values that they keep, so that products and attention which depend on no others are kept."""
+        self._walk.results.final.update(names)
 
-    def forget_attention(self) -> None:
+    def forget_results(self) -> None:
         """Weights changed after all."""
-        self._walk.attention.clear()
+        self._walk.results.forget()
 
 
 def micro_batches(windows: Sequence[Tensor]) -> list[Tensor]:

@@ -88,6 +88,14 @@ Windows = Annotated[
 FewWindows = Annotated[
     int, typer.Option(min=1, metavar="N", help="Use the first N windows of the text.", rich_help_panel=MEASURING)
 ]
+CardWindows = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="Use the first N windows of the text, however long that takes. When it is left out, they are 4, "
+        "or 2 where there is less time, and more where 4 do not settle the verdict and there is time.",
+        show_default=False, rich_help_panel=MEASURING,
+    ),
+]  # fmt: skip
 Length = Annotated[int, typer.Option(min=2, metavar="N", help="Put N tokens into a window.", rich_help_panel=MEASURING)]
 Speed = Annotated[
     bool,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli import budgets, console
+from lowbit.cli.card_option import LEAST, CardOption, CommandWithCard, HowMuch, NoCard, how_much
 from lowbit.cli.export import summary
-from lowbit.cli.help import MEASURING, PROGRAMS
+from lowbit.cli.help import PROGRAMS
 from lowbit.cli.importing import left_out_of
 from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.kept_card import keep_card, words_of
@@ -21,9 +22,9 @@ from lowbit.cli.options import (
     KV,
     Bits,
     Calibration,
+    CardWindows,
     Chat,
     Context,
-    FewWindows,
     FitMemory,
     GroupSize,
     Json,
@@ -44,13 +45,14 @@ if TYPE_CHECKING:
     from lowbit.measure.card import Card
 
 _PROMPT = "What is the capital of France?"
-_LENGTH = 1024
+_LENGTH, _WINDOWS = 1024, 4  # of the text, for --card full
 _WRITES = "a target measures each layer on text: the model writes its own; --calibration FILE gives it yours"
 _WARNED = 5  # tensors that are named one by one
 
 
 def register(app: typer.Typer) -> None:
     app.command(
+        cls=CommandWithCard,
         rich_help_panel="Make",
         short_help="Make a model small, and measure what that cost.",
         epilog="Examples:\nlowbit quantize smollm2\nlowbit quantize smollm2 w4 --calibration self -o small\n"
@@ -95,15 +97,9 @@ def quantize(
     context: Context = None,
     sensitivity: SensitivityFile = None,
     text: Text = None,
-    windows: FewWindows = 4,
-    card: Annotated[
-        bool,
-        typer.Option(
-            "--card/--no-card",
-            help="Measure what the result cost, which is done unless --no-card is given.",
-            rich_help_panel=MEASURING,
-        ),
-    ] = True,
+    windows: CardWindows = None,
+    card: CardOption = HowMuch.quick,
+    no_card: NoCard = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -120,13 +116,14 @@ def quantize(
         raise RecipeError("--keep belongs to --as and would be ignored; leave it out")
     if kv is not None and target_format is None:
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
+    measures = how_much(card, no_card)
     console.quiet()
     told = bool(target) and calibration is None
     calibration = "self" if told else calibration
     job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
-    if card and text is not None:
+    if measures is not HowMuch.none and text is not None:
         from lowbit.calibration.text import load_text
 
         load_text(text)  # a text that cannot be read is better known now than after the work
@@ -143,21 +140,26 @@ def quantize(
             job = job.allocated(target, kept, screen)
     for instead, count in (job.ready.changes if job.ready else {}).items():
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
-    command = " ".join(words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows))
+    how = measures.value if measures is HowMuch.full else None
+    command = " ".join(
+        words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows, how)
+    )
     with _noted(kept), job.run(out, keep, overwrite) as made:
         console.say(screen, _written(made, out))
         measured = None
-        if card:
+        if measures is not HowMuch.none:
             from lowbit.report import card as cards
 
             place = keep if made.exported is not None else out
             if made.checked and place is not None:
-                measured = cards.measured_before(place, text, windows, _LENGTH)
+                measured = cards.measured_before(
+                    place, text, _asked(measures, windows), _LENGTH, quick=measures is HowMuch.quick
+                )
             if measured is not None:
                 console.say(screen, "measured before, on the same text; what the card in the folder says:", style="dim")
             else:
                 with _whole():
-                    measured = _measured(made, text, windows)
+                    measured = _measured(made, text, _asked(measures, windows), measures)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -197,12 +199,23 @@ def _whole() -> Iterator[None]:
         raise
 
 
-def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
+def _asked(measures: HowMuch, windows: int | None) -> int | None:
+    """How many windows are to be measured; None for as many as there is time for."""
+    return _WINDOWS if windows is None and measures is HowMuch.full else windows
+
+
+def _measured(made: Outcome, text: str | None, windows: int | None, measures: HowMuch) -> Card | None:
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
     from lowbit.errors import LowbitError
     from lowbit.measure.speed import SHORT
 
+    seconds = max(LEAST, made.seconds)
+    how: dict[str, Any] = {"speed": SHORT} if measures is HowMuch.full else {"budget": seconds}
+    if measures is HowMuch.quick:
+        console.dim(
+            f"measuring what that cost, in about {seconds:.0f} s at most (--card full measures more, --no-card nothing)"
+        )
     try:
         with console.steps() as (say, progress):
             card = lowbit.evaluate(
@@ -210,10 +223,10 @@ def _measured(made: Outcome, text: str | None, windows: int) -> Card | None:
                 text=text,
                 windows=windows,
                 length=_LENGTH,
-                speed=SHORT,
                 prompt=_PROMPT,
                 progress=progress,
                 told=say,
+                **how,
             )
     except Exception as error:
         kind = "" if isinstance(error, LowbitError) else f"{type(error).__name__}: "

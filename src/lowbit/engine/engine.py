@@ -21,6 +21,7 @@ from lowbit.engine.shape import Shape
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
+from lowbit.interchange.source import Source
 
 
 class Engine:
@@ -45,14 +46,14 @@ class Engine:
 
     @staticmethod
     def open(
-        model: str | Path | nn.Module,
+        model: str | Path | nn.Module | Source,
         activations: str | ActivationFormat = "exact",
         cache: str | CacheFormat = "int16",
         threads: int | None = None,
         isa: str = "",
         tokenizer: Any = None,
     ) -> Engine:
-        """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes, or a live model.
+        """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes or opened already, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
         recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, "int16"

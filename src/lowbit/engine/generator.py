@@ -11,6 +11,7 @@ from torch import nn
 from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
 from lowbit.errors import EngineError
+from lowbit.interchange.source import Source
 
 
 class Choice(NamedTuple):
@@ -21,7 +22,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    model: str | Path | nn.Module, options: Mapping[str, Any], tokenizer: Any = None, threads: int | None = None,
+    model: str | Path | nn.Module | Source, options: Mapping[str, Any], tokenizer: Any = None, threads: int | None = None,
     spelled: str = "{}",
 ) -> Choice:  # fmt: skip
     """The engine where it computes `model`.

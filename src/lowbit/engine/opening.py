@@ -18,19 +18,23 @@ from lowbit.interchange.checks.config import check_decoder, lacks
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.files.settings import OURS, generation_of, quantized_by, read_config
 from lowbit.interchange.files.weights import remarks_on
-from lowbit.interchange.source import say_remarks
+from lowbit.interchange.source import Source, say_remarks
 
 Opened = tuple[Weights, TextTokenizer | None, frozenset[int]]
 
 
-def opened(model: str | Path | nn.Module, tokenizer: Any = None) -> Opened:
+def opened(model: str | Path | nn.Module | Source, tokenizer: Any = None) -> Opened:
     """(weights, tokenizer, the tokens that end a text). EngineError for a model that the engine cannot run."""
     if isinstance(model, nn.Module):
         return _of_model(model, tokenizer)
+    if isinstance(model, Source):
+        return _of_source(model, tokenizer)
     path = Path(model)
     if path.is_dir() and quantized_by(path) in (None, OURS):
         return _of_folder(path, tokenizer)
-    return _of_source(str(model), tokenizer)
+    from lowbit.interchange.opening import open_source
+
+    return _of_source(open_source(str(model), tokenizer=tokenizer), tokenizer)
 
 
 def _of_folder(folder: Path, tokenizer: Any) -> Opened:
@@ -63,15 +67,12 @@ def _of_model(model: nn.Module, tokenizer: Any) -> Opened:
     return weights, words, end_tokens(generation.to_dict() if generation is not None else {}, weights.config, words)
 
 
-def _of_source(name: str, tokenizer: Any) -> Opened:
-    from lowbit.interchange.opening import open_source
-
-    source = open_source(name, tokenizer=tokenizer)
+def _of_source(source: Source, tokenizer: Any) -> Opened:
     weights = SourceWeights(source)
     refuse(weights.config)
     words: TextTokenizer | None
     try:
-        words = AnyTokenizer(source.tokenizer())
+        words = AnyTokenizer(source.tokenizer()) if tokenizer is None else _given(tokenizer)
     except SourceError:
         words = None
     return weights, words, source.end_tokens()

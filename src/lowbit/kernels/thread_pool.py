@@ -1,4 +1,4 @@
-"""The threads that multiply packed weights, shared by all weights of a process.
+"""The threads of the C++ part, shared by all weights of a process.
 
 PyTorch's OpenMP threads spin for milliseconds after every parallel loop. A second pool beside them would wait for
 processors that do nothing, so the threads of that runtime are borrowed, through the names that its ABI fixes. Where
@@ -21,6 +21,7 @@ from lowbit.kernels.core import core
 
 _NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 _lock = threading.Lock()
+_pools: dict[int, Any] = {}
 _multipliers: dict[tuple[int, str], Any] = {}
 _lost: list[Any] = []  # of a process that forked; their threads are not here, and freeing them would wait for these
 
@@ -32,17 +33,35 @@ def multiplier(isa: str = "") -> Any:
     return found if found is not None else _make(key)
 
 
+def pool() -> Any:
+    """The `ThreadPool` of `lowbit._core` with as many threads as PyTorch uses now."""
+    threads = torch.get_num_threads()
+    found = _pools.get(threads)
+    if found is None:
+        with _lock:
+            found = _pool(threads)
+    return found
+
+
 def _make(key: tuple[int, str]) -> Any:
     threads, isa = key
     with _lock:
         if key not in _multipliers:
-            if not _multipliers:
-                _forget_in_time()
-            for old in [k for k in _multipliers if k[0] != threads]:
-                del _multipliers[old]  # who is in a product keeps it alive
-            module: Any = core()
-            _multipliers[key] = module.Multiplier(module.ThreadPool(threads, openmp()), isa)
+            shared, module = _pool(threads), core()
+            _multipliers[key] = module.Multiplier(shared, isa)  # type: ignore[union-attr]
         return _multipliers[key]
+
+
+def _pool(threads: int) -> Any:
+    """Of this many threads; those of another number go. Who works with them keeps them alive."""
+    if threads not in _pools:
+        _forget_in_time()
+        for old in [k for k in _multipliers if k[0] != threads]:
+            del _multipliers[old]
+        _pools.clear()
+        module: Any = core()
+        _pools[threads] = module.ThreadPool(threads, openmp())
+    return _pools[threads]
 
 
 @cache
@@ -60,7 +79,8 @@ def openmp() -> tuple[int, int, int] | None:
 
 @cache
 def _forget_in_time() -> None:
-    atexit.register(_multipliers.clear)  # before the interpreter goes, which nanobind would call a leak
+    for kept in (_multipliers, _pools):
+        atexit.register(kept.clear)  # before the interpreter goes, which nanobind would call a leak
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
 
@@ -68,5 +88,6 @@ def _forget_in_time() -> None:
 def _forget() -> None:
     global _lock
     _lock = threading.Lock()
-    _lost.extend(_multipliers.values())
-    _multipliers.clear()
+    for kept in (_multipliers, _pools):
+        _lost.extend(kept.values())
+        kept.clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch import nn
 
 from lowbit.calibration.data import SAMPLES, SELF, load_calibration
 from lowbit.calibration.text import load_text
-from lowbit.errors import LowbitError, SourceError
+from lowbit.errors import LowbitError, RecipeError, SourceError
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import TEXT, OnStep, Step, heard
@@ -29,27 +28,22 @@ from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare import Built, CompareRow
 from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
-from lowbit.measure.float_model import baseline_of, in_faster_types
+from lowbit.measure.float_model import baseline_of
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
+from lowbit.measure.quick import quick_card
 from lowbit.measure.row_file import FLOAT, RowFile
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, module_bytes
-from lowbit.measure.speed import Speed, measure_speed
+from lowbit.measure.speed_as_generated import speed_as_generated
 from lowbit.measure.subject import open_subject, plan_parts, type_of
-from lowbit.measure.token_times import torch_threads
 from lowbit.measure.windows import Windows, make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.loading import as_dtype, load
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
-
-_log = logging.getLogger("lowbit")
-
-# Of running a model: lowbit's own, the system's, and those that PyTorch raises, out of memory among them.
-_FAILURES = (LowbitError, OSError, MemoryError, RuntimeError)
 
 
 def evaluate(
@@ -63,6 +57,7 @@ def evaluate(
     prompt: str | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
+    budget: float | None = None,
     progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
@@ -76,12 +71,25 @@ def evaluate(
     loaded here, and a module's own type, which is not changed. `told` hears what begins, such as "measuring speed", and `progress` how many windows
     of text are done, then how many runs of a program, each of how many. TextError when the text is shorter than a window.
 
+    `budget`: seconds. As many windows as fit, 4 as a rule, in the engine where it knows both models and in float32 otherwise; then an answer
+    to `prompt`, speed and memory as far as there is time. The card says what it read. `windows` is obeyed; `speed` and `dtype` are
+    refused with it.
+
     >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
     >>> card.quality.kl_mean.value > 0  # nats per token
     True
     """
     say = told or (lambda what: None)
     wanted = as_dtype(dtype)
+    if budget is not None:
+        if speed is not False or wanted is not None:
+            raise RecipeError(
+                "a card in limited time chooses how to compute and measures speed where there is time; leave speed and dtype out"
+            )
+        return quick_card(
+            model, against, text, seconds=budget, windows=windows, length=length, prompt=prompt, tokenizer=tokenizer,
+            say=say, progress=heard(progress),
+        )  # fmt: skip
     say("loading the model")
     subject = open_subject(model, tokenizer, wanted or torch.float32)
     module, parts = subject.module, subject.parts
@@ -105,6 +113,7 @@ def evaluate(
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=module)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
     quality = measure_quality(module, cut, base=base, progress=heard(progress))
+    quality = replace(quality, program=f"transformers, {str(run).removeprefix('torch.')}")
     sample = None
     if prompt:
         say("answering a prompt")
@@ -113,36 +122,8 @@ def evaluate(
     if settings := _settings(speed):
         cast = subject.name is not None and not isinstance(against, nn.Module)
         what = module if subject.name is None else subject.name
-        rates, run_peak = _speed(what, module, base, cast, tok, settings, say, heard(progress))
+        rates, run_peak = speed_as_generated(what, module, base, cast, tok, settings, say, heard(progress))
     return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
-
-
-def _speed(
-    model: str | Path | nn.Module, subject: nn.Module, base: nn.Module | None, cast: bool, tokenizer: Any,
-    settings: SpeedSettings, say: Callable[[str], None], progress: Progress | None,
-) -> tuple[Speed, int | None]:  # fmt: skip
-    """The speed of `model` as `lowbit generate` runs it, and the peak resident bytes of a fresh process up to its first token.
-
-    cast: the base may be cast, and is then measured in its faster types. What fails is said, and what was measured before stands.
-    """
-    try:
-        say("measuring speed")
-        program = as_generated(model, subject, tokenizer)
-        other: nn.Module | Backend | None = base
-        if base is not None and cast:
-            with torch_threads(program.threads):
-                other = in_faster_types(base.to, settings)
-        found = measure_speed(program, base=other, settings=settings, progress=progress)
-    except _FAILURES as error:
-        return Speed(skipped=str(error) or type(error).__name__), None
-    if program.first is None or found.model is None:
-        return found, None
-    try:
-        say("measuring memory in a fresh process")
-        return found, program.first().peak
-    except LowbitError as error:
-        _log.warning("memory while running is not measured: %s", error)
-        return found, None
 
 
 def compare(

@@ -55,14 +55,20 @@ class Backend:
 def of_engine(engine: Engine, name: str, open_again: Mapping[str, Any] | None = None) -> Backend:
     """An engine. open_again: the arguments of `Engine.open`, as JSON, that make it in another process."""
     shape, facts = engine.shape, engine.describe()
-
-    def times(sequences: int, prompt: int, new: int) -> list[float]:
-        return engine_times(engine, some_ids(prompt, shape.vocabulary), sequences, new)
-
     return Backend(
-        name, _rates(times), facts.bytes_per_token, lambda n: shape.products(n, 1), shape.positions,
+        name, _rates(times_of_engine(engine)), facts.bytes_per_token, lambda n: shape.products(n, 1), shape.positions,
         None if open_again is None else lambda: startup("engine", open_again), threads=facts.threads,
     )  # fmt: skip
+
+
+def times_of_engine(engine: Engine) -> Times:
+    """How long greedy generation takes a model in the engine."""
+    vocabulary = engine.shape.vocabulary
+
+    def times(sequences: int, prompt: int, new: int) -> list[float]:
+        return engine_times(engine, some_ids(prompt, vocabulary), sequences, new)
+
+    return times
 
 
 def of_module(model: nn.Module, name: str, open_again: Mapping[str, Any] | None = None, note: str = "") -> Backend:

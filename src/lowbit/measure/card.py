@@ -91,7 +91,8 @@ class TextMark:
 class Card(Displayed):
     """All parts together. `run_peak` is the peak resident bytes of a fresh process that ran the model.
 
-    `outputs` in place of `quality` for a model that predicts no tokens; `unmeasured`: why there is neither.
+    `outputs` in place of `quality` for a model that predicts no tokens; `unmeasured`: why there is neither. `budget`: the seconds that
+    measuring was given; None where it took as long as what was asked for takes.
     """
 
     parts: CardParts
@@ -103,6 +104,7 @@ class Card(Displayed):
     environment: Environment | None = None
     outputs: Outputs | None = None
     unmeasured: str | None = None
+    budget: float | None = None
 
     def _brief(self) -> str:
         return f"{self.parts.model}, {self.parts.recipe}"

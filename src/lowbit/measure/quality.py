@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import SourceError
-from lowbit.interchange.hf.running import check_vocabulary, evaluating
-from lowbit.measure.scoring import Scorer
+from lowbit.measure.scoring import Scorer, WindowScorer
 from lowbit.measure.windows import Windows
 
 Progress = Callable[[int, int], None]
+HowMany = Callable[[int, Callable[[int], "Quality"]], int]
+"""How many windows to measure, given how many are done and what gives the quality of the first N of those."""
 _ENOUGH = 8  # windows, from which their own spread is known well enough
 _BLOCK = 64  # tokens of a block at least
 
@@ -47,7 +48,8 @@ class Estimate:
 class Quality:
     """Quality of one model, compared with a base model when there was one.
 
-    `kind` is how it was scored (see scoring.py); `tokens` how many tokens were.
+    `kind` is how it was scored (see scoring.py); `tokens` how many tokens were; `program`: what computed the logits and in which type,
+    where that is known.
     """
 
     kind: str
@@ -60,6 +62,7 @@ class Quality:
     kl_mean: Estimate | None = None
     kl_p99: Estimate | None = None
     top1: Estimate | None = None
+    program: str | None = None
 
 
 @dataclass
@@ -70,53 +73,69 @@ class Reference:
     does not repeat its forward.
     """
 
-    model: nn.Module
+    model: nn.Module | WindowScorer
     windows: Windows
     keep_bytes: int = 0
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        check_vocabulary(self.model, self.windows.ids)
-        self.scorer = Scorer.of(self.model)
+        self.scorer = _scorer(self.model)
+        self.scorer.check(self.windows.ids)
 
     def logits(self, index: int) -> Tensor:
         """Logits [S, vocabulary] of one window."""
         if index in self._kept:
             return self._kept[index]
-        with evaluating(self.model):
-            logits = self.scorer.logits(self.windows.ids[index], self.windows.frame)
+        logits = self.scorer.logits(self.windows.ids[index], self.windows.frame)
         if logits.nbytes * (len(self._kept) + 1) <= self.keep_bytes:
             self._kept[index] = logits
         return logits
 
 
 def measure_quality(
-    model: nn.Module, windows: Windows, *, base: nn.Module | Reference | None = None, progress: Progress | None = None
-) -> Quality:
+    model: nn.Module | WindowScorer, windows: Windows, *, base: nn.Module | WindowScorer | Reference | None = None,
+    progress: Progress | None = None, how_many: HowMany | None = None,
+) -> Quality:  # fmt: skip
     """Quality of `model` on `windows`, compared with `base` when given. Models may be on different devices.
+
+    how_many: asked before the first window and after each, of how many the quality is to be; all of them when None. Those beyond what
+    it says at last are left out.
 
     Raises SourceError when a model gives no logits for every token, or the two cannot be compared.
     """
-    check_vocabulary(model, windows.ids)
-    scorer = Scorer.of(model)
-    reference = Reference(base, windows) if isinstance(base, nn.Module) else base
+    scorer = _scorer(model)
+    scorer.check(windows.ids)
+    reference = base if isinstance(base, Reference) or base is None else Reference(base, windows)
     if reference is not None and reference.scorer.kind != scorer.kind:
         raise SourceError(
             f"a {scorer.kind} model cannot be compared with a {reference.scorer.kind} one: load both alike"
         )
-    parts = []
-    for index in range(windows.count):
+    parts: list[dict[str, np.ndarray]] = []
+
+    def so_far(count: int) -> Quality:
+        return _summary(scorer.kind, windows, {name: np.stack([p[name] for p in parts[:count]]) for name in parts[0]})
+
+    def wanted() -> int:
+        return windows.count if how_many is None else min(windows.count, how_many(len(parts), so_far))
+
+    count = wanted()
+    while len(parts) < count:
+        index = len(parts)
         ids = windows.ids[index]
         against = reference.logits(index) if reference is not None else None
-        with evaluating(model):
-            is_base = reference is not None and reference.model is model
-            logits = scorer.logits(ids, windows.frame) if against is None or not is_base else against
-            parts.append(compare_logits(logits, scorer.targets(ids, windows.frame), against))
+        is_base = reference is not None and reference.model is model
+        logits = scorer.logits(ids, windows.frame) if against is None or not is_base else against
+        parts.append(compare_logits(logits, scorer.targets(ids, windows.frame), against))
         if reference is not None and not np.isfinite(parts[-1]["base_nll"]).all():
             raise SourceError("the base model gives logits that are not finite: it cannot be compared with")
+        count = wanted()
         if progress is not None:
-            progress(index + 1, windows.count)
-    return _summary(scorer.kind, windows, {name: np.stack([p[name] for p in parts]) for name in parts[0]})
+            progress(min(index + 1, count), count)
+    return so_far(count)
+
+
+def _scorer(model: nn.Module | WindowScorer) -> WindowScorer:
+    return Scorer.of(model) if isinstance(model, nn.Module) else model
 
 
 def compare_logits(logits: Tensor, targets: Tensor, base: Tensor | None = None) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
 from lowbit.engine.tokenizer import AnyTokenizer
 from lowbit.interchange.hf.running import evaluating
@@ -24,10 +25,15 @@ class Sample:
 def answer(model: nn.Module, tokenizer: Any, prompt: str, *, new: int = 60) -> str:
     """The greedy answer of at most `new` tokens, as `lowbit generate` gives it where transformers runs the model."""
     generator = Transformers(model, AnyTokenizer(tokenizer), "")
-    ids, most = generator.tokenizer.prompt(prompt), generator.positions
-    limit = new if most is None else min(new, most - len(ids))
     with evaluating(model):
-        return str(generator.generate(ids, max_new_tokens=limit)).strip() if limit > 0 else ""
+        return answered(generator, generator.positions, prompt, new)
+
+
+def answered(generator: Engine | Transformers, positions: int | None, prompt: str, new: int) -> str:
+    """The greedy answer of at most `new` tokens; positions: of prompt and answer together at most."""
+    ids = generator.tokenizer.prompt(prompt)
+    limit = new if positions is None else min(new, positions - len(ids))
+    return str(generator.generate(ids, max_new_tokens=limit)).strip() if limit > 0 else ""
 
 
 def take_sample(

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.calibration.windows import Frame
+from lowbit.engine.engine import Engine
 from lowbit.errors import SourceError
-from lowbit.interchange.hf.running import device_of
+from lowbit.interchange.hf.running import check_ids, check_vocabulary, device_of, evaluating
 
 _NONE = Frame()
 
@@ -42,9 +43,55 @@ def kind_of(model: nn.Module) -> str:
     return "masked" if any("MaskedLM" in name for name in names) else "causal"
 
 
+class WindowScorer(Protocol):
+    """A model that gives the logits of a window, whichever program runs it."""
+
+    @property
+    def kind(self) -> str:
+        """'causal', 'seq2seq' or 'masked'."""
+        ...
+
+    def check(self, ids: Tensor) -> None:
+        """TextError when the model has no such token."""
+        ...
+
+    def targets(self, ids: Tensor, frame: Frame = ...) -> Tensor:
+        """ids [L] -> the tokens [S] that the rows of `logits` are scored against."""
+        ...
+
+    def logits(self, ids: Tensor, frame: Frame = ...) -> Tensor:
+        """ids [L] -> logits [S, vocabulary]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EngineScorer:
+    """A decoder that the engine runs. Its logits are float32, whatever its weights are."""
+
+    engine: Engine
+    kind = "causal"
+
+    def check(self, ids: Tensor) -> None:
+        check_ids(ids, self.engine.shape.vocabulary)
+
+    def targets(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
+        return ids[scored(self.kind, len(ids), frame)]
+
+    def logits(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
+        rows = scored(self.kind, len(ids), frame)
+        # The last token that is read is scored by the row before it, so the model need not see it.
+        return self.engine.logits(ids[: rows.stop - 1])[rows.start - 1 :]
+
+
+def scored(kind: str, length: int, frame: Frame) -> slice:
+    """Which tokens of a window of `length` are scored: those of the text, in a causal model but its very first."""
+    first = len(frame.before)
+    return slice(max(first, 1) if kind == "causal" else first, length - len(frame.after))
+
+
 @dataclass(frozen=True)
 class Scorer:
-    """A model with what is known about calling it."""
+    """A model of transformers with what is known about calling it."""
 
     model: nn.Module
     kind: str
@@ -58,20 +105,20 @@ class Scorer:
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         return Scorer(model, kind, device_of(model), options)
 
-    def scored(self, length: int, frame: Frame) -> slice:
-        """Which tokens of a window of `length` are scored: those of the text, in a causal model but its very first."""
-        first = len(frame.before)
-        return slice(max(first, 1) if self.kind == "causal" else first, length - len(frame.after))
+    def check(self, ids: Tensor) -> None:
+        """TextError when the model has no such token."""
+        check_vocabulary(self.model, ids)
 
     def targets(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
         """ids [L] -> the tokens [S] that the rows of `logits` are scored against."""
-        return ids[self.scored(len(ids), frame)]
+        return ids[scored(self.kind, len(ids), frame)]
 
     def logits(self, ids: Tensor, frame: Frame = _NONE) -> Tensor:
         """ids [L] -> logits [S, vocabulary] in the model's dtype, on the device of its head."""
         batch = ids.to(self.device)[None]
         extra = {"labels": batch} if self.kind == "seq2seq" else {}
-        out = self.model(batch, **extra, **self.options)
+        with evaluating(self.model):
+            out = self.model(batch, **extra, **self.options)
         logits = out if isinstance(out, Tensor) else getattr(out, "logits", None)
         if not isinstance(logits, Tensor) or logits.shape[:2] != batch.shape or logits.ndim != 3:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
@@ -80,5 +127,5 @@ class Scorer:
                 "nothing to measure: load it with its language-model head (AutoModelForCausalLM, "
                 "AutoModelForSeq2SeqLM or AutoModelForMaskedLM)"
             )
-        rows, late = self.scored(len(ids), frame), self.kind == "causal"
+        rows, late = scored(self.kind, len(ids), frame), self.kind == "causal"
         return logits[0, rows.start - late : rows.stop - late]

@@ -47,13 +47,10 @@ def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtyp
     """The model that `evaluate` was given. dtype: of what is loaded here. SourceError for what is no model."""
     given = None if tokenizer is None else lambda: tokenizer
     if isinstance(model, Quantized):
-        words, looked = given or model.source.tokenizer, model.report.calibration is not None
-        planned = replace(plan_parts(model.plan), calibrated=looked)
+        parts, words = parts_of(model, tokenizer)
         if model.folder is None:
-            return Subject(model.model, planned, words)
-        parts = replace(planned, bytes_after=disk_size(model.folder).total)
-        name = None if isinstance(model.source, ModuleSource) else model.folder
-        return Subject(load(model.folder, dtype=dtype), parts, words, name)
+            return Subject(model.model, parts, words)
+        return Subject(load(model.folder, dtype=dtype), parts, words, folder_of(model))
     if isinstance(model, nn.Module):
         parts = CardParts(type(model).__name__, "as it is", count_parameters(model), weight_bytes=module_bytes(model))
         return Subject(model, parts, given)
@@ -65,6 +62,25 @@ def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtyp
     module = source.load_float(dtype)
     parts = CardParts(source.label, source.storage, count_parameters(module), weight_bytes=source.disk_bytes())
     return Subject(module, parts, source.tokenizer, model)
+
+
+def folder_of(model: Any) -> str | Path | None:
+    """The folder of lowbit that a model was given as, or that was written of it; None where it was made of a module in memory."""
+    if isinstance(model, Quantized):
+        return None if isinstance(model.source, ModuleSource) else model.folder
+    return model if isinstance(model, (str, Path)) and is_ours(Path(model)) else None
+
+
+def parts_of(model: str | Path | Quantized, tokenizer: Any) -> tuple[CardParts, Callable[[], Any]]:
+    """What the card says of what `quantize` returned or of a folder that lowbit wrote, and what gives its tokenizer."""
+    given = None if tokenizer is None else lambda: tokenizer
+    if not isinstance(model, Quantized):
+        path = Path(model)
+        return folder_parts(path, load(path)), given or (lambda: load_tokenizer(path, str(path)))
+    parts = replace(plan_parts(model.plan), calibrated=model.report.calibration is not None)
+    if model.folder is not None:
+        parts = replace(parts, bytes_after=disk_size(model.folder).total)
+    return parts, given or model.source.tokenizer
 
 
 def type_of(module: nn.Module, wanted: torch.dtype | None) -> torch.dtype:

@@ -43,6 +43,42 @@ class Windows:
         return self.ids.shape[1]
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A text as tokens, to be cut into windows of any length.
+
+    ids: int64 [tokens], without what the tokenizer puts around a text, which is `frame`. longest: the most tokens that the model takes.
+    """
+
+    text: Text
+    ids: Tensor
+    frame: Frame
+    longest: int | None = None
+
+    @staticmethod
+    def of(text: Text, tokenizer: Any, model: nn.Module | None = None, longest: int | None = None) -> Tokens:
+        """`text` read once; conversations are rendered first. `model`: as of `make_windows`, `longest` where there is none."""
+        text = text.rendered(lambda said: render_chat(tokenizer, said))
+        longest = max_positions(model) if model is not None else longest
+        return Tokens(text, text_ids(text.joined, tokenizer), Frame.of(tokenizer, model), longest)
+
+    def windows(self, length: int, limit: int | None = None) -> Windows:
+        """As `make_windows`."""
+        if length < 2:
+            raise TextError(f"a window of {length} tokens has nothing to predict: use 2 or more")
+        if limit is not None and limit < 1:
+            raise TextError(f"{limit} windows were asked for: use 1 or more")
+        notes = []
+        if self.longest is not None and self.longest < length:
+            notes.append(f"windows of {self.longest} tokens, the most that the model takes, instead of {length}")
+            length = self.longest
+        found = framed_windows(self.text.name, self.ids, self.frame, length, "window")
+        if limit is not None and len(found) < limit:
+            notes.append(f"{len(found)} windows, all that the text has, instead of {limit}")
+        rows = torch.stack(found[:limit])
+        return Windows(rows, self.text.name, self.text.sha256, len(self.ids), tuple(notes), self.frame)
+
+
 def make_windows(
     text: Text, tokenizer: Any, *, length: int = 1024, limit: int | None = None, model: nn.Module | None = None
 ) -> Windows:
@@ -52,19 +88,4 @@ def make_windows(
     end. Without it, windows are those of a decoder.
     Raises TextError when the text does not fill one window.
     """
-    if length < 2:
-        raise TextError(f"a window of {length} tokens has nothing to predict: use 2 or more")
-    if limit is not None and limit < 1:
-        raise TextError(f"{limit} windows were asked for: use 1 or more")
-    notes = []
-    longest = max_positions(model) if model is not None else None
-    if longest is not None and longest < length:
-        notes.append(f"windows of {longest} tokens, the most that the model takes, instead of {length}")
-        length = longest
-    text = text.rendered(lambda said: render_chat(tokenizer, said))
-    ids, frame = text_ids(text.joined, tokenizer), Frame.of(tokenizer, model)
-    found = framed_windows(text.name, ids, frame, length, "window")
-    if limit is not None and len(found) < limit:
-        notes.append(f"{len(found)} windows, all that the text has, instead of {limit}")
-    rows = torch.stack(found[:limit])
-    return Windows(rows, text.name, text.sha256, len(ids), tuple(notes), frame)
+    return Tokens.of(text, tokenizer, model).windows(length, limit)

@@ -149,16 +149,23 @@ def keep_of_export(folder: Path, out: Path, target: str, error: float, unequal: 
     return keep(of_export(saved.card, out, error, unequal), out, Made(facts, target, saved.base, saved.command))
 
 
-def measured_before(folder: str | Path, text: Any, windows: int, length: int) -> Card | None:
+def measured_before(
+    folder: str | Path, text: Any, windows: int | None, length: int, *, quick: bool = False
+) -> Card | None:
     """The card in a folder where it is of these weights beside the float model, on `windows` windows of `length` tokens of this text,
-    a source as of `load_text`; None otherwise, and for conversations, whose text depends on the model."""
+    a source as of `load_text`; None otherwise, and for conversations, whose text depends on the model.
+
+    quick: whether a card that was made in limited time will do; windows may then be None, for as many as there was time for. Where it
+    is not set such a card never does.
+    """
     saved = _fresh(Path(folder))
-    if saved is None or (seen := saved.card.text) is None:
+    if saved is None or (seen := saved.card.text) is None or (saved.card.budget is not None and not quick):
         return None
     compared = saved.card.outputs is not None or (
         saved.card.quality is not None and saved.card.quality.kl_mean is not None
     )
-    asked = ((seen.windows, windows), (seen.length, length))
+    asked = [(seen.length, length)] if windows is not None or saved.card.budget is None else []
+    asked += [(seen.windows, windows)] if windows is not None else []
     # A text or a model that is shorter than what was asked for says so in a note.
     same = all(
         had == wanted or any(note.endswith(f"instead of {wanted}") for note in seen.notes) for had, wanted in asked

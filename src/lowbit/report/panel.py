@@ -101,6 +101,8 @@ def _quality_lines(card: Card) -> list[tuple[str, str]]:
         lines.append(("same first choice", estimate_text(quality.top1, " % of tokens", scale=100)))
         if quality.kl_mean.stderr:
             lines.append(("  the ± is", ERROR_LEGEND))
+    if quality.program is not None:
+        lines.append(("  computed by", quality.program))
     if quality.kind != "causal":
         lines.append(("  scored as", f"{quality.kind} ({MEANING[quality.kind]})"))
     return lines

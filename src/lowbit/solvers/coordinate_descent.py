@@ -43,13 +43,13 @@ def feed_errors(weight: Tensor, upper: Tensor, rounder: Rounder, shift: Tensor |
     return out.T
 
 
-def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder: Rounder) -> tuple[Tensor, float]:
+def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder: Rounder) -> tuple[Tensor, Tensor]:
     """One sweep of exact coordinate descent on tr((Q - W) H (Q - W)') over the levels of each weight.
 
         R = (Q - W) H;   q_k <- Q(q_k - R_k / H_kk);   R += (change of q_k) H[k, :]
 
     Every step can only lower the error. All [N, K], in the order of columns that `rounder` and `hessian` have. Returns Q
-    and the error, of which R is the larger part.
+    and the error of each row, float64 [N], of which R is the larger part.
     Source: Kim et al. 2025 (GuidedQuant), section 4, LNQ's coordinate descent; here in lazy blocks.
     """
     q = values.T.contiguous()
@@ -68,4 +68,4 @@ def coordinate_descent(values: Tensor, target: Tensor, hessian: Tensor, rounder:
         residual[:begin].addmm_(hessian[:begin, begin:end], changes)
         residual[end:].addmm_(hessian[end:, begin:end], changes)
     found = q.T
-    return found, float(residual.T.mul(found - target).sum(dtype=torch.float64))
+    return found, residual.T.mul(found - target).sum(1, dtype=torch.float64)

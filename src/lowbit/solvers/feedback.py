@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format, QTensor
-from lowbit.solvers.coordinate_descent import coordinate_descent, feed_errors
+from lowbit.formats import Format
+from lowbit.solvers.core_steps import CoreSteps, core_takes
 from lowbit.solvers.fitting import fit_blocks
 from lowbit.solvers.found import Found, Trace
-from lowbit.solvers.hessian import Factor, factorize, quadratic
-from lowbit.solvers.refit import refit_scales, refits
+from lowbit.solvers.hessian import Factor, factorize
 from lowbit.solvers.registry import Call
-from lowbit.solvers.rounding import Rounder, empty, with_values
+from lowbit.solvers.rounding import empty
 from lowbit.solvers.stats import Stats
+from lowbit.solvers.steps import Steps, TorchSteps
 from lowbit.solvers.zeros import zero_runs
 
 
@@ -52,7 +52,8 @@ Shift = Callable[[Factor, Stats], Tensor]
 def solve_with_feedback(
     problem: Problem, *, polish: int, target: Tensor | None = None, shift: Shift | None = None
 ) -> Found:
-    """Fit scales, round with error feedback, polish; keep whatever has the least error under H. Runs of zeros stay zero.
+    """Fit scales, round with error feedback, polish; each row keeps whatever has the least error under H. Runs of zeros
+    stay zero.
 
     `target` [N, K]: what Q is to resemble, when it is not the weight itself (Qronos). `shift`: the matrix P of GPTAQ,
     in the order of the factor's columns.
@@ -64,31 +65,17 @@ def solve_with_feedback(
     scale, offset = fit_blocks(weight, problem.fmt, problem.fit, problem.stats.importance)
     q = empty(problem.fmt, tuple(weight.shape), scale, offset)
     factor = problem.factor
-    perm, back = factor.perm, torch.argsort(factor.perm)
     p = None if shift is None else shift(factor, problem.stats)
-    values = feed_errors(weight[:, perm], factor.upper, Rounder(q, perm, still), p)[:, back]
-    nearest, best = with_values(q, weight), with_values(q, values)
-    start = quadratic(nearest.dequantize() - weight, factor.hessian)
-    error = quadratic(best.dequantize() - weight, factor.hessian)
-    # With a shift the error that counts is not this one, and round-to-nearest is no match for it.
-    if shift is None and start <= error:
-        best, error = nearest, start
-    for _ in range(polish):
-        better, e = _polished(best, weight, factor, still)
-        if e >= error:
-            break
-        best, error = better, e
-    return Found(best, Trace(start, error, factor.damp))
+    steps = steps_for(problem.fmt, weight)
+    q, start, error = steps.feed(q, weight, factor, still, p)
+    if polish:
+        q, error = steps.polish(q, error, weight, factor, still, polish)
+    return Found(q, Trace(float(start.sum()), float(error.sum()), factor.damp))
 
 
-def _polished(q: QTensor, target: Tensor, factor: Factor, still: Tensor | None) -> tuple[QTensor, float]:
-    """One joint refit of the scales, and one sweep of coordinate descent under the new ones; with the error under H."""
-    if refits(q):
-        q = refit_scales(q, target, factor.hessian, still)
-    perm, back = factor.perm, torch.argsort(factor.perm)
-    hessian = factor.hessian[perm][:, perm].contiguous()
-    values, error = coordinate_descent(q.dequantize()[:, perm], target[:, perm], hessian, Rounder(q, perm, still))
-    return with_values(q, values[:, back]), error
+def steps_for(fmt: Format, weight: Tensor) -> Steps:
+    """The C++ part's where it is there and takes this format, else PyTorch's."""
+    return CoreSteps() if core_takes(fmt, weight) else TorchSteps()
 
 
 def columns_in_order(diagonal: Tensor, order: int, group: int) -> Tensor:

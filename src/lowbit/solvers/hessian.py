@@ -69,4 +69,9 @@ def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
 
 def quadratic(error: Tensor, hessian: Tensor) -> float:
     """tr(E H E'): the squared error of the layer's output for E [N, K], per token."""
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    return float(quadratic_of_rows(error, hessian).sum())
+
+
+def quadratic_of_rows(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H e' for each row e of `error` [N, K], float64 [N]."""
+    return ((error @ hessian) * error).sum(1, dtype=torch.float64)

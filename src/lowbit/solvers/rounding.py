@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit.formats import Block, Format, QTensor, encode
 from lowbit.formats.blocks import map_blocks
 from lowbit.formats.nearest import inverse
+from lowbit.formats.qtensor import Stored
 
 
 def per_element(values: Tensor, shape: tuple[int, ...], block: Block) -> Tensor:
@@ -62,3 +63,28 @@ def with_values(q: QTensor, values: Tensor) -> QTensor:
     from lowbit.formats.qtensor import nearest_codes
 
     return replace(q, codes=pack(nearest_codes(values, q), q.format.grid.cardinality))
+
+
+def by_row(take: Tensor, new: QTensor, old: QTensor) -> QTensor:
+    """Rows of `new` where `take` bool [N], else of `old`: two versions of one weight [N, K] whose rows share nothing that differs."""
+    if bool(take.all()):
+        return new
+    if not bool(take.any()):
+        return old
+    from lowbit.formats.packing import pack
+
+    rows = len(take)
+
+    def chosen(a: Stored | None, b: Stored | None) -> Stored | None:
+        if a is b or a is None or b is None:
+            return b
+        if isinstance(a, QTensor) and isinstance(b, QTensor):
+            codes = choose(a.unpacked(), b.unpacked())
+            parts = {"scale": chosen(a.scale, b.scale), "offset": chosen(a.offset, b.offset)}
+            return replace(b, codes=pack(codes, b.format.grid.cardinality), **parts)  # type: ignore[arg-type]
+        return choose(a, b)  # type: ignore[arg-type]
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(take[:, None], a.reshape(rows, -1), b.reshape(rows, -1)).view(b.shape)
+
+    return chosen(new, old)  # type: ignore[return-value]

@@ -71,7 +71,13 @@ def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     config: Any = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(inner, "vocab_size", None)
-    if isinstance(size, int) and int(ids.max()) >= size:
+    if isinstance(size, int):
+        check_ids(ids, size)
+
+
+def check_ids(ids: Tensor, size: int) -> None:
+    """TextError when one of `ids` is none of a vocabulary of `size`."""
+    if int(ids.max()) >= size:
         raise TextError(
             f"the tokenizer gives token {int(ids.max())}, but the model has {size} tokens: "
             "use the tokenizer that belongs to the model"

@@ -1,0 +1,250 @@
+"""A card in limited time: as many windows of the text as fit, each program opened once, and what else there is time for.
+
+Both models run in the engine where it knows them, which computes with the weights as they are stored and with inputs of 15 bits. The
+divergence of that from the same model in float32 is below 1e-6 nats per token on SmolLM2; that of bfloat16 is 1e-3, a fifth of the
+limit of "indistinguishable", so models that the engine does not know run in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.calibration.text import load_text
+from lowbit.errors import SourceError
+from lowbit.interchange.hf.running import fast_dtype
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.pace import Clock
+from lowbit.interchange.readers.module import ModuleSource
+from lowbit.interchange.source import Source
+from lowbit.measure.backends import Backend, in_transformers
+from lowbit.measure.card import Card, CardParts, TextMark
+from lowbit.measure.card_budget import COUNTS, SHORTEST, USUAL, Budget, Ladder, is_clear, length_that_fits
+from lowbit.measure.environment import environment
+from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.output_card import card_of_outputs
+from lowbit.measure.outputs import predicts_tokens
+from lowbit.measure.quality import Progress, Quality, compare_logits, measure_quality
+from lowbit.measure.runs import Runs, both_by_engine, by_transformers
+from lowbit.measure.sample import Sample
+from lowbit.measure.speed import Speed, measure_speed
+from lowbit.measure.speed_as_generated import FAILURES, peak_of
+from lowbit.measure.subject import folder_of, open_subject, parts_of
+from lowbit.measure.verdict import near_limit
+from lowbit.measure.windows import Tokens
+from lowbit.pipeline.api import Quantized
+
+_PROBE = 32  # tokens of text, of which the rate is measured
+_SURE = 0.5  # seconds, over which the rate of a first try is believed
+_ANSWERS = (60, 24)  # tokens of an answer at most
+_SPEEDS = (
+    SpeedSettings(new=16, batch=0, repeats=2),
+    SpeedSettings(prompt=16, new=8, prefill=64, batch=0, repeats=1),
+)
+_PROCESS = 4.0  # seconds in which a fresh process imports what it needs
+_SLOWER = 3.0  # transformers takes so many times as long as the engine (measured on SmolLM2)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Seconds, measured on the models at hand. token: of a window, through both models and compared. new: of a generated token, by both.
+    opening: of each model."""
+
+    token: float
+    new: float
+    opening: float
+
+    def answers(self, tokens: int) -> float:
+        return 64 * self.token + tokens * self.new
+
+    def speed(self, how: SpeedSettings) -> float:
+        """Of both models in the program that measures quality: one round to warm up and one that counts."""
+        return 2 * ((how.prompt + how.prefill) * self.token + how.new * self.new)
+
+    @property
+    def process(self) -> float:
+        return _PROCESS + self.opening
+
+
+def quick_card(
+    model: str | Path | nn.Module | Quantized, against: str | Path | nn.Module | None, text: Any, *, seconds: float,
+    windows: int | None, length: int, prompt: str | None, tokenizer: Any, say: Callable[[str], None],
+    progress: Progress | None, clock: Clock = time.perf_counter,
+) -> Card:  # fmt: skip
+    """As `evaluate` with `budget=seconds`."""
+    budget = Budget(seconds, clock)
+    source = _float_source(model, against)
+    say("loading the model" if source is None else "loading the model and its float model")
+    mine, other, parts, words = _opened(model, source, tokenizer)
+    if parts.bytes_before is None and source is not None:
+        parts = replace(parts, bytes_before=sum(spec.nbytes for spec in source.tensors.values()))
+    if mine.module is not None and not predicts_tokens(mine.module):
+        base = None if other is None else other.module
+        return card_of_outputs(mine.module, base, parts, words, text, windows or USUAL, length, say)
+    opening = budget.used / (1 if other is None else 2)
+    tok = words()
+    tokens = Tokens.of(load_text(text), tok, mine.module, mine.longest)
+    tokens.windows(length, windows)  # what is wrong with a text is said before anything is measured
+    say("measuring how fast this machine is")
+    costs = _costs(tokens, length, mine, other, opening, clock)
+    free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
+    for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
+        kept += cost if kept + cost <= free / 2 else 0.0
+    share = max(0.0, budget.left - kept)
+    if windows is None:
+        size = length_that_fits(min(length, mine.longest or length), costs.token, share)
+        aim = USUAL if USUAL * size * costs.token <= share else COUNTS[0]
+        limit, how_many = COUNTS[-1], Ladder(share, clock)
+    else:
+        size, aim, limit, how_many = length, windows, windows, None
+    every = tokens.windows(length if size >= min(length, mine.longest or length) else size)
+    cut = replace(every, ids=every.ids[:limit])
+    aim = min(aim, cut.count)
+    takes = aim * cut.length * costs.token + kept
+    say(
+        f"measuring quality on {aim} window{'' if aim == 1 else 's'} of {cut.length} tokens; all that is measured takes about {max(1, round(takes))} s"
+    )
+    before = budget.used
+    quality = measure_quality(
+        mine.scorer, cut, base=None if other is None else other.scorer, progress=progress, how_many=how_many
+    )
+    quality = replace(quality, program=_program(mine, other, source))
+    budget.seconds += 0.0 if windows is None else max(0.0, budget.used - before - share)  # asked for, whatever it took
+    mark = replace(TextMark.of(cut), windows=quality.windows)
+    notes = _notes(quality, every.count, length, seconds, windows)
+    sample = _sample(mine, other, tok, prompt, costs, budget, say)
+    baseline: Runs | Source | None = other if other is None or other.module is not None else source
+    other = None  # its memory is needed for the next
+    rates, peak = _speed(mine, baseline, costs, budget, say, progress)
+    return Card(
+        parts, replace(mark, notes=(*mark.notes, *notes)), quality, rates, peak, sample, environment(), budget=seconds
+    )
+
+
+def _float_source(model: Any, against: Any) -> Source | None:
+    if against is not None:
+        return open_source(against)
+    return model.source if isinstance(model, Quantized) else None
+
+
+def _opened(
+    model: Any, source: Source | None, tokenizer: Any
+) -> tuple[Runs, Runs | None, CardParts, Callable[[], Any]]:
+    """Both models in the engine, else both in transformers; what the card says of the first, and what gives its tokenizer."""
+    folder, reason = folder_of(model), ""
+    if folder is not None and not isinstance(source, ModuleSource):
+        found = both_by_engine(folder, source)
+        if not isinstance(found, str):
+            parts, words = parts_of(model, tokenizer)
+            return *found, parts, _words(words, source)
+        reason = found
+    subject = open_subject(model, tokenizer, torch.float32)
+    base = None if source is None else source.load_float(torch.float32)
+    other = None if base is None else by_transformers(base)
+    return by_transformers(subject.module, reason), other, subject.parts, _words(subject.tokenizer, source)
+
+
+def _words(own: Callable[[], Any] | None, source: Source | None) -> Callable[[], Any]:
+    if own is not None:
+        return own
+    if source is not None:
+        return source.tokenizer
+    raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
+
+
+def _costs(tokens: Tokens, length: int, mine: Runs, other: Runs | None, opening: float, clock: Clock) -> _Costs:
+    cut = tokens.windows(min(length, _PROBE + tokens.frame.size), 1)
+    took = math.inf
+    for _ in range(2):
+        start = clock()
+        ids = cut.ids[0]
+        base = None if other is None else other.scorer.logits(ids, cut.frame)
+        compare_logits(mine.scorer.logits(ids, cut.frame), mine.scorer.targets(ids, cut.frame), base)
+        took = min(took, clock() - start)
+        if took > _SURE:
+            break
+    new = 0.0
+    for each in (mine, other):
+        if each is not None and each.times is not None:
+            times = each.times(1, min(8, length // 2), 3)
+            new += (times[-1] - times[0]) / 2
+    return _Costs(took / cut.length, new, opening)
+
+
+def _program(mine: Runs, other: Runs | None, source: Source | None) -> str:
+    if other is None:
+        return mine.program
+    if mine.module is not None or source is None:
+        return f"{mine.program}, both models"
+    largest = max(source.tensors, key=lambda name: source.tensors[name].nbytes)
+    stored = source.storage if source.storage != "float" else str(source.float_type(largest)).removeprefix("torch.")
+    return f"{mine.program}, both models; the weights of the float model as they are stored ({stored})"
+
+
+def _notes(quality: Quality, there: int, length: int, seconds: float, asked: int | None) -> list[str]:
+    notes = []
+    if quality.windows < there and asked is None:
+        notes.append(
+            f"measured in limited time, {seconds:.0f} s: {quality.windows} of the {there} windows that the text has; `lowbit evaluate` "
+            "measures all of them, and `lowbit quantize --card full` every figure without a limit"
+        )
+    if quality.length < length and asked is None and seconds:
+        notes.append(f"windows of {quality.length} tokens, so that two fit into that time, instead of {length}")
+    kl = quality.kl_mean
+    if kl is not None and not is_clear(quality):
+        near = near_limit(kl.value, kl.stderr)
+        which = "" if near is None else f": the verdict could also be {near.word!r}"
+        notes.append(f"the standard error is wide for so few windows{which}; more windows would tell (--windows N)")
+    return notes
+
+
+def _sample(
+    mine: Runs, other: Runs | None, tokenizer: Any, prompt: str | None, costs: _Costs, budget: Budget,
+    say: Callable[[str], None],
+) -> Sample | None:  # fmt: skip
+    """Both answers, shorter ones where there is less time; None where there is none."""
+    new = next((each for each in _ANSWERS if costs.answers(each) <= budget.left / 3), None)
+    if not prompt or mine.answer is None or new is None:
+        return None
+    say("answering a prompt")
+    said = mine.answer(tokenizer, prompt, new)
+    return Sample(prompt, said, None if other is None or other.answer is None else other.answer(tokenizer, prompt, new))
+
+
+def _speed(
+    mine: Runs, base: Runs | Source | None, costs: _Costs, budget: Budget, say: Callable[[str], None],
+    progress: Progress | None,
+) -> tuple[Speed, int | None]:  # fmt: skip
+    """The speed of the model, that of the float model in transformers, and the peak memory of a fresh process: what there is time for."""
+    late = "there was no time for it; `lowbit quantize --card full` measures it"
+    settings = next((each for each in _SPEEDS if costs.speed(each) <= 0.6 * budget.left), None)
+    try:
+        found = Speed(skipped=late)
+        if settings is not None:
+            say("measuring speed")
+            program = mine.backend()
+            other = _baseline(base, costs, settings, budget)
+            found = measure_speed(program, base=other, settings=settings, progress=progress)
+        elif mine.times is not None:
+            program = mine.backend()
+    except FAILURES as error:
+        return Speed(skipped=str(error) or type(error).__name__), None
+    if mine.times is None or program.first is None or costs.process > budget.left:
+        return found, None
+    return found, peak_of(program, say)
+
+
+def _baseline(base: Runs | Source | None, costs: _Costs, settings: SpeedSettings, budget: Budget) -> Backend | None:
+    """The float model in transformers, in one type, the faster for this processor's products; None where there is no time to load it."""
+    if isinstance(base, Runs):
+        return base.backend()
+    if base is None or 2 * costs.opening + _SLOWER * costs.speed(settings) > budget.left:
+        return None
+    return in_transformers(base.load_float(fast_dtype()))
