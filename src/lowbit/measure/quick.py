@@ -241,7 +241,9 @@ def _sample(
     say: Callable[[str], None],
 ) -> Sample | None:  # fmt: skip
     """Both answers, shorter ones where there is less time; None where there is none."""
-    new = next((each for each in _ANSWERS if costs.answers(each) <= budget.left / 3), None)
+    # Time for the shortest answer was set aside; a longer one leaves some for speed and memory.
+    shares = [(_ANSWERS[0], budget.left / 3), (_ANSWERS[-1], budget.left)]
+    new = next((each for each, most in shares if costs.answers(each) <= most), None)
     if not prompt or mine.answer is None or new is None:
         return None
     say("answering a prompt")
