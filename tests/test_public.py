@@ -216,7 +216,7 @@ SPELLED = {
         "target_format": "`quantize_as`, which gives what was exported", "keep": "`quantize_as`", "kv": "`quantize_as` and `export`",
         "target_size": "`allocate`, whose recipe goes to `quantize`", "target_bits": "`allocate`", "target_kl": "`allocate`",
         "fit_memory": "`allocate`", "context": "`allocate`", "sensitivity": "`allocate`",
-        "text": "`evaluate` measures", "windows": "`evaluate` measures", "card": "`evaluate` measures",
+        "text": "`evaluate` measures", "windows": "`evaluate` measures", "card": "`evaluate` measures, in limited time with `budget`", "no_card": "`evaluate` measures",
     }),
     "plan": ("plan", {"every": COMMAND_LINE, "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`"}),
     "recommend": ("recommend", {}),

@@ -13,5 +13,8 @@ void bind_model(nb::module_ &m);
 void bind_decoder(nb::module_ &m);
 void bind_limits(nb::module_ &m);
 void bind_solvers(nb::module_ &m);
+void bind_moments(nb::module_ &m);
+void bind_causal(nb::module_ &m);
+void bind_fits(nb::module_ &m);
 
 } // namespace lowbit

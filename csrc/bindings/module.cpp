@@ -9,4 +9,7 @@ NB_MODULE(_core, m) {
     lowbit::bind_decoder(m);
     lowbit::bind_limits(m);
     lowbit::bind_solvers(m);
+    lowbit::bind_moments(m);
+    lowbit::bind_causal(m);
+    lowbit::bind_fits(m);
 }

@@ -7,7 +7,6 @@
 
 #include "kernels/activations.h"
 #include "kernels/packed_weight.h"
-#include "solvers/kernels.h"
 
 namespace lowbit {
 
@@ -75,7 +74,6 @@ struct Kernels {
     // What this processor could do at best: see limits.inl.
     std::int64_t (*peak)(std::int64_t rounds);
     std::int64_t (*read)(const std::uint8_t* from, std::int64_t bytes);
-    SolverKernels solver;
 };
 
 }  // namespace lowbit

@@ -150,6 +150,14 @@ struct Simd {
         return {_mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(v.a, bound.a, _CMP_GT_OQ)),
                 _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(v.b, bound.b, _CMP_GT_OQ))};
     }
+    LOWBIT_INLINE __m256 entry_half(F table, __m256i at) {
+        const __m256 above = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // the bit that says 8, as a sign
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.a, at), _mm256_permutevar8x32_ps(table.b, at), above);
+    }
+    // Lane by lane, the entry of the table that `at` names, from 0 to 15.
+    LOWBIT_INLINE F entry(F table, I at) { return {entry_half(table, at.a), entry_half(table, at.b)}; }
+    // a b + c, rounded once on every processor
+    LOWBIT_INLINE F fused(F x, F y, F z) { return fma(x, y, z); }
     LOWBIT_INLINE F nearest(F v) {
         constexpr int nearest_even = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return {_mm256_round_ps(v.a, nearest_even), _mm256_round_ps(v.b, nearest_even)};

@@ -113,6 +113,10 @@ struct Simd {
     LOWBIT_INLINE F above(F v, F bound, F x, F y) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), y, x);
     }
+    // Lane by lane, the entry of the table that `at` names, from 0 to 15.
+    LOWBIT_INLINE F entry(F table, I at) { return _mm512_permutexvar_ps(at, table); }
+    // a b + c, rounded once on every processor
+    LOWBIT_INLINE F fused(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     LOWBIT_INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     LOWBIT_INLINE F times_power_of_two(F v, F n) { return _mm512_scalef_ps(v, n); }
     LOWBIT_INLINE float sum(F v) { return _mm512_reduce_add_ps(v); }

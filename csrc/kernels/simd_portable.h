@@ -224,6 +224,14 @@ struct Simd {
     LOWBIT_INLINE F above(F v, F bound, F x, F y) {
         return each<F>([&](int i) { return v.v[i] > bound.v[i] ? x.v[i] : y.v[i]; });
     }
+    // Lane by lane, the entry of the table that `at` names, from 0 to 15.
+    LOWBIT_INLINE F entry(const F& table, const I& at) {
+        return each<F>([&](int i) { return table.v[at.v[i]]; });
+    }
+    // a b + c, rounded once on every processor
+    LOWBIT_INLINE F fused(F a, F b, F c) {
+        return each<F>([&](int i) { return ::fmaf(a.v[i], b.v[i], c.v[i]); });
+    }
     LOWBIT_INLINE F nearest(F v) {
         return each<F>([&](int i) { return std::nearbyintf(v.v[i]); });
     }

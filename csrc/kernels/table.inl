@@ -9,15 +9,11 @@
 #include "kernels/linear.inl"
 #include "kernels/quantize.inl"
 #include "kernels/rows.inl"
-#include "solvers/columns.inl"
-#include "solvers/products.inl"
-#include "solvers/symmetric.inl"
 
 namespace lowbit {
 namespace {
 constexpr Kernels table_of(const char* name) {
-    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, unpack_row, peak, read,
-            {multiply_add, add_rows, dots, feed_columns, sweep_columns, round_columns, solve_symmetric}};
+    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, unpack_row, peak, read};
 }
 }  // namespace
 }  // namespace lowbit

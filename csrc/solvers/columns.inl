@@ -8,7 +8,7 @@ namespace lowbit {
 namespace {
 
 template <bool integers>
-LOWBIT_INLINE F nearest_level(const Levels& levels, F x) {
+LOWBIT_INLINE F nearest_level(const GridLevels& levels, F x) {
     if constexpr (integers) return Simd::min(Simd::max(Simd::nearest(x), Simd::all(levels.lo)), Simd::all(levels.hi));
     F found = Simd::all(levels.level[0]);
     for (int i = 0; i + 1 < levels.count; ++i)
@@ -31,7 +31,7 @@ struct ColumnScales {
     }
     LOWBIT_INLINE_MEMBER F value(F level, int v) const { return Simd::fma(level, scale[v], base[v]); }
     template <bool integers>
-    LOWBIT_INLINE_MEMBER F level(const Levels& levels, F w, int v) const {
+    LOWBIT_INLINE_MEMBER F level(const GridLevels& levels, F w, int v) const {
         return nearest_level<integers>(levels, Simd::fma(w, inverse[v], zero[v]));
     }
 };
@@ -44,37 +44,45 @@ LOWBIT_INLINE F unless_still(F w, const std::uint8_t* still) {
     return Simd::load(values);
 }
 
-//   q_i = Q(w_i);   e_i = (w_i - q_i) / U_ii;   w_j -= e_i U_ij  (+ w_i P_ij)  for j > i
+// With H = R R', R upper triangular, e = w - q, and f what the errors so far ask of a column:
 //
-// w, levels, errors [count, kFeedLanes]; upper U and shift P (null: none) [count, count], `stride` floats a row; squares
-// [kFeedLanes] gains the sum of e_i^2.
+//   q_i = Q(w_i + f_i / R_ii);   f_j += e_i R_ij  for j > i
+//
+// which is GPTQ's loop, w_j -= d_i U_ij with d_i = (w_i - q_i) / U_ii and U = inv(R), for d = e R: no inverse is needed, and w
+// stays as it was. Beside GPTAQ's shift P, w_j += (w_i + f_i / R_ii) P_ij.
+//
+// w, fed f, levels, errors e, moved d [count, kFeedLanes]; root R and shift (null: none) [count, count], `stride` floats a row; w becomes what
+// the shift is multiplied with, if there is one. squares [kFeedLanes] gains the sum of d_i^2, which is e H e'.
 template <bool integers>
-void feed(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* upper, const float* shift,
-          std::int64_t stride, float* w, float* found, float* errors, double* squares) {
+void feed(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* root, const float* shift,
+          std::int64_t stride, float* w, float* fed, float* found, float* errors, float* moved, double* squares) {
     constexpr int kVectors = kFeedLanes / kTile;
-    F sums[kVectors] = {};
+    F sums[kVectors];
     for (int v = 0; v < kVectors; ++v) sums[v] = Simd::zero();
     for (int i = 0; i < columns.count; ++i) {
         const ColumnScales<kVectors> column(scales, columns.group[i]);
-        const float* u = upper + i * stride;
-        const F by_diagonal = Simd::all(1.0f / u[i]);
-        F now[kVectors], error[kVectors], minus[kVectors];
+        const float* r = root + i * stride;
+        const F diagonal = Simd::all(r[i]), by_diagonal = Simd::all(1.0f / r[i]);
+        F error[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const std::int64_t at = i * kFeedLanes + v * kTile;
-            now[v] = Simd::load(w + at);
-            const F wanted = columns.still != nullptr ? unless_still(now[v], columns.still + at) : now[v];
+            const F own = Simd::load(w + at), asked = Simd::fma(Simd::load(fed + at), by_diagonal, own);
+            const F wanted = columns.still != nullptr ? unless_still(asked, columns.still + at) : asked;
             const F level = column.template level<integers>(levels, wanted, v);
-            minus[v] = Simd::multiply(Simd::fma(now[v], Simd::all(-1.0f), column.value(level, v)), by_diagonal);
-            error[v] = minus[v];
-            sums[v] = Simd::fma(error[v], error[v], sums[v]);
+            const F minus = Simd::multiply(column.value(level, v), Simd::all(-1.0f));
+            const F left = Simd::multiply(Simd::add(asked, minus), diagonal);
+            error[v] = Simd::add(own, minus);
+            sums[v] = Simd::fma(left, left, sums[v]);
             Simd::store(found + at, level);
             Simd::store(errors + at, error[v]);
+            Simd::store(moved + at, left);
+            if (shift != nullptr) Simd::store(w + at, asked);
         }
         for (int j = i + 1; j < columns.count; ++j) {
-            const F share = Simd::all(u[j]);
+            const F share = Simd::all(r[j]);
             for (int v = 0; v < kVectors; ++v) {
-                float* at = w + j * kFeedLanes + v * kTile;
-                Simd::store(at, Simd::fma(share, minus[v], Simd::load(at)));
+                float* at = fed + j * kFeedLanes + v * kTile;
+                Simd::store(at, Simd::fma(share, error[v], Simd::load(at)));
             }
         }
         if (shift == nullptr) continue;
@@ -82,7 +90,7 @@ void feed(const Levels& levels, const Columns& columns, const GroupScales& scale
             const F share = Simd::all(shift[i * stride + j]);
             for (int v = 0; v < kVectors; ++v) {
                 float* at = w + j * kFeedLanes + v * kTile;
-                Simd::store(at, Simd::fma(share, now[v], Simd::load(at)));
+                Simd::store(at, Simd::fma(share, Simd::load(w + i * kFeedLanes + v * kTile), Simd::load(at)));
             }
         }
     }
@@ -96,7 +104,7 @@ void feed(const Levels& levels, const Columns& columns, const GroupScales& scale
 // pulled R, levels [count, kSweepLanes], both updated; changes [count, kSweepLanes] of levels; h [count, count]; gain
 // [kSweepLanes] gains how the error under H changes, 2 c R_k + c^2 H_kk for a change of c.
 template <bool integers>
-void sweep(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* h, float* pulled, float* found,
+void sweep(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* h, float* pulled, float* found,
            float* changes, double* gain) {
     F sum = Simd::zero();
     for (int i = 0; i < columns.count; ++i) {
@@ -124,7 +132,7 @@ void sweep(const Levels& levels, const Columns& columns, const GroupScales& scal
 }
 
 template <bool integers>
-void round_all(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* w, float* found) {
+void round_all(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* w, float* found) {
     constexpr int kVectors = kFeedLanes / kTile;
     for (int i = 0; i < columns.count; ++i) {
         const ColumnScales<kVectors> column(scales, columns.group[i]);
@@ -135,17 +143,18 @@ void round_all(const Levels& levels, const Columns& columns, const GroupScales& 
     }
 }
 
-void feed_columns(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* upper, const float* shift,
-                  std::int64_t stride, float* w, float* found, float* errors, double* squares) {
-    (levels.integers ? feed<true> : feed<false>)(levels, columns, scales, upper, shift, stride, w, found, errors, squares);
+void feed_columns(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* root, const float* shift,
+                  std::int64_t stride, float* w, float* fed, float* found, float* errors, float* moved, double* squares) {
+    (levels.integers ? feed<true> : feed<false>)(levels, columns, scales, root, shift, stride, w, fed, found, errors, moved,
+                                                  squares);
 }
 
-void sweep_columns(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* h, float* pulled,
+void sweep_columns(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* h, float* pulled,
                    float* found, float* changes, double* gain) {
     (levels.integers ? sweep<true> : sweep<false>)(levels, columns, scales, h, pulled, found, changes, gain);
 }
 
-void round_columns(const Levels& levels, const Columns& columns, const GroupScales& scales, const float* w, float* found) {
+void round_columns(const GridLevels& levels, const Columns& columns, const GroupScales& scales, const float* w, float* found) {
     (levels.integers ? round_all<true> : round_all<false>)(levels, columns, scales, w, found);
 }
 

@@ -1,4 +1,4 @@
-// What the solvers ask of every instruction set: a member of the table of kernels/kernels.h.
+// What the solvers ask of every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -25,21 +25,22 @@ struct Columns {
 };
 
 struct SolverKernels {
-    // y [rows, cols] += x [rows, depth] h [depth, cols]; cols a multiple of 16, strides of h and y in floats.
+    // y [rows, cols] += x [rows, depth] h [depth, cols], or = where `fresh`; cols a multiple of 16, strides of h and y in floats.
     void (*multiply_add)(Elements x, int rows, int depth, const float* h, std::int64_t h_stride, int cols, float* y,
-                         std::int64_t y_stride);
+                         std::int64_t y_stride, bool fresh);
     // y [cols] += sum of weight[i] * row[i]; cols a multiple of 16.
     void (*add_rows)(const float* const* row, const float* weight, int count, int cols, float* y);
     // The dot product of a and b over each run of `size` columns, and over what is left after the last whole one.
     void (*dots)(const float* a, const float* b, int cols, int size, float* out);
     // Rounds columns in order and feeds each error to those that follow: see columns.inl.
-    void (*feed_columns)(const Levels&, const Columns&, const GroupScales&, const float* upper, const float* shift,
-                         std::int64_t stride, float* w, float* levels, float* errors, double* squares);
+    void (*feed_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* root, const float* shift,
+                         std::int64_t stride, float* w, float* fed, float* levels, float* errors, float* moved,
+                         double* squares);
     // Chooses columns once more, each the best while all others stay: see columns.inl.
-    void (*sweep_columns)(const Levels&, const Columns&, const GroupScales&, const float* h, float* pulled, float* levels,
+    void (*sweep_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* h, float* pulled, float* levels,
                           float* changes, double* gain);
     // The nearest levels to w [cols, lanes of kFeedLanes].
-    void (*round_columns)(const Levels&, const Columns&, const GroupScales&, const float* w, float* levels);
+    void (*round_columns)(const GridLevels&, const Columns&, const GroupScales&, const float* w, float* levels);
     // Solves A x = b for 16 rows at once: a [n, n, 16], of which the lower triangle is read and overwritten; b [n, 16] becomes x.
     void (*solve_symmetric)(int n, float* a, float* b);
 };

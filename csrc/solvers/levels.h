@@ -9,7 +9,7 @@ constexpr int kMostLevels = 16;  // of a table; each costs a comparison where a 
 
 // Consecutive integers from `lo` to `hi`, ties to even; or a table of `count` ascending levels, where `bound[i]` is the largest
 // number that goes to level i, and `code[i]` what is stored for it.
-struct Levels {
+struct GridLevels {
     bool integers = true;
     float lo = 0, hi = 0;
     int count = 0;

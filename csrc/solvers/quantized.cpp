@@ -10,14 +10,14 @@ float inverse_of(float scale) {
     return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
-std::uint8_t code_of(const Levels& levels, float level) {
+std::uint8_t code_of(const GridLevels& levels, float level) {
     if (levels.integers) return static_cast<std::uint8_t>(level - levels.lo);
     int at = 0;
     for (int i = 0; i + 1 < levels.count; ++i) at += level > levels.bound[i];
     return levels.code[at];
 }
 
-float level_of(const Levels& levels, std::uint8_t code) {
+float level_of(const GridLevels& levels, std::uint8_t code) {
     if (levels.integers) return std::min(levels.lo + static_cast<float>(code), levels.hi);
     for (int i = 0; i < levels.count; ++i)
         if (levels.code[i] == code) return levels.level[i];

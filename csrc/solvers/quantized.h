@@ -20,7 +20,7 @@ struct Shape {
 
 // Scales and offsets [rows, groups] of a weight, and the levels of its codes.
 struct Grouped {
-    Levels levels;
+    GridLevels levels;
     Offsets offsets = Offsets::none;
     const float* scale = nullptr;
     const float* offset = nullptr;  // null where there are none
@@ -30,8 +30,8 @@ struct Grouped {
 float inverse_of(float scale);
 
 // The code of a level.
-std::uint8_t code_of(const Levels& levels, float level);
-float level_of(const Levels& levels, std::uint8_t code);
+std::uint8_t code_of(const GridLevels& levels, float level);
+float level_of(const GridLevels& levels, std::uint8_t code);
 
 // The scales of up to `lanes` rows as the loops over columns take them. What stands for a row that is not there makes all zero.
 class LaneScales {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.budget import sensitivity
+from lowbit.budget import rounding_cost
 from lowbit.budget.sensitivity import Sensitivity, estimate_sensitivity, measure_sensitivity
 from lowbit.errors import OutputError, RecipeError, SourceError, TextError
 from lowbit.interchange.opening import open_source
@@ -75,7 +75,7 @@ def kl_of(model: nn.Module, ids: list[Tensor], name: str, weight: Tensor) -> flo
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights rounded without importance, so that a test can round them alike."""
-    monkeypatch.setattr(sensitivity, "_rounded", lambda w, fmt, _: lowbit.quantize_tensor(w, fmt).dequantize())
+    monkeypatch.setattr(rounding_cost, "_rounded", lambda w, fmt, _: lowbit.quantize_tensor(w, fmt).dequantize())
 
 
 @pytest.mark.usefixtures("plain")

@@ -74,6 +74,29 @@ def test_a_second_run_checks_and_says_what_was_measured(room: Path, tmp_path: Pa
     assert not json.loads(run(*words, "--json", "--overwrite"))["already_done"]
 
 
+def test_how_much_is_measured(room: Path, tmp_path: Path) -> None:
+    """--card quick, full and none, and what was `--card` and `--no-card` before; a quick card never stands in for a full one."""
+    words = ["quantize", room / "float", "int4:g32", "-o", tmp_path / "q", "--text", room / "text.txt"]
+    assert "card" not in json.loads(run(*words, "--json", "--card", "none"))
+    assert "card" not in json.loads(run(*words, "--json", "--no-card"))
+    quick = json.loads(run(*words, "--json", "--card"))["card"]
+    assert quick["budget"] == 30.0 and quick["quality"]["windows"] == 4
+    weights = (tmp_path / "q/model.safetensors").read_bytes()
+    again = CliRunner().invoke(app, [str(word) for word in words])
+    assert "measured before" in again.stdout and "measuring what that cost takes 30 s at most" not in again.stderr
+    full = json.loads(run(*words, "--json", "--card", "full"))["card"]
+    assert full["budget"] is None and full["quality"]["windows"] == 4 and full["speed"]["settings"]["prefill"] > 0
+    assert "--card full" in (tmp_path / "q/README.md").read_text("utf-8")
+    for more in (("--card", "full"), ("--card", "quick"), ("--windows", "4")):  # the full one stands in for less
+        said = json.loads(run(*words, "--json", *more))
+        assert said["card"]["budget"] is None, more
+    assert json.loads(run(*words, "--json", "--windows", 3))["card"]["budget"] == 30.0
+    assert json.loads(run(*words, "--json", "--card", "full"))["card"]["budget"] is None
+    assert (tmp_path / "q/model.safetensors").read_bytes() == weights
+    assert "contradict" in run(*words, "--card", "full", "--no-card", code=2)
+    assert "is not one of" in run(*words, "--card", "much", code=2)
+
+
 def test_what_a_user_wrote_stays_until_asked(room: Path) -> None:
     evaluate(room)
     (room / "q/README.md").write_text("# Mine\n", "utf-8")

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowbit.kernels.bfloat16 import causal_attention, multiplies_bfloat16
 from lowbit.solvers.products import bfloat16_products
 
+_WIDEST = 512  # head that the C++ part takes
 _QUERIES = 256  # rows that are scored at once, against the keys up to the last of them
 _SCORES = 1 << 20  # float32 scores that are in memory at a time
 
@@ -26,6 +28,8 @@ def attention(
         )
     with torch.autocast("cpu", enabled=False), bfloat16_products():
         q, k, v = (t.to(torch.bfloat16) for t in (query, key, value))
+        if multiplies_bfloat16() and q.shape[-1] % 2 == 0 and q.shape[-1] <= _WIDEST:
+            return causal_attention(q, k, v, scale or q.shape[-1] ** -0.5)
         shared = q.shape[1] // k.shape[1]  # queries that read the same keys
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         out = _attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale or q.shape[-1] ** -0.5)

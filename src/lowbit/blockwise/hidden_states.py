@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,19 +26,22 @@ _PLAIN = (bool, int, float, str, type(None))
 class HiddenStates:
     """What every block returned, by stream and micro-batch: `folder/<block>/<stream>-<batch>.safetensors`.
 
-    A block's folder gets its name when all its files are on the disk, so a folder that is there is whole.
+    A block's folder gets its name when all its files are on the disk, so a folder that is there is whole. A thread waits for the
+    disk meanwhile: until then its files are read under the folder's first name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._aside = ThreadPoolExecutor(1)
+        self._committing: Future[None] | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, block: int) -> bool:
-        """Whether all that block `block` returned is here."""
+        """Whether all that block `block` returned is here for good."""
         return self._final(block).is_dir()
 
     def save(self, block: int, stream: str, batch: int, value: Any) -> None:
-        """Keep what a block returned for one micro-batch; it counts once `commit` was called."""
+        """Keep what a block returned for one micro-batch; it counts some time after `commit` was called."""
         saved = Saved(value)
         folder = self._fresh(block)
         folder.mkdir(exist_ok=True)
@@ -46,33 +50,45 @@ class HiddenStates:
             "spec": treespec_dumps(saved.spec),
             "others": json.dumps([o if isinstance(o, _PLAIN) else None for o in saved.others]),
         }
-        path = folder / f"{stream}-{batch:04d}.safetensors"
-        save_file(tensors, path, metadata=facts)
-        sync(path)
+        save_file(tensors, folder / f"{stream}-{batch:04d}.safetensors", metadata=facts)
 
-    def commit(self, block: int) -> None:
-        """Everything of the block is saved: give its folder the name that counts."""
+    def commit(self, block: int, instead_of: int | None = None) -> None:
+        """Everything of the block is saved: once it is on the disk, its folder gets the name that counts, and that of block
+        `instead_of` is removed. Returns before that, but not before an earlier call has come to its end."""
+        self.wait()
+        self._committing = self._aside.submit(self._commit, block, instead_of)
+
+    def _commit(self, block: int, instead_of: int | None) -> None:
+        fresh = self._fresh(block)
+        for path in sorted(fresh.iterdir()):
+            sync(path)
+        sync(fresh)
         shutil.rmtree(self._final(block), ignore_errors=True)
-        sync(self._fresh(block))
-        os.rename(self._fresh(block), self._final(block))
+        os.rename(fresh, self._final(block))
         sync(self.folder)
+        if instead_of is not None:
+            shutil.rmtree(self._final(instead_of), ignore_errors=True)
+
+    def wait(self) -> None:
+        """Until all that was committed counts. OSError when the disk has failed."""
+        if self._committing is not None:
+            self._committing.result()
+            self._committing = None
 
     def load(self, block: int, stream: str, batch: int) -> Any:
-        """What `save` kept, in fresh memory."""
-        with safe_open(self._final(block) / f"{stream}-{batch:04d}.safetensors", framework="pt") as file:
-            facts = file.metadata()
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        spec: TreeSpec = treespec_loads(facts["spec"])
-        saved = Saved.__new__(Saved)
-        saved.spec, saved.others, saved.tensors = spec, json.loads(facts["others"]), tensors
-        return saved.value(tensors)
-
-    def drop(self, block: int) -> None:
-        """Remove what is not needed any more."""
-        shutil.rmtree(self._final(block), ignore_errors=True)
+        """What `save` kept of a block that was committed, in fresh memory."""
+        name = f"{stream}-{batch:04d}.safetensors"
+        try:
+            return _loaded(self._final(block) / name)
+        except FileNotFoundError:
+            try:
+                return _loaded(self._fresh(block) / name)
+            except FileNotFoundError:  # it got its name in between
+                return _loaded(self._final(block) / name)
 
     def clear(self) -> None:
         """Remove all of it."""
+        self.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _final(self, block: int) -> Path:
@@ -80,6 +96,16 @@ class HiddenStates:
 
     def _fresh(self, block: int) -> Path:
         return self.folder / f"{block:05d}.new"
+
+
+def _loaded(path: Path) -> Any:
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        tensors: dict[str, Tensor] = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    spec: TreeSpec = treespec_loads(facts["spec"])
+    saved = Saved.__new__(Saved)
+    saved.spec, saved.others, saved.tensors = spec, json.loads(facts["others"]), tensors
+    return saved.value(tensors)
 
 
 class TensorFile:
@@ -126,7 +152,7 @@ class TensorFile:
         while left:
             count = self._file.readinto(left)
             if not count:
-                raise OSError(f"a file of hidden states in {self.folder} ends too early: another program has cut it short")
+                raise OSError(f"a file of tensors in {self.folder} ends too early; another program has cut it short")
             left = left[count:]
         return out
 

@@ -67,18 +67,21 @@ class BlockwiseQuantizer:
 
     def results(self) -> Iterator[tuple[Solved, str]]:
         """Each tensor, solved, with the SHA-256 of its source bytes."""
-        yield from self._solved_outside()
-        trim()
-        walk, weighting = self.walk, self.plan.recipe.weighting
-        names = [t.name for t in self.plan.tensors if t.is_multiplied and t.kind != "experts"]
-        self.tokens = TokenWeights.of(weighting, self.source, names, walk.batches, walk.folder, walk.dtype)
-        for block in walk.blocks():
-            self.on_block(block.name)
-            yield from self._block(block)
-            self.flush()
-        self.tokens.clear()
-        if self.float_inputs is not None:
-            self.float_inputs.remove()
+        try:
+            yield from self._solved_outside()
+            trim()
+            walk, weighting = self.walk, self.plan.recipe.weighting
+            names = [t.name for t in self.plan.tensors if t.is_multiplied and t.kind != "experts"]
+            self.tokens = TokenWeights.of(weighting, self.source, names, walk.batches, walk.folder, walk.dtype)
+            for block in walk.blocks():
+                self.on_block(block.name)
+                yield from self._block(block)
+                self.flush()
+            self.tokens.clear()
+        finally:  # also where whoever asked goes no further
+            self.walk.close()
+            if self.float_inputs is not None:
+                self.float_inputs.remove()
 
     def _solved_outside(self) -> Iterator[tuple[Solved, str]]:
         """What lies outside the blocks, but the weights there that are multiplied, which come last."""

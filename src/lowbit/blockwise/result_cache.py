@@ -49,10 +49,12 @@ class ResultCache:
         if known:
             return self.file.read(self._known[key])
         found = compute()
-        if self._valid and isinstance(found, Tensor):
-            if costly or self.file.nbytes + found.numel() * found.element_size() <= _FILE_BYTES:
-                self._known[key] = self.file.append(found)
+        if self._valid and isinstance(found, Tensor) and (costly or self._fits(found)):
+            self._known[key] = self.file.append(found)
         return found
+
+    def _fits(self, found: Tensor) -> bool:
+        return self.file.nbytes + found.numel() * found.element_size() <= _FILE_BYTES
 
     def forget(self) -> None:
         """The block is done, or its weights changed after all."""

@@ -121,13 +121,20 @@ class BlockWalk:
     def blocks(self, only: Container[int] | None = None) -> Iterator[Block]:
         """The blocks that are not finished, in the order of the model, each with its weights in place.
 
-        When the next is asked for, what was saved of a block counts for good, and its weights are gone. The last one may
-        stand for what lies outside the others (`Block.returns` is false).
+        When the next is asked for, what was saved of a block counts as soon as it is on the disk, for which nobody waits, and its
+        weights are gone. The last one may stand for what lies outside the others (`Block.returns` is false).
 
         `only`: the numbers of those that are visited, among them the first of every chain. What one of them returned then stands for
         what the blocks between it and the next would have made of it: for trials that look at how blocks run, not at what they say.
         """
-        places, self._only = self._runner.places, only
+        self._only = only
+        try:
+            yield from self._blocks()
+        finally:
+            self.close()
+
+    def _blocks(self) -> Iterator[Block]:
+        places, only = self._runner.places, self._only
         for i, place in enumerate(places[self._first :], self._first):
             if only is not None and i not in only:
                 continue
@@ -136,9 +143,8 @@ class BlockWalk:
                 self._drop_embeddings(block)
             yield block
             self.results.forget()
-            self._states.commit(i)
-            if only is None and i and places[i - 1].chain == place.chain:
-                self._states.drop(i - 1)
+            replaced = only is None and i > 0 and places[i - 1].chain == place.chain
+            self._states.commit(i, instead_of=i - 1 if replaced else None)
             for name in self._names[place]:
                 self._skeleton.place(name, None)
             block.weights = {}  # a visitor may still hold the block while the next one is read
@@ -146,6 +152,10 @@ class BlockWalk:
             yield Block(self, len(places), None, self.projections)
         self.results.remove()
         self._states.clear()
+
+    def close(self) -> None:
+        """Wait until the blocks that are finished are on the disk."""
+        self._states.wait()
 
     def run(
         self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None

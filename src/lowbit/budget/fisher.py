@@ -1,10 +1,15 @@
-"""The diagonal of the Fisher information of a model: one backward pass for each short sequence."""
+"""The diagonal of the Fisher information of a model: one backward pass for each short sequence.
+
+Embeddings and heads are differentiated in every fourth sequence. Their gradients, as large as the vocabulary, cost a small model
+as much as those of all layers, and their costs are sums over so many rows that few sequences tell them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +18,20 @@ from torch import Tensor, nn
 from lowbit.calibration.windows import Frame
 from lowbit.errors import RecipeError, SourceError, TextError, WeightError
 
+EVERY = 4  # sequences, of which one has the gradients of embeddings and heads
+
 
 def squared_gradients(
-    model: nn.Module, names: Sequence[str], sequences: Sequence[Tensor], seed: int, autocast: bool,
+    model: nn.Module, names: Mapping[str, bool], sequences: Sequence[Tensor], seed: int, autocast: bool,
     progress: Callable[[str, int, int], None] | None = None, steps: int = 0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Name -> sum over sequences of the squared gradients of sum_t log p_t(y_t), float32 of the weight's shape."""
+    """Name -> mean over sequences of the squared gradients of sum_t log p_t(y_t), float32 of the weight's shape.
+
+    `names`: whether a parameter is one that is differentiated in every `EVERY`th sequence only, unless all are.
+    """
     wanted = {name: model.get_parameter(name) for name in names}
+    rare = {name for name, rarely in names.items() if rarely} if not all(names.values()) else set()
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]  # the model may be the user's own
-    differentiated = {id(p) for p in wanted.values()}
-    for p, _, _ in before:
-        p.requires_grad_(id(p) in differentiated)
     squares = {name: torch.zeros_like(p) for name, p in wanted.items()}
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
@@ -32,6 +40,11 @@ def squared_gradients(
         for i, sequence in enumerate(sequences):
             if progress:
                 progress(f"gradients of sequence {i + 1} of {len(sequences)}", i, steps)
+            now = {name: p for name, p in wanted.items() if i % EVERY == 0 or name not in rare}
+            differentiated = {id(p) for p in now.values()}
+            for p, _, _ in before:
+                p.requires_grad_(id(p) in differentiated)
+                p.grad = None
             ids = sequence.to(next(iter(wanted.values())).device)[None]
             with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
                 out = model(ids, **({"labels": ids} if seq2seq else {}), **options)
@@ -39,24 +52,32 @@ def squared_gradients(
             if not isinstance(logits, Tensor) or logits.ndim != 3:
                 raise SourceError(f"{type(model).__name__} gives no logits for every token; load it with its head")
             logp = logits[0].float().log_softmax(-1)
-            if not bool(logp.isfinite().all()):
+            if not math.isfinite(float(logp.detach().sum())):
                 raise WeightError(
                     f"{type(model).__name__} gives logits that are not finite, so its sensitivity cannot be measured: a weight is "
                     "NaN or infinite; `lowbit quantize` without a target names it"
                 )
-            # Drawn on the CPU, so that a seed means the same labels on every device.
-            labels = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator).to(logp.device)
-            for p in wanted.values():
-                p.grad = None
-            logp.gather(1, labels).sum().backward()
-            for name, p in wanted.items():
+            logp.gather(1, _drawn(logp.detach(), generator)).sum().backward()
+            for name, p in now.items():
                 if p.grad is not None:
                     squares[name].addcmul_(p.grad, p.grad)
     finally:
         for p, flag, grad in before:
             p.requires_grad_(flag)
             p.grad = grad
+    for name, square in squares.items():
+        square /= -(-len(sequences) // EVERY) if name in rare else len(sequences)
     return squares
+
+
+def _drawn(logp: Tensor, generator: torch.Generator) -> Tensor:
+    """A label of each row of log-probabilities [n, vocabulary], int64 [n, 1], by the inverse of the cumulative sum.
+
+    Drawn on the CPU, so that a seed means the same labels on every device.
+    """
+    cumulative = logp.cpu().exp().cumsum(-1)
+    at = torch.rand((len(logp), 1), generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).clamp_max_(logp.shape[-1] - 1).to(logp.device)
 
 
 def cut(ids: Sequence[Tensor], sequences: int, length: int, frame: Frame) -> tuple[list[Tensor], str]:

@@ -213,9 +213,8 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
     seconds = max(LEAST, made.seconds)
     how: dict[str, Any] = {"speed": SHORT} if measures is HowMuch.full else {"budget": seconds}
     if measures is HowMuch.quick:
-        console.dim(
-            f"measuring what that cost, in about {seconds:.0f} s at most (--card full measures more, --no-card nothing)"
-        )
+        said = f"measuring what that cost takes {seconds:.0f} s at most; --card full measures more, and --no-card nothing"
+        console.say(console.stderr(), said, style="dim")
     try:
         with console.steps() as (say, progress):
             card = lowbit.evaluate(

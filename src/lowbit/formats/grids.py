@@ -216,6 +216,11 @@ class TableGrid(Grid):
         search = _search(self.table, str(x.device))
         return search.codes[search(x)]
 
+    def by_bounds(self) -> tuple[list[float], list[float], list[int]]:
+        """Ascending: each level, the largest value that goes to it and not to the next (infinity for the last), its code."""
+        search = _search(self.table, "cpu")
+        return search.sorted.tolist(), [*search.bounds.tolist(), math.inf], search.codes.tolist()
+
     def decode(self, codes: Tensor) -> Tensor:
         levels = self.levels.to(codes.device)
         return levels.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)

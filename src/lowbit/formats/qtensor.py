@@ -212,7 +212,17 @@ def encode(
         learned = parts[1] if fmt.scale is None else levels
         x = stores.times_power(x, -fmt.exponent)
         return replace(encode(x, fmt.plain, parts[0], offset, learned), format=fmt)
-    shape, counts = tuple(x.shape), fmt.block.counts(tuple(x.shape))
+    q = without_codes(tuple(x.shape), fmt, scale, offset, levels)
+    codes = nearest_codes(x, q)
+    return replace(q, codes=pack(codes, fmt.grid.cardinality))
+
+
+def without_codes(
+    shape: tuple[int, ...], fmt: Format, scale: Tensor | None = None, offset: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> QTensor:  # fmt: skip
+    """A tensor of `shape` with scale, offset and levels as they are stored, given as to `encode`, and no codes yet."""
+    counts = fmt.block.counts(shape)
     kept_scale = None if fmt.scale is None else save(_given(scale, "scale", fmt).reshape(counts), fmt.scale)
     kept_offset: Stored | None = None
     if fmt.offset is not None:
@@ -225,9 +235,7 @@ def encode(
                 minimum = minimum.clamp_max(0)
             kept_offset = save(minimum, fmt.offset.store)
     kept_levels = None if levels is None else stores.to_store(levels, fmt.levels_store)
-    q = QTensor(fmt, shape, torch.empty(0, dtype=torch.uint8), kept_scale, kept_offset, kept_levels)
-    codes = nearest_codes(x, q)
-    return replace(q, codes=pack(codes, fmt.grid.cardinality))
+    return QTensor(fmt, shape, torch.empty(0, dtype=torch.uint8), kept_scale, kept_offset, kept_levels)
 
 
 def nearest_codes(x: Tensor, q: QTensor) -> Tensor:

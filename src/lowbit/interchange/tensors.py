@@ -63,6 +63,11 @@ class TensorPlan:
         return math.prod(self.shape)
 
     @property
+    def reading_bytes(self) -> int:
+        """Bytes that reading it takes: a fused stack of experts, and the parts that it is made of."""
+        return self.bytes_before * (2 if self.kind == "experts" else 1)
+
+    @property
     def out_in(self) -> tuple[int, ...]:
         """The shape as [..., out, in], also where the module keeps [..., in, out]."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape

@@ -7,7 +7,6 @@ limit of "indistinguishable", so models that the engine does not know run in flo
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,8 +40,8 @@ from lowbit.measure.verdict import near_limit
 from lowbit.measure.windows import Tokens
 from lowbit.pipeline.api import Quantized
 
-_PROBE = 32  # tokens of text, of which the rate is measured
-_SURE = 0.5  # seconds, over which the rate of a first try is believed
+_PROBES = (32, 128)  # tokens of text, of which the rate is measured; the longer one only where that is quick
+_QUICK = 0.05  # of the time that there is
 _ANSWERS = (60, 24)  # tokens of an answer at most
 _SPEEDS = (
     SpeedSettings(new=16, batch=0, repeats=2),
@@ -93,24 +92,24 @@ def quick_card(
     tokens = Tokens.of(load_text(text), tok, mine.module, mine.longest)
     tokens.windows(length, windows)  # what is wrong with a text is said before anything is measured
     say("measuring how fast this machine is")
-    costs = _costs(tokens, length, mine, other, opening, clock)
+    costs = _costs(tokens, length, mine, other, opening, seconds, clock)
     free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
     for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
         kept += cost if kept + cost <= free / 2 else 0.0
     share = max(0.0, budget.left - kept)
+    most = min(length, mine.longest or length)
     if windows is None:
-        size = length_that_fits(min(length, mine.longest or length), costs.token, share)
+        size = length_that_fits(most, costs.token, share)
         aim = USUAL if USUAL * size * costs.token <= share else COUNTS[0]
         limit, how_many = COUNTS[-1], Ladder(share, clock)
     else:
         size, aim, limit, how_many = length, windows, windows, None
-    every = tokens.windows(length if size >= min(length, mine.longest or length) else size)
+    every = tokens.windows(length if size >= most else size)
     cut = replace(every, ids=every.ids[:limit])
     aim = min(aim, cut.count)
     takes = aim * cut.length * costs.token + kept
-    say(
-        f"measuring quality on {aim} window{'' if aim == 1 else 's'} of {cut.length} tokens; all that is measured takes about {max(1, round(takes))} s"
-    )
+    plural = "" if aim == 1 else "s"
+    say(f"measuring quality on {aim} window{plural} of {cut.length} tokens (about {max(1, round(takes))} s for all of the card)")
     before = budget.used
     quality = measure_quality(
         mine.scorer, cut, base=None if other is None else other.scorer, progress=progress, how_many=how_many
@@ -118,7 +117,7 @@ def quick_card(
     quality = replace(quality, program=_program(mine, other, source))
     budget.seconds += 0.0 if windows is None else max(0.0, budget.used - before - share)  # asked for, whatever it took
     mark = replace(TextMark.of(cut), windows=quality.windows)
-    notes = _notes(quality, every.count, length, seconds, windows)
+    notes = _notes(quality, every.count, length, mine.longest, seconds, windows)
     sample = _sample(mine, other, tok, prompt, costs, budget, say)
     baseline: Runs | Source | None = other if other is None or other.module is not None else source
     other = None  # its memory is needed for the next
@@ -159,23 +158,24 @@ def _words(own: Callable[[], Any] | None, source: Source | None) -> Callable[[],
     raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
 
 
-def _costs(tokens: Tokens, length: int, mine: Runs, other: Runs | None, opening: float, clock: Clock) -> _Costs:
-    cut = tokens.windows(min(length, _PROBE + tokens.frame.size), 1)
-    took = math.inf
-    for _ in range(2):
-        start = clock()
-        ids = cut.ids[0]
+def _costs(
+    tokens: Tokens, length: int, mine: Runs, other: Runs | None, opening: float, seconds: float, clock: Clock
+) -> _Costs:
+    rate = 0.0
+    for count in _PROBES:
+        cut = tokens.windows(min(length, count + tokens.frame.size), 1)
+        if rate * cut.length > _QUICK * seconds:
+            break
+        start, ids = clock(), cut.ids[0]
         base = None if other is None else other.scorer.logits(ids, cut.frame)
         compare_logits(mine.scorer.logits(ids, cut.frame), mine.scorer.targets(ids, cut.frame), base)
-        took = min(took, clock() - start)
-        if took > _SURE:
-            break
+        rate = (clock() - start) / cut.length
     new = 0.0
     for each in (mine, other):
         if each is not None and each.times is not None:
             times = each.times(1, min(8, length // 2), 3)
             new += (times[-1] - times[0]) / 2
-    return _Costs(took / cut.length, new, opening)
+    return _Costs(rate, new, opening)
 
 
 def _program(mine: Runs, other: Runs | None, source: Source | None) -> str:
@@ -188,15 +188,16 @@ def _program(mine: Runs, other: Runs | None, source: Source | None) -> str:
     return f"{mine.program}, both models; the weights of the float model as they are stored ({stored})"
 
 
-def _notes(quality: Quality, there: int, length: int, seconds: float, asked: int | None) -> list[str]:
+def _notes(quality: Quality, there: int, length: int, longest: int | None, seconds: float, asked: int | None) -> list[str]:
     notes = []
     if quality.windows < there and asked is None:
         notes.append(
             f"measured in limited time, {seconds:.0f} s: {quality.windows} of the {there} windows that the text has; `lowbit evaluate` "
             "measures all of them, and `lowbit quantize --card full` every figure without a limit"
         )
-    if quality.length < length and asked is None and seconds:
-        notes.append(f"windows of {quality.length} tokens, so that two fit into that time, instead of {length}")
+    if quality.length < min(length, longest or length) and asked is None:
+        notes.append(f"windows of {quality.length} tokens instead of {length}, for the same reason; with less text before them tokens are harder to "
+            "predict, so the perplexity is higher")
     kl = quality.kl_mean
     if kl is not None and not is_clear(quality):
         near = near_limit(kl.value, kl.stderr)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +21,13 @@ from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.manifest import check_loads, origin, write_config
 from lowbit.pipeline.options import DEFAULTS, Options
+from lowbit.pipeline.overlap import Behind, read_ahead
 from lowbit.pipeline.report import Report, make_report, solved_facts
-from lowbit.planning.plan import Plan
+from lowbit.planning.plan import READ_AHEAD, WRITE_BEHIND, Plan
+from lowbit.solvers.in_core import made_by
 from lowbit.version import __version__
 from lowbit.weights.solve import Solved, solve
 
@@ -40,21 +45,21 @@ def fingerprint(
         "source": source.identity(), "recipe": str(plan.recipe), "version": __version__,
         "calibration": calibration and calibration.sha256,
         "settings": calibration and {"autocast": fast_dtype() != torch.float32},
-        "torch": torch.__version__, "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
+        "torch": torch.__version__, "solved_by": made_by(), "headers": [hashlib.sha256(s.header).hexdigest() for s in plan.shards],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def solved_results(
     plan: Plan, source: Source, options: Options, text: Calibration | None, folder: Path,
-    done: frozenset[str] = frozenset(), flush: Callable[[], None] = lambda: None,
+    done: frozenset[str] = frozenset(), flush: Callable[[], None] = lambda: None, behind: Behind | None = None,
 ) -> Results:  # fmt: skip
     """Every tensor of the plan that is not `done`, solved: with `text` block by block, in the order of the model.
 
     `folder`: of what a run over text keeps on the disk. Of blocks that are done in part all is solved again. `flush` makes
-    what was yielded safe.
+    what was yielded safe. `behind`: where what was yielded waits to be put away, and only then is done.
     """
-    reports = _Reports(plan, options)
+    reports = _Reports(plan, options, behind)
     if text is None:
         return reports.told(_solved_alone(plan, source, options, done, reports.begins), done)
     run = BlockwiseQuantizer(
@@ -66,24 +71,31 @@ def solved_results(
 def _solved_alone(
     plan: Plan, source: Source, options: Options, done: frozenset[str], begins: Callable[[str], None]
 ) -> Results:
-    for tensor in plan.tensors:
-        if tensor.name not in done:
-            begins(tensor.name)
-            weight = source.read(tensor.name)
-            digest = hashlib.sha256(bytes_of(weight)).hexdigest()
-            yield solve(tensor, weight, plan.recipe, options.device), digest
+    def read(tensor: TensorPlan) -> tuple[torch.Tensor, str]:
+        weight = source.read(tensor.name)
+        return weight, hashlib.sha256(bytes_of(weight)).hexdigest()
+
+    left = [(tensor, tensor.reading_bytes) for tensor in plan.tensors if tensor.name not in done]
+    room = max((size for _, size in left), default=0) + READ_AHEAD
+    for tensor, found in read_ahead(left, read, room):
+        begins(tensor.name)
+        weight, digest = found
+        yield solve(tensor, weight, plan.recipe, options.device), digest
+        del weight, found
 
 
 class _Reports:
-    """What is said of a run to `on_layer` and `progress`."""
+    """What is said of a run to `on_layer` and `progress`, in order: that a tensor is done, not before it is put away."""
 
-    def __init__(self, plan: Plan, options: Options) -> None:
-        self._plan, self._options, self._at = plan, options, 0
+    def __init__(self, plan: Plan, options: Options, behind: Behind | None = None) -> None:
+        self._plan, self._options, self._behind = plan, options, behind
+        self._at = self._done = 0  # bytes, and tensors of this run
+        self._unsaid = deque[str | Solved]()  # what begins, and what is done
 
     def begins(self, what: str) -> None:
         """Work that takes a while begins, and nothing more is done yet."""
-        if self._options.progress:
-            self._options.progress(what, self._at, self._plan.bytes_before)
+        self._unsaid.append(what)
+        self._say()
 
     def told(self, results: Results, done: frozenset[str]) -> Results:
         """The results as they are, each said; `done`: those that do not come any more."""
@@ -92,11 +104,26 @@ class _Reports:
             self.begins("going on")
         for solved, digest in results:
             yield solved, digest
-            self._at += solved.plan.bytes_before
-            if self._options.on_layer:
-                self._options.on_layer(solved)
+            self._unsaid.append(solved)
+            del solved
+            self._say()
+        self._say(wait=True)
+
+    def _say(self, wait: bool = False) -> None:
+        """All that may be said by now, or, with `wait`, all."""
+        while self._unsaid:
+            what = self._unsaid[0]
+            if isinstance(what, Solved):
+                if self._behind is not None and not self._behind.has_done(self._done + 1, wait):
+                    return
+                self._done += 1
+                self._at += what.plan.bytes_before
+                if self._options.on_layer:
+                    self._options.on_layer(what)
+            self._unsaid.popleft()
             if self._options.progress:
-                self._options.progress(solved.plan.name, self._at, self._plan.bytes_before)
+                name = what if isinstance(what, str) else what.plan.name
+                self._options.progress(name, self._at, self._plan.bytes_before)
 
 
 def write_folder(
@@ -117,16 +144,29 @@ def write_folder(
         if writer.finished:
             return make_report(plan, writer.journal, text)
         done = frozenset(writer.journal)
-        if solved is not None:
-            results = solved
-        elif len(done) == len(plan.tensors):
-            results = iter(())
-            shutil.rmtree(writer.partial / STATES, ignore_errors=True)  # the kill came between the journal and this
-        else:
-            results = solved_results(plan, source, options, text, writer.partial, done, writer.flush)
-        for result, digest in results:
-            if result.plan.name not in done:
-                writer.write(result.plan.name, result.stored, source=digest, **solved_facts(result))
+        with Behind(WRITE_BEHIND) as behind:
+            if solved is not None:
+                results = solved
+            elif len(done) == len(plan.tensors):
+                results = iter(())
+                shutil.rmtree(writer.partial / STATES, ignore_errors=True)  # the kill came between the journal and this
+            elif text is None:
+                results = solved_results(plan, source, options, None, writer.partial, done, behind=behind)
+            else:
+                results = solved_results(plan, source, options, text, writer.partial, done, writer.flush)
+            try:
+                for result, digest in results:
+                    if result.plan.name in done:
+                        continue
+                    facts = {"source": digest, **solved_facts(result)}
+                    if text is not None:  # which asks in between for what was written to be safe, and takes longer than writing
+                        writer.write(result.plan.name, result.stored, **facts)
+                    else:
+                        put = partial(writer.put, result.stored)
+                        behind.call(result.plan.bytes_after, put, partial(writer.enter, result.plan.name, facts))
+            finally:
+                if isinstance(results, Generator):
+                    results.close()  # it may still be writing into the folder
         del results  # what it holds of the model
         if solved is None and text is not None:
             tune_folder(plan, source, text, writer, fast_dtype(), options.progress)

@@ -30,7 +30,7 @@ How = tuple[str, str, str]  # format, fit and solver: what encoding a weight cos
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds that a run will take, and those of its phases, whose sum they are."""
+    """Seconds that a run will take, and those of its phases, whose sum they are: of what is done at the same time each counts by its share."""
 
     seconds: float
     phases: dict[str, float]
@@ -108,6 +108,8 @@ class SolverRates:
 class Rates:
     """What a rehearsal measured, from which runs are forecast.
 
+    threads         of a solver; `processors` share these and the threads that read and write beside it. 1 and 1 where seconds are those of
+                    the processors rather than of a clock
     starting        seconds of what every run does once; `starting_text` of a run over text
     alone           by format, fit and solver
     blocks          the name of every block with its tensors; `kinds` what was measured of each kind of them, `solvers` of each way to solve
@@ -115,6 +117,8 @@ class Rates:
     """
 
     bytes: Bytes
+    threads: int
+    processors: int
     starting: float
     starting_text: float
     alone: Mapping[How, Alone]
@@ -133,15 +137,17 @@ class Rates:
             raise SourceError(self.problem)
         before, after = plan.bytes_before, sum(_bytes_after(t, recipe) for t in plan.tensors)
         rates = self.bytes
-        phases = {STARTING: self.starting, READING: before * (rates.read + rates.hash)}
+        reading, writing = before * (rates.read + rates.hash), after * (rates.write + rates.hash)
+        phases = {STARTING: self.starting + (self.starting_text if tokens else 0.0)}
         if tokens:
-            phases[STARTING] += self.starting_text
-            phases[READING] += before * (rates.read + rates.check)  # all of it is looked at before the model is run
-            phases |= self._over_text(plan, recipe, tokens, min(length, tokens))
+            looked_at = before * (rates.read + rates.check)  # all of it, before the model is run
+            phases |= {READING: looked_at + reading, **self._over_text(plan, recipe, tokens, min(length, tokens)), WRITING: writing}
         else:
-            phases[SOLVING] = sum(self._alone(t, recipe) for t in plan.tensors)
-        phases[WRITING] = after * (rates.write + rates.hash)
-        phases[VERIFYING] = after * (rates.read_back + rates.hash)
+            solving = sum(self._alone(t, recipe) for t in plan.tensors)
+            busy = (reading + writing + self.threads * solving) / self.processors
+            beside = max(reading, solving, writing, busy) / max(1e-9, reading + solving + writing)
+            phases |= {READING: reading * beside, SOLVING: solving * beside, WRITING: writing * beside}
+        phases[VERIFYING] = after * (rates.read_back + rates.hash) / self.threads
         return Forecast(sum(phases.values()), phases)
 
     def _alone(self, tensor: TensorPlan, recipe: Recipe) -> float:

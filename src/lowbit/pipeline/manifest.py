@@ -19,6 +19,7 @@ from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorSpec
 from lowbit.planning.plan import Plan
+from lowbit.solvers.in_core import made_by
 from lowbit.version import __version__
 from lowbit.weights.solve import with_exponent
 
@@ -73,6 +74,7 @@ def origin(plan: Plan, source: Source, calibration: Calibration | None = None) -
     return (
         {
             "lowbit": __version__,
+            "solved_by": made_by(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,

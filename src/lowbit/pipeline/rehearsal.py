@@ -47,21 +47,23 @@ def rehearse(
     near    the folder that will be written, or one beside it: what is written for trial goes to its disk, and is removed again
     clock   seconds; `time.process_time` for those of the processors
     """
+    waiting = clock is not time.process_time
+    threads, processors = (torch.get_num_threads(), _processors()) if waiting else (1, 1)
     with _folder(near) as folder:
         rates = _bytes(plan, source, folder, clock)
         starting = _starting(plan, source, folder, clock)
         alone = _encoded(plan, recipes, clock)
         if not text or not any(recipe.uses_calibration for recipe in recipes):
-            return Rates(rates, starting, 0.0, alone)
+            return Rates(rates, threads, processors, starting, 0.0, alone)
         try:
             blocks = BlockRehearsal(plan, source, recipes, folder, clock)
         except LowbitError as error:
-            return Rates(rates, starting, 0.0, alone, problem=str(error))
+            return Rates(rates, threads, processors, starting, 0.0, alone, problem=str(error))
         except Exception as error:  # somebody else's model
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             problem = f"{source.label} cannot be run over text here ({said})"
-            return Rates(rates, starting, 0.0, alone, problem=problem)
-        return Rates(rates, starting, blocks.starting, alone, blocks.names, blocks.kinds, blocks.solvers)
+            return Rates(rates, threads, processors, starting, 0.0, alone, problem=problem)
+        return Rates(rates, threads, processors, starting, blocks.starting, alone, blocks.names, blocks.kinds, blocks.solvers)
 
 
 @contextmanager
@@ -156,6 +158,12 @@ def _encoding(tensor: TensorPlan, fmt: Format, recipe: Recipe, clock: Clock) -> 
         return Alone(0.0, small / (few * width))
     element = max(0.0, found - small) / ((size - few) * width)
     return Alone(max(0.0, small - element * few * width), element)
+
+
+def _processors() -> int:
+    """That this process may use."""
+    able = getattr(os, "sched_getaffinity", None)
+    return len(able(0)) if able is not None else os.cpu_count() or 1
 
 
 def _seconds(work: Callable[[], object], clock: Clock) -> float:

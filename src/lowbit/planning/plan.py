@@ -30,6 +30,7 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import divided_inputs
 
 MAX_SHARD = 5_000_000_000
+READ_AHEAD, WRITE_BEHIND = 64 << 20, 32 << 20  # bytes of tensors that are read, or not yet written, while one is solved
 # What Python, PyTorch and transformers take before the first tensor is read, roughly; built for CUDA, PyTorch brings its libraries.
 _BASE_BYTES, _CUDA_BASE_BYTES = 420_000_000, 1_000_000_000
 # Of each parameter while the whole model is tuned: float32, dense in use, its gradient, codes, and what a step of 512
@@ -118,7 +119,8 @@ class Plan(Displayed):
 
     @property
     def peak_bytes(self) -> int:
-        """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab, a constant."""
+        """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab,
+        what is read and written beside it, a constant."""
         return self._peak(self.recipe.needs_calibration is not None)
 
     @property
@@ -129,14 +131,13 @@ class Plan(Displayed):
     def _peak(self, calibrated: bool) -> int:
 
         def working(t: TensorPlan) -> int:
-            reading = t.bytes_before * (2 if t.kind == "experts" else 1)  # a fused stack and the parts it is made of
             if t.format is None:
-                return reading
+                return t.reading_bytes
             smallest = math.prod(t.shape[-2:]) if len(t.shape) > 2 else 1  # a slab cuts no expert apart
             slab = min(t.count, max(SLAB, smallest)) if by_rows(t.format, t.stored_shape) else t.count
-            return reading + t.bytes_after + 16 * slab
+            return t.reading_bytes + t.bytes_after + 16 * slab
 
-        most = max((working(t) for t in self.tensors), default=0)
+        most = max((working(t) for t in self.tensors), default=0) + READ_AHEAD + WRITE_BEHIND
         if calibrated:
             most = max(most, calibrated_working_bytes(self.tensors))
         if self.recipe.tuner_of("model") is not None:

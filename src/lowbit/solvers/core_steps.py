@@ -18,7 +18,7 @@ from lowbit.kernels.core import core
 from lowbit.kernels.thread_pool import pool
 from lowbit.solvers.hessian import Factor
 from lowbit.solvers.refit import refit_scales, refits
-from lowbit.solvers.rounding import by_row
+from lowbit.solvers.steps import improved
 
 _MOST_LEVELS = 16  # of a table
 _PRODUCTS = 1 << 37  # multiplications of a call, a few seconds, after which an interruption is heard
@@ -36,64 +36,53 @@ class CoreSteps:
     def __init__(self, isa: str = "") -> None:
         self.isa = isa
 
-    def feed(
-        self, q: QTensor, weight: Tensor, factor: Factor, still: Tensor | None, shift: Tensor | None
+    def solve(
+        self, q: QTensor, target: Tensor, factor: Factor, still: Tensor | None, shift: Tensor | None, rounds: int
     ) -> tuple[QTensor, Tensor, Tensor]:
-        module: Any = core()
-        weight = weight.contiguous()
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
-        start, error = (torch.empty(len(weight), dtype=torch.float64) for _ in range(2))
-        scale, offset = _by_row(q)
-        mask, order = _mask(still), factor.perm.to(torch.int32)
-        p = None if shift is None else shift.contiguous().numpy()
-        for rows in _parts(weight):
-            module.feed_errors(
-                pool(), self.isa, _levels(q.format), _offsets(q.format), _group(q), weight[rows].numpy(), scale[rows].numpy(),
-                None if offset is None else offset[rows].numpy(), factor.hessian.numpy(), factor.upper.contiguous().numpy(), p,
-                order.numpy(), None if mask is None else mask[rows].numpy(), codes[rows].numpy(), start[rows].numpy(), error[rows].numpy(),
-            )  # fmt: skip
-        return replace(q, codes=pack(codes, q.format.grid.cardinality)), start, error
-
-    def polish(
-        self, q: QTensor, error: Tensor, target: Tensor, factor: Factor, still: Tensor | None, rounds: int
-    ) -> tuple[QTensor, Tensor]:
         refit = refits(q)
         if not refit or _refits_here(q.format, still):
-            return self._polished(q, target, factor, still, rounds, refit)
-        helped = torch.ones(len(error), dtype=torch.bool)
-        for _ in range(rounds):
-            new = refit_scales(q, target, factor.hessian, still)
-            new, e = self._polished(new, target, factor, still, 1, False)
-            helped &= e < error
-            if not bool(helped.any()):
-                break
-            q, error = by_row(helped, new, q), torch.where(helped, e, error)
-        return q, error
+            return self._run(q, target, factor, still, (shift,), rounds, refit)
+        q, start, error = self._run(q, target, factor, still, (shift,), 0, False)
 
-    def _polished(
-        self, q: QTensor, target: Tensor, factor: Factor, still: Tensor | None, rounds: int, refit: bool
-    ) -> tuple[QTensor, Tensor]:
+        def once(q: QTensor) -> tuple[QTensor, Tensor]:
+            new = refit_scales(q, target, factor.hessian, still)
+            new, _, e = self._run(new, target, factor, still, None, 1, False)
+            return new, e
+
+        q, error = improved(q, error, rounds, once)
+        return q, start, error
+
+    def _run(
+        self, q: QTensor, target: Tensor, factor: Factor, still: Tensor | None, feed: tuple[Tensor | None] | None,
+        rounds: int, refit: bool,
+    ) -> tuple[QTensor, Tensor, Tensor]:  # fmt: skip
+        """`feed`: the shift of error feedback, or None where `q` has codes."""
         module: Any = core()
-        fmt, target = q.format, target.contiguous()
-        codes, error = q.unpacked().contiguous().clone(), torch.empty(len(target), dtype=torch.float64)
-        scale, offset = (None if part is None else part.clone() for part in _by_row(q))
-        assert scale is not None
-        mask, order = _mask(still), factor.perm.to(torch.int32)
-        kept = fmt.scale if refit else "fp32", fmt.offset.store if refit and fmt.offset_kind == "min" else "fp32"  # type: ignore[union-attr]
+        fmt, count = q.format, len(target)
+        codes = torch.empty(target.shape, dtype=torch.uint8) if feed is not None else q.unpacked().clone()
+        start, error = (torch.empty(count, dtype=torch.float64) for _ in range(2))
+        scale, offset = _by_row(q)
+        arrays = (target.contiguous(), scale, offset, _mask(still), codes, error, start)
+        matrices = [None if m is None else m.contiguous().numpy() for m in (factor.root, *(feed or ()))]
         for rows in _parts(target):
-            module.polish(
-                pool(), self.isa, _levels(fmt), _offsets(fmt), _group(q), target[rows].numpy(), scale[rows].numpy(),
-                None if offset is None else offset[rows].numpy(), factor.hessian.numpy(), order.numpy(),
-                None if mask is None else mask[rows].numpy(), codes[rows].numpy(), error[rows].numpy(), rounds, refit,
-                fmt.scale_signed, *kept,
+            x, s, z, mask, c, e, nearest = (None if part is None else part[rows].numpy() for part in arrays)
+            module.solve(
+                pool(), self.isa, _levels(fmt), _offsets(fmt), _group(q), x, s, z, factor.hessian.numpy(),
+                factor.perm.to(torch.int32).numpy(), mask, c, e, feed=None if feed is None else (*matrices, nearest), rounds=rounds,
+                refit=refit, signed_scales=fmt.scale_signed, scale_store=fmt.scale if refit else "fp32",
+                offset_store=_store(fmt) if refit else "fp32",
             )  # fmt: skip
         found = replace(q, codes=pack(codes, fmt.grid.cardinality))
-        if refit:
+        if refit and rounds:
             found = replace(found, scale=stores.to_store(scale[None], str(fmt.scale)))
-        if refit and fmt.offset_kind == "min":
-            assert offset is not None
-            found = replace(found, offset=stores.to_store(offset[None], kept[1]))  # type: ignore[arg-type]
-        return found, error
+            if fmt.offset_kind == "min" and offset is not None:
+                found = replace(found, offset=stores.to_store(offset[None], _store(fmt)))
+        return found, start, error
+
+
+def _store(fmt: Format) -> str:
+    """How minima are kept that are refitted."""
+    return str(fmt.offset.store) if fmt.offset is not None and fmt.offset_kind == "min" else "fp32"
 
 
 def _refits_here(fmt: Format, still: Tensor | None) -> bool:
@@ -112,10 +101,10 @@ def _levels(fmt: Format) -> Any:
     module: Any = core()
     grid = fmt.grid
     if isinstance(grid, IntGrid):
-        return module.Levels.integers(int(grid.lo), int(grid.hi))
+        return module.GridLevels.integers(int(grid.lo), int(grid.hi))
     assert isinstance(grid, TableGrid)
     search = grid.search
-    return module.Levels.table(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy())
+    return module.GridLevels.table(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy())
 
 
 def _offsets(fmt: Format) -> Any:
@@ -131,10 +120,10 @@ def _group(q: QTensor) -> int:
 
 
 def _by_row(q: QTensor) -> tuple[Tensor, Tensor | None]:
-    """float32 [N, groups]: scales and offsets of each row, whatever block of rows they are shared by."""
+    """float32 [N, groups], new: scales and offsets of each row, whatever block of rows they are shared by."""
 
     def spread(values: Tensor | None) -> Tensor | None:
-        return None if values is None else _spread(values[0], q.format.block, q.shape[0])
+        return None if values is None else _spread(values[0], q.format.block, q.shape[0]).clone()
 
     scale = spread(q.scales())
     assert scale is not None

@@ -66,10 +66,7 @@ def solve_with_feedback(
     q = empty(problem.fmt, tuple(weight.shape), scale, offset)
     factor = problem.factor
     p = None if shift is None else shift(factor, problem.stats)
-    steps = steps_for(problem.fmt, weight)
-    q, start, error = steps.feed(q, weight, factor, still, p)
-    if polish:
-        q, error = steps.polish(q, error, weight, factor, still, polish)
+    q, start, error = steps_for(problem.fmt, weight).solve(q, weight, factor, still, p, polish)
     return Found(q, Trace(float(start.sum()), float(error.sum()), factor.damp))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit.errors import FormatError
 from lowbit.formats import Format, stores
 from lowbit.formats.blocks import reduce_blocks
+from lowbit.solvers import in_core
 from lowbit.solvers.registry import Call
 from lowbit.solvers.zeros import exact_zeros, many_zeros
 
@@ -26,15 +27,23 @@ def fit_blocks(
     A block of one repeated value c gets a scale and an offset that give c back exactly (as far as the
     stored types can hold c), whatever the fit; in one with many exact zeros these are exact (`zeros.py`).
     """
+    check_sides(weight, fmt)
+    return run_fit(weight, fmt, fit, importance)
+
+
+def check_sides(weight: Tensor, fmt: Format) -> None:
+    """FormatError where a format without an offset has no levels on a side of zero that needs some."""
     if fmt.offset is None and not fmt.grid.signed and bool((weight < 0).any()):
         raise FormatError(f"{fmt} has no negative levels and no offset; add ':asym', or use a signed grid")
     if fmt.offset is None and fmt.grid.hi <= 0:
         raise FormatError(f"{fmt} has no positive level and no offset; add ':asym', or use binary or ternary")
-    return run_fit(weight, fmt, fit, importance)
 
 
 def run_fit(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """`fit_blocks` for levels that may all lie on one side of zero, as learned ones do."""
+    found = fit_in_core(weight, fmt, fit, importance)
+    if found is not None:
+        return found
     if importance is not None:
         importance = importance.expand(weight.shape)
 
@@ -43,22 +52,38 @@ def run_fit(weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None = 
         scale, offset = found if isinstance(found, tuple) else (found, None)
         if offset is not None:
             scale, offset = exact_zeros(scale, offset, fmt, many_zeros(x))
-        return _exact_constants(x, fmt, scale, offset)
+        low, high = x.amin(1), x.amax(1)
+        return _exact_constants(low, low == high, fmt, scale, offset)
 
     scale, offset = reduce_blocks(run, fmt.block, weight, importance)
     return scale, offset  # type: ignore[return-value]
 
 
-def _exact_constants(x: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Where all of a block is c: a level p that is a power of two and the scale c / p, which rounds nothing.
+def fit_in_core(
+    weight: Tensor, fmt: Format, fit: Call, importance: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """`run_fit` by the C++ core; None where there is none, or it does not know this fit or format."""
+    found = in_core.fit_blocks(weight, fmt, fit.core_fit(fmt), importance)
+    if found is None:
+        return None
+    scale, offset = found.scale, found.offset
+    if offset is not None and found.zeros is not None:
+        scale, offset = exact_zeros(scale, offset, fmt, found.zeros)
+    if found.constant is None:
+        return scale, offset
+    return _exact_constants(found.constant, ~found.constant.isnan(), fmt, scale, offset)
+
+
+def _exact_constants(
+    low: Tensor, constant: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Where (`constant`) all of a block is c, its lowest value: a level p that is a power of two and the scale c / p, which rounds nothing.
 
     With an offset the level is `lo + p` or, for negative c, `hi - p`, and the offset the end it is counted from.
     A minimum is c itself, with a scale so small that it does not crowd its neighbours in a nested format.
     Zero blocks get the scale 0. Where no such level exists (negative c on an axis of positive levels), or a
     nested scale would round c / p anyway, the fit's own answer stays.
     """
-    low, high = x.amin(1), x.amax(1)
-    constant = low == high
     if not bool(constant.any()):
         return scale, offset
     if fmt.offset is not None:

@@ -18,7 +18,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Found:
-    """`trace`: None of a solver that does not measure the error of the layer's output."""
+    """`trace`: None of a solver that does not measure the error of the layer's output. `squares`: |w|^2 and |w - w_q|^2 of the
+    weight that the solver was given, where it measured them on the way."""
 
     weight: QTensor
     trace: Trace | None = None
+    squares: tuple[float, float] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,17 +15,23 @@ _MOST_DAMPING = 1e3
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """H + damp mean(diag H) I, and the upper Cholesky factor U of its inverse, in the order `perm` of columns.
+    """H + damp mean(diag H) I, factorized in the order `perm` of columns.
 
     hessian  [K, K] float32, in the original order, damped
-    upper    [K, K] float32, of the permuted matrix: inv(H_perm) = U' U
+    root     [K, K] float32, upper triangular R of the permuted matrix: H_perm = R R'
     damp     the damping that was needed; larger than what was asked for when the factorization failed at first
     """
 
     hessian: Tensor
-    upper: Tensor
+    root: Tensor
     perm: Tensor
     damp: float
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """[K, K] float32: the upper Cholesky factor U of the inverse, inv(H_perm) = U' U, which is inv(R)."""
+        eye = torch.eye(len(self.root), dtype=torch.float64)
+        return torch.linalg.solve_triangular(self.root.double(), eye, upper=True, out=eye).float()
 
 
 def factorize(stats: Stats, damp: float, perm: Tensor) -> Factor:
@@ -46,21 +53,19 @@ def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
     if mean <= 0:  # nothing was ever seen: every order and every error are the same
         moment, mean = torch.eye(len(moment)), 1.0
     while True:
-        # Three matrices of float64 at a time at most: of wide layers each is large.
-        damped = moment.double()
-        diagonal = damped.diagonal()
-        diagonal[diagonal <= 0] = mean
-        diagonal.add_(damp * mean)
+        diagonal = moment.diagonal().double()
+        diagonal = torch.where(diagonal > 0, diagonal, mean) + damp * mean
+        single = moment.clone()
+        single.diagonal().copy_(diagonal)
         backwards = perm.flip(0)
-        single, damped = damped.float(), damped[backwards][:, backwards]
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped, diagonal
+        damped = moment[backwards][:, backwards].double()
+        damped.diagonal().copy_(diagonal[backwards])
+        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
         if not int(failed):
-            # Backwards H = L L', so forwards H = R R' with R upper triangular, and U = inv(R): one factorization, no inverse.
-            eye = torch.eye(len(moment), dtype=torch.float64)
-            upper = torch.linalg.solve_triangular(lower, eye, upper=False, out=eye).float().flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
-                return Factor(single, upper, perm, damp)
+            # Backwards H = L L', so forwards H = R R' with R upper triangular.
+            root = lower.float().flip(0, 1)
+            if bool((1 / root.diagonal()).isfinite().all()) and bool(root.isfinite().all()):
+                return Factor(single, root, perm, damp)
         damp = max(1e-6, damp) * 10
         if damp > _MOST_DAMPING:  # not a second moment at all: no error feedback is the honest answer
             eye = torch.eye(len(moment))

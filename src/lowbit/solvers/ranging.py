@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.formats import Format, IntGrid, stores
 from lowbit.formats.blocks import reduce_blocks
 from lowbit.formats.format import FARTHEST, Store
+from lowbit.solvers.in_core import block_peaks
 
 _ROOM = 2  # binades that a fit, error feedback or a refit may enlarge the largest scale by
 
@@ -43,7 +44,9 @@ def ranged(weight: Tensor, fmt: Format) -> Ranged:
     if not weight.numel():
         return Ranged(fmt)
     block = fmt.block if fmt.codebook is None or fmt.scale is not None else fmt.codebook
-    (peaks,) = reduce_blocks(lambda x: x.abs().amax(1), block, weight)
+    peaks = block_peaks(weight, block)
+    if peaks is None:
+        (peaks,) = reduce_blocks(lambda x: x.abs().amax(1), block, weight)
     assert peaks is not None
     kept = []
     if fmt.scale is None:
@@ -116,12 +119,16 @@ def _holds(values: Tensor, name: str) -> bool:
     range, as the rows of dead neurons may be, does not count."""
     low, high = stores.span(name)
     largest = float(values.max())
+    if float(values.min()) >= low and largest <= high / 2:
+        return True
     alive = values[values > largest * (low / high * 2.0**-7)]
     return not alive.numel() or (float(alive.min()) >= low and largest <= high / 2)
 
 
 def _drowns(values: Tensor, name: str, exponent: int) -> bool:
     """Whether a store loses bits of the smallest of these."""
+    if not exponent and float(values.min()) >= stores.span(name)[0]:
+        return False
     alive = values[values > 0]
     return bool(alive.numel()) and math.ldexp(float(alive.min()), -exponent) < stores.span(name)[0]
 

@@ -44,6 +44,7 @@ class Method:
     needs: Needs = "nothing"
     weighs: bool = False
     ignores: Ignores = _nothing
+    in_core: Callable[..., Any] | None = None
 
     def declines(self, fmt: Format) -> str | None:
         """Why this method cannot fill a format, or None if it can."""
@@ -101,26 +102,31 @@ def weighting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fit(
-    offset: Literal["any", "never", "always"] = "any", *, weighs: bool = False, ignores: Ignores = _nothing
+    offset: Literal["any", "never", "always"] = "any", *, weighs: bool = False, ignores: Ignores = _nothing,
+    in_core: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fit under the name of its function. `offset`: whether it fills formats with or without one.
 
     `weighs`: whether it looks at the importance of elements, which statistics of the input give. `ignores`: its options that
-    make no difference for a format, without and with statistics.
+    make no difference for a format, without and with statistics. `in_core`: from the format and all options, what the C++ core
+    is asked to do in its place, a `CoreFit`, or None where it cannot.
     """
-    return lambda function: _register("fit", function, offset=offset, weighs=weighs, ignores=ignores)
+    facts = {"offset": offset, "weighs": weighs, "ignores": ignores, "in_core": in_core}
+    return lambda function: _register("fit", function, **facts)
 
 
 def solver(
-    learns_levels: bool = False, needs: Needs = "nothing", *, weighs: bool = False, ignores: Ignores = _nothing
+    learns_levels: bool = False, needs: Needs = "nothing", *, weighs: bool = False, ignores: Ignores = _nothing,
+    in_core: Callable[..., Found | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a solver under the name of its function.
 
     `learns_levels`: for learned grids, and only for them. `needs`: the statistics of the input that it cannot do
     without; "drift" also needs the float model's own input, and so a second stream. `weighs`: whether it looks at statistics
-    itself, where they are there, and does not only hand their importance to the fit. `ignores`: as of a fit.
+    itself, where they are there, and does not only hand their importance to the fit. `ignores`: as of a fit. `in_core`: the same
+    function by the C++ core, of weights in any float type, which returns None where it does not take one.
     """
-    facts = {"learns_levels": learns_levels, "needs": needs, "weighs": weighs, "ignores": ignores}
+    facts = {"learns_levels": learns_levels, "needs": needs, "weighs": weighs, "ignores": ignores, "in_core": in_core}
     return lambda function: _register("solver", function, **facts)
 
 
@@ -187,15 +193,36 @@ class Call:
             raise RecipeError(f"{self.name!r} {reason}")
         return self.method.function(x, fmt, *others, **dict(self.options))
 
+    def core_fit(self, fmt: Format) -> Any | None:
+        """What the C++ core is asked to do in place of a fit (`solvers/in_core.py`); None where it does not know it."""
+        method = self.method
+        if method.in_core is None or method.declines(fmt) is not None:
+            return None
+        return method.in_core(fmt, **{**method.options, **dict(self.options)})
+
+    def solve_in_core(self, weight: Any, fmt: Format, *others: Any) -> Found | None:
+        """`solve` by the C++ core, for a weight of any float type; None where it does not take it."""
+        method = self.method
+        if method.in_core is None or method.declines(fmt) is not None:
+            return None
+        return self._of_usual_size(method.in_core, weight, fmt, *others)
+
     def solve(self, weight: Any, fmt: Format, *others: Any) -> Found:
         """Run a solver on a weight, `others` being fit and statistics. RecipeError when it cannot fill `fmt`."""
         reason = self.method.declines(fmt)
         if reason is not None:
             raise RecipeError(f"{self.name!r} {reason}")
-        # Solvers and fits know scales of usual size; powers of two change nothing but the exponent.
+        found = self.solve_in_core(weight, fmt, *others) or self._of_usual_size(self.method.function, weight, fmt, *others)
+        assert found is not None
+        return found
+
+    def _of_usual_size(
+        self, function: Callable[..., Found | None], weight: Any, fmt: Format, *others: Any
+    ) -> Found | None:
+        """Solvers and fits know scales of usual size; powers of two change nothing but the exponent."""
         x = stores.times_power(weight, -fmt.exponent) if fmt.exponent else weight
-        found: Found = self.method.function(x, fmt.plain, *others, **dict(self.options))
-        return replace(found, weight=replace(found.weight, format=fmt)) if fmt.exponent else found
+        found = function(x, fmt.plain, *others, **dict(self.options))
+        return replace(found, weight=replace(found.weight, format=fmt)) if found and fmt.exponent else found
 
     def __str__(self) -> str:
         inside = ",".join(f"{k}={v}" for k, v in self.options)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.kernels.bfloat16 import add_moments, multiplies_bfloat16
 from lowbit.solvers.products import bfloat16_products
 
 _PANEL = 256  # columns of a second moment that are added up at a time
@@ -72,7 +73,7 @@ class StatsBuilder:
 
     def __init__(self, width: int, drift: bool = False, half: bool = False) -> None:
         self.tokens = 0
-        self.sum = torch.zeros(width, width)
+        self.sum = torch.zeros(width, width)  # of which the upper triangle counts
         self.drift = torch.zeros(width, width) if drift else None
         self.half = half
         self.absmax, self.abs = torch.zeros(width), torch.zeros(width)
@@ -80,12 +81,21 @@ class StatsBuilder:
     def add(self, x: Tensor, x_float: Tensor | None = None, weights: Tensor | None = None) -> None:
         """`x` [..., K] as the quantized model computes it; `x_float` the same of the float model; `weights` [tokens] say
         how much each token counts in the products, mean 1."""
-        x = x.reshape(-1, x.shape[-1]).to("cpu", torch.bfloat16 if self.half else torch.float32).to(torch.float32)
+        x = x.detach().reshape(-1, x.shape[-1]).to("cpu")
         if not len(x):
             return
         self.tokens += len(x)
+        x_float = None if self.drift is None or x_float is None else x_float.reshape(x.shape).to("cpu")
+        if self.half and weights is None and multiplies_bfloat16():  # weighed inputs are no bfloat16 numbers
+            drift = None if x_float is None else self.drift
+            add_moments(x, self.sum, self.absmax, self.abs, x_float, drift)
+        else:
+            self._add(x.to(torch.bfloat16 if self.half else torch.float32).to(torch.float32), x_float, weights)
+
+    def _add(self, x: Tensor, x_float: Tensor | None, weights: Tensor | None) -> None:
+        """The same in expressions of PyTorch, for `x` [tokens, K] in float32."""
         weighed = x if weights is None else x * weights[:, None]
-        exact = self.half and weights is None  # weighed inputs are no bfloat16 numbers
+        exact = self.half and weights is None
         with bfloat16_products() if exact else nullcontext():
             for begin in range(0, x.shape[1], _PANEL):  # the upper triangle by panels; the lower one mirrors it
                 panel = slice(begin, begin + _PANEL)
@@ -94,7 +104,7 @@ class StatsBuilder:
         torch.maximum(self.absmax, size.amax(0), out=self.absmax)
         self.abs += size.sum(0)
         if self.drift is not None and x_float is not None:
-            change = x_float.reshape(x.shape).to("cpu", torch.float32) - x
+            change = x_float.to(torch.float32) - x
             if self.half:
                 self.drift += change.to(torch.bfloat16).T @ weighed.to(torch.bfloat16)
             else:

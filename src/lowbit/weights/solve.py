@@ -14,6 +14,7 @@ from lowbit.formats import Format, QTensor
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.tensor import SLAB, by_rows
 from lowbit.recipes.recipe import Recipe
+from lowbit.solvers.found import Found
 from lowbit.solvers.hessian import quadratic
 from lowbit.solvers.ranging import Lost, in_range, ranged
 from lowbit.solvers.stats import Stats
@@ -97,25 +98,36 @@ def solve(
     slabs: list[dict[str, Tensor]] = []
     error = norm = 0.0
     lost = Lost()
-    for slab in _slabs(weight, plan):
+    alone = not within.doubtful and weight.is_contiguous() and torch.device(device).type == "cpu"
+    whole = solver.solve_in_core(weight.to(device=device), fmt, fit, stats) if alone else None
+    if whole is not None and whole.squares is not None:  # in one go, without a copy in float32
+        norm, error = whole.squares
+        slabs.append(whole.weight.parts())
+    for slab in _slabs(weight, plan) if not slabs else []:
         x = slab.to(device=device, dtype=torch.float32).contiguous()
         check_finite(x, plan.name)
         try:
-            q = solver(x, fmt, fit, stats)
+            found = solver.solve(x, fmt, fit, stats)
         except FormatError as problem:
             raise WeightError(f"tensor {plan.name!r} does not fit {fmt}: {problem}") from None
-        dense = q.dequantize()
-        size = float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
-        off = float(torch.linalg.vector_norm(x.sub(dense))) ** 2
+        size, off = _squares(found, x)
         norm, error = norm + size, error + off
         if within.doubtful:
-            lost.add(x, dense, fmt, (off / size) ** 0.5 if size else 0.0)
-        slabs.append({name: part.cpu() for name, part in q.parts().items()})
+            lost.add(x, found.weight.dequantize(), fmt, (off / size) ** 0.5 if size else 0.0)
+        slabs.append({name: part.cpu() for name, part in found.weight.parts().items()})
     stored = {f"{plan.name}.{name}": _joined(name, [part[name] for part in slabs], weight.dim()) for name in slabs[0]}
     return Solved(
         plan, stored, six_digits((error / norm) ** 0.5) if norm else 0.0, note=note, warning=lost.warning(fmt),
         exponent=fmt.exponent,
     )  # fmt: skip
+
+
+def _squares(found: Found, x: Tensor) -> tuple[float, float]:
+    """|x|^2 and |x - x_q|^2."""
+    if found.squares is not None:
+        return found.squares
+    size = float(x.double().square().sum()) if x.numel() < 1 << 16 else float(torch.linalg.vector_norm(x)) ** 2
+    return size, float(torch.linalg.vector_norm(x.sub(found.weight.dequantize()))) ** 2
 
 
 @torch.no_grad()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.errors import LowbitError, SourceError
-from lowbit.interchange.files.safetensors_reader import bytes_of, read_header, read_tensor
+from lowbit.interchange.files.safetensors_reader import read_header, tensor_sha256
 from lowbit.interchange.files.safetensors_writer import INDEX, Shard, index_json
 
 MANIFEST = "lowbit.json"
@@ -43,13 +45,16 @@ def recorded(folder: Path, shards: tuple[Shard, ...], origin: Mapping[str, Any])
 
 
 def check_written(folder: Path, shards: tuple[Shard, ...], journal: Mapping[str, Mapping[str, Any]]) -> None:
-    """Read every stored tensor back, one at a time and not by mapping, and compare. SourceError on a difference."""
+    """Read every stored tensor back, a piece at a time and not by mapping, and compare. SourceError on a difference."""
     expected = {part: digest for entry in journal.values() for part, digest in entry["sha256"].items()}
-    for shard in shards:
-        path = folder / shard.file
-        for part, entry in read_header(path).entries.items():
-            if hashlib.sha256(bytes_of(read_tensor(path, entry))).hexdigest() != expected.pop(part, None):
-                raise SourceError(f"{path}: {part} reads back other than it was written; the disk or memory is failing")
+    parts = [(folder / s.file, e) for s in shards for e in read_header(folder / s.file).entries.values()]
+    with ThreadPoolExecutor(torch.get_num_threads(), "lowbit-verify") as threads:
+        for (path, entry), digest in zip(parts, threads.map(lambda part: tensor_sha256(*part), parts), strict=True):
+            if digest != expected.pop(entry.name, None):
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise SourceError(
+                    f"{path}: {entry.name} reads back other than it was written; the disk or memory is failing"
+                )
     if expected:
         raise SourceError(f"{folder}: {next(iter(expected))} was written and cannot be read back")
 

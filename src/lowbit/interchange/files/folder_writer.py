@@ -69,7 +69,7 @@ class FolderWriter:
         self.place = {name: shard for shard in shards for name in shard.spans}
         self.journal: dict[str, dict[str, Any]] = {}
         self._pending: list[dict[str, Any]] = []
-        self._pending_bytes = 0
+        self._pending_bytes = self._unsafe = 0  # written and not in the journal; written and perhaps not on the disk
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out} is a file; give a folder to write the model into")
         if os.path.ismount(self.out):
@@ -182,10 +182,24 @@ class FolderWriter:
     def write(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
         """Put the stored tensors of `name` in their places and enter it, with `facts`, in the journal."""
         try:
-            hashes = {part: self._put(part, tensor) for part, tensor in stored.items()}
-            self._enter({"tensor": name, "sha256": hashes, **facts})
+            self.enter(name, facts, self.put(stored))
         except OSError as error:
             raise self.cannot(error) from error
+
+    def put(self, stored: Mapping[str, Tensor]) -> dict[str, str]:
+        """The first half of `write`, which may run in another thread: the bytes; returns the SHA-256 of each. OSError."""
+        hashes = {part: self._put(part, tensor) for part, tensor in stored.items()}
+        self._unsafe += sum(tensor.nbytes for tensor in stored.values())
+        if self._unsafe >= _FLUSH:  # so that `flush` has little left to wait for
+            self._unsafe = 0
+            for file_name in {self.place[part].file for part in stored}:
+                sync(self.partial / file_name)
+        return hashes
+
+    def enter(self, name: str, facts: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+        """The second half: the entry in the journal. OSError."""
+        self._pending_bytes += sum(end - begin for begin, end in (self.place[p].spans[p] for p in hashes))
+        self._enter({"tensor": name, "sha256": dict(hashes), **facts})
 
     def rewrite(self, name: str, stored: dict[str, Tensor], **facts: Any) -> None:
         """Replace some of the stored tensors of `name`, which is in the journal, and add `facts` to its entry.
@@ -194,6 +208,7 @@ class FolderWriter:
         """
         try:
             hashes = {part: self._put(part, tensor) for part, tensor in stored.items()}
+            self._pending_bytes += sum(tensor.nbytes for tensor in stored.values())
             entry = self.journal[name]
             self._enter({**entry, "sha256": entry["sha256"] | hashes, **facts})
         except OSError as error:
@@ -213,7 +228,6 @@ class FolderWriter:
         with (self.partial / self.place[part].file).open("r+b") as file:
             file.seek(begin)
             file.write(raw)
-        self._pending_bytes += len(raw)
         return hashlib.sha256(raw).hexdigest()
 
     def _enter(self, entry: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
+_PIECE = 1 << 20  # bytes of a tensor that are hashed at a time
 _AGAIN = "download or copy it again"
 _EXPORT = "export it again"
 
@@ -157,6 +158,24 @@ def read_tensor(path: str | Path, entry: Entry, rows: slice | None = None) -> to
     if entry.dtype is torch.bool and tensor.view(torch.uint8).gt(1).any():
         _refuse(str(path), f"tensor {entry.name!r} says BOOL but holds other values than 0 and 1", _EXPORT)
     return tensor
+
+
+def tensor_sha256(path: str | Path, entry: Entry) -> str:
+    """SHA-256 of the bytes of a tensor in its file, read a piece at a time. SourceError when the file is too short for it."""
+    digest, left = hashlib.sha256(), entry.nbytes
+    piece = memoryview(bytearray(min(left, _PIECE)))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(entry.offset)
+            while left:
+                count = file.readinto(piece[: min(left, _PIECE)])
+                if not count:
+                    _refuse(str(path), f"the file ends inside tensor {entry.name!r}", _AGAIN)
+                digest.update(piece[:count])
+                left -= count
+    except OSError as error:
+        raise SourceError(f"cannot read tensor {entry.name!r} of {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

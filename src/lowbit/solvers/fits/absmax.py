@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format
+from lowbit.solvers.in_core import CoreFit
 from lowbit.solvers.registry import fit
 
 
-@fit(offset="never")
+@fit(offset="never", in_core=lambda fmt: CoreFit("absmax", fmt.grid.reach))
 def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """Give the largest magnitude of a block the highest level; zero stays zero.
 
@@ -20,7 +21,7 @@ def absmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     return x.abs().amax(1) / fmt.grid.reach
 
 
-@fit(offset="never")
+@fit(offset="never", in_core=lambda fmt: CoreFit("absmax", (fmt.grid.hi - fmt.grid.lo) / 2))
 def symmetric(x: Tensor, fmt: Format, importance: Tensor | None = None) -> Tensor:
     """Spread all levels, the lowest negative one included, over twice the largest magnitude of a block.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, stores
+from lowbit.solvers.in_core import CoreFit
 from lowbit.solvers.registry import fit
 
 
@@ -24,7 +25,7 @@ def affine(low: Tensor, high: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return scale, fmt.grid.lo - low / scale
 
 
-@fit(offset="always")
+@fit(offset="always", in_core=lambda fmt: CoreFit("minmax"))
 def minmax(x: Tensor, fmt: Format, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Give the lowest value of a block the lowest level and the highest value the highest.
 

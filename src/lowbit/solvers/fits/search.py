@@ -9,11 +9,22 @@ from lowbit.formats import Format
 from lowbit.formats.nearest import inverse
 from lowbit.solvers.fits.minmax import affine
 from lowbit.solvers.fitting import as_stored, rounded_scale, total
+from lowbit.solvers.in_core import CoreFit
 from lowbit.solvers.registry import fit
 
 
+def _factors(steps: int, span: float) -> list[float]:
+    return torch.linspace(1 - span, 1 + span / 3, steps).tolist()
+
+
+def _in_core(fmt: Format, *, steps: int, span: float, emphasis: float) -> CoreFit | None:
+    if emphasis not in (0, 1):
+        return None
+    return CoreFit("search", fmt.grid.reach, tuple(_factors(steps, span)), emphasis)
+
+
 # Without statistics errors are weighed by the weights themselves, with an emphasis; with them it has no part.
-@fit(weighs=True, ignores=lambda fmt, stats: ("emphasis",) if stats else ())
+@fit(weighs=True, ignores=lambda fmt, stats: ("emphasis",) if stats else (), in_core=_in_core)
 def search(
     x: Tensor,
     fmt: Format,
@@ -40,7 +51,7 @@ def search(
     """
     if importance is None and emphasis:
         importance = x.abs() if emphasis == 1 else x.abs().pow(emphasis)
-    factors = torch.linspace(1 - span, 1 + span / 3, steps).tolist()
+    factors = _factors(steps, span)
     if fmt.offset is None:
         return _symmetric(x, fmt, importance, factors)
     return _affine(x, fmt, torch.ones_like(x) if importance is None else importance, factors)

@@ -7,11 +7,12 @@ from torch import Tensor
 from lowbit.formats import Format, encode
 from lowbit.solvers.fitting import fit_blocks
 from lowbit.solvers.found import Found
+from lowbit.solvers.in_core import rounded_to_nearest
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
 
-@solver()
+@solver(in_core=rounded_to_nearest)
 def rtn(weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None) -> Found:
     """Round each weight on its own to the nearest level.
 
