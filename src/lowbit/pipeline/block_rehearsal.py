@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from lowbit.blockwise.activation_quantizers import ActivationQuantizers
-from lowbit.blockwise.block_runner import LeaveForward
 from lowbit.blockwise.float_inputs import FloatInputs
 from lowbit.blockwise.groups import Collector, Group, Pass
 from lowbit.blockwise.walk import Block, BlockWalk
@@ -21,6 +16,7 @@ from lowbit.formats import Format
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
+from lowbit.pipeline.block_timing import AttentionTime, Clock, Gathered, Watch
 from lowbit.pipeline.forecast import (
     BlockRates,
     How,
@@ -38,8 +34,6 @@ from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.stats import Stats
 from lowbit.weights.solve import solve_group
 
-Clock = Callable[[], float]
-
 _FLOPS = 1 << 35  # of a forward of the largest block
 _FEWEST_TOKENS = 32
 _KINDS = 4  # kinds of blocks that are tried, the most frequent ones
@@ -47,9 +41,6 @@ _WIDTH = 1024  # columns of an input whose statistics are gathered, and of a wei
 _ROWS = 64  # of a weight that is solved, for each thread
 _EXPERTS = 2  # of a stack whose statistics are gathered
 _TABLE = 1 << 22  # elements of an embedding that is read rather than made up
-
-_SCORES = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
-_SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class BlockRehearsal:
@@ -107,8 +98,8 @@ class BlockRehearsal:
 
     def _try(self, block: Block) -> None:
         passes = block.passes()  # also what is done once in a process
-        watch = _Watch(self._clock)
-        with block.capture(_ignored, ()), _Attention(watch), watch.of("forward"):
+        watch = Watch(self._clock)
+        with block.capture(_ignored, ()), AttentionTime(watch), watch.of("forward"):
             block.run(0)
         if self._float is not None:
             with watch.of("float"):
@@ -116,7 +107,7 @@ class BlockRehearsal:
         else:
             block.save(0, block.run(0), "float")
         activations = ActivationQuantizers(self._plan)
-        gathered = _Gathered(self._clock)
+        gathered = Gathered(self._clock, _WIDTH, _EXPERTS)
         for pass_ in passes:
             self._pass(block, pass_, activations, watch, gathered)
         with watch.of("quantized"), block.capture(activations.rounding(), cached=0):
@@ -137,7 +128,7 @@ class BlockRehearsal:
         )  # fmt: skip
 
     def _pass(
-        self, block: Block, pass_: Pass, activations: ActivationQuantizers, watch: _Watch, gathered: _Gathered
+        self, block: Block, pass_: Pass, activations: ActivationQuantizers, watch: Watch, gathered: Gathered
     ) -> None:
         activations.observe(pass_)
         x_float = {} if self._float is None else self._float.read([g.first for g in pass_], 0)
@@ -146,7 +137,9 @@ class BlockRehearsal:
             block.run(0)
         for group in pass_:
             activations.fix_ranges(group)
-            experts = max((self._tensors[n].shape[0] for n in group.members if len(self._tensors[n].shape) > 2), default=1)
+            experts = max(
+                (self._tensors[n].shape[0] for n in group.members if len(self._tensors[n].shape) > 2), default=1
+            )
             stats = gathered.stats(group, experts)
             if stats is not None:
                 self._solve(block, group, stats)
@@ -197,110 +190,6 @@ class BlockRehearsal:
         return SolverRates(width, once, row, min(1.0, max(0.0, squared / row)))
 
 
-class _Watch:
-    """Seconds by name."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    def of(self, name: str) -> _Lap:
-        return _Lap(self, name)
-
-
-class _Lap:
-    """Adds the seconds of its block, however that is left."""
-
-    def __init__(self, watch: _Watch, name: str) -> None:
-        self.watch, self.name = watch, name
-
-    def __enter__(self) -> None:
-        self.start = self.watch.clock()
-
-    def __exit__(self, *left: object) -> None:
-        self.watch.seconds[self.name] += self.watch.clock() - self.start
-
-
-class _Attention(TorchFunctionMode):
-    """Times what grows with the square of a window: attention in one call, or products of activations and their softmax."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        scores = func in _SCORES and all(_is_activation(x) for x in args[:2])
-        softmax = func in _SOFTMAX and _is_activation(args[0] if args else None)
-        if not (scores or softmax or func is F.scaled_dot_product_attention):
-            return func(*args, **(kwargs or {}))
-        with self.watch.of("attention"):
-            return func(*args, **(kwargs or {}))
-
-
-class _Gathered:
-    """Collects statistics without and with the float model's inputs, of few columns and few experts, and times both."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.spent = self.finish = 0.0
-        self._seconds = {False: 0.0, True: 0.0}
-
-    def begin(self, plain: Collector, drift: Collector, x_float: Mapping[str, Tensor]) -> None:
-        """A pass; `x_float` [tokens, K] of the float model."""
-        self.collectors = {False: plain, True: drift}
-        plain.begin()
-        drift.begin({name: x[:, :_WIDTH] for name, x in x_float.items()})
-        self.seen: defaultdict[str, int] = defaultdict(int)
-        self.added: defaultdict[str, int] = defaultdict(int)
-        self.cost: defaultdict[tuple[str, bool], float] = defaultdict(float)
-        self.width: dict[str, int] = {}
-
-    def on_input(self, name: str, expert: int | None, x: Tensor) -> None:
-        if not self.collectors[False].wants(name):
-            return
-        begin = self.clock()
-        rows = x.numel() // max(1, x.shape[-1])
-        self.seen[name] += rows
-        self.width[name] = x.shape[-1]
-        try:
-            if expert is None or expert < _EXPERTS:
-                self.added[name] += rows
-                self._add(name, expert, x[..., :_WIDTH])
-        finally:
-            self.spent += self.clock() - begin
-
-    def _add(self, name: str, expert: int | None, x: Tensor) -> None:
-        left = None
-        for drift, collector in self.collectors.items():
-            start = self.clock()
-            try:
-                collector.on_input(name, expert, x)
-            except LeaveForward as enough:
-                left = enough
-            self.cost[name, drift] += self.clock() - start
-        if left is not None:
-            raise left
-
-    def stats(self, group: Group, experts: int) -> Stats | None:
-        """Of a group, of one of its experts; None where no token came. What it all took is added up."""
-        name = group.first
-        if not self.added[name]:
-            return None
-        squares = max(1.0, self.width[name] / _WIDTH) ** 2
-        for drift in (False, True):
-            self._seconds[drift] += self.cost[name, drift] * squares * self.seen[name] / self.added[name]
-        start = self.clock()
-        found = self.collectors[True].stats(group)
-        self.finish += (self.clock() - start) * squares * (experts / len(found) if isinstance(found, dict) else 1)
-        return next(iter(found.values())) if isinstance(found, dict) else found
-
-    def seconds(self, drift: bool) -> float:
-        """For the tokens of the window."""
-        return self._seconds[drift]
-
-
 def _narrow(stats: Stats, width: int) -> Stats:
     """The statistics of the first columns, with nothing factorized yet."""
     drift = None if stats.drift is None else stats.drift[:width, :width].contiguous()
@@ -323,10 +212,6 @@ def _random_ids(source: Source, tokens: int) -> Tensor:
     size = getattr(None if config is None else config.get_text_config(), "vocab_size", None)
     size = size if isinstance(size, int) and size > 0 else 2
     return torch.randint(0, size, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def _is_activation(x: object) -> bool:
-    return isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x.dim() > 2
 
 
 def _ignored(name: str, expert: int | None, x: Tensor) -> None:

@@ -141,7 +141,11 @@ class Rates:
         phases = {STARTING: self.starting + (self.starting_text if tokens else 0.0)}
         if tokens:
             looked_at = before * (rates.read + rates.check)  # all of it, before the model is run
-            phases |= {READING: looked_at + reading, **self._over_text(plan, recipe, tokens, min(length, tokens)), WRITING: writing}
+            phases |= {
+                READING: looked_at + reading,
+                **self._over_text(plan, recipe, tokens, min(length, tokens)),
+                WRITING: writing,
+            }
         else:
             solving = sum(self._alone(t, recipe) for t in plan.tensors)
             busy = (reading + writing + self.threads * solving) / self.processors
@@ -164,7 +168,7 @@ class Rates:
         batch = min(tokens, max(length, MICRO_BATCH // length * length))
         drift = compares(recipe)
         found = dict.fromkeys((SOLVING, FLOAT_MODEL, QUANTIZED_MODEL, STATISTICS), 0.0)
-        inside = set()
+        inside: set[str] = set()
         forward = 0.0
         for name, names in self.blocks:
             inside.update(names)

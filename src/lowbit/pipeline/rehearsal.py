@@ -18,11 +18,11 @@ import torch
 from lowbit.errors import LowbitError, OutputError
 from lowbit.formats import Format
 from lowbit.interchange.files.atomic import sync
-from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
-from lowbit.pipeline.block_rehearsal import BlockRehearsal, Clock
+from lowbit.pipeline.block_rehearsal import BlockRehearsal
+from lowbit.pipeline.block_timing import Clock
 from lowbit.pipeline.forecast import Alone, Bytes, How, Rates, format_of, how_of
 from lowbit.pipeline.manifest import check_loads
 from lowbit.planning.plan import Plan
@@ -63,7 +63,9 @@ def rehearse(
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             problem = f"{source.label} cannot be run over text here ({said})"
             return Rates(rates, threads, processors, starting, 0.0, alone, problem=problem)
-        return Rates(rates, threads, processors, starting, blocks.starting, alone, blocks.names, blocks.kinds, blocks.solvers)
+        return Rates(
+            rates, threads, processors, starting, blocks.starting, alone, blocks.names, blocks.kinds, blocks.solvers
+        )
 
 
 @contextmanager
