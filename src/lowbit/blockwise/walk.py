@@ -162,9 +162,8 @@ class BlockWalk:
     ) -> Any:
         """See `Block.run`."""
         only, places = self._only, self._runner.places[:i]
-        last = {
-            other.chain: j for j, other in enumerate(places) if only is None or j in only
-        }  # finished, of each chain
+        finished = [(j, other) for j, other in enumerate(places) if only is None or j in only]
+        last = {other.chain: j for j, other in finished}  # of each chain
         before = {chain: self._states.load(j, stream, batch) for chain, j in last.items()}
         module = self._skeleton.module
         try:

@@ -135,6 +135,8 @@ class Rates:
         """
         if tokens and self.problem:
             raise SourceError(self.problem)
+        if tokens and not self.kinds:
+            raise RecipeError(f"{recipe} was not rehearsed over text, so its time cannot be forecast")
         before, after = plan.bytes_before, sum(_bytes_after(t, recipe) for t in plan.tensors)
         rates = self.bytes
         reading, writing = before * (rates.read + rates.hash), after * (rates.write + rates.hash)

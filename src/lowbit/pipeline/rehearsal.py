@@ -32,7 +32,7 @@ from lowbit.weights.finite import nonfinite
 from lowbit.weights.solve import solve
 
 _FILE = 16 << 20  # bytes that are written, and about as many read
-_LARGEST = 128 << 20  # bytes of a tensor that is read for a trial
+_LARGEST = 64 << 20  # bytes of a tensor that is read for a trial
 _FEWEST = 1 << 14  # elements of a weight that is encoded in a trial
 _MOST_SECONDS = 0.25  # a trial that would take longer is not made larger
 
@@ -88,7 +88,7 @@ def _folder(near: str | Path | None) -> Iterator[Path]:
 def _bytes(plan: Plan, source: Source, folder: Path, clock: Clock) -> Bytes:
     reading = checking = 0.0
     count = 0
-    for tensor in sorted(plan.tensors, key=lambda t: not t.is_multiplied):
+    for tensor in _usual(plan.tensors):
         if count >= _FILE or (count and tensor.bytes_before > _LARGEST):
             break
         start = clock()
@@ -109,6 +109,13 @@ def _bytes(plan: Plan, source: Source, folder: Path, clock: Clock) -> Bytes:
     path.unlink()
     count = max(count, 1)
     return Bytes(reading / count, checking / count, hashing / _FILE, writing / _FILE, back / _FILE)
+
+
+def _usual(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """Those that inputs are multiplied with first, and of these the ones of middle size."""
+    sizes = sorted(t.bytes_before for t in tensors if t.is_multiplied) or [0]
+    middle = sizes[len(sizes) // 2]
+    return sorted(tensors, key=lambda t: (not t.is_multiplied, abs(t.bytes_before - middle)))
 
 
 def _starting(plan: Plan, source: Source, folder: Path, clock: Clock) -> float:
