@@ -15,7 +15,7 @@ behind the last block that was finished when a run before this one was killed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from lowbit.blockwise.precision import products_in
 from lowbit.blockwise.result_cache import ResultCache
 from lowbit.blockwise.skeleton import Skeleton
 from lowbit.formats import QTensor
+from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
 from lowbit.planning.memory import MICRO_BATCH
 from lowbit.planning.plan import Plan
@@ -67,6 +68,17 @@ class BlockWalk:
         self.projections = [name for name in self._outside if self.tensors[name].is_multiplied]
         self._whole = whole or bool(self.projections)
         self._first = next((i + 1 for i in reversed(range(len(places))) if self._states.has(i)), 0)
+        self._only: Container[int] | None = None
+
+    @property
+    def inside(self) -> list[tuple[BlockPlace, tuple[str, ...]]]:
+        """Every block with the names of its tensors, in the order of the model."""
+        return [(place, tuple(names)) for place, names in self._names.items()]
+
+    @property
+    def positions(self) -> int | None:
+        """The longest window that the model can read; None where nothing limits it."""
+        return max_positions(self._skeleton.module)
 
     @property
     def finished(self) -> frozenset[str]:
@@ -106,26 +118,33 @@ class BlockWalk:
         else:
             self._skeleton.place_packed(name, q, dense)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, only: Container[int] | None = None) -> Iterator[Block]:
         """The blocks that are not finished, in the order of the model, each with its weights in place.
 
         When the next is asked for, what was saved of a block counts as soon as it is on the disk, for which nobody waits, and its
         weights are gone. The last one may stand for what lies outside the others (`Block.returns` is false).
+
+        `only`: the numbers of those that are visited, among them the first of every chain. What one of them returned then stands for
+        what the blocks between it and the next would have made of it: for trials that look at how blocks run, not at what they say.
         """
+        self._only = only
         try:
             yield from self._blocks()
         finally:
             self.close()
 
     def _blocks(self) -> Iterator[Block]:
-        places = self._runner.places
+        places, only = self._runner.places, self._only
         for i, place in enumerate(places[self._first :], self._first):
+            if only is not None and i not in only:
+                continue
             block = Block(self, i, place, self._names[place])
-            if i and not self._whole:
+            if i and not self._whole and only is None:
                 self._drop_embeddings(block)
             yield block
             self.results.forget()
-            self._states.commit(i, instead_of=i - 1 if i and places[i - 1].chain == place.chain else None)
+            replaced = only is None and i > 0 and places[i - 1].chain == place.chain
+            self._states.commit(i, instead_of=i - 1 if replaced else None)
             for name in self._names[place]:
                 self._skeleton.place(name, None)
             block.weights = {}  # a visitor may still hold the block while the next one is read
@@ -142,7 +161,9 @@ class BlockWalk:
         self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None
     ) -> Any:
         """See `Block.run`."""
-        last = {other.chain: j for j, other in enumerate(self._runner.places[:i])}  # finished, of each chain
+        only, places = self._only, self._runner.places[:i]
+        finished = [(j, other) for j, other in enumerate(places) if only is None or j in only]
+        last = {other.chain: j for j, other in finished}  # of each chain
         before = {chain: self._states.load(j, stream, batch) for chain, j in last.items()}
         module = self._skeleton.module
         try:
