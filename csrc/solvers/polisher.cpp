@@ -314,8 +314,7 @@ void Polisher::keep(PolishTile& t, int r) const {
 void Polisher::save(PolishTile& t) const {
     for (int r = 0; r < t.rows; ++r) {
         const std::int64_t row = t.first + r;
-        for (int k = 0; k < h_.cols; ++k)
-            p_.codes[row * h_.cols + k] = code_of(p_.as.levels, t.best_level[r * h_.stride + k]);
+        encode(p_.as.levels, t.best_level.data() + r * h_.stride, 1, h_.cols, p_.codes + row * h_.cols);
         for (int g = 0; g < groups_; ++g) {
             polish_.scale[row * groups_ + g] = t.best_scale[r * groups_ + g];
             if (polish_.offset != nullptr) polish_.offset[row * groups_ + g] = t.best_offset[r * groups_ + g];

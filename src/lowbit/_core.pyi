@@ -169,3 +169,37 @@ def sample(
     repetition_penalty: float = 1.0,
 ) -> int: ...
 def limits(pool: ThreadPool, isa: str = "", bytes: int = 268435456, repeats: int = 3) -> dict[str, float]: ...
+
+class Offsets(Enum):
+    none = ...
+    points = ...
+    minima = ...
+
+class GridLevels:
+    def __init__(
+        self, integers: tuple[int, int] | None = None, table: tuple[Any, Any, Any] | None = None
+    ) -> None: ...
+
+def solve(
+    pool: ThreadPool,
+    isa: str,
+    levels: GridLevels,
+    offsets: Offsets,
+    group: int,
+    target: Any,
+    scale: Any,
+    offset: Any | None,
+    hessian: Any,
+    order: Any,
+    still: Any | None,
+    codes: Any,
+    error: Any,
+    *,
+    feed: tuple[Any, Any | None, Any] | None = None,
+    rounds: int = 0,
+    refit: bool = False,
+    signed_scales: bool = True,
+    scale_store: str = "fp32",
+    offset_store: str = "fp32",
+    most_kept: int = 25165824,
+) -> None: ...
