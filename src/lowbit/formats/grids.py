@@ -207,14 +207,14 @@ class TableGrid(Grid):
     def levels(self) -> Tensor:
         return torch.tensor(self.table)
 
-    @property
-    def search(self) -> NearestSearch:
-        """The distinct levels in ascending order, with the bounds between them."""
-        return _search(self.table, "cpu")
-
     def encode(self, x: Tensor) -> Tensor:
         search = _search(self.table, str(x.device))
         return search.codes[search(x)]
+
+    def by_bounds(self) -> tuple[list[float], list[float], list[int]]:
+        """Ascending: each level, the largest value that goes to it and not to the next (infinity for the last), its code."""
+        search = _search(self.table, "cpu")
+        return search.sorted.tolist(), [*search.bounds.tolist(), math.inf], search.codes.tolist()
 
     def decode(self, codes: Tensor) -> Tensor:
         levels = self.levels.to(codes.device)

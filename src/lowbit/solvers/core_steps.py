@@ -104,8 +104,9 @@ def _levels(fmt: Format) -> Any:
     if isinstance(grid, IntGrid):
         return module.GridLevels((int(grid.lo), int(grid.hi)))
     assert isinstance(grid, TableGrid)
-    search = grid.search
-    return module.GridLevels(table=(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy()))
+    levels, bounds, codes = grid.by_bounds()
+    floats = (torch.tensor(levels).numpy(), torch.tensor(bounds[:-1]).numpy())
+    return module.GridLevels(table=(*floats, torch.tensor(codes, dtype=torch.uint8).numpy()))
 
 
 def _offsets(fmt: Format) -> Any:
