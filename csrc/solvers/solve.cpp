@@ -19,7 +19,7 @@ void solve(ThreadPool& pool, const SolverKernels& kernels, const Problem& proble
     const Shape& shape = problem.shape;
     if (shape.rows == 0) return;
     const bool refit = polish != nullptr && polish->refit, minima = refit && problem.as.offsets == Offsets::minima;
-    const std::size_t of_one = static_cast<std::size_t>(kSweepLanes) * shape.padded(), of_all = of_one * shape.groups();
+    const std::size_t of_one = static_cast<std::size_t>(kSweepLanes) * product_stride(shape), of_all = of_one * shape.groups();
     const bool keeps = refit && of_all * sizeof(float) <= polish->most_kept;
 
     std::optional<Second> h;
