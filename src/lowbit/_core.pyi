@@ -180,3 +180,37 @@ def add_moments(
     drift: Any | None = None,
 ) -> None: ...
 def causal_attention(pool: ThreadPool, q: Any, k: Any, v: Any, scale: float, out: Any) -> None: ...
+
+class Offsets(Enum):
+    none = ...
+    points = ...
+    minima = ...
+
+class GridLevels:
+    def __init__(
+        self, integers: tuple[int, int] | None = None, table: tuple[Any, Any, Any] | None = None
+    ) -> None: ...
+
+def solve(
+    pool: ThreadPool,
+    isa: str,
+    levels: GridLevels,
+    offsets: Offsets,
+    group: int,
+    target: Any,
+    scale: Any,
+    offset: Any | None,
+    hessian: Any,
+    order: Any,
+    still: Any | None,
+    codes: Any,
+    error: Any,
+    *,
+    feed: tuple[Any, Any | None, Any] | None = None,
+    rounds: int = 0,
+    refit: bool = False,
+    signed_scales: bool = True,
+    scale_store: str = "fp32",
+    offset_store: str = "fp32",
+    most_kept: int = 25165824,
+) -> None: ...

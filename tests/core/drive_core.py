@@ -440,7 +440,74 @@ def limits(core: Any) -> None:
         core.limits(core.ThreadPool(2), isa, 1 << 20, 1)
 
 
-PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits)}
+def solvers(core: Any) -> None:
+    """Codes and scales of small weights, the errors that are told of them, and what is refused."""
+    kinds = itertools.product(
+        ("integers", "table"), ("none", "points", "minima"), ((1, 16, 16), (33, 50, 16), (20, 71, 71))
+    )
+    for levels, offsets, (rows, cols, group) in kinds:
+        begin("solvers", levels, offsets, rows, cols)
+        table = np.sort(rng.normal(size=11)).astype(np.float32) * 4
+        bounds = ((table[1:] + table[:-1]) / 2).astype(np.float32)
+        order_of_codes = rng.permutation(11).astype(np.uint8)
+        grid = (
+            core.GridLevels((-8, 7)) if levels == "integers" else core.GridLevels(table=(table, bounds, order_of_codes))
+        )
+        x, groups = rng.normal(size=(2 * cols, cols)), -(-cols // group)
+        hessian = (x.T @ x / len(x) + 0.1 * np.eye(cols)).astype(np.float32)
+        order = rng.permutation(cols).astype(np.int32)
+        backwards = hessian[order[::-1]][:, order[::-1]].astype(np.float64)
+        root = np.ascontiguousarray(np.linalg.cholesky(backwards)[::-1, ::-1]).astype(np.float32)
+        weight = rng.normal(size=(rows, cols)).astype(np.float32)
+        start_scale = rng.uniform(0.2, 0.4, (rows, groups)).astype(np.float32)
+        start_offset = None if offsets == "none" else rng.integers(-2, 3, (rows, groups)).astype(np.float32)
+        still = (rng.random((rows, cols)) < 0.1).astype(np.uint8)
+        shift = np.triu(rng.normal(size=(cols, cols)) * 1e-3, 1).astype(np.float32)
+        right = None
+        for isa, threads, kept in itertools.product(core.isas(), (1, 3), (1 << 20, 0)):
+            for p, mask, rounds in ((None, None, 0), (None, None, 3), (shift, None, 0), (None, still, 2)):
+                scale, offset = start_scale.copy(), None if start_offset is None else start_offset.copy()
+                codes, error, start = np.zeros((rows, cols), np.uint8), np.zeros(rows), np.zeros(rows)
+                refit = mask is None or offsets != "minima"
+                core.solve(
+                    core.ThreadPool(threads), isa, grid, getattr(core.Offsets, offsets), group, weight, scale, offset, hessian, order,
+                    mask, codes, error, feed=(root, p, start), rounds=rounds, refit=refit, scale_store="fp16", offset_store="fp16",
+                    most_kept=kept,
+                )  # fmt: skip
+                level = codes - 8.0 if levels == "integers" else table[np.argsort(order_of_codes)][codes]
+                spread = [np.repeat(v, group, 1)[:, :cols] for v in (scale, scale * 0 if offset is None else offset)]
+                values = level * spread[0] + spread[1] if offsets == "minima" else (level - spread[1]) * spread[0]
+                off = values - weight
+                close(error, ((off @ hessian) * off).sum(1), 1e-3, levels, offsets, isa)
+                assert p is not None or mask is not None or (error <= start).all()
+            right = error if right is None else right
+            close(error, right, 1e-2, levels, offsets, isa, threads)
+        again = codes.copy()
+        given = (
+            core.ThreadPool(1),
+            "",
+            grid,
+            getattr(core.Offsets, offsets),
+            group,
+            weight,
+            scale,
+            offset,
+            hessian,
+            order,
+            None,
+        )
+        core.solve(*given, again, error)
+        core.solve(*given, again, error, rounds=2)
+        refused(core.solve, *given[:4], 0, *given[5:], again, error)
+        refused(core.solve, *given[:5], weight[:, 1:].copy(), *given[6:], again, error)
+        refused(core.solve, *given, again[:, 1:].copy(), error)
+        refused(core.solve, *given, again, error, feed=(root[1:].copy(), None, start))
+    refused(core.GridLevels)
+    refused(core.GridLevels, (0, 300))
+    refused(core.GridLevels, table=(np.zeros(17, np.float32), np.zeros(16, np.float32), np.zeros(17, np.uint8)))
+
+
+PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, solvers)}
 
 if __name__ == "__main__":
     PARTS[sys.argv[2]](load(sys.argv[1]))
