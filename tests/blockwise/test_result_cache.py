@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.blockwise import result_cache
+from lowbit.blockwise.hidden_states import TensorFile
 from lowbit.blockwise.result_cache import ResultCache
 
 
@@ -59,3 +60,14 @@ def test_products_beyond_the_limit_are_computed_again_and_attention_is_not(
         model.computed = 0
         assert torch.equal(model.forward(0, 1.0, costly), right)
         assert model.computed == computed
+
+
+def test_a_full_disk_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: TensorFile, x: Tensor) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorFile, "append", full)
+    model = Model(ResultCache(tmp_path))
+    model.cache.final |= set("abc")
+    assert torch.equal(model.forward(0, 1.0), model.forward(0, 1.0))
+    assert model.computed == 6
