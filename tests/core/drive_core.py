@@ -507,7 +507,103 @@ def solvers(core: Any) -> None:
     refused(core.GridLevels, table=(np.zeros(17, np.float32), np.zeros(16, np.float32), np.zeros(17, np.uint8)))
 
 
-PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, solvers)}
+
+def bf16(x: Any) -> Any:
+    """The upper halves of float32 numbers as uint16, rounded to nearest."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def wide(x: Any) -> Any:
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def moments(core: Any) -> None:
+    """Sums of products in bfloat16, and that arrays which do not belong together are refused."""
+    if not core.multiplies_bfloat16():
+        return
+    pools = [core.ThreadPool(n) for n in (1, 3)]
+    for tokens, width in itertools.product((1, 2, 33, 1100), (1, 16, 47, 48, 50, 200)):
+        begin("moments", tokens, width)
+        x, y = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
+        found = []
+        for pool, halves in itertools.product(pools, (False, True)):
+            sums = [np.zeros((width, width), np.float32) for _ in range(2)] + [
+                np.zeros(width, np.float32) for _ in range(2)
+            ]
+            core.add_moments(
+                pool, bf16(x) if halves else x, sums[0], sums[2], sums[3], bf16(y) if halves else y, sums[1]
+            )
+            found.append(sums)
+            of_x, of_y = wide(bf16(x)), wide(bf16(y)) if halves else y
+            close(np.triu(sums[0]), np.triu(of_x.T @ of_x), 3e-6, "products", tokens, width)
+            change = wide(bf16((of_y - of_x).astype(np.float32)))
+            close(sums[1], change.T @ of_x, 3e-6, "drift", tokens, width)
+            assert (sums[2] == np.abs(of_x).max(0)).all()
+            close(sums[3], np.abs(of_x).sum(0), 1e-6, "sizes", tokens, width)
+        for one, other in zip(found[:2], found[2:], strict=True):  # for any number of threads
+            assert all(
+                (np.triu(a) == np.triu(b)).all() if a.ndim == 2 and i == 0 else (a == b).all()
+                for i, (a, b) in enumerate(zip(one, other, strict=True))
+            )
+    x = np.zeros((4, 8), np.float32)
+    right = {
+        "x": x,
+        "products": np.zeros((8, 8), np.float32),
+        "largest": np.zeros(8, np.float32),
+        "sizes": np.zeros(8, np.float32),
+    }
+    wrong: list[dict[str, Any]] = [
+        {"products": np.zeros((8, 7), np.float32)}, {"largest": np.zeros(7, np.float32)}, {"sizes": np.zeros(9, np.float32)}, {"y": x},
+        {"drift": np.zeros((8, 8), np.float32)}, {"y": x[:3], "drift": np.zeros((8, 8), np.float32)}, {"x": x.astype(np.float64)},
+    ]  # fmt: skip
+    for change in wrong:
+        refused(lambda change=change: core.add_moments(pools[0], **{**right, **change}))
+    x[1, 2] = np.nan
+    core.add_moments(pools[0], **right)
+    assert np.isnan(right["largest"][2]) and np.isnan(right["products"][2, 5]) and not np.isnan(right["largest"][3])
+
+
+def causal(core: Any) -> None:
+    """Attention of windows to themselves."""
+    if not core.multiplies_bfloat16():
+        return
+    pools = [core.ThreadPool(n) for n in (1, 3)]
+    for windows, heads, key_heads, tokens, width in (
+        (1, 3, 3, 1, 2),
+        (2, 4, 2, 70, 16),
+        (1, 2, 1, 200, 80),
+        (1, 3, 1, 97, 64),
+    ):
+        begin("causal", heads, tokens, width)
+        q, k, v = (bf16(rng.standard_normal((windows, n, tokens, width))) for n in (heads, key_heads, key_heads))
+        found = [np.zeros_like(q) for _ in pools]
+        for pool, out in zip(pools, found, strict=True):
+            core.causal_attention(pool, q, k, v, 0.3, out)
+        assert (found[0] == found[1]).all()
+        keys, values = (np.repeat(wide(t), heads // key_heads, 1) for t in (k, v))
+        scores = 0.3 * wide(q) @ keys.swapaxes(2, 3) + np.where(np.tri(tokens) > 0, 0, -np.inf)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        close(wide(found[0]), shares / shares.sum(-1, keepdims=True) @ values, 4e-3, "causal", heads, tokens, width)
+    q = np.zeros((1, 2, 4, 6), np.uint16)
+    odd = np.zeros((1, 2, 4, 5), np.uint16)
+    for of_q, of_k, of_v, out in (
+        (q, q[:, :, :3], q[:, :, :3], q),
+        (q, q, q[:, :1], q),
+        (q, q, q, odd),
+        (odd, odd, odd, odd),
+    ):
+        refused(
+            lambda a=of_q, b=of_k, c=of_v, d=out: core.causal_attention(
+                pools[0], a.copy(), b.copy(), c.copy(), 1.0, d.copy()
+            )
+        )
+
+
+PARTS = {
+    part.__name__: part
+    for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, solvers, moments, causal)
+}
 
 if __name__ == "__main__":
     PARTS[sys.argv[2]](load(sys.argv[1]))

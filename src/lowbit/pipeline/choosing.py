@@ -15,8 +15,9 @@ from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
 from lowbit.pipeline.effort import AUTO, EFFORTS, Decision, Effort, decide, no_text_for
-from lowbit.pipeline.forecast import Rates, rehearse
+from lowbit.pipeline.forecast import Rates
 from lowbit.pipeline.options import EFFORT, Options
+from lowbit.pipeline.rehearsal import rehearse
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
