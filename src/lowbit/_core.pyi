@@ -171,7 +171,7 @@ def sample(
 def limits(pool: ThreadPool, isa: str = "", bytes: int = 268435456, repeats: int = 3) -> dict[str, float]: ...
 
 class Levels:
-    def __init__(self, lo: float, hi: float, table: Sequence[tuple[float, float, int]] = ...) -> None: ...
+    def __init__(self, lo: float, hi: float, table: Sequence[tuple[float, float, int]] | None = None) -> None: ...
 
 class FitSpec:
     def __init__(
@@ -187,7 +187,7 @@ class FitSpec:
         two_signs: bool = False,
         reach: float = 1.0,
         extreme: float = 1.0,
-        factors: Sequence[float] = ...,
+        factors: Sequence[float] | None = None,
     ) -> None: ...
 
 def fit_blocks(
@@ -221,6 +221,4 @@ def round_blocks(
     bits: int,
     codes: Any,
 ) -> tuple[float, float]: ...
-def block_peaks(
-    pool: ThreadPool, isa: str, x: int, type: str, rows: int, cols: int, size: int, peaks: Any
-) -> None: ...
+def block_peaks(pool: ThreadPool, isa: str, x: int, type: str, rows: int, cols: int, size: int, peaks: Any) -> None: ...

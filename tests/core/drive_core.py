@@ -444,7 +444,9 @@ def fits(core: Any) -> None:
     """Scales, offsets and codes of matrices whose rows are no multiple of anything, by every set of instructions and number of threads."""
     table = [(-3.0, -2.0, 1), (-1.0, -0.5, 0), (0.0, 0.4, 2), (0.8, np.inf, 3)]
     pools = [core.ThreadPool(1), core.ThreadPool(3)]
-    every = itertools.product(("absmax", "minmax", "search"), (1, 5, 16, 33, 200), ("int", "table"), (None, "columns", "elements"))
+    every = itertools.product(
+        ("absmax", "minmax", "search"), (1, 5, 16, 33, 200), ("int", "table"), (None, "columns", "elements")
+    )
     for kind, size, grid, weighed in every:
         if grid == "table" and kind == "minmax":
             continue
@@ -455,7 +457,13 @@ def fits(core: Any) -> None:
         size = min(size, cols)
         count = rows * -(-cols // size)
         affine = kind == "minmax" or (kind == "search" and grid == "int" and size != 33)
-        levels = core.Levels(-3.0, 0.8, table) if grid == "table" else core.Levels(0.0, 15.0) if affine else core.Levels(-8.0, 7.0)
+        levels = (
+            core.Levels(-3.0, 0.8, table)
+            if grid == "table"
+            else core.Levels(0.0, 15.0)
+            if affine
+            else core.Levels(-8.0, 7.0)
+        )
         spec = core.FitSpec(
             kind=kind, grid=levels, offset="min" if affine else "", scale_store="fp16", offset_store="bf16" if affine else "",
             two_signs=not affine, reach=0.8 if grid == "table" else 7.0, extreme=-3.0 if grid == "table" else -8.0,
@@ -505,7 +513,9 @@ def packed_codes(core: Any, pool: Any) -> None:
         right = rng.integers(0, top + 1, (7, 120), dtype=np.uint8)
         x, scale = right.astype(np.float32), np.ones(7, np.float32)
         codes = np.empty(7 * (24 if bits == -3 else 15 * bits), np.uint8)
-        core.round_blocks(core.Levels(0.0, float(top)), pool, isa, x.ctypes.data, "fp32", 7, 120, 120, scale, None, False, bits, codes)
+        core.round_blocks(
+            core.Levels(0.0, float(top)), pool, isa, x.ctypes.data, "fp32", 7, 120, 120, scale, None, False, bits, codes
+        )
         if bits == -3:
             digits = [codes // 3**k % 3 for k in range(5)]
             assert (np.stack(digits, 1).reshape(7, 120) == right).all()

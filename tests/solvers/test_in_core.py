@@ -138,7 +138,9 @@ def test_codes_are_those_of_the_reference(text: str, shape: tuple[int, ...]) -> 
             assert error == pytest.approx(float(off), rel=1e-4, abs=1e-12)
 
 
-@pytest.mark.parametrize("recipe", ["search@int4:g32", "absmax@int8:g128", "search@uint4:channel:asym", "search@iq4nl:g32"])
+@pytest.mark.parametrize(
+    "recipe", ["search@int4:g32", "absmax@int8:g128", "search@uint4:channel:asym", "search@iq4nl:g32"]
+)
 def test_the_same_bytes_for_any_number_of_threads(recipe: str) -> None:
     name, text = recipe.split("@")
     x, fmt, before = normal((300, 512), 2), parse_format(text), torch.get_num_threads()
@@ -166,7 +168,12 @@ def test_what_is_not_finite_or_too_large_is_left_to_the_python() -> None:
 
 def test_what_the_core_does_not_know_is_declined() -> None:
     x = normal((8, 64), 1)
-    for text, name in (("int4:4x8", "search"), ("e4m3:g32", "search"), ("e2m1:g32:s=e8m0", "search"), ("int4:g32", "mse")):
+    for text, name in (
+        ("int4:4x8", "search"),
+        ("e4m3:g32", "search"),
+        ("e2m1:g32:s=e8m0", "search"),
+        ("int4:g32", "mse"),
+    ):
         fmt = parse_format(text)
         assert in_core.fit_blocks(x, fmt, Call(name).core_fit(fmt), None) is None, text
     fmt = parse_format("int4:g32")

@@ -158,7 +158,7 @@ def write_folder(
                 if result.plan.name in done:
                     continue
                 facts = {"source": digest, **solved_facts(result)}
-                if text is not None:  # which asks in between for what was written to be safe, and takes longer than writing
+                if text is not None:  # the work asks in between for what was written to be safe
                     writer.write(result.plan.name, result.stored, **facts)
                 else:
                     put = partial(writer.put, result.stored)
