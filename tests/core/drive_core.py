@@ -600,9 +600,94 @@ def causal(core: Any) -> None:
         )
 
 
+
+def fits(core: Any) -> None:
+    """Scales, offsets and codes of matrices whose rows are no multiple of anything, by every set of instructions and number of threads."""
+    table = [(-3.0, -2.0, 1), (-1.0, -0.5, 0), (0.0, 0.4, 2), (0.8, np.inf, 3)]
+    pools = [core.ThreadPool(1), core.ThreadPool(3)]
+    every = itertools.product(
+        ("absmax", "minmax", "search"), (1, 5, 16, 33, 200), ("int", "table"), (None, "columns", "elements")
+    )
+    for kind, size, grid, weighed in every:
+        if grid == "table" and kind == "minmax":
+            continue
+        begin("fits", kind, size, grid, weighed)
+        x = rng.normal(size=(19, 203 if size < 200 else 401)).astype(np.float32)
+        x[2], x[3, :40] = 0, 0
+        rows, cols = x.shape
+        size = min(size, cols)
+        count = rows * -(-cols // size)
+        affine = kind == "minmax" or (kind == "search" and grid == "int" and size != 33)
+        levels = (
+            core.Levels(-3.0, 0.8, table)
+            if grid == "table"
+            else core.Levels(0.0, 15.0)
+            if affine
+            else core.Levels(-8.0, 7.0)
+        )
+        spec = core.FitSpec(
+            kind=kind, grid=levels, offset="min" if affine else "", scale_store="fp16", offset_store="bf16" if affine else "",
+            two_signs=not affine, reach=0.8 if grid == "table" else 7.0, extreme=-3.0 if grid == "table" else -8.0,
+            factors=[0.7, 0.9, 1.1] if kind == "search" else [],
+        )  # fmt: skip
+        given = {"columns": cols, "elements": rows * cols}
+        v = None if weighed is None else rng.uniform(0.1, 1, given[weighed]).astype(np.float32)
+        found = []
+        for pool, isa, (name, values) in itertools.product(
+            pools, core.isas(), (("fp32", x), ("fp16", x.astype(np.float16)), ("bf16", (x.view(np.uint32) >> 16).astype(np.uint16)))
+        ):  # fmt: skip
+            place = (values.ctypes.data, name, rows, cols, size)
+            scale, offset, constant = (np.empty(count, np.float32) for _ in range(3))
+            zeros = np.empty(count, np.uint8)
+            others = (offset, constant, zeros) if affine else (None, constant, None)
+            said = core.fit_blocks(spec, pool, isa, *place, scale, *others, v, weighed is None)
+            assert said[0] and said[1] and np.isfinite(scale).all()
+            codes = np.empty(rows * cols, np.uint8)
+            steps = (scale, offset if affine else None)
+            norm, error = core.round_blocks(levels, pool, isa, *place, *steps, False, 0, codes)
+            assert error < norm and codes.max() < 16
+            close(norm, float((x.astype(np.float64) ** 2).sum()), 0.02, kind, size, isa)
+            peaks = np.empty(count, np.float32)
+            core.block_peaks(pool, isa, *place, peaks)
+            close(peaks.max(), np.abs(x).max(), 0.01, kind, size, isa)
+            if name == "fp32":
+                found.append((scale, codes, error))
+        for scale, codes, error in found[1:]:
+            assert (scale == found[0][0]).all() and (codes == found[0][1]).all(), (kind, size, grid)
+            close(error, found[0][2], 1e-5, kind, size)
+    packed_codes(core, pools[1])
+    place = (x.ctypes.data, "fp32", rows, cols, size)
+    refused(core.fit_blocks, spec, pools[0], "", *place, scale[1:], *others, v, False)
+    refused(core.fit_blocks, spec, pools[0], "none", *place, scale, *others, v, False)
+    refused(core.fit_blocks, spec, pools[0], "", x.ctypes.data, "fp8", *place[2:], scale, *others, v, False)
+    refused(core.round_blocks, levels, pools[0], "", *place, *steps, False, 4, codes)
+    refused(core.block_peaks, pools[0], "", *place, peaks[1:])
+    refused(core.Levels, 0.0, 256.0)
+    refused(core.FitSpec, kind="none", grid=levels)
+
+
+def packed_codes(core: Any, pool: Any) -> None:
+    """Codes of every width, as a stream of bits, against numpy's."""
+    for bits, isa in itertools.product((-3, 1, 2, 3, 4, 5, 6, 7, 8), core.isas()):
+        begin("packed", bits)
+        top = 2 if bits == -3 else 2**bits - 1
+        right = rng.integers(0, top + 1, (7, 120), dtype=np.uint8)
+        x, scale = right.astype(np.float32), np.ones(7, np.float32)
+        codes = np.empty(7 * (24 if bits == -3 else 15 * bits), np.uint8)
+        core.round_blocks(
+            core.Levels(0.0, float(top)), pool, isa, x.ctypes.data, "fp32", 7, 120, 120, scale, None, False, bits, codes
+        )
+        if bits == -3:
+            digits = [codes // 3**k % 3 for k in range(5)]
+            assert (np.stack(digits, 1).reshape(7, 120) == right).all()
+        else:
+            stream = np.unpackbits(right.reshape(-1, 1), axis=1, bitorder="little")[:, :bits]
+            assert (np.packbits(stream.reshape(-1), bitorder="little") == codes).all(), (bits, isa)
+
+
 PARTS = {
     part.__name__: part
-    for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, solvers, moments, causal)
+    for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, fits, solvers, moments, causal)
 }
 
 if __name__ == "__main__":
