@@ -132,15 +132,18 @@ class _Inputs:
 
 
 def _shares(inputs: StatsBuilder) -> Tensor:
-    """float64 [in]: R_jj^2 / H_jj, the most important column first, each corrected for the columns that few tokens fit by chance."""
+    """float64 [in]: R_jj^2 / H_jj, the most important column first. Few tokens are fitted by chance: what is left of a column
+    after k others is too small by the factor (n - k) / n, but for the damping, and one that is mostly damping counts less than 1."""
     moment = inputs.stats().second_moment.double()
     diagonal = moment.diagonal()
-    diagonal += _DAMP * diagonal.mean().clamp_min(1e-30)
+    damp = _DAMP * float(diagonal.mean().clamp_min(1e-30))
+    diagonal += damp
     backwards = torch.argsort(diagonal, stable=True)
     lower, failed = torch.linalg.cholesky_ex(moment[backwards][:, backwards])
     share = torch.ones_like(diagonal)
     if not int(failed):
-        others = torch.arange(len(backwards), dtype=torch.float64)
-        left = lower.diagonal().square() * inputs.tokens / (inputs.tokens - others)
-        share[backwards] = (left / diagonal[backwards]).clamp_max(1.0)
+        unseen = (lower.diagonal().square() - damp).clamp_min(0)
+        free = unseen / (unseen + damp)
+        unseen = unseen * inputs.tokens / (inputs.tokens - (free.cumsum(0) - free))
+        share[backwards] = ((damp + unseen) / diagonal[backwards]).clamp_max(1.0)
     return share
