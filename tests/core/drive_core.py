@@ -507,7 +507,6 @@ def solvers(core: Any) -> None:
     refused(core.GridLevels, table=(np.zeros(17, np.float32), np.zeros(16, np.float32), np.zeros(17, np.uint8)))
 
 
-
 def bf16(x: Any) -> Any:
     """The upper halves of float32 numbers as uint16, rounded to nearest."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -598,7 +597,6 @@ def causal(core: Any) -> None:
                 pools[0], a.copy(), b.copy(), c.copy(), 1.0, d.copy()
             )
         )
-
 
 
 def fits(core: Any) -> None:
