@@ -187,9 +187,7 @@ class Offsets(Enum):
     minima = ...
 
 class GridLevels:
-    def __init__(
-        self, integers: tuple[int, int] | None = None, table: tuple[Any, Any, Any] | None = None
-    ) -> None: ...
+    def __init__(self, integers: tuple[int, int] | None = None, table: tuple[Any, Any, Any] | None = None) -> None: ...
 
 def solve(
     pool: ThreadPool,

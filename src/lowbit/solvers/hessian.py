@@ -58,12 +58,13 @@ def _factorized(moment: Tensor, damp: float, perm: Tensor) -> Factor:
         single = moment.clone()
         single.diagonal().copy_(diagonal)
         backwards = perm.flip(0)
-        damped = moment[backwards][:, backwards].double()
+        damped = moment.index_select(0, backwards).index_select(1, backwards).double()
         damped.diagonal().copy_(diagonal[backwards])
-        lower, failed = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
+        upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+        del damped
         if not int(failed):
-            # Backwards H = L L', so forwards H = R R' with R upper triangular.
-            root = lower.float().flip(0, 1)
+            # Backwards H = L L' with L' upper triangular, so forwards H = R R' with R upper triangular.
+            root = upper.T.float().flip(0, 1).contiguous()
             if bool((1 / root.diagonal()).isfinite().all()) and bool(root.isfinite().all()):
                 return Factor(single, root, perm, damp)
         damp = max(1e-6, damp) * 10

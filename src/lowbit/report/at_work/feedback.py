@@ -16,7 +16,7 @@ from lowbit.solvers import Call, fit_blocks
 from lowbit.solvers.coordinate_descent import feed_errors
 from lowbit.solvers.feedback import Problem
 from lowbit.solvers.found import Found
-from lowbit.solvers.hessian import Factor
+from lowbit.solvers.hessian import Factor, quadratic_of_rows
 from lowbit.solvers.methods.qronos import corrected
 from lowbit.solvers.rounding import Rounder, empty, with_values
 from lowbit.solvers.zeros import zero_runs
@@ -178,6 +178,15 @@ def _preparation(case: Case, call: Call, found: Steps, options: dict[str, float]
     return parts
 
 
+def _rows_kept(found: Steps) -> list[int]:
+    """Rows that feedback serves no better than round-to-nearest."""
+    nearest = with_values(found.start, found.target).dequantize()
+    of_nearest, of_columns = (
+        quadratic_of_rows(value - found.target, found.factor.hessian) for value in (nearest, found.value)
+    )
+    return (of_nearest <= of_columns).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+
+
 def _results(
     case: Case, call: Call, found: Steps, options: dict[str, float]
 ) -> tuple[Found, list[tuple[str, float]], list[str | Listing]]:
@@ -200,15 +209,19 @@ def _results(
     )
     before = bare.solve(case.weight, fmt, fit, case.stats).trace
     assert before is not None
-    if call.name != "gptaq" and before.end >= before.start:
+    kept = [] if call.name == "gptaq" else _rows_kept(found)
+    if kept:
+        where = (
+            "Here" if len(kept) == len(case.weight) else f"In row{'s' * (len(kept) > 1)} {', '.join(map(str, kept))}"
+        )
         told.append(
-            f"Here each value rounded on its own has no larger e H e^T{_rows(case)} than the method's columns, and is kept instead of them."
+            f"{where} each value rounded on its own has no larger e H e^T than the method's columns, and is kept instead of them."
         )
     if options.get("polish") and final.trace is not None:
         changed = final.trace.end < before.end
         told.append(
             f"Polish, {int(options['polish'])} rounds at most: all scales are set anew by least squares for the codes that were "
-            "found, then every weight is tried once more while the others stay. A round is kept only where e H e^T falls; "
+            "found, then every weight is tried once more while the others stay. A row keeps a round only where its e H e^T falls; "
             + (
                 f"here it falls from {num(before.end, 4)} to {num(final.trace.end, 4)}{_summed(case, call)}. These two count what was "
                 "added to the diagonal of H, and the errors at the end do not."
@@ -219,10 +232,6 @@ def _results(
         if changed:
             errors.append((f"{call.name}, polished", case.output_error(final.weight.dequantize())))
     return final, errors, told
-
-
-def _rows(case: Case) -> str:
-    return f", over all {len(case.weight)} rows," if len(case.weight) > 1 else ""
 
 
 def _store(case: Case) -> str:

@@ -39,5 +39,8 @@ def corrected(weight: Tensor, stats: Stats, blend: float, ridge: float) -> Tenso
     hessian.diagonal().add_(max(ridge * float(hessian.diagonal().mean()), 1e-30))
     factor = torch.linalg.cholesky(hessian)
     del hessian
-    change = torch.cholesky_solve((weight @ stats.drift).double().T, factor).T
+    if len(weight) > len(factor):  # (G - H) (H + r I)^-1 has fewer rows to solve for than W (G - H)
+        change = weight @ torch.cholesky_solve(stats.drift.double().T, factor).T.float()
+    else:
+        change = torch.cholesky_solve((weight @ stats.drift).double().T, factor).T
     return (weight.double() + blend * change).float()
