@@ -18,14 +18,17 @@ import torch
 from lowbit.errors import LowbitError, OutputError
 from lowbit.formats import Format
 from lowbit.interchange.files.atomic import sync
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.safetensors_writer import shards_of
 from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.block_rehearsal import BlockRehearsal
 from lowbit.pipeline.block_timing import Clock
 from lowbit.pipeline.forecast import Alone, Bytes, How, Rates, format_of, how_of
-from lowbit.pipeline.manifest import check_loads
-from lowbit.planning.plan import Plan
+from lowbit.pipeline.manifest import check_loads, write_config
+from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
 from lowbit.planning.tensor import SLAB
 from lowbit.recipes.recipe import Recipe
 from lowbit.weights.finite import nonfinite
@@ -33,6 +36,7 @@ from lowbit.weights.solve import solve
 
 _FILE = 16 << 20  # bytes that are written, and about as many read
 _LARGEST = 64 << 20  # bytes of a tensor that is read for a trial
+_TENSORS = 64  # small ones that are written
 _FEWEST = 1 << 14  # elements of a weight that is encoded in a trial
 _MOST_SECONDS = 0.25  # a trial that would take longer is not made larger
 
@@ -51,7 +55,8 @@ def rehearse(
     threads, processors = (torch.get_num_threads(), _processors()) if waiting else (1, 1)
     with _folder(near) as folder:
         rates = _bytes(plan, source, folder, clock)
-        starting = _starting(plan, source, folder, clock)
+        handling = _handling(folder, clock)
+        starting = _starting(plan, source, folder, clock) + handling * len(plan.tensors)
         alone = _encoded(plan, recipes, clock)
         if not text or not any(recipe.uses_calibration for recipe in recipes):
             return Rates(rates, threads, processors, starting, 0.0, alone)
@@ -119,14 +124,30 @@ def _usual(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
 
 
 def _starting(plan: Plan, source: Source, folder: Path, clock: Clock) -> float:
-    """What is done once a run: the result's config is checked, the source known by its hash, and what goes with its weights written."""
+    """What is done once a run: the plan is made, its result's config checked and written, the source known by its hash, and what goes with
+    its weights written."""
     assets = folder / "assets"
     assets.mkdir()
     start = clock()
+    make_plan(source, plan.recipe)
     check_loads(plan, source)
     source.identity()
     source.save_assets(assets)
+    write_config(plan, source, assets, {})
     return clock() - start
+
+
+def _handling(folder: Path, clock: Clock) -> float:
+    """What each tensor takes, however small: its place in a file, its hash, and its entries in journal and manifest."""
+    tensors = {f"model.layers.{i}.trial.weight": torch.zeros(64) for i in range(_TENSORS)}
+    shards = shards_of([(name, {name: (t.dtype, tuple(t.shape))}) for name, t in tensors.items()], MAX_SHARD)
+    start = clock()
+    with FolderWriter(folder / "written", shards, "trial", {}, again=False) as writer:
+        for name, t in tensors.items():
+            writer.write(name, {name: t}, source=hashlib.sha256(bytes_of(t)).hexdigest(), error=0.0)
+        writer.verify()
+        writer.finish()
+    return (clock() - start) / _TENSORS
 
 
 def _encoded(plan: Plan, recipes: Sequence[Recipe], clock: Clock) -> dict[How, Alone]:
