@@ -30,7 +30,10 @@ OffsetKind offset_of(const std::string& name) {
     throw std::invalid_argument("no offset " + name + "; there are grid, int32, float, min and nested");
 }
 
-Levels levels_of(float lo, float hi, const std::vector<std::tuple<float, float, int>>& table) {
+using Entries = std::optional<std::vector<std::tuple<float, float, int>>>;
+
+Levels levels_of(float lo, float hi, const Entries& entries) {
+    const auto table = entries.value_or(std::vector<std::tuple<float, float, int>>{});
     Levels levels;
     levels.lo = lo;
     levels.hi = hi;
@@ -54,7 +57,7 @@ struct FitSpec {
 
 void make_fit(FitSpec* self, const std::string& kind, const Levels& grid, const std::string& offset, const std::string& scale_store,
               const std::string& offset_store, bool spans_zero, bool signed_scale, bool two_signs, float reach, float extreme,
-              const std::vector<float>& factors) {
+              const std::optional<std::vector<float>>& factors) {
     require(kind == "absmax" || kind == "minmax" || kind == "search", "no fit " + kind + "; there are absmax, minmax and search");
     Fit fit;
     fit.grid = grid;
@@ -71,7 +74,7 @@ void make_fit(FitSpec* self, const std::string& kind, const Levels& grid, const 
             "absmax has no offset, and minmax has one");
     require(fit.offset == OffsetKind::none || !grid.table, "a table has no offset");
     require(reach != 0 && extreme != 0, "reach and extreme are levels other than zero");
-    new (self) FitSpec{fit, factors};
+    new (self) FitSpec{fit, factors.value_or(std::vector<float>{})};
 }
 
 // Where a matrix lies. Of memory that PyTorch owns: it has types that arrays have no name for.
@@ -154,14 +157,14 @@ void peaks_of_matrix(ThreadPool& pool, const std::string& isa, std::uintptr_t x,
 void bind_fits(nb::module_& m) {
     using namespace nb::literals;
     nb::class_<Levels>(m, "Levels", "The levels of a grid.")
-        .def("__init__", [](Levels* self, float lo, float hi, const std::vector<std::tuple<float, float, int>>& table) {
+        .def("__init__", [](Levels* self, float lo, float hi, const Entries& table) {
             new (self) Levels(levels_of(lo, hi, table));
-        }, "lo"_a, "hi"_a, "table"_a = std::vector<std::tuple<float, float, int>>{},
+        }, "lo"_a, "hi"_a, "table"_a.none() = nb::none(),
              "Whole numbers from lo to hi, or a table of up to 16 (level, the largest value that goes to it, code), ascending.");
     nb::class_<FitSpec>(m, "FitSpec", "A fit: how the scale and offset of a block are found.")
         .def("__init__", &make_fit, nb::kw_only(), "kind"_a, "grid"_a, "offset"_a = "", "scale_store"_a = "", "offset_store"_a = "",
              "spans_zero"_a = false, "signed_scale"_a = true, "two_signs"_a = false, "reach"_a = 1.0f, "extreme"_a = 1.0f,
-             "factors"_a = std::vector<float>{},
+             "factors"_a.none() = nb::none(),
              "kind: 'absmax', 'minmax' or 'search'. offset: '', 'grid', 'int32', 'float', 'min' or 'nested'. Stores: 'fp32', "
              "'fp16', 'bf16', or '' for what is not rounded here. factors: parts of the range that a search tries.");
     m.def("fit_blocks", &fit_matrix, "fit"_a, "pool"_a, "isa"_a, "x"_a, "type"_a, "rows"_a, "cols"_a, "size"_a, "scale"_a.noconvert(),

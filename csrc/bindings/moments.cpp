@@ -35,7 +35,7 @@ void add(ThreadPool& pool, const Matrix& x, const Output<float, 2>& products, co
 }  // namespace
 
 void bind_moments(nb::module_& m) {
-    m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether this processor computes add_moments and causal_attention.");
+    m.def("multiplies_bfloat16", &multiplies_bfloat16, "Whether add_moments and causal_attention work here, and nothing else is faster.");
     m.def("add_moments", &add, nb::arg("pool"), nb::arg("x"), nb::arg("products"), nb::arg("largest"), nb::arg("sizes"),
           nb::arg("y") = nb::none(), nb::arg("drift") = nb::none(),
           "Adds x' x to the upper triangle of `products`, (y - x)' x to `drift`, |x| to `sizes`, and takes the largest |x| into "

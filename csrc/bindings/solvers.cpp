@@ -42,6 +42,17 @@ GridLevels table_levels(const Array<float, 1>& level, const Array<float, 1>& bou
     return levels;
 }
 
+using Table = std::tuple<Array<float, 1>, Array<float, 1>, Array<std::uint8_t, 1>>;
+
+void make_levels(GridLevels* self, const std::optional<std::tuple<int, int>>& integers, const std::optional<Table>& table) {
+    require(integers.has_value() != table.has_value(), "integers or a table");
+    if (integers) {
+        new (self) GridLevels(integer_levels(std::get<0>(*integers), std::get<1>(*integers)));
+    } else {
+        new (self) GridLevels(table_levels(std::get<0>(*table), std::get<1>(*table), std::get<2>(*table)));
+    }
+}
+
 using Codes = Output<std::uint8_t, 2>;
 using Errors = Output<double, 1>;
 
@@ -94,7 +105,7 @@ void solve_arrays(ThreadPool& pool, const std::string& isa, const GridLevels& le
                   const Output<float, 2>& scale, const std::optional<Output<float, 2>>& offset, const Matrix& hessian,
                   const Order& order, const std::optional<Mask>& still, const Codes& codes, const Errors& error,
                   const std::optional<std::tuple<Matrix, std::optional<Matrix>, Errors>>& feed, int rounds, bool refit,
-                  bool signed_scales, const std::string& scale_store, const std::string& offset_store) {
+                  bool signed_scales, const std::string& scale_store, const std::string& offset_store, std::size_t most_kept) {
     const Matrix scales(scale);
     std::optional<Matrix> offset_given;
     if (offset) offset_given.emplace(*offset);
@@ -109,7 +120,7 @@ void solve_arrays(ThreadPool& pool, const std::string& isa, const GridLevels& le
     require(rounds >= 0, "rounds are counted from 0");
     require(!(refit && still && offsets == Offsets::minima), "minima beside zeros that stay are not refitted");
     const Polish polish{rounds, refit, store_of(scale_store), store_of(offset_store), signed_scales, scale.data(),
-                        offset ? offset->data() : nullptr};
+                        offset ? offset->data() : nullptr, most_kept};
     const SolverKernels& kernels = *solver_kernels_for(checked_kernels(isa).name);
     const nb::gil_scoped_release released;
     solve(pool, kernels, problem, first ? &*first : nullptr, rounds > 0 ? &polish : nullptr);
@@ -124,18 +135,19 @@ void bind_solvers(nb::module_& m) {
         .value("points", Offsets::points)
         .value("minima", Offsets::minima);
     nb::class_<GridLevels>(m, "GridLevels", "What the codes of a format mean.")
-        .def_static("integers", &integer_levels, "lo"_a, "hi"_a)
-        .def_static("table", &table_levels, "level"_a, "bound"_a, "code"_a,
-                    "Ascending levels float32 [n], the largest number that goes to each but the last, and their codes uint8 [n].");
+        .def("__init__", &make_levels, "integers"_a.none() = nb::none(), "table"_a.none() = nb::none(),
+             "integers: the lowest and the highest. table: ascending levels float32 [n], the largest number that goes to each but "
+             "the last, and their codes uint8 [n].");
     m.def("solve", &solve_arrays, "pool"_a, "isa"_a, "levels"_a, "offsets"_a, "group"_a, "target"_a, "scale"_a.noconvert(),
           "offset"_a.none().noconvert(), "hessian"_a, "order"_a, "still"_a.none(), "codes"_a.noconvert(), "error"_a.noconvert(),
           nb::kw_only(), "feed"_a.none() = nb::none(), "rounds"_a = 0, "refit"_a = false, "signed_scales"_a = true,
-          "scale_store"_a = "fp32", "offset_store"_a = "fp32",
+          "scale_store"_a = "fp32", "offset_store"_a = "fp32", "most_kept"_a = std::size_t{24} << 20,
           "Codes uint8 [rows, cols] of target float32 [rows, cols] under scales [rows, groups], and the error under the hessian "
           "[cols, cols] of each row, float64. order int32 [cols]: in which columns are rounded; still uint8 [rows, cols]: zeros that "
           "stay. feed: (root R, upper triangular with H = R R', shift or None, both in that order; the error of nearest levels, "
           "which it fills), or None where codes are given. Then up to `rounds` of refitting scales (and minima) where `refit`, and "
-          "choosing codes once more, for each row as long as that lowers its error.");
+          "choosing codes once more, for each row as long as that lowers its error. most_kept: bytes of products that 16 rows keep, "
+          "beyond which they are computed again.");
 }
 
 }  // namespace lowbit

@@ -1,22 +1,19 @@
-// What calibration computes in pairs of bfloat16 numbers, compiled for processors that multiply them, and for no other: there
-// PyTorch is as fast. So it has no line in isas.def.
+// What calibration computes in pairs of bfloat16 numbers, compiled for processors that multiply them in vectors. On others PyTorch is
+// as fast, or faster, where there are units for matrices (AMX); so it has no line in isas.def.
 #pragma once
 
-#if defined(LOWBIT_X86) && (defined(_MSC_VER) || defined(__clang__) || __GNUC__ >= 10)
+#if defined(LOWBIT_X86) && !defined(_MSC_VER) && (defined(__clang__) || __GNUC__ >= 10)
 #define LOWBIT_HAS_BF16 1
 #include <immintrin.h>
 
 #include <cstdint>
-#if defined(_MSC_VER) && !defined(__clang__)
-#define LOWBIT_BF16
-#else
 #define LOWBIT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#endif
 #endif
 
 namespace lowbit {
 
-// Whether this processor multiplies pairs of bfloat16 numbers into float32 sums, and this build uses it.
+// Whether this processor multiplies pairs of bfloat16 numbers into float32 sums, has nothing that is faster, and this build
+// uses it.
 bool multiplies_bfloat16();
 
 #ifdef LOWBIT_HAS_BF16

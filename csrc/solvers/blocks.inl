@@ -32,10 +32,11 @@ LOWBIT_INLINE void read_floats(const Matrix& m, std::int64_t index, std::int64_t
     }
 }
 
-// One block, or sixteen: vectors of elements and of what their errors count.
+// One block, or sixteen: vectors of elements, of what their errors count, and memory for as many again.
 struct Work {
     float* x;
     float* v;
+    float* spare;
     int steps;
 };
 

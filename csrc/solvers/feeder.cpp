@@ -25,7 +25,8 @@ FeedTile::FeedTile(const Shape& shape)
       fed(size_of(shape)),
       moved(size_of(shape)),
       errors(static_cast<std::size_t>(kBlock) * kLanes),
-      still(size_of(shape)) {}
+      still(size_of(shape)),
+      codes(static_cast<std::size_t>(shape.cols)) {}
 
 Feeder::Feeder(const SolverKernels& kernels, const Problem& problem, const Feed& feed)
     : k_(kernels), p_(problem), f_(feed), group_(problem.shape.cols) {
@@ -50,9 +51,9 @@ void Feeder::run(FeedTile& tile, int first, float* pulled, std::int64_t stride) 
         f_.start[first + lane] = start[lane];
         p_.error[first + lane] = kept ? start[lane] : error[lane];
         if (kept && pulled != nullptr) pulled[lane * stride] = std::nanf("");
-        const float* from = (kept ? tile.nearest : tile.found).data() + lane;
+        encode(p_.as.levels, (kept ? tile.nearest : tile.found).data() + lane, kLanes, cols, tile.codes.data());
         std::uint8_t* codes = p_.codes + static_cast<std::int64_t>(first + lane) * cols;
-        for (int i = 0; i < cols; ++i) codes[p_.order[i]] = code_of(p_.as.levels, from[static_cast<std::int64_t>(i) * kLanes]);
+        for (int i = 0; i < cols; ++i) codes[p_.order[i]] = tile.codes[i];
     }
 }
 

@@ -13,7 +13,7 @@ struct FeedTile {
 
     LaneScales scales;
     Buffer<float> w, nearest, found, off, product, fed, moved, errors;
-    Buffer<std::uint8_t> still;
+    Buffer<std::uint8_t> still, codes;  // codes [cols]
 };
 
 class Feeder {

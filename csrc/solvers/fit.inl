@@ -86,7 +86,7 @@ Seen fit(const Fit& f, const Matrix& m, const Importance& importance, const Bloc
     Seen seen;
     const bool small = blocks.size <= kSmall, weighed = f.kind == FitKind::search;
     const std::int64_t padded = (blocks.size + 15) / 16 * 16, room = small ? 16 * kSmall : padded;
-    float *x = memory, *v = memory + room, *row = memory + 2 * room;
+    float *x = memory, *v = memory + room, *spare = memory + 2 * room, *row = memory + 3 * room;
     F largest = Simd::zero();
     alignas(64) float lanes[4][16];
     std::int64_t block = first;
@@ -111,7 +111,7 @@ Seen fit(const Fit& f, const Matrix& m, const Importance& importance, const Bloc
                     x[16 * i + lane] = x[16 * i];
                     v[16 * i + lane] = v[16 * i];
                 }
-            fit_read<true>(f, {x, v, steps}, scale, offset, constant, largest);
+            fit_read<true>(f, {x, v, spare, steps}, scale, offset, constant, largest);
         } else {
             read_block(m, importance, at, row, x, v, 1, weighed);
             const std::int64_t whole = (at.count + 15) / 16 * 16;
@@ -120,7 +120,7 @@ Seen fit(const Fit& f, const Matrix& m, const Importance& importance, const Bloc
                 v[i] = 0;
             }
             if (out.zeros != nullptr) seen.zeros |= (out.zeros[block] = has_many_zeros(row, at.count)) != 0;
-            fit_read<false>(f, {x, v, static_cast<int>(whole / 16)}, scale, offset, constant, largest);
+            fit_read<false>(f, {x, v, spare, static_cast<int>(whole / 16)}, scale, offset, constant, largest);
             taken[count++] = next++;
         }
         Simd::store(lanes[0], scale);
@@ -133,21 +133,33 @@ Seen fit(const Fit& f, const Matrix& m, const Importance& importance, const Bloc
     return seen;
 }
 
-void peaks(const Matrix& m, const Blocks& blocks, std::int64_t first, std::int64_t last, float* out, float* row) {
+// The largest magnitudes alone; whether all is finite.
+LOWBIT_INLINE bool finite_peaks(const Matrix& m, const Blocks& blocks, std::int64_t first, std::int64_t last, float* out, float* row,
+                                bool mark) {
+    F odd = Simd::zero();
+    Place at = place_of(m, blocks, first);
     for (std::int64_t block = first; block < last; ++block) {
-        const Place at = place_of(m, blocks, block);
         const float* x = row;
         if (m.type == Type::f32) x = static_cast<const float*>(m.values) + at.begin;
         else read_floats(m, at.begin, at.count, row);
-        F most = Simd::zero(), odd = Simd::zero();
+        F most = Simd::zero();
+        if (mark) odd = Simd::zero();
         for (std::int64_t i = 0; i < at.count; i += 16) {
             const std::int64_t left = at.count - i;
             const F v = left >= 16 ? Simd::load(x + i) : Simd::load_some(x + i, static_cast<int>(left));
             most = Simd::max(Simd::abs(v), most);
             odd = Simd::fused(v, Simd::zero(), odd);
         }
-        out[block] = Simd::largest(most) + Simd::sum(odd);
+        out[block] = Simd::largest(most) + (mark ? Simd::sum(odd) : 0.0f);
+        at.begin += at.count;
+        at.column = at.column + at.count == m.cols ? 0 : at.column + at.count;
+        at.count = m.cols - at.column < blocks.size ? m.cols - at.column : blocks.size;
     }
+    return Simd::sum(odd) == 0;
+}
+
+void peaks(const Matrix& m, const Blocks& blocks, std::int64_t first, std::int64_t last, float* out, float* row) {
+    if (!finite_peaks(m, blocks, first, last, out, row, false)) finite_peaks(m, blocks, first, last, out, row, true);
 }
 
 }  // namespace

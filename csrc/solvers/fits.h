@@ -80,7 +80,7 @@ struct Squares {
 };
 
 // Floats of memory that a fit or rounding needs for each thread.
-inline std::int64_t fit_memory(std::int64_t size) { return size <= 128 ? 3 * 16 * 128 : 3 * (size + 15) / 16 * 16; }
+inline std::int64_t fit_memory(std::int64_t size) { return size <= 128 ? 4 * 16 * 128 : 4 * ((size + 15) / 16 * 16); }
 
 struct Fitters {
     // Blocks [first, last).

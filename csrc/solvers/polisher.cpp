@@ -98,15 +98,14 @@ void Polisher::run(std::deque<PolishTile>& tiles, int first, float* pulled) cons
     }
     for (int round = 0; round < polish_.rounds; ++round) {
         if (polish_.refit) refit(tiles, count, round == 0);
-        for (int i = 0; i < count; ++i) {
-            PolishTile& t = tiles[i];
-            for (int r = 0; r < kLanes; ++r) t.error[r] = error_of(t, r);
-            sweep(t);
-            for (int r = 0; r < kLanes; ++r) t.alive[r] = t.alive[r] && t.error[r] < t.best[r];
-            if (polish_.refit && keeps_ && round + 1 < polish_.rounds) renew_products(t);
-            for (int r = 0; r < kLanes; ++r)
-                if (t.alive[r]) keep(t, r);
-        }
+        for (int i = 0; i < count; ++i)
+            for (int r = 0; r < kLanes; ++r) tiles[i].error[r] = error_of(tiles[i], r);
+        sweep(tiles, count);
+        for (int i = 0; i < count; ++i)
+            for (int r = 0; r < kLanes; ++r) {
+                tiles[i].alive[r] = tiles[i].alive[r] && tiles[i].error[r] < tiles[i].best[r];
+                if (tiles[i].alive[r]) keep(tiles[i], r);
+            }
     }
     for (int i = 0; i < count; ++i) save(tiles[i]);
 }
@@ -176,7 +175,11 @@ void Polisher::set_basis(PolishTile& t) const {
     for (int r = 0; r < kLanes; ++r)
         for (int g = 0; g < groups_; ++g) {
             const float zero = p_.as.offsets == Offsets::points ? t.scales.offset(r, g) : 0;
-            for (int k = g * p_.shape.group; k < end_of(g); ++k) t.basis[r * h_.stride + k] = t.level[r * h_.stride + k] - zero;
+            for (std::int64_t k = r * h_.stride + g * p_.shape.group, end = r * h_.stride + end_of(g); k < end; ++k) {
+                const float basis = t.level[k] - zero;
+                t.change[k] = basis - t.basis[k];
+                t.basis[k] = basis;
+            }
         }
 }
 
@@ -185,9 +188,14 @@ void Polisher::add_group(PolishTile& t, int g, bool fresh) const {
     const int begin = g * p_.shape.group, end = end_of(g), unknowns = minima_ ? 2 * groups_ : groups_;
     const std::int64_t stride = h_.stride;
     const auto normal = [&](int i, int j) { return t.normal.data() + (static_cast<std::int64_t>(i) * unknowns + j) * kLanes; };
-    if (fresh || !keeps_)
-        k_.multiply_add({t.basis.data() + begin, stride, 1}, kLanes, end - begin, h_.row(begin), stride, static_cast<int>(stride),
-                        product(t, 0, g), product(t, 1, g) - product(t, 0, g), true);
+    if (fresh || !keeps_) {
+        // Half of A is all that is read; what is kept for the change of (Q - W) H is whole.
+        const int cols = keeps_ ? static_cast<int>(stride) : (end + 15) / 16 * 16;
+        k_.multiply_add({t.basis.data() + begin, stride, 1}, kLanes, end - begin, h_.row(begin), stride, cols, product(t, 0, g),
+                        product(t, 1, g) - product(t, 0, g), true);
+    } else {
+        renew_product(t, g);
+    }
     for (int r = 0; r < kLanes; ++r) {
         const float *basis = t.basis.data() + r * stride, *pulled = t.pulled + r * stride;
         k_.dots(product(t, r, g), basis, end, p_.shape.group, t.dots.data());
@@ -209,8 +217,23 @@ void Polisher::add_group(PolishTile& t, int g, bool fresh) const {
     }
 }
 
+// The product of a group with H under the codes that the sweep has changed: few, so that only their rows are added.
+void Polisher::renew_product(PolishTile& t, int g) const {
+    for (int r = 0; r < t.rows; ++r) {
+        if (!t.alive[r]) continue;
+        const float* change = t.change.data() + r * h_.stride;
+        int changed = 0;
+        for (int k = g * p_.shape.group; k < end_of(g); ++k) {
+            if (change[k] == 0) continue;
+            t.from[changed] = h_.row(k);
+            t.weights[changed++] = change[k];
+        }
+        if (changed != 0) k_.add_rows(t.from.data(), t.weights.data(), changed, static_cast<int>(h_.stride), product(t, r, g));
+    }
+}
+
 float* Polisher::product(PolishTile& t, int r, int g) const {
-    return t.products.data() + (keeps_ ? static_cast<std::int64_t>(r) * groups_ + g : r) * h_.stride;
+    return t.products.data() + ((keeps_ ? static_cast<std::int64_t>(g) * kLanes : 0) + r) * product_stride(p_.shape);
 }
 
 // The solution as it is stored; then Q - W and its product with H follow.
@@ -254,51 +277,40 @@ void Polisher::change_scales(PolishTile& t, int r) const {
     }
 }
 
-void Polisher::sweep(PolishTile& t) const {
+// Block by block, and all tiles in one, because what follows from a change is a row of H, which they share.
+void Polisher::sweep(std::deque<PolishTile>& tiles, int count) const {
     const float* block = h_.blocks.data();
     for (int begin = 0; begin < h_.cols; begin += kBlock) {
-        const int count = std::min(kBlock, h_.cols - begin);
-        const std::int32_t* order = p_.order + begin;
-        for (int r = 0; r < kLanes; ++r)
-            for (int i = 0; i < count; ++i) {
-                t.inner[i * kLanes + r] = t.pulled[r * h_.stride + order[i]];
-                t.levels[i * kLanes + r] = t.level[r * h_.stride + order[i]];
-                if (p_.still == nullptr) continue;
-                t.still[i * kLanes + r] = r < t.rows && p_.still[static_cast<std::int64_t>(t.first + r) * h_.cols + order[i]];
-            }
-        const Columns columns{count, group_.data() + begin, p_.still == nullptr ? nullptr : t.still.data()};
-        k_.sweep_columns(p_.as.levels, columns, t.scales.view(), block, t.inner.data(), t.levels.data(), t.steps.data(), t.error);
-        block += static_cast<std::int64_t>(count) * count;
-        for (int r = 0; r < t.rows; ++r) {
-            int changed = 0;
-            for (int i = 0; i < count; ++i) {
-                const float steps = t.steps[i * kLanes + r];
-                if (steps == 0) continue;
-                const float by = steps * t.scales.scale(r, group_[begin + i]);
-                t.level[r * h_.stride + order[i]] = t.levels[i * kLanes + r];
-                t.off[r * h_.stride + order[i]] += by;
-                t.from[changed] = h_.row(order[i]);
-                t.weights[changed++] = by;
-            }
-            if (changed != 0) k_.add_rows(t.from.data(), t.weights.data(), changed, static_cast<int>(h_.stride), t.pulled + r * h_.stride);
-        }
+        const int columns = std::min(kBlock, h_.cols - begin);
+        for (int i = 0; i < count; ++i) sweep_block(tiles[i], begin, columns, block);
+        block += static_cast<std::int64_t>(columns) * columns;
     }
 }
 
-// The products of groups with H under the codes that the sweep has changed: few, so that only their rows are added.
-void Polisher::renew_products(PolishTile& t) const {
-    for (int r = 0; r < kLanes; ++r) {
-        if (!t.alive[r]) continue;
-        const float *now = t.level.data() + r * h_.stride, *before = t.best_level.data() + r * h_.stride;
-        for (int g = 0; g < groups_; ++g) {
-            int changed = 0;
-            for (int k = g * p_.shape.group; k < end_of(g); ++k) {
-                if (now[k] == before[k]) continue;
-                t.from[changed] = h_.row(k);
-                t.weights[changed++] = now[k] - before[k];
-            }
-            if (changed != 0) k_.add_rows(t.from.data(), t.weights.data(), changed, static_cast<int>(h_.stride), product(t, r, g));
+void Polisher::sweep_block(PolishTile& t, int begin, int count, const float* block) const {
+    const std::int32_t* order = p_.order + begin;
+    for (int r = 0; r < kLanes; ++r)
+        for (int i = 0; i < count; ++i) {
+            t.inner[i * kLanes + r] = t.pulled[r * h_.stride + order[i]];
+            t.levels[i * kLanes + r] = t.level[r * h_.stride + order[i]];
+            if (p_.still == nullptr) continue;
+            t.still[i * kLanes + r] = r < t.rows && p_.still[static_cast<std::int64_t>(t.first + r) * h_.cols + order[i]];
         }
+    const Columns columns{count, group_.data() + begin, p_.still == nullptr ? nullptr : t.still.data()};
+    k_.sweep_columns(p_.as.levels, columns, t.scales.view(), block, t.inner.data(), t.levels.data(), t.steps.data(), t.error);
+    for (int r = 0; r < t.rows; ++r) {
+        if (!t.alive[r]) continue;
+        int changed = 0;
+        for (int i = 0; i < count; ++i) {
+            const float steps = t.steps[i * kLanes + r];
+            if (steps == 0) continue;
+            const float by = steps * t.scales.scale(r, group_[begin + i]);
+            t.level[r * h_.stride + order[i]] = t.levels[i * kLanes + r];
+            t.off[r * h_.stride + order[i]] += by;
+            t.from[changed] = h_.row(order[i]);
+            t.weights[changed++] = by;
+        }
+        if (changed != 0) k_.add_rows(t.from.data(), t.weights.data(), changed, static_cast<int>(h_.stride), t.pulled + r * h_.stride);
     }
 }
 
@@ -314,8 +326,7 @@ void Polisher::keep(PolishTile& t, int r) const {
 void Polisher::save(PolishTile& t) const {
     for (int r = 0; r < t.rows; ++r) {
         const std::int64_t row = t.first + r;
-        for (int k = 0; k < h_.cols; ++k)
-            p_.codes[row * h_.cols + k] = code_of(p_.as.levels, t.best_level[r * h_.stride + k]);
+        encode(p_.as.levels, t.best_level.data() + r * h_.stride, 1, h_.cols, p_.codes + row * h_.cols);
         for (int g = 0; g < groups_; ++g) {
             polish_.scale[row * groups_ + g] = t.best_scale[r * groups_ + g];
             if (polish_.offset != nullptr) polish_.offset[row * groups_ + g] = t.best_offset[r * groups_ + g];

@@ -30,8 +30,8 @@ struct PolishTile {
     float* pulled = nullptr;       // (Q - W) H, which is given where feedback found it
     Buffer<float> own_pulled;
     Buffer<float> level, basis;    // of the codes; the same less the zero-point
-    Buffer<float> change;
-    Buffer<float> products;        // [kSweepLanes, groups, stride]: of the basis of each group with H; or of one group
+    Buffer<float> change;          // of the basis since the products were computed; then of Q
+    Buffer<float> products;        // [groups, kSweepLanes, product_stride]: of the basis of each group with H; or of one group
     Buffer<float> normal, right;   // [unknowns, unknowns, kSweepLanes], [unknowns, kSweepLanes]
     Buffer<float> dots;
     Buffer<float> inner, levels, steps;  // [kBlock, kSweepLanes]
@@ -42,6 +42,9 @@ struct PolishTile {
     double best[kSweepLanes], error[kSweepLanes];
     bool alive[kSweepLanes];
 };
+
+// A line more than the columns take: rows that are a multiple of a page apart would share the same few places of a cache.
+inline std::int64_t product_stride(const Shape& shape) { return shape.padded() + 16; }
 
 class Polisher {
  public:
@@ -61,8 +64,9 @@ class Polisher {
     void add_group(PolishTile& t, int g, bool fresh) const;
     float* product(PolishTile& t, int r, int g) const;
     void change_scales(PolishTile& t, int r) const;
-    void sweep(PolishTile& t) const;
-    void renew_products(PolishTile& t) const;
+    void renew_product(PolishTile& t, int g) const;
+    void sweep(std::deque<PolishTile>& tiles, int count) const;
+    void sweep_block(PolishTile& t, int begin, int count, const float* block) const;
     void keep(PolishTile& t, int r) const;
     void save(PolishTile& t) const;
 

@@ -10,11 +10,16 @@ float inverse_of(float scale) {
     return std::isfinite(inverse) ? inverse : 0.0f;
 }
 
-std::uint8_t code_of(const GridLevels& levels, float level) {
-    if (levels.integers) return static_cast<std::uint8_t>(level - levels.lo);
-    int at = 0;
-    for (int i = 0; i + 1 < levels.count; ++i) at += level > levels.bound[i];
-    return levels.code[at];
+void encode(const GridLevels& levels, const float* from, std::int64_t step, int count, std::uint8_t* codes) {
+    if (levels.integers) {
+        for (int i = 0; i < count; ++i) codes[i] = static_cast<std::uint8_t>(static_cast<int>(from[i * step] - levels.lo));
+        return;
+    }
+    for (int i = 0; i < count; ++i) {
+        int at = 0;
+        for (int n = 0; n + 1 < levels.count; ++n) at += from[i * step] > levels.bound[n];
+        codes[i] = levels.code[at];
+    }
 }
 
 float level_of(const GridLevels& levels, std::uint8_t code) {

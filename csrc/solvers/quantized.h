@@ -29,8 +29,8 @@ struct Grouped {
 // 1 / scale, and 0 where that is not finite: the group then rounds to zero.
 float inverse_of(float scale);
 
-// The code of a level.
-std::uint8_t code_of(const GridLevels& levels, float level);
+// The codes of levels that lie `step` apart.
+void encode(const GridLevels& levels, const float* from, std::int64_t step, int count, std::uint8_t* codes);
 float level_of(const GridLevels& levels, std::uint8_t code);
 
 // The scales of up to `lanes` rows as the loops over columns take them. What stands for a row that is not there makes all zero.

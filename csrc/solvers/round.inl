@@ -1,10 +1,18 @@
 // Weights to codes under given scales and offsets, packed, with the error: formats/qtensor.py and formats/packing.py.
 #pragma once
 
+#include <cstring>
+
 #include "solvers/blocks.inl"
 
 namespace lowbit {
 namespace {
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+constexpr bool kLittle = false;
+#else
+constexpr bool kLittle = true;
+#endif
 
 // One block of one row; codes are left 128 too small, as signed bytes. Adds to the squares of x and of its error.
 template <class Grid>
@@ -46,7 +54,13 @@ LOWBIT_INLINE void pack_row(const std::int8_t* codes, std::int64_t count, int bi
     if (bits == 0 || bits == 8) {
         for (std::int64_t i = 0; i < count; ++i) out[i] = code(i);
     } else if (bits == 4) {
-        for (std::int64_t i = 0; i < count / 2; ++i) out[i] = static_cast<std::uint8_t>(code(2 * i) | code(2 * i + 1) << 4);
+        for (std::int64_t i = 0; i < count / 2; ++i) {
+            std::uint16_t two;
+            std::memcpy(&two, codes + 2 * i, 2);
+            two ^= 0x8080u;
+            // The first of the two is the lower half of a byte whichever way memory is read.
+            out[i] = static_cast<std::uint8_t>(kLittle ? (two & 15) | two >> 4 : two >> 8 | (two & 15) << 4);
+        }
     } else if (bits == -3) {
         for (std::int64_t i = 0; i < count / 5; ++i) {
             int value = 0;

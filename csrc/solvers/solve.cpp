@@ -12,7 +12,6 @@ namespace lowbit {
 namespace {
 
 constexpr int kTiles = kFeedLanes / kSweepLanes;
-constexpr std::size_t kMostKept = std::size_t{24} << 20;  // bytes of the products of groups with H that a tile keeps
 
 }  // namespace
 
@@ -20,8 +19,8 @@ void solve(ThreadPool& pool, const SolverKernels& kernels, const Problem& proble
     const Shape& shape = problem.shape;
     if (shape.rows == 0) return;
     const bool refit = polish != nullptr && polish->refit, minima = refit && problem.as.offsets == Offsets::minima;
-    const std::size_t of_one = static_cast<std::size_t>(kSweepLanes) * shape.padded(), of_all = of_one * shape.groups();
-    const bool keeps = of_all * sizeof(float) <= kMostKept;
+    const std::size_t of_one = static_cast<std::size_t>(kSweepLanes) * product_stride(shape), of_all = of_one * shape.groups();
+    const bool keeps = refit && of_all * sizeof(float) <= polish->most_kept;
 
     std::optional<Second> h;
     std::optional<Feeder> feeder;

@@ -35,9 +35,10 @@ struct Polish {
     int rounds;
     bool refit;
     Store scale_store, offset_store;
-    bool signed_scales;  // whether a negative scale may be stored
-    float* scale;        // [rows, groups]: the result
-    float* offset;       // the same, or null
+    bool signed_scales;     // whether a negative scale may be stored
+    float* scale;           // [rows, groups]: the result
+    float* offset;          // the same, or null
+    std::size_t most_kept;  // bytes of products of groups with H that 16 rows may keep from one step to the next
 };
 
 // `feed` null: codes are given; `polish` null: as they are after feedback.

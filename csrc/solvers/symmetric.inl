@@ -21,7 +21,7 @@ void solve_symmetric(int n, float* a, float* b) {
             if (j < i) {
                 Simd::store(at(i, j), Simd::multiply(left, Simd::load(at(j, j))));
             } else {
-                const F floor = Simd::multiply(whole, Simd::all(1e-7f));
+                const F floor = Simd::multiply(whole, Simd::all(1e-5f));
                 const F inverse = Simd::divide(one, Simd::root(Simd::max(left, Simd::all(1e-38f))));
                 Simd::store(at(i, i), Simd::above(left, Simd::max(floor, Simd::all(1e-38f)), inverse, none));
             }

@@ -180,3 +180,90 @@ def add_moments(
     drift: Any | None = None,
 ) -> None: ...
 def causal_attention(pool: ThreadPool, q: Any, k: Any, v: Any, scale: float, out: Any) -> None: ...
+
+class Offsets(Enum):
+    none = ...
+    points = ...
+    minima = ...
+
+class GridLevels:
+    def __init__(
+        self, integers: tuple[int, int] | None = None, table: tuple[Any, Any, Any] | None = None
+    ) -> None: ...
+
+def solve(
+    pool: ThreadPool,
+    isa: str,
+    levels: GridLevels,
+    offsets: Offsets,
+    group: int,
+    target: Any,
+    scale: Any,
+    offset: Any | None,
+    hessian: Any,
+    order: Any,
+    still: Any | None,
+    codes: Any,
+    error: Any,
+    *,
+    feed: tuple[Any, Any | None, Any] | None = None,
+    rounds: int = 0,
+    refit: bool = False,
+    signed_scales: bool = True,
+    scale_store: str = "fp32",
+    offset_store: str = "fp32",
+    most_kept: int = 25165824,
+) -> None: ...
+
+class Levels:
+    def __init__(self, lo: float, hi: float, table: Sequence[tuple[float, float, int]] | None = None) -> None: ...
+
+class FitSpec:
+    def __init__(
+        self,
+        *,
+        kind: str,
+        grid: Levels,
+        offset: str = "",
+        scale_store: str = "",
+        offset_store: str = "",
+        spans_zero: bool = False,
+        signed_scale: bool = True,
+        two_signs: bool = False,
+        reach: float = 1.0,
+        extreme: float = 1.0,
+        factors: Sequence[float] | None = None,
+    ) -> None: ...
+
+def fit_blocks(
+    fit: FitSpec,
+    pool: ThreadPool,
+    isa: str,
+    x: int,
+    type: str,
+    rows: int,
+    cols: int,
+    size: int,
+    scale: Any,
+    offset: Any | None,
+    constant: Any,
+    zeros: Any | None,
+    importance: Any | None = None,
+    magnitude: bool = False,
+) -> tuple[bool, bool, bool]: ...
+def round_blocks(
+    levels: Levels,
+    pool: ThreadPool,
+    isa: str,
+    x: int,
+    type: str,
+    rows: int,
+    cols: int,
+    size: int,
+    scale: Any,
+    offset: Any | None,
+    minimum: bool,
+    bits: int,
+    codes: Any,
+) -> tuple[float, float]: ...
+def block_peaks(pool: ThreadPool, isa: str, x: int, type: str, rows: int, cols: int, size: int, peaks: Any) -> None: ...

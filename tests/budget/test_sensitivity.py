@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.budget import rounding_cost
+from lowbit.budget import fisher, rounding_cost
+from lowbit.budget.choose import allocation
+from lowbit.budget.fisher import EVERY, squared_gradients
 from lowbit.budget.sensitivity import Sensitivity, estimate_sensitivity, measure_sensitivity
 from lowbit.errors import OutputError, RecipeError, SourceError, TextError
 from lowbit.interchange.opening import open_source
@@ -111,6 +113,67 @@ def test_the_prediction_is_the_kl_that_comes_out(arch: str) -> None:
     assert sum(predicted) == pytest.approx(sum(real), rel=0.25)
     ratios = torch.tensor(predicted) / torch.tensor(real)
     assert float(ratios.min()) > 0.3 and float(ratios.max()) < 3, dict(zip(found.kl, ratios.tolist()))
+
+
+def ranks(values: list[float]) -> Tensor:
+    return torch.tensor(values).argsort().argsort().double()
+
+
+def test_layers_and_formats_rank_as_when_each_is_tried_alone() -> None:
+    """Against brute force: the model run with one layer quantized, for each layer and format. The layers are made to differ."""
+    model = tiny_model("llama-tied")
+    for i, p in enumerate(p for n, p in model.named_parameters() if n.endswith("_proj.weight")):
+        p.data *= 1 + i % 3
+    ids = text(VOCAB, 32 * 96)
+    found = measure_sensitivity(open_source(model), ids, ["int3:g16", "int4:g16", "int6:g16"], length=32)
+    pieces, predicted, real = list(ids[0].view(-1, 32))[::12], [], []
+    for name in found.kl:
+        weight = model.get_parameter(name).detach()
+        for fmt in found.candidates:
+            predicted.append(found.kl[name][fmt])
+            real.append(kl_of(model, pieces, name, lowbit.quantize_tensor(weight, f"search@{fmt}").dequantize()))
+    correlation = torch.corrcoef(torch.stack([ranks(predicted), ranks(real)]))[0, 1]
+    assert float(correlation) > 0.95
+    ratios = torch.tensor(predicted) / torch.tensor(real)
+    assert float(ratios.min()) > 0.3 and float(ratios.max()) < 3
+
+
+def test_one_thread_or_two_choose_the_same() -> None:
+    source, threads = open_source(tiny_model("llama")), torch.get_num_threads()
+    made = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found = measure_sensitivity(source, text(VOCAB, 4096), ["int3:g16", "int6:g16"], sequences=4)
+            made.append((found, allocation(source, found, "search@int4:g16", target_bits=5).recipe))
+    finally:
+        torch.set_num_threads(threads)
+    (one, first), (two, second) = made
+    assert first == second and one.fingerprint == two.fingerprint
+    for name, by in one.kl.items():
+        assert two.kl[name] == pytest.approx(by, rel=1e-4)
+
+
+def test_embeddings_are_differentiated_in_every_fourth_sequence() -> None:
+    """The mean over those sequences; where there is nothing but embeddings, over all."""
+    model, rows = Bigram().eval(), list(text(24, 9 * 16)[0].view(9, 16))
+    both = squared_gradients(model, {"head.weight": False, "table.weight": True}, rows, 0, False)
+    every = squared_gradients(model, {"head.weight": False, "table.weight": False}, rows, 0, False)
+    single = [squared_gradients(model, {"table.weight": True}, [row], 0, False)["table.weight"] for row in rows]
+    assert torch.equal(both["head.weight"], every["head.weight"])
+    touched = {int(i) for row in rows[::EVERY] for i in row}
+    found = both["table.weight"].sum(1) > 0
+    assert {int(i) for i in found.nonzero()[:, 0]} == touched
+    assert all(bool((s.sum(1) > 0).any()) for s in single), "alone it is differentiated in each"
+
+
+def test_labels_are_drawn_as_often_as_they_are_probable() -> None:
+    logits = torch.tensor([2.0, -torch.inf, 0.5, -1.0, 0.0])
+    p = logits.softmax(0)
+    drawn = fisher._drawn(p.log().expand(40_000, 5), torch.Generator().manual_seed(0))[:, 0]
+    counts = torch.bincount(drawn, minlength=5) / len(drawn)
+    assert counts[1] == 0
+    assert torch.allclose(counts, p, atol=4 * 0.5 / len(drawn) ** 0.5)
 
 
 def test_a_tied_matrix_answers_for_both_of_its_uses() -> None:

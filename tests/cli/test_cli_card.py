@@ -83,7 +83,7 @@ def test_how_much_is_measured(room: Path, tmp_path: Path) -> None:
     assert quick["budget"] == 30.0 and quick["quality"]["windows"] == 4
     weights = (tmp_path / "q/model.safetensors").read_bytes()
     again = CliRunner().invoke(app, [str(word) for word in words])
-    assert "measured before" in again.stdout and "measuring what that cost takes 30 s at most" not in again.stderr
+    assert "measured before" in again.stdout and "measuring what that cost" not in again.stderr
     full = json.loads(run(*words, "--json", "--card", "full"))["card"]
     assert full["budget"] is None and full["quality"]["windows"] == 4 and full["speed"]["settings"]["prefill"] > 0
     assert "--card full" in (tmp_path / "q/README.md").read_text("utf-8")

@@ -79,7 +79,11 @@ def test_every_option_is_there_with_a_short_type_and_a_whole_sentence(command: s
 def test_booleans_show_no_type_and_numbers_a_letter() -> None:
     text = "\n".join(shown("quantize"))
     assert re.search(r"^  --overwrite   ", text, re.MULTILINE) and re.search(r"^  --samples N  ", text, re.MULTILINE)
-    assert "--card quick|full|none  " in text and re.search(r"^  --no-card   ", text, re.MULTILINE) and "--fit-memory SIZE" in text
+    assert (
+        "--card quick|full|none  " in text
+        and re.search(r"^  --no-card   ", text, re.MULTILINE)
+        and "--fit-memory SIZE" in text
+    )
 
 
 def test_required_options_and_arguments_are_in_the_usage() -> None:

@@ -440,7 +440,253 @@ def limits(core: Any) -> None:
         core.limits(core.ThreadPool(2), isa, 1 << 20, 1)
 
 
-PARTS = {part.__name__: part for part in (kernels, spread, joined, decoder, interrupted, sampler, limits)}
+def solvers(core: Any) -> None:
+    """Codes and scales of small weights, the errors that are told of them, and what is refused."""
+    kinds = itertools.product(
+        ("integers", "table"), ("none", "points", "minima"), ((1, 16, 16), (33, 50, 16), (20, 71, 71))
+    )
+    for levels, offsets, (rows, cols, group) in kinds:
+        begin("solvers", levels, offsets, rows, cols)
+        table = np.sort(rng.normal(size=11)).astype(np.float32) * 4
+        bounds = ((table[1:] + table[:-1]) / 2).astype(np.float32)
+        order_of_codes = rng.permutation(11).astype(np.uint8)
+        grid = (
+            core.GridLevels((-8, 7)) if levels == "integers" else core.GridLevels(table=(table, bounds, order_of_codes))
+        )
+        x, groups = rng.normal(size=(2 * cols, cols)), -(-cols // group)
+        hessian = (x.T @ x / len(x) + 0.1 * np.eye(cols)).astype(np.float32)
+        order = rng.permutation(cols).astype(np.int32)
+        backwards = hessian[order[::-1]][:, order[::-1]].astype(np.float64)
+        root = np.ascontiguousarray(np.linalg.cholesky(backwards)[::-1, ::-1]).astype(np.float32)
+        weight = rng.normal(size=(rows, cols)).astype(np.float32)
+        start_scale = rng.uniform(0.2, 0.4, (rows, groups)).astype(np.float32)
+        start_offset = None if offsets == "none" else rng.integers(-2, 3, (rows, groups)).astype(np.float32)
+        still = (rng.random((rows, cols)) < 0.1).astype(np.uint8)
+        shift = np.triu(rng.normal(size=(cols, cols)) * 1e-3, 1).astype(np.float32)
+        right = None
+        for isa, threads, kept in itertools.product(core.isas(), (1, 3), (1 << 20, 0)):
+            for p, mask, rounds in ((None, None, 0), (None, None, 3), (shift, None, 0), (None, still, 2)):
+                scale, offset = start_scale.copy(), None if start_offset is None else start_offset.copy()
+                codes, error, start = np.zeros((rows, cols), np.uint8), np.zeros(rows), np.zeros(rows)
+                refit = mask is None or offsets != "minima"
+                core.solve(
+                    core.ThreadPool(threads), isa, grid, getattr(core.Offsets, offsets), group, weight, scale, offset, hessian, order,
+                    mask, codes, error, feed=(root, p, start), rounds=rounds, refit=refit, scale_store="fp16", offset_store="fp16",
+                    most_kept=kept,
+                )  # fmt: skip
+                level = codes - 8.0 if levels == "integers" else table[np.argsort(order_of_codes)][codes]
+                spread = [np.repeat(v, group, 1)[:, :cols] for v in (scale, scale * 0 if offset is None else offset)]
+                values = level * spread[0] + spread[1] if offsets == "minima" else (level - spread[1]) * spread[0]
+                off = values - weight
+                close(error, ((off @ hessian) * off).sum(1), 1e-3, levels, offsets, isa)
+                assert p is not None or mask is not None or (error <= start).all()
+            right = error if right is None else right
+            close(error, right, 1e-2, levels, offsets, isa, threads)
+        again = codes.copy()
+        given = (
+            core.ThreadPool(1),
+            "",
+            grid,
+            getattr(core.Offsets, offsets),
+            group,
+            weight,
+            scale,
+            offset,
+            hessian,
+            order,
+            None,
+        )
+        core.solve(*given, again, error)
+        core.solve(*given, again, error, rounds=2)
+        refused(core.solve, *given[:4], 0, *given[5:], again, error)
+        refused(core.solve, *given[:5], weight[:, 1:].copy(), *given[6:], again, error)
+        refused(core.solve, *given, again[:, 1:].copy(), error)
+        refused(core.solve, *given, again, error, feed=(root[1:].copy(), None, start))
+    refused(core.GridLevels)
+    refused(core.GridLevels, (0, 300))
+    refused(core.GridLevels, table=(np.zeros(17, np.float32), np.zeros(16, np.float32), np.zeros(17, np.uint8)))
+
+
+def bf16(x: Any) -> Any:
+    """The upper halves of float32 numbers as uint16, rounded to nearest."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def wide(x: Any) -> Any:
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def moments(core: Any) -> None:
+    """Sums of products in bfloat16, and that arrays which do not belong together are refused."""
+    if not core.multiplies_bfloat16():
+        return
+    pools = [core.ThreadPool(n) for n in (1, 3)]
+    for tokens, width in itertools.product((1, 2, 33, 1100), (1, 16, 47, 48, 50, 200)):
+        begin("moments", tokens, width)
+        x, y = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
+        found = []
+        for pool, halves in itertools.product(pools, (False, True)):
+            sums = [np.zeros((width, width), np.float32) for _ in range(2)] + [
+                np.zeros(width, np.float32) for _ in range(2)
+            ]
+            core.add_moments(
+                pool, bf16(x) if halves else x, sums[0], sums[2], sums[3], bf16(y) if halves else y, sums[1]
+            )
+            found.append(sums)
+            of_x, of_y = wide(bf16(x)), wide(bf16(y)) if halves else y
+            close(np.triu(sums[0]), np.triu(of_x.T @ of_x), 3e-6, "products", tokens, width)
+            change = wide(bf16((of_y - of_x).astype(np.float32)))
+            close(sums[1], change.T @ of_x, 3e-6, "drift", tokens, width)
+            assert (sums[2] == np.abs(of_x).max(0)).all()
+            close(sums[3], np.abs(of_x).sum(0), 1e-6, "sizes", tokens, width)
+        for one, other in zip(found[:2], found[2:], strict=True):  # for any number of threads
+            assert all(
+                (np.triu(a) == np.triu(b)).all() if a.ndim == 2 and i == 0 else (a == b).all()
+                for i, (a, b) in enumerate(zip(one, other, strict=True))
+            )
+    x = np.zeros((4, 8), np.float32)
+    right = {
+        "x": x,
+        "products": np.zeros((8, 8), np.float32),
+        "largest": np.zeros(8, np.float32),
+        "sizes": np.zeros(8, np.float32),
+    }
+    wrong: list[dict[str, Any]] = [
+        {"products": np.zeros((8, 7), np.float32)}, {"largest": np.zeros(7, np.float32)}, {"sizes": np.zeros(9, np.float32)}, {"y": x},
+        {"drift": np.zeros((8, 8), np.float32)}, {"y": x[:3], "drift": np.zeros((8, 8), np.float32)}, {"x": x.astype(np.float64)},
+    ]  # fmt: skip
+    for change in wrong:
+        refused(lambda change=change: core.add_moments(pools[0], **{**right, **change}))
+    x[1, 2] = np.nan
+    core.add_moments(pools[0], **right)
+    assert np.isnan(right["largest"][2]) and np.isnan(right["products"][2, 5]) and not np.isnan(right["largest"][3])
+
+
+def causal(core: Any) -> None:
+    """Attention of windows to themselves."""
+    if not core.multiplies_bfloat16():
+        return
+    pools = [core.ThreadPool(n) for n in (1, 3)]
+    for windows, heads, key_heads, tokens, width in (
+        (1, 3, 3, 1, 2),
+        (2, 4, 2, 70, 16),
+        (1, 2, 1, 200, 80),
+        (1, 3, 1, 97, 64),
+    ):
+        begin("causal", heads, tokens, width)
+        q, k, v = (bf16(rng.standard_normal((windows, n, tokens, width))) for n in (heads, key_heads, key_heads))
+        found = [np.zeros_like(q) for _ in pools]
+        for pool, out in zip(pools, found, strict=True):
+            core.causal_attention(pool, q, k, v, 0.3, out)
+        assert (found[0] == found[1]).all()
+        keys, values = (np.repeat(wide(t), heads // key_heads, 1) for t in (k, v))
+        scores = 0.3 * wide(q) @ keys.swapaxes(2, 3) + np.where(np.tri(tokens) > 0, 0, -np.inf)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        close(wide(found[0]), shares / shares.sum(-1, keepdims=True) @ values, 4e-3, "causal", heads, tokens, width)
+    q = np.zeros((1, 2, 4, 6), np.uint16)
+    odd = np.zeros((1, 2, 4, 5), np.uint16)
+    for of_q, of_k, of_v, out in (
+        (q, q[:, :, :3], q[:, :, :3], q),
+        (q, q, q[:, :1], q),
+        (q, q, q, odd),
+        (odd, odd, odd, odd),
+    ):
+        refused(
+            lambda a=of_q, b=of_k, c=of_v, d=out: core.causal_attention(
+                pools[0], a.copy(), b.copy(), c.copy(), 1.0, d.copy()
+            )
+        )
+
+
+def fits(core: Any) -> None:
+    """Scales, offsets and codes of matrices whose rows are no multiple of anything, by every set of instructions and number of threads."""
+    table = [(-3.0, -2.0, 1), (-1.0, -0.5, 0), (0.0, 0.4, 2), (0.8, np.inf, 3)]
+    pools = [core.ThreadPool(1), core.ThreadPool(3)]
+    every = itertools.product(
+        ("absmax", "minmax", "search"), (1, 5, 16, 33, 200), ("int", "table"), (None, "columns", "elements")
+    )
+    for kind, size, grid, weighed in every:
+        if grid == "table" and kind == "minmax":
+            continue
+        begin("fits", kind, size, grid, weighed)
+        x = rng.normal(size=(19, 203 if size < 200 else 401)).astype(np.float32)
+        x[2], x[3, :40] = 0, 0
+        rows, cols = x.shape
+        size = min(size, cols)
+        count = rows * -(-cols // size)
+        affine = kind == "minmax" or (kind == "search" and grid == "int" and size != 33)
+        levels = (
+            core.Levels(-3.0, 0.8, table)
+            if grid == "table"
+            else core.Levels(0.0, 15.0)
+            if affine
+            else core.Levels(-8.0, 7.0)
+        )
+        spec = core.FitSpec(
+            kind=kind, grid=levels, offset="min" if affine else "", scale_store="fp16", offset_store="bf16" if affine else "",
+            two_signs=not affine, reach=0.8 if grid == "table" else 7.0, extreme=-3.0 if grid == "table" else -8.0,
+            factors=[0.7, 0.9, 1.1] if kind == "search" else [],
+        )  # fmt: skip
+        given = {"columns": cols, "elements": rows * cols}
+        v = None if weighed is None else rng.uniform(0.1, 1, given[weighed]).astype(np.float32)
+        found = []
+        for pool, isa, (name, values) in itertools.product(
+            pools, core.isas(), (("fp32", x), ("fp16", x.astype(np.float16)), ("bf16", (x.view(np.uint32) >> 16).astype(np.uint16)))
+        ):  # fmt: skip
+            place = (values.ctypes.data, name, rows, cols, size)
+            scale, offset, constant = (np.empty(count, np.float32) for _ in range(3))
+            zeros = np.empty(count, np.uint8)
+            others = (offset, constant, zeros) if affine else (None, constant, None)
+            said = core.fit_blocks(spec, pool, isa, *place, scale, *others, v, weighed is None)
+            assert said[0] and said[1] and np.isfinite(scale).all()
+            codes = np.empty(rows * cols, np.uint8)
+            steps = (scale, offset if affine else None)
+            norm, error = core.round_blocks(levels, pool, isa, *place, *steps, False, 0, codes)
+            assert error < norm and codes.max() < 16
+            close(norm, float((x.astype(np.float64) ** 2).sum()), 0.02, kind, size, isa)
+            peaks = np.empty(count, np.float32)
+            core.block_peaks(pool, isa, *place, peaks)
+            close(peaks.max(), np.abs(x).max(), 0.01, kind, size, isa)
+            if name == "fp32":
+                found.append((scale, codes, error))
+        for scale, codes, error in found[1:]:
+            assert (scale == found[0][0]).all() and (codes == found[0][1]).all(), (kind, size, grid)
+            close(error, found[0][2], 1e-5, kind, size)
+    packed_codes(core, pools[1])
+    place = (x.ctypes.data, "fp32", rows, cols, size)
+    refused(core.fit_blocks, spec, pools[0], "", *place, scale[1:], *others, v, False)
+    refused(core.fit_blocks, spec, pools[0], "none", *place, scale, *others, v, False)
+    refused(core.fit_blocks, spec, pools[0], "", x.ctypes.data, "fp8", *place[2:], scale, *others, v, False)
+    refused(core.round_blocks, levels, pools[0], "", *place, *steps, False, 4, codes)
+    refused(core.block_peaks, pools[0], "", *place, peaks[1:])
+    refused(core.Levels, 0.0, 256.0)
+    refused(core.FitSpec, kind="none", grid=levels)
+
+
+def packed_codes(core: Any, pool: Any) -> None:
+    """Codes of every width, as a stream of bits, against numpy's."""
+    for bits, isa in itertools.product((-3, 1, 2, 3, 4, 5, 6, 7, 8), core.isas()):
+        begin("packed", bits)
+        top = 2 if bits == -3 else 2**bits - 1
+        right = rng.integers(0, top + 1, (7, 120), dtype=np.uint8)
+        x, scale = right.astype(np.float32), np.ones(7, np.float32)
+        codes = np.empty(7 * (24 if bits == -3 else 15 * bits), np.uint8)
+        core.round_blocks(
+            core.Levels(0.0, float(top)), pool, isa, x.ctypes.data, "fp32", 7, 120, 120, scale, None, False, bits, codes
+        )
+        if bits == -3:
+            digits = [codes // 3**k % 3 for k in range(5)]
+            assert (np.stack(digits, 1).reshape(7, 120) == right).all()
+        else:
+            stream = np.unpackbits(right.reshape(-1, 1), axis=1, bitorder="little")[:, :bits]
+            assert (np.packbits(stream.reshape(-1), bitorder="little") == codes).all(), (bits, isa)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (kernels, spread, joined, decoder, interrupted, sampler, limits, fits, solvers, moments, causal)
+}
 
 if __name__ == "__main__":
     PARTS[sys.argv[2]](load(sys.argv[1]))

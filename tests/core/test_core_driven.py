@@ -15,7 +15,22 @@ module = core()
 
 
 @pytest.mark.skipif(module is None, reason="lowbit._core is not built")
-@pytest.mark.parametrize("part", ["kernels", "spread", "joined", "decoder", "interrupted", "sampler", "limits"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "kernels",
+        "spread",
+        "joined",
+        "decoder",
+        "interrupted",
+        "sampler",
+        "limits",
+        "fits",
+        "solvers",
+        "moments",
+        "causal",
+    ],
+)
 def test_everything_that_the_core_has(part: str) -> None:
     done = subprocess.run([sys.executable, str(DRIVER), str(module.__file__), part], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -21,7 +21,19 @@ pytestmark = [
     pytest.mark.skipif(find_spec("nanobind") is None, reason="needs nanobind"),
 ]
 DRIVER = Path(__file__).parent / "drive_core.py"
-PARTS = ("kernels", "spread", "joined", "decoder", "interrupted", "sampler", "limits")
+PARTS = (
+    "kernels",
+    "spread",
+    "joined",
+    "decoder",
+    "interrupted",
+    "sampler",
+    "limits",
+    "fits",
+    "solvers",
+    "moments",
+    "causal",
+)
 
 
 def runtime(name: str) -> str:

@@ -52,9 +52,7 @@ def walk(ladder: Ladder, clock: Clock, paces: list[float], found: Quality) -> tu
     return done, count
 
 
-@given(
-    st.floats(0.0, 500.0), st.lists(st.floats(0.01, 60.0), min_size=1, max_size=30), st.sampled_from([CLEAR, NEAR])
-)
+@given(st.floats(0.0, 500.0), st.lists(st.floats(0.01, 60.0), min_size=1, max_size=30), st.sampled_from([CLEAR, NEAR]))
 def test_the_time_is_kept_but_for_one_window_or_the_least_number(seconds, paces, found):
     clock = Clock()
     start = clock.now
@@ -157,7 +155,9 @@ def test_each_model_is_opened_once_and_the_float_one_by_its_own_program(room, mo
     monkeypatch.setattr(quick, "both_by_engine", lambda *a: opened.append("engine") or by(*a))
     monkeypatch.setattr(quick, "open_subject", lambda *a: pytest.fail("opened in transformers too"))
     found = card_of(room, 600.0, prompt="the cat")
-    assert opened == ["engine"] and found.quality.program.startswith("engine (") and "(float32)" in found.quality.program
+    assert (
+        opened == ["engine"] and found.quality.program.startswith("engine (") and "(float32)" in found.quality.program
+    )
     assert found.speed.program.startswith("engine (") and found.speed.base_program.startswith("transformers, ")
     assert found.sample.answer and found.run_peak
 

@@ -146,7 +146,7 @@ class BlockwiseQuantizer:
         activations.observe(pass_)
         for batch in range(block.batches):
             x_float = {} if self.float_inputs is None else self.float_inputs.read(collector.first, batch)
-            x_float = {name: x / scaled.scales.get(name, 1.0) for name, x in x_float.items()}
+            x_float |= {name: x / scaled.scales[name] for name, x in x_float.items() if name in scaled.scales}
             tokens = {name: w for name in collector.first if (w := self.tokens.read(name, batch)) is not None}
             collector.begin(x_float, tokens)
             with block.capture(activations.rounding(collector.on_input), cached=batch):

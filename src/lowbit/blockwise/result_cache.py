@@ -7,6 +7,7 @@ computes there from weights that have their final values is the same each time, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -50,7 +51,8 @@ class ResultCache:
             return self.file.read(self._known[key])
         found = compute()
         if self._valid and isinstance(found, Tensor) and (costly or self._fits(found)):
-            self._known[key] = self.file.append(found)
+            with suppress(OSError):  # a full disk: it is computed again
+                self._known[key] = self.file.append(found)
         return found
 
     def _fits(self, found: Tensor) -> bool:

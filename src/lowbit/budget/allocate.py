@@ -44,7 +44,7 @@ def allocate(
     The `target` is one of `target_size="80MB"`, `target_bits=4.25`, `target_kl=0.02`, `fit_memory="8GB"` (with `context`
     and `sequences`: weights and KV cache together). `recipe` gives the method; its format is only a starting point.
     `sensitivity`: what `measure_sensitivity` gave, or a file: read where it exists, else measured on `calibration`
-    (text as in `quantize`; None: what the model writes itself) and written. RecipeError for a file measured on another
+    (text as in `quantize`; None: the text that comes with lowbit) and written. RecipeError for a file measured on another
     text or with other candidates; a text that the model would have to write first is not compared. `samples` windows of `length` tokens
     (32 of 1024) are taken of the text; `chat` wraps documents in the model's chat template. `candidates`: formats that a layer may have.
     `progress(what, steps done, steps in all)`.
@@ -79,7 +79,7 @@ def _measured_or_read(
 ) -> Sensitivity:
     """What the file `path` holds, else measured on `text` (arguments of `load_calibration`) and kept there."""
     known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
-    if known is not None and (text["source"] is None or text["source"] == SELF):
+    if known is not None and text["source"] == SELF:
         return _same(known, path, candidates, None)
 
     def on_token(done: int, total: int) -> None:

@@ -81,7 +81,7 @@ class _Problem(Choices):
         for t in (t for g in self.groups for t in g):
             if t.name not in sensitivity.kl:
                 raise RecipeError(f"the sensitivity lacks {t.name!r}; measure it again with this model")
-        sensitivity = self.sensitivity = sensitivity.solved_by(recipe.solver)
+        self.sensitivity = sensitivity
         self.kl = [[sum(sensitivity.kl[t.name][str(f)] for t in g) for f in self.options] for g in self.groups]
 
     def within_bytes(self, room: Room) -> Allocation:

@@ -11,10 +11,13 @@ and both uses of a tied matrix in it.
 
 Rounding errors of different weights are as good as independent, so E <D, G>^2 is taken as sum_ij E[G_ij^2] D_ij^2:
 all candidates are served by one number for each weight, which averages over thousands of weights where
-<D, G>^2 itself is a chi-square of one degree of freedom for each sequence. On SmolLM2-135M, with 64 sequences of
+<D, G>^2 itself is a chi-square of one degree of freedom for each sequence. On SmolLM2-135M, with all rows of 64 sequences of
 128 tokens, the prediction for one matrix alone is within 9 % (one standard deviation; 5 % too low in the mean
 at most) of the measured KL at 4 bits and within 15 % at 3, where <D, G>^2 is within 16 % and 26 %. At 2 bits, where
 errors shrink the weights together and the second order ends, it is 17 % too low, within 23 %.
+
+Choosing needs less than that: with 24 sequences and a sample of rows (`rounding_cost.py`) predictions are within 8 % of those (one
+standard deviation), and the formats that are chosen by them are within 0.3 % of the best at 3.5 to 5.25 bits.
 """
 
 from __future__ import annotations
@@ -24,14 +27,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.budget.feedback import remaining_errors, tokens_needed
 from lowbit.budget.fisher import cut, squared_gradients
 from lowbit.budget.rounding_cost import SAMPLED, rounding_costs
 from lowbit.calibration.windows import Frame
@@ -40,9 +42,8 @@ from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source
-from lowbit.interchange.tensors import MULTIPLIED, TensorPlan
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.recipes.recipe import EMBED
-from lowbit.solvers import Call
 from lowbit.weights.finite import check_finite
 
 # 2.5 to 8.1 bits in steps of about 0.2 where models live.
@@ -52,10 +53,7 @@ CANDIDATES = (
 )  # fmt: skip
 # Nats per token for a relative squared error of 1 in all layers together: SmolLM2-135M at 4 bits has 21.
 _KL_PER_ERROR = 20.0
-# What finished models lose over what is predicted of error feedback: text that ends, levels that end, errors of other layers.
-# SmolLM2-135M at 3 to 5 bits, calibrated on 32,768 tokens and measured on others: 1.26 to 1.56.
-_BEYOND = 1.35
-_VERSION, _READ = 2, (1, 2)  # 1 has no `feedback`
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,6 @@ class Sensitivity:
     candidates   canonical format texts
     kl           tensor name -> format text -> nats per token
     error        the same of |w - w_q| / |w|
-    feedback     tensor name -> how much of the KL is left where a solver feeds errors back (`feedback.py`); those that lack have
-                 no inputs, or were measured by lowbit 0.1.0
     """
 
     label: str
@@ -80,7 +76,6 @@ class Sensitivity:
     candidates: tuple[str, ...]
     kl: dict[str, dict[str, float]]
     error: dict[str, dict[str, float]]
-    feedback: dict[str, float] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -107,17 +102,6 @@ class Sensitivity:
         kl = {name: {f: v * factors.get(f, 1.0) for f, v in by.items()} for name, by in self.kl.items()}
         return replace(self, kl=kl)
 
-    def solved_by(self, solver: Call | None) -> Sensitivity:
-        """With the KL that is left when `solver` feeds errors back; the same for a solver that does not."""
-        if solver is None or solver.method.needs == "nothing" or not self.feedback:
-            return self
-        served = {f for f in self.candidates if solver.method.declines(parse_format(f)) is None}
-        kl = {
-            name: {f: v * min(1.0, _BEYOND * self.feedback.get(name, 1.0)) if f in served else v for f, v in by.items()}
-            for name, by in self.kl.items()
-        }
-        return replace(self, kl=kl)
-
     def save(self, path: str | Path) -> Path:
         """Write it as JSON. OutputError when the place cannot be written to."""
         path = Path(path)
@@ -140,14 +124,14 @@ class Sensitivity:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             version, fingerprint = content.pop("lowbit_sensitivity"), content.pop("fingerprint")
             found = Sensitivity(**{**content, "candidates": tuple(content["candidates"])})
-            numbers = [v for by in (*found.kl.values(), *found.error.values(), found.feedback) for v in by.values()]
+            numbers = [v for table in (found.kl, found.error) for by in table.values() for v in by.values()]
             sound = all(isinstance(v, (int, float)) and v >= 0 and math.isfinite(v) for v in numbers)
             complete = all(set(found.candidates) <= set(by) for by in found.kl.values())
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             raise SourceError(f"{path} is no sensitivity file of lowbit; measure it again") from None
-        if version not in _READ or fingerprint != found.fingerprint or not sound or not complete:
+        if version != _VERSION or fingerprint != found.fingerprint or not sound or not complete:
             raise SourceError(f"{path} is damaged or of another version of lowbit; measure it again")
         return found
 
@@ -176,17 +160,10 @@ def measure_sensitivity(
     model = source.load_float(torch.float32, device)
     for name, parameter in model.named_parameters():
         check_finite(parameter.detach(), name)
-    multiplied = {t.name: model.get_parameter(t.name).detach() for t in specs if t.kind in MULTIPLIED}
-    turned = {t.name: t.transposed for t in specs}
-    inputs, _ = cut(ids, max(2, -(-tokens_needed(multiplied, turned) // length)), length, frame or Frame())
-    if progress:
-        progress("what the layers read", 0, steps)
-    remaining = remaining_errors(model, multiplied, inputs, autocast) if multiplied else {}
     rarely = {t.name: t.kind in ("embedding", "head") for t in specs}
     squares = squared_gradients(model, rarely, rows, seed, autocast, progress, steps)
     kl: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
-    feedback: dict[str, float] = {}
     unused = []
     for i, t in enumerate(specs):
         if progress:
@@ -200,20 +177,11 @@ def measure_sensitivity(
         found = rounding_costs(t, weight, fisher, _formats_of(t, formats))
         kl[t.name] = {str(f): _short(cost / (2 * length)) for f, (cost, _) in found.items()}
         errors[t.name] = {str(f): _short(error) for f, (_, error) in found.items()}
-        if t.name in remaining:
-            feedback[t.name] = _left(fisher, remaining[t.name])
     if progress and specs:
         progress(specs[-1].name, steps, steps)
     _fill(kl, errors, unused)
     return Sensitivity(
-        source.inventory.model_class,
-        source.identity(),
-        "fisher",
-        settings,
-        tuple(map(str, formats)),
-        kl,
-        errors,
-        feedback,
+        source.inventory.model_class, source.identity(), "fisher", settings, tuple(map(str, formats)), kl, errors
     )
 
 
@@ -242,13 +210,6 @@ def estimate_sensitivity(
     return Sensitivity(
         source.inventory.model_class, source.identity(), "relative error", {}, tuple(map(str, formats)), kl, errors
     )
-
-
-def _left(fisher: Tensor, remaining: Tensor) -> float:
-    """The share of the cost that is left: that of each input by what its errors cost."""
-    columns = fisher.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-    columns = columns if float(columns.sum()) > 0 else torch.ones_like(columns)
-    return float(f"{float((columns * remaining).sum() / columns.sum()):.4g}")
 
 
 def _fill(kl: dict[str, dict[str, float]], errors: dict[str, dict[str, float]], unused: Sequence[str]) -> None:

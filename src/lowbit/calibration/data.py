@@ -15,6 +15,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from lowbit.calibration.package_text import BUILTIN, NAME, package_windows
 from lowbit.calibration.records import kind_of
 from lowbit.calibration.selftext import opening_of, render_chat, write_windows
 from lowbit.calibration.text import is_dataset, load_text
@@ -26,9 +27,9 @@ from lowbit.interchange.source import Source
 OnToken = Callable[[int, int], None]
 SELF = "self"
 SAMPLES, LENGTH = 32, 1024
-# A file, a dataset id, "self" or None; texts, conversations or records; tensors, lists of ids or batches of a DataLoader.
+# A file, a dataset id, "builtin", "self" or None; texts, conversations or records; tensors, lists of ids or batches of a DataLoader.
 CalibrationSource = Union[str, Path, Iterable[Any], None]
-_ASIDE = "pass a file, a list of strings, conversations or records, a dataset id, token ids, a DataLoader, or 'self'"
+_ASIDE = "pass a file, a list of strings, conversations or records, a dataset id, token ids, a DataLoader, 'builtin' or 'self'"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,8 @@ def load_calibration(
                "train" split): the whole text is tokenised once without special tokens and cut into windows that do not
                overlap, each in what the tokenizer puts around a text (`Frame.of`); `samples` are taken evenly. Token ids, as tensors, lists, or batches of a DataLoader with
                `input_ids` and `attention_mask`: the first `samples` rows in their order and their lengths,
-               without padding. "self" or None: the model writes the text; only then are its weights loaded.
+               without padding. "builtin" or None: the text that comes with lowbit (`package_text.py`). "self": the model writes the
+               text; only then are its weights loaded. None with `chat` is that too.
     tokenizer  None takes that of a Source; token ids need none.
     chat       each document is a user's message and gets the tokenizer's chat template; of a file of text, each
                paragraph. Conversations are rendered with or without it.
@@ -100,6 +102,8 @@ def load_calibration(
     length = min(length, longest or length)
     if source is None or (isinstance(source, str) and source == SELF):
         return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed, on_token)
+    if (isinstance(source, str) and source == BUILTIN) or (source is None and not chat):
+        return _package_text(_tokenizer(tokenizer, model), model, samples, length, chat)
     kind, data = _kind_of(source)
     if kind == "ids":
         if chat:
@@ -142,6 +146,18 @@ def _tokenizer(tokenizer: Any, model: nn.Module | Source) -> Any:
         raise TextError(
             f"calibrating on text needs a tokenizer: {error}; or pass token ids as calibration data"
         ) from error
+
+
+def _package_text(tokenizer: Any, model: nn.Module | Source, samples: int, length: int, chat: bool) -> Calibration:
+    if chat:
+        raise TextError(
+            f"chat was asked for, but the conversations of {NAME} are in the model's chat template anyway: leave chat out"
+        )
+    frame = _frame(tokenizer, model)
+    found = Calibration.of(NAME, package_windows(tokenizer, frame, length, samples), frame)
+    for window in found.ids:
+        check_vocabulary(model, window)  # type: ignore[arg-type]  # only `config` is looked at
+    return found
 
 
 def _own_text(

@@ -25,7 +25,7 @@ CardOption = Annotated[
     typer.Option(
         "--card",
         metavar="quick|full|none",
-        help="Measure what the result cost: quick takes no longer than quantizing took, or 30 s where that is more; full measures "
+        help="Measure what the result cost: quick keeps to the time that quantizing took, or to 30 s where that is more, unless a model is so large that the least takes longer; full measures "
         "4 windows, speed and memory by the standard protocol, however long that takes; none measures nothing.",
         rich_help_panel=MEASURING,
     ),

@@ -12,7 +12,20 @@ import typer
 from lowbit.cli import console
 from lowbit.cli.help import OUTPUT
 from lowbit.cli.job import own_name
-from lowbit.cli.options import Calibration, FewWindows, Json, Length, Markdown, Model, Samples, Speed, Text
+from lowbit.cli.options import (
+    Calibration,
+    DataFree,
+    Effort,
+    FewWindows,
+    Json,
+    Length,
+    Markdown,
+    Model,
+    Samples,
+    Speed,
+    Text,
+    rung_of,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +46,8 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    effort: Effort = "auto",
+    data_free: DataFree = False,
     calibration: Calibration = None,
     samples: Samples = None,
     text: Text = None,
@@ -74,12 +89,13 @@ def compare(
     wanted = [Recipe.of(recipe) for recipe in recipes or []]  # a misspelt one is better known before any is measured
     if samples is not None and calibration is None and not any(r.needs_calibration for r in wanted):
         raise RecipeError("--samples would be ignored, as no calibration text is given; add --calibration")
+    effort = rung_of(effort, data_free)
     console.quiet()
     file = keep or _default_file(model)
     with console.progress("comparing") as shown:
         rows = lowbit.compare(
             model, recipes or None, text=text, windows=windows, length=length, speed=speed, plots=plots,
-            calibration=calibration, samples=samples or SAMPLES, keep=file, keep_after=keep is not None,
+            calibration=calibration, samples=samples or SAMPLES, effort=effort, keep=file, keep_after=keep is not None,
             on_step=shown.show, on_row=lambda row: shown.keep(row_line(row)),
         )  # fmt: skip
     if as_json:

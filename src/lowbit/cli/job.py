@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lowbit.convert.preparing import Prepared
     from lowbit.interchange.exporters.exporter import Exporter
     from lowbit.pipeline.api import Quantized
+    from lowbit.pipeline.effort import Decision
     from lowbit.recipes.recipe import Recipe
 
 
@@ -55,25 +56,36 @@ class Job:
     recipe: Recipe
     ready: Prepared | None
     text: CalibrationText
+    decision: Decision
 
     @staticmethod
-    def of(model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None) -> Job:
-        """RecipeError for a recipe that there is not, and for text that it would ignore."""
-        from lowbit.convert.quantize_as import prepare
-        from lowbit.errors import RecipeError
+    def of(
+        model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None,
+        effort: str = "auto", place: Path | None = None,
+    ) -> Job:  # fmt: skip
+        """RecipeError for a recipe that there is not, and for text that it would ignore. place: where lowbit's folder goes, if that is
+        known: a run that was killed there, or is done, is met with the effort that it had."""
+        from lowbit.convert.quantize_as import prepare_for
+        from lowbit.pipeline.choosing import decided
+        from lowbit.pipeline.options import Options
         from lowbit.recipes.recipe import Recipe
 
-        looks = text.calibration is not None
-        ready = prepare(model, recipe, target_format, calibrated=looks, kv=kv) if target_format else None
-        wanted = Recipe.of(recipe) if ready is None else ready.recipe
-        if looks:
-            wanted = wanted.calibrated()
-        elif wanted.needs_calibration is None and kv is None and (text.samples is not None or text.chat):
-            instead = "add --calibration self" if wanted.uses_calibration else "leave them out"
-            raise RecipeError(
-                f"{wanted.title} uses no calibration text, so --samples and --chat would be ignored; {instead}"
+        options, ready = Options(calibration=text.calibration, samples=text.samples, chat=text.chat), None
+        if target_format is None:
+            wanted = Recipe.of(recipe)
+            _check_text(wanted, effort, text)
+            decision = decided(model, wanted, effort, options, place or default_folder(model, wanted), told=True)
+            wanted = decision.recipe
+        else:
+            ready, decision = prepare_for(model, recipe, target_format, effort, options, place, kv, told=True)
+            wanted = ready.recipe
+            if kv is None:
+                _check_text(wanted, effort, text)
+        if decision.calibration is not None or kv is None:
+            text = CalibrationText(
+                decision.calibration, decision.samples, text.chat and decision.calibration is not None
             )
-        return Job(model, recipe, wanted, ready, text)
+        return Job(model, recipe, wanted, ready, text, decision)
 
     def default_out(self, target: str = "") -> Path:
         """The name of the result in the current folder, where none is given. target: what it is to meet, as a part of that name."""
@@ -103,6 +115,11 @@ class Job:
         ready = prepare(self.model, recipe, kind, kv=kv) if kind else None
         return replace(self, recipe=recipe, ready=ready, text=text)
 
+    @property
+    def rung(self) -> str:
+        """The effort as `lowbit.quantize` is told of it, which chooses no more."""
+        return "auto" if self.decision.effort is None else self.decision.effort.name
+
     @contextmanager
     def run(self, out: Path, keep: Path | None, overwrite: bool) -> Iterator[Outcome]:
         """Quantize and write, with a bar; what came of it can be measured until the end of the block."""
@@ -110,9 +127,6 @@ class Job:
         from lowbit.convert.quantize_as import quantized_as, work_folder
         from lowbit.measure.memory import peak_resident
 
-        needs = self.recipe.needs_calibration
-        if self.text.calibration is None and needs is not None:
-            console.dim(f"{needs} needs text: the model writes its own (--calibration self)")
         start = time.perf_counter()
         exported = None
         place = out if self.ready is None else keep or work_folder(out)
@@ -122,12 +136,25 @@ class Job:
             with console.layers_bar(doing) as (progress, on_layer):
                 options = {"progress": progress, "on_layer": on_layer, "overwrite": overwrite, **self.text.options()}
                 if self.ready is None:
+                    options["effort"] = self.rung
                     quantized = lowbit.quantize(self.model, self.recipe, out, **options)
                 else:
                     writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
                     quantized, exported = kept.enter_context(writing)
             checked = before is not None and _written_at(place) == before
             yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident(), checked)
+
+
+def _check_text(recipe: Recipe, effort: str, text: CalibrationText) -> None:
+    """RecipeError for options of a text that there is not."""
+    from lowbit.errors import RecipeError
+
+    takes_some = text.calibration is not None or effort != "auto" or recipe.has_calibrated_form
+    if not takes_some and recipe.needs_calibration is None and (text.samples is not None or text.chat):
+        instead = "add --calibration builtin" if recipe.uses_calibration else "leave them out"
+        raise RecipeError(
+            f"{recipe.title} uses no calibration text, so --samples and --chat would be ignored; {instead}"
+        )
 
 
 def _written_at(folder: Path) -> tuple[int, int] | None:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def words_of(
-    model: str, recipe: str, target_format: str | None, calibration: str | None, samples: int | None, chat: bool,
+    model: str, recipe: str, target_format: str | None, effort: str, calibration: str | None, samples: int | None, chat: bool,
     target: Mapping[str, Any], text: str | None, windows: int | None, card: str | None,
 ) -> list[str]:  # fmt: skip
     """`lowbit quantize` with these options, to be read by others: files by their names alone."""
     options: dict[str, Any] = {
-        "as": target_format, "calibration": calibration, "samples": samples, "chat": chat, **target, "text": text,
+        "as": target_format, "effort": None if effort == "auto" else effort, "calibration": calibration, "samples": samples, "chat": chat, **target, "text": text,
         "windows": windows, "card": card,
     }  # fmt: skip
     return ["lowbit", "quantize", _named(model), _named(recipe), *_options(options)]

@@ -116,11 +116,26 @@ Calibration = Annotated[
         "--calibration",
         metavar="FILE",
         help="Run the model over this text, so that methods see what the weights are multiplied with: a file of plain text or of "
-        "records, a Hugging Face dataset id, or the word self for text that the model writes itself. When it is left out, presets "
-        "such as w4 use no text; methods that cannot do without, such as gptq, let the model write some.",
+        "records, a Hugging Face dataset id, the word builtin for the text that comes with lowbit, or self for text that the model writes "
+        "itself. When it is left out, names such as w4 take builtin as far as --effort goes, and recipes that are spelled out take it "
+        "where they cannot do without, as gptq.",
         show_default=False,
         rich_help_panel=CALIBRATION,
     ),
+]
+Effort = Annotated[
+    str,
+    typer.Option(
+        "--effort",
+        metavar="LEVEL",
+        help="How much work goes into finding codes: none looks at no text; low weighs errors by the inputs of the weights; medium and high "
+        "let later weights make up for the errors of earlier ones, on 16 and 64 windows of text. auto takes the best that is done "
+        "within ten minutes on this machine. A recipe that is spelled out, such as search@int4:g32, does what it says.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+DataFree = Annotated[
+    bool, typer.Option("--data-free", help="Look at no text, as --effort none.", rich_help_panel=CALIBRATION)
 ]
 KVCalibration = Annotated[
     str | None,
@@ -137,7 +152,7 @@ Samples = Annotated[
     int | None,
     typer.Option(
         "--samples", min=1, metavar="N", help="Calibrate on N windows of the text, of 1024 tokens each.",
-        show_default="32", rich_help_panel=CALIBRATION,
+        show_default="as many as the effort has, or 32 of a text that is named", rich_help_panel=CALIBRATION,
     ),
 ]  # fmt: skip
 Chat = Annotated[
@@ -238,3 +253,14 @@ def recipe_of(recipe: str | None, bits: int | None, group_size: int | None) -> s
             f"this format, such as gptq@{meant if ':' in meant else 'int4:g32'}"
         )
     return meant
+
+
+def rung_of(effort: str, data_free: bool) -> str:
+    """The effort that was asked for. RecipeError where it is asked for in two ways that exclude each other."""
+    from lowbit.errors import RecipeError
+    from lowbit.pipeline.effort import AUTO, NONE, effort_named
+
+    effort_named(effort)
+    if data_free and effort not in (AUTO, NONE.name):
+        raise RecipeError(f"--data-free and --effort {effort} exclude each other; leave one out")
+    return NONE.name if data_free else effort

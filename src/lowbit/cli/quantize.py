@@ -25,6 +25,8 @@ from lowbit.cli.options import (
     CardWindows,
     Chat,
     Context,
+    DataFree,
+    Effort,
     FitMemory,
     GroupSize,
     Json,
@@ -39,6 +41,7 @@ from lowbit.cli.options import (
     TargetSize,
     Text,
     recipe_of,
+    rung_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ if TYPE_CHECKING:
 
 _PROMPT = "What is the capital of France?"
 _LENGTH, _WINDOWS = 1024, 4  # of the text, for --card full
-_WRITES = "a target measures each layer on text: the model writes its own; --calibration FILE gives it yours"
+_WRITES = "a target measures each layer on text, that which comes with lowbit; --calibration FILE gives it yours"
 _WARNED = 5  # tensors that are named one by one
 
 
@@ -87,6 +90,8 @@ def quantize(
         ),
     ] = None,
     kv: KV = None,
+    effort: Effort = "auto",
+    data_free: DataFree = False,
     calibration: Calibration = None,
     samples: Samples = None,
     chat: Chat = False,
@@ -105,9 +110,11 @@ def quantize(
 ) -> None:
     """Make a model small, read the result back, and measure what that cost.
 
-    Without a RECIPE it is w4: 4.5 bits in the linear layers and 8 in the embedding.
+    Without a RECIPE it is w4: 4.5 bits in the linear layers and 8 in the embedding, calibrated on a text that comes with lowbit.
     """
+    from lowbit.calibration.package_text import BUILTIN
     from lowbit.errors import RecipeError
+    from lowbit.report.effort_view import decision_lines
     from lowbit.report.layout import headline
 
     typed = recipe_of(recipe, bits, group_size)
@@ -118,9 +125,10 @@ def quantize(
         raise RecipeError("--kv belongs to --as vllm and would be ignored; leave it out")
     measures = how_much(card, no_card)
     console.quiet()
+    effort = rung_of(effort, data_free)
     told = bool(target) and calibration is None
-    calibration = "self" if told else calibration
-    job = Job.of(model, typed, target_format, CalibrationText(calibration, samples, chat), kv)
+    text_of = CalibrationText(BUILTIN if told else calibration, samples, chat)
+    job = Job.of(model, typed, target_format, text_of, kv, effort, keep or out)
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
     if measures is not HowMuch.none and text is not None:
@@ -131,6 +139,8 @@ def quantize(
     screen.print(headline(model, job.recipe.title, screen.width))
     for line in job.advice():
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
+    for line in decision_lines(job.decision):
+        console.say(screen, line, style="dim")
     kept = None
     if target:
         if told and sensitivity is None:
@@ -142,7 +152,7 @@ def quantize(
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
     how = measures.value if measures is HowMuch.full else None
     command = " ".join(
-        words_of(model, job.typed, target_format, calibration, samples, chat, target, text, windows, how)
+        words_of(model, job.typed, target_format, effort, calibration, samples, chat, target, text, windows, how)
     )
     with _noted(kept), job.run(out, keep, overwrite) as made:
         console.say(screen, _written(made, out))
@@ -213,7 +223,7 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
     seconds = max(LEAST, made.seconds)
     how: dict[str, Any] = {"speed": SHORT} if measures is HowMuch.full else {"budget": seconds}
     if measures is HowMuch.quick:
-        said = f"measuring what that cost takes {seconds:.0f} s at most; --card full measures more, and --no-card nothing"
+        said = f"measuring what that cost, in about {seconds:.0f} s where that is possible; --card full measures more, and --no-card nothing"
         console.say(console.stderr(), said, style="dim")
     try:
         with console.steps() as (say, progress):

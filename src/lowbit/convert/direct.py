@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.convert.exporting import Exported
-from lowbit.convert.quantize_as import prepare, quantized_as
+from lowbit.convert.quantize_as import prepare_for, quantized_as, work_folder
 from lowbit.interchange.progress import Progress
-from lowbit.pipeline.options import OnLayer
+from lowbit.pipeline.effort import AUTO
+from lowbit.pipeline.options import OnLayer, Options
 from lowbit.recipes.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ def quantize_as(
     samples: int | None = None,
     length: int | None = None,
     chat: bool = False,
+    effort: str = AUTO,
     tokenizer: Any = None,
     overwrite: bool = False,
     progress: Progress | bool | None = None,
@@ -33,15 +35,19 @@ def quantize_as(
 
     recipe: as in `quantize`, or a mix of the target's own, such as "q4_k_m". target: "gguf", "vllm", "gptq" or "awq". out: what to write,
     a file whose name ends in .gguf or a folder. keep: also keep lowbit's own folder, under this name. kv: as in `export`. calibration,
-    samples, length, chat and on_layer are those of `quantize`. What was written is read back and compared before it gets its name.
+    samples, length, chat, effort and on_layer are those of `quantize`. What was written is read back and compared before it gets its name.
 
     ExportError when the target cannot hold what the recipe asks for, with the nearest that it can; OutputError when `out` is not free.
 
     >>> lowbit.quantize_as(model, "int4:g32", "gptq", folder / "small-gptq").target
     'gptq'
     """
-    ready = prepare(model, recipe, target, calibrated=calibration is not None, tokenizer=tokenizer, kv=kv)
+    given = Options(tokenizer, calibration=calibration, samples=samples, length=length, chat=chat)
+    place = keep or work_folder(Path(out))
+    ready, decision = prepare_for(model, recipe, target, effort, given, place, kv)
     text = {"calibration": calibration, "samples": samples, "length": length, "chat": chat}
+    if decision.calibration is not None or kv is None:
+        text |= {"calibration": decision.calibration, "samples": decision.samples}
     with quantized_as(
         model,
         ready,

@@ -49,7 +49,7 @@ def command(
     for text in dict.fromkeys(_near(recipe, base)):
         with contextlib.suppress(LowbitError):
             ready = planned(kind, source, text, calibrated)
-            looks = " --calibration self" if calibrated and ready.recipe.uses_calibration else ""
+            looks = " --calibration builtin" if calibrated and ready.recipe.uses_calibration else ""
             found = f"lowbit quantize {shlex.quote(model)} {text} --as {kind.name}{looks}"
             if not ready.changes:
                 return found

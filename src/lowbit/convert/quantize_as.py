@@ -20,6 +20,9 @@ from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import READ_BACK, Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.pipeline.api import Quantized, quantize
+from lowbit.pipeline.choosing import decided
+from lowbit.pipeline.effort import NONE, Decision
+from lowbit.pipeline.options import Options
 from lowbit.recipes.recipe import Recipe
 
 _TEXT = ("calibration", "samples", "length", "chat")
@@ -41,6 +44,20 @@ def prepare(
         named = str(model) if isinstance(model, (str, Path)) else MODEL
         instead = command(kind, source, named, name, base, calibrated) if kv is None else ""
         raise (ExportError(f"{error}; this works: {instead}") if instead else error) from None
+
+
+def prepare_for(
+    model: Any, recipe: str | Recipe, target: str, effort: str, options: Options, place: str | Path | None = None,
+    kv: str | None = None, told: bool = False,
+) -> tuple[Prepared, Decision]:  # fmt: skip
+    """The same where the effort decides whether there is text, and what is done about it; see `decided`. place: where lowbit's folder goes."""
+    looks = options.calibration is not None
+    ready = {looks: prepare(model, recipe, target, calibrated=looks, tokenizer=options.tokenizer, kv=kv)}
+    if effort != NONE.name or looks:
+        ready[not looks] = prepare(model, recipe, target, calibrated=not looks, tokenizer=options.tokenizer, kv=kv)
+    plain, solved = ready[False].recipe, ready.get(True, ready[False]).recipe
+    decision = decided(model, plain, effort, options, place, calibrated=solved, told=told)
+    return ready[decision.recipe == solved] if len(ready) > 1 else ready[looks], decision
 
 
 @contextmanager

@@ -207,11 +207,6 @@ class TableGrid(Grid):
     def levels(self) -> Tensor:
         return torch.tensor(self.table)
 
-    @property
-    def search(self) -> NearestSearch:
-        """The distinct levels in ascending order, with the bounds between them."""
-        return _search(self.table, "cpu")
-
     def encode(self, x: Tensor) -> Tensor:
         search = _search(self.table, str(x.device))
         return search.codes[search(x)]

@@ -1,5 +1,6 @@
-"""What calibration computes in bfloat16 by the C++ part, on processors that multiply pairs of bfloat16 numbers: PyTorch rounds
-such products to bfloat16, or computes them at the speed of float32."""
+"""What calibration computes in bfloat16 by the C++ part, on processors that multiply pairs of bfloat16 numbers (AVX-512 BF16):
+PyTorch rounds such products to bfloat16, or computes them at the speed of float32. Where it has units for matrices (AMX), it is
+faster, and these functions are not used."""
 
 from __future__ import annotations
 

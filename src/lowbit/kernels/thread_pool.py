@@ -1,4 +1,4 @@
-"""The threads of the C++ part, shared by all weights of a process.
+"""The threads that multiply packed weights, shared by all weights of a process.
 
 PyTorch's OpenMP threads spin for milliseconds after every parallel loop. A second pool beside them would wait for
 processors that do nothing, so the threads of that runtime are borrowed, through the names that its ABI fixes. Where
@@ -21,8 +21,8 @@ from lowbit.kernels.core import core
 
 _NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
 _lock = threading.Lock()
-_pools: dict[int, Any] = {}
 _multipliers: dict[tuple[int, str], Any] = {}
+_pools: dict[int, Any] = {}
 _lost: list[Any] = []  # of a process that forked; their threads are not here, and freeing them would wait for these
 
 
@@ -34,7 +34,7 @@ def multiplier(isa: str = "") -> Any:
 
 
 def pool() -> Any:
-    """The `ThreadPool` of `lowbit._core` with as many threads as PyTorch uses now."""
+    """The `ThreadPool` of `lowbit._core` for as many threads as PyTorch uses now."""
     threads = torch.get_num_threads()
     found = _pools.get(threads)
     if found is None:
@@ -43,25 +43,26 @@ def pool() -> Any:
     return found
 
 
+def _pool(threads: int) -> Any:
+    if threads not in _pools:
+        if not _pools:
+            _forget_in_time()
+        for old in [t for t in _pools if t != threads]:
+            del _pools[old]  # who uses it keeps it alive
+        module: Any = core()
+        _pools[threads] = module.ThreadPool(threads, openmp())
+    return _pools[threads]
+
+
 def _make(key: tuple[int, str]) -> Any:
     threads, isa = key
     with _lock:
         if key not in _multipliers:
-            shared, module = _pool(threads), core()
-            _multipliers[key] = module.Multiplier(shared, isa)  # type: ignore[union-attr]
+            for old in [k for k in _multipliers if k[0] != threads]:
+                del _multipliers[old]  # who is in a product keeps it alive
+            module: Any = core()
+            _multipliers[key] = module.Multiplier(_pool(threads), isa)
         return _multipliers[key]
-
-
-def _pool(threads: int) -> Any:
-    """Of this many threads; those of another number go. Who works with them keeps them alive."""
-    if threads not in _pools:
-        _forget_in_time()
-        for old in [k for k in _multipliers if k[0] != threads]:
-            del _multipliers[old]
-        _pools.clear()
-        module: Any = core()
-        _pools[threads] = module.ThreadPool(threads, openmp())
-    return _pools[threads]
 
 
 @cache
@@ -79,15 +80,18 @@ def openmp() -> tuple[int, int, int] | None:
 
 @cache
 def _forget_in_time() -> None:
-    for kept in (_multipliers, _pools):
-        atexit.register(kept.clear)  # before the interpreter goes, which nanobind would call a leak
+    atexit.register(_clear)  # before the interpreter goes, which nanobind would call a leak
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_forget)
+
+
+def _clear() -> None:
+    _multipliers.clear()
+    _pools.clear()
 
 
 def _forget() -> None:
     global _lock
     _lock = threading.Lock()
-    for kept in (_multipliers, _pools):
-        _lost.extend(kept.values())
-        kept.clear()
+    _lost.extend([*_multipliers.values(), *_pools.values()])
+    _clear()

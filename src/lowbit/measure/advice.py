@@ -49,8 +49,8 @@ def advice(card: Card, base: str | None, target: str = _OWN) -> tuple[Advice, ..
             if recipe.name in _QUARTER
             else "calibration text usually lowers this loss, at the same size"
         )
-        why = f"{how_much}; `self` is text that the model writes itself, and a file of your own text is better"
-        out.append(_command(why, base, name, ("--calibration", "self"), target, "calibrated"))
+        why = f"{how_much}; `builtin` is the text that comes with lowbit, and a file of your own text may be better"
+        out.append(_command(why, base, name, ("--calibration", "builtin"), target, "calibrated"))
     bits = parts.linear_bits
     if bits is not None and bits < _MORE_BITS - 0.4 and target == _OWN:
         why = f"{_MORE_BITS} bits per weight in the linear layers instead of {bits:.2f}, spent where they help most"

@@ -41,6 +41,7 @@ from lowbit.measure.speed_as_generated import speed_as_generated
 from lowbit.measure.subject import open_subject, plan_parts, type_of
 from lowbit.measure.windows import Windows, make_windows
 from lowbit.pipeline.api import Quantized, quantize
+from lowbit.pipeline.effort import AUTO, NONE
 from lowbit.pipeline.loading import as_dtype, load
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
@@ -140,12 +141,14 @@ def compare(
     on_made: Callable[[str, Quantized], None] | None = None,
     calibration: Any = None,
     samples: int = SAMPLES,
+    effort: str = AUTO,
     on_step: OnStep | None = None,
     keep: str | Path | RowFile | None = None,
 ) -> list[CompareRow]:
     """Many recipes on one model, measured in one go; every data-free preset when `recipes` is None.
 
-    `calibration`: text (as in `quantize`) for every recipe that looks at data; the others do without.
+    `calibration`: text (as in `quantize`) for every recipe that looks at data, with `samples` windows; the others do without. Where none
+    is given, `effort` says of names such as "w4" what it says in `quantize`.
     Each recipe is quantized, written, read back by `from_pretrained` and measured. `on_made(recipe, quantized)`
     sees each before it is measured, `on_row` after. `progress(windows done, windows in all)` counts those of the float model and of every
     recipe; `on_step` is told what is at work and the time left. `keep`: a file in which finished rows are kept; rows that it has of this
@@ -167,7 +170,9 @@ def compare(
     )  # fmt: skip
 
     def looks_at_text(wanted: Recipe) -> bool:
-        return calibration is not None and wanted.calibrated().uses_calibration
+        if calibration is None:
+            return effort != NONE.name and wanted.has_calibrated_form
+        return wanted.calibrated().uses_calibration
 
     def told(name: str, done: int, total: int) -> None:
         if name != TEXT:  # what it takes is no part of the rest
@@ -177,8 +182,13 @@ def compare(
         start = time.perf_counter()
         wanted = Recipe.parse(recipe)
         looks = looks_at_text(wanted)
-        text: dict[str, Any] = {"calibration": calibration} if looks else {}
-        text |= {"samples": samples} if looks or wanted.needs_calibration is not None else {}
+        if calibration is None:
+            text: dict[str, Any] = {"effort": effort if wanted.has_calibrated_form else AUTO}
+        else:
+            text = {"calibration": calibration} if looks else {"effort": NONE.name}
+            text |= {"samples": samples} if looks else {}
+        if wanted.needs_calibration is not None:
+            text = {"calibration": calibration, "samples": samples}
         made = quantize(model, recipe, tokenizer=tokenizer, progress=told, **text)
         seconds = time.perf_counter() - start
         if on_made is not None:
@@ -200,7 +210,7 @@ def compare(
     file = keep if isinstance(keep, RowFile) or keep is None else RowFile(keep)
     kept, keys = dict[int, Card](), {-1: FLOAT, **{index: _full(name) for index, name in enumerate(names)}}
     if file is not None:
-        file.of(_facts(source, run, cut, calibration, tok, samples, settings))
+        file.of(_facts(source, run, cut, calibration, tok, samples, effort, settings))
         kept = {index: card for index, key in keys.items() if (card := file.card(key)) is not None}
 
     def finished(row: CompareRow) -> None:
@@ -238,7 +248,8 @@ def _full(recipe: str) -> str:
 
 
 def _facts(
-    source: Source, run: torch.dtype, cut: Windows, calibration: Any, tokenizer: Any, samples: int, speed: SpeedSettings | None
+    source: Source, run: torch.dtype, cut: Windows, calibration: Any, tokenizer: Any, samples: int, effort: str,
+    speed: SpeedSettings | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that decides the figures of a comparison but the recipe, ready for JSON."""
     machine = environment()
@@ -249,7 +260,7 @@ def _facts(
     return {
         "model": source.label, "identity": source.identity(), "dtype": str(run), "products": str(fast_dtype()),
         "text": cut.text_name, "text_sha256": cut.text_sha256, "windows": cut.count, "length": cut.length,
-        "windows_sha256": ids, "calibration": text, "samples": samples, "lowbit": machine.lowbit, "torch": machine.torch,
+        "windows_sha256": ids, "calibration": text, "samples": samples, "effort": effort, "lowbit": machine.lowbit, "torch": machine.torch,
         "transformers": machine.transformers, "speed": None if speed is None else [asdict(speed), machine.machine],
     }  # fmt: skip
 

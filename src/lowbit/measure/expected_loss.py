@@ -20,7 +20,7 @@ CALIBRATION = "32 windows of 1024 tokens of WikiText-2"
 CAVEAT = (
     "Expected losses are not measured on this model. They are of the same formats on SmolLM2-135M (channels shuffled), "
     "and larger models lose less: measured on WikiText-2, and where text says yes calibrated with 32 windows of another "
-    "part of WikiText-2. Text that the model writes itself (--calibration self) or other text may lose more. --json names "
+    "part of WikiText-2. Other text, such as that which comes with lowbit (--calibration builtin), may lose more. --json names "
     "the file of results of each."
 )
 

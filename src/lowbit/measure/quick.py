@@ -30,14 +30,15 @@ from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.output_card import card_of_outputs
 from lowbit.measure.outputs import predicts_tokens
-from lowbit.measure.quality import Progress, Quality, compare_logits, measure_quality
+from lowbit.measure.quality import HowMany, Progress, Quality, compare_logits, measure_quality
 from lowbit.measure.runs import Runs, both_by_engine, by_transformers
 from lowbit.measure.sample import Sample
 from lowbit.measure.speed import Speed, measure_speed
 from lowbit.measure.speed_as_generated import FAILURES, peak_of
 from lowbit.measure.subject import folder_of, open_subject, parts_of
+from lowbit.measure.token_times import torch_threads
 from lowbit.measure.verdict import near_limit
-from lowbit.measure.windows import Tokens
+from lowbit.measure.windows import Tokens, Windows
 from lowbit.pipeline.api import Quantized
 
 _PROBES = (32, 128)  # tokens of text, of which the rate is measured; the longer one only where that is quick
@@ -45,10 +46,11 @@ _QUICK = 0.05  # of the time that there is
 _ANSWERS = (60, 24)  # tokens of an answer at most
 _SPEEDS = (
     SpeedSettings(new=16, batch=0, repeats=2),
+    SpeedSettings(prompt=16, new=16, prefill=256, batch=0, repeats=1),
     SpeedSettings(prompt=16, new=8, prefill=64, batch=0, repeats=1),
 )
 _PROCESS = 4.0  # seconds in which a fresh process imports what it needs
-_SLOWER = 3.0  # transformers takes so many times as long as the engine (measured on SmolLM2)
+_SLOWER = 3.0  # the float model in transformers takes so many times as long as in the engine (measured on SmolLM2)
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class _Costs:
         return 64 * self.token + tokens * self.new
 
     def speed(self, how: SpeedSettings) -> float:
-        """Of both models in the program that measures quality: one round to warm up and one that counts."""
-        return 2 * ((how.prompt + how.prefill) * self.token + how.new * self.new)
+        """Of both models in the program that measures quality, with a round to warm up."""
+        return (1 + how.repeats) * ((how.prompt + how.prefill) * self.token + how.new * self.new)
 
     @property
     def process(self) -> float:
@@ -91,40 +93,65 @@ def quick_card(
     tok = words()
     tokens = Tokens.of(load_text(text), tok, mine.module, mine.longest)
     tokens.windows(length, windows)  # what is wrong with a text is said before anything is measured
-    say("measuring how fast this machine is")
-    costs = _costs(tokens, length, mine, other, opening, seconds, clock)
-    free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
-    for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
-        kept += cost if kept + cost <= free / 2 else 0.0
-    share = max(0.0, budget.left - kept)
-    most = min(length, mine.longest or length)
-    if windows is None:
-        size = length_that_fits(most, costs.token, share)
-        aim = USUAL if USUAL * size * costs.token <= share else COUNTS[0]
-        limit, how_many = COUNTS[-1], Ladder(share, clock)
-    else:
-        size, aim, limit, how_many = length, windows, windows, None
-    every = tokens.windows(length if size >= most else size)
-    cut = replace(every, ids=every.ids[:limit])
-    aim = min(aim, cut.count)
-    takes = aim * cut.length * costs.token + kept
-    plural = "" if aim == 1 else "s"
-    say(f"measuring quality on {aim} window{plural} of {cut.length} tokens (about {max(1, round(takes))} s for all of the card)")
-    before = budget.used
-    quality = measure_quality(
-        mine.scorer, cut, base=None if other is None else other.scorer, progress=progress, how_many=how_many
-    )
+    # PyTorch only compares logits then: threads of its own would go on spinning while the engine's work.
+    with torch_threads(1 if mine.module is None else None):
+        say("measuring how fast this machine is")
+        costs = _costs(tokens, length, mine, other, opening, seconds, clock)
+        plan = _planned(tokens, length, windows, costs, budget)
+        plural = "" if plan.aim == 1 else "s"
+        say(
+            f"measuring quality on {plan.aim} window{plural} of {plan.cut.length} tokens "
+            f"(about {max(1, round(plan.seconds))} s for all of the card)"
+        )
+        before = budget.used
+        quality = measure_quality(
+            mine.scorer,
+            plan.cut,
+            base=None if other is None else other.scorer,
+            progress=progress,
+            how_many=plan.how_many,
+        )
+    if windows is not None:  # asked for, whatever that took
+        budget.seconds += max(0.0, budget.used - before - plan.share)
     quality = replace(quality, program=_program(mine, other, source))
-    budget.seconds += 0.0 if windows is None else max(0.0, budget.used - before - share)  # asked for, whatever it took
-    mark = replace(TextMark.of(cut), windows=quality.windows)
-    notes = _notes(quality, every.count, length, mine.longest, seconds, windows)
+    notes = () if windows is not None else _notes(quality, plan.there, tokens, length, seconds)
+    mark = replace(TextMark.of(plan.cut), windows=quality.windows, notes=(*plan.cut.notes, *notes))
     sample = _sample(mine, other, tok, prompt, costs, budget, say)
     baseline: Runs | Source | None = other if other is None or other.module is not None else source
     other = None  # its memory is needed for the next
     rates, peak = _speed(mine, baseline, costs, budget, say, progress)
-    return Card(
-        parts, replace(mark, notes=(*mark.notes, *notes)), quality, rates, peak, sample, environment(), budget=seconds
-    )
+    return Card(parts, mark, quality, rates, peak, sample, environment(), budget=seconds)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured of the text: the windows that may be, of how many that are `there`, and which of them `how_many` takes, probably
+    `aim`. share: seconds for that; seconds: what it takes with all that comes after it."""
+
+    cut: Windows
+    there: int
+    aim: int
+    how_many: HowMany | None
+    share: float
+    seconds: float
+
+
+def _planned(tokens: Tokens, length: int, windows: int | None, costs: _Costs, budget: Budget) -> _Plan:
+    free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
+    for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
+        kept += cost if kept + cost <= free / 2 else 0.0
+    share = max(0.0, budget.left - kept)
+    most = length if tokens.longest is None else min(length, tokens.longest)
+    size = length_that_fits(most, costs.token, share) if windows is None else most
+    every = tokens.windows(size if size < most else length)
+    usual = USUAL if USUAL * size * costs.token <= share else COUNTS[0]
+    limit, aim = (COUNTS[-1], usual) if windows is None else (windows, windows)
+    cut = replace(every, ids=every.ids[:limit])
+    if windows is not None:
+        cut = tokens.windows(length, windows)  # which says where the text has fewer
+    aim = min(aim, cut.count)
+    how_many = None if windows is not None else Ladder(share, budget.clock)
+    return _Plan(cut, every.count, aim, how_many, share, aim * cut.length * costs.token + kept)
 
 
 def _float_source(model: Any, against: Any) -> Source | None:
@@ -188,16 +215,19 @@ def _program(mine: Runs, other: Runs | None, source: Source | None) -> str:
     return f"{mine.program}, both models; the weights of the float model as they are stored ({stored})"
 
 
-def _notes(quality: Quality, there: int, length: int, longest: int | None, seconds: float, asked: int | None) -> list[str]:
+def _notes(quality: Quality, there: int, tokens: Tokens, length: int, seconds: float) -> list[str]:
+    """What a reader should know of figures that were measured in limited time. there: windows of the text."""
     notes = []
-    if quality.windows < there and asked is None:
+    if quality.windows < there:
         notes.append(
             f"measured in limited time, {seconds:.0f} s: {quality.windows} of the {there} windows that the text has; `lowbit evaluate` "
             "measures all of them, and `lowbit quantize --card full` every figure without a limit"
         )
-    if quality.length < min(length, longest or length) and asked is None:
-        notes.append(f"windows of {quality.length} tokens instead of {length}, for the same reason; with less text before them tokens are harder to "
-            "predict, so the perplexity is higher")
+    if quality.length < length and quality.length != tokens.longest:
+        notes.append(
+            f"windows of {quality.length} tokens instead of {length}, for the same reason; with less text before them tokens are harder "
+            "to predict, so the perplexity is higher"
+        )
     kl = quality.kl_mean
     if kl is not None and not is_clear(quality):
         near = near_limit(kl.value, kl.stderr)
@@ -211,7 +241,9 @@ def _sample(
     say: Callable[[str], None],
 ) -> Sample | None:  # fmt: skip
     """Both answers, shorter ones where there is less time; None where there is none."""
-    new = next((each for each in _ANSWERS if costs.answers(each) <= budget.left / 3), None)
+    # Time for the shortest answer was set aside; a longer one leaves some for speed and memory.
+    shares = [(_ANSWERS[0], budget.left / 3), (_ANSWERS[-1], budget.left)]
+    new = next((each for each, most in shares if costs.answers(each) <= most), None)
     if not prompt or mine.answer is None or new is None:
         return None
     say("answering a prompt")
@@ -225,27 +257,31 @@ def _speed(
 ) -> tuple[Speed, int | None]:  # fmt: skip
     """The speed of the model, that of the float model in transformers, and the peak memory of a fresh process: what there is time for."""
     late = "there was no time for it; `lowbit quantize --card full` measures it"
-    settings = next((each for each in _SPEEDS if costs.speed(each) <= 0.6 * budget.left), None)
+    room = budget.left - costs.process
+    beside = [each for each in _SPEEDS if base is not None and _beside(base, costs, each) <= room]
+    alone = [each for each in _SPEEDS if costs.speed(each) <= 0.6 * budget.left]
     try:
-        found = Speed(skipped=late)
-        if settings is not None:
+        program, found = mine.backend(), Speed(skipped=late)
+        if beside or alone:
             say("measuring speed")
-            program = mine.backend()
-            other = _baseline(base, costs, settings, budget)
-            found = measure_speed(program, base=other, settings=settings, progress=progress)
-        elif mine.times is not None:
-            program = mine.backend()
+            other = _baseline(base) if beside else None
+            found = measure_speed(program, base=other, settings=[*beside, *alone][0], progress=progress)
     except FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None
-    if mine.times is None or program.first is None or costs.process > budget.left:
+    if program.first is None or costs.process > budget.left:
         return found, None
     return found, peak_of(program, say)
 
 
-def _baseline(base: Runs | Source | None, costs: _Costs, settings: SpeedSettings, budget: Budget) -> Backend | None:
-    """The float model in transformers, in one type, the faster for this processor's products; None where there is no time to load it."""
+def _beside(base: Runs | Source, costs: _Costs, how: SpeedSettings) -> float:
+    """Seconds for the speed of both, with the float model in transformers, into which it is loaded for that where the engine has it."""
     if isinstance(base, Runs):
-        return base.backend()
-    if base is None or 2 * costs.opening + _SLOWER * costs.speed(settings) > budget.left:
+        return costs.speed(how)
+    return 2 * costs.opening + costs.speed(how) * (1 + _SLOWER) / 2
+
+
+def _baseline(base: Runs | Source | None) -> Backend | None:
+    """The float model in transformers, in one type: that whose products are faster on this processor."""
+    if base is None:
         return None
-    return in_transformers(base.load_float(fast_dtype()))
+    return base.backend() if isinstance(base, Runs) else in_transformers(base.load_float(fast_dtype()))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with_survey
-from lowbit.calibration.data import SELF, Calibration, load_calibration
+from lowbit.calibration.data import Calibration, load_calibration
 from lowbit.display import Displayed
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
@@ -27,7 +27,9 @@ from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
+from lowbit.pipeline.choosing import decided
 from lowbit.pipeline.driver import fingerprint, write_folder
+from lowbit.pipeline.effort import AUTO
 from lowbit.pipeline.in_memory import packed_copy, solve_in_memory
 from lowbit.pipeline.loading import load
 from lowbit.pipeline.options import OnLayer, Options
@@ -104,6 +106,7 @@ def quantize(
     samples: int | None = None,
     length: int | None = None,
     chat: bool = False,
+    effort: str = AUTO,
     on_layer: OnLayer | None = None,
 ) -> Quantized:
     """Quantize a model: a Hugging Face id, a folder, a .gguf file, `smollm2`, or a module in memory.
@@ -112,11 +115,15 @@ def quantize(
     goes to a temporary folder that lives as long as the result. A module is not changed: the result's `model` is a
     copy that shares what was kept. `progress(name, bytes done, bytes in all)`.
 
-    `calibration`: text for methods that look at data: a file, a list of strings, a dataset id, token ids, a
-    DataLoader, or "self" for text that the model writes itself, which recipes that need data take when none is
-    given. `samples` windows (32) of `length` tokens (1024); `chat` wraps documents in the model's chat template.
-    `on_layer(solved)` sees each tensor with its errors when it is done. RecipeError for a text that the recipe does not look
-    at, and for `samples`, `length` and `chat` without a text.
+    `effort`: how much work goes into calibration. A name such as "w4" says how many bits there are, and leaves open how the codes are
+    found: "none" looks at no text, "low" weighs errors by the inputs on text, "medium" and "high" let later weights make up for the errors
+    of earlier ones; "auto" takes the best that a forecast says is done within ten minutes. A recipe that is spelled
+    out, such as "search@int4:g32", does what it says, and so does any recipe for a model that writes no text or has no tokenizer.
+
+    `calibration`: the text: a file, a list of strings, a dataset id, token ids, a DataLoader, "builtin" for the text that comes with
+    lowbit, which is taken where none is given, or "self" for text that the model writes itself. `samples` windows (32, or as many as the effort has) of
+    `length` tokens (1024); `chat` wraps documents in the model's chat template. `on_layer(solved)` sees each tensor with its errors when it
+    is done. RecipeError for a text that the recipe does not look at, and for `samples`, `length` and `chat` without a text.
 
     >>> q = lowbit.quantize(model, "w4")
     >>> q.plan.linear_bits_per_weight
@@ -125,22 +132,31 @@ def quantize(
     options = Options(
         tokenizer, heard(progress), max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
     )
-    wanted = Recipe.of(recipe)
-    if calibration is not None:
-        wanted = wanted.calibrated()
-        _check_uses(wanted.uses_calibration, wanted)
-    elif wanted.needs_calibration is not None:
-        options = replace(options, calibration=SELF)
-    elif options.of_text():
-        instead = "add calibration='self', or leave it out" if wanted.uses_calibration else "leave it out"
-        raise RecipeError(
-            f"{' and '.join(options.of_text())} would be ignored, as {wanted.title} is given no calibration text; {instead}"
-        )
+    wanted, options = _decided(Recipe.of(recipe), model, options, effort, out)
     _check_device(device)
     if out is not None and not isinstance(model, nn.Module):
         check_apart(Path(model), Path(out))
     with locked(out) if out is not None else nullcontext():
         return _quantized(model, wanted, out, options)
+
+
+def _decided(
+    recipe: Recipe, model: str | Path | nn.Module, options: Options, effort: str, out: str | Path | None
+) -> tuple[Recipe, Options]:  # fmt: skip
+    """The recipe in the form that is run, and the text for it. RecipeError for what would be ignored."""
+    open_ = effort != AUTO or options.calibration is not None or recipe.has_calibrated_form
+    if not open_ and options.of_text() and recipe.needs_calibration is None:
+        instead = "add calibration='builtin', or leave it out" if recipe.uses_calibration else "leave it out"
+        raise RecipeError(
+            f"{' and '.join(options.of_text())} would be ignored, as {recipe.title} is given no calibration text; {instead}"
+        )
+    decision = decided(model, recipe, effort, options, out)
+    if decision.calibration is not None:
+        _check_uses(decision.recipe.uses_calibration, decision.recipe)
+    rung = None if decision.effort is None else decision.effort.name
+    if decision.calibration is None:
+        options = replace(options, length=None, chat=False)  # of the text that there would have been
+    return decision.recipe, replace(options, calibration=decision.calibration, samples=decision.samples, effort=rung)
 
 
 def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | None, options: Options) -> Quantized:

@@ -23,7 +23,7 @@ from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.manifest import check_loads, origin, write_config
-from lowbit.pipeline.options import DEFAULTS, Options
+from lowbit.pipeline.options import DEFAULTS, EFFORT, Options
 from lowbit.pipeline.overlap import Behind, read_ahead
 from lowbit.pipeline.report import Report, make_report, solved_facts
 from lowbit.planning.plan import READ_AHEAD, WRITE_BEHIND, Plan
@@ -126,6 +126,11 @@ class _Reports:
                 self._options.progress(name, self._at, self._plan.bytes_before)
 
 
+def _effort_entry(options: Options) -> dict[str, str]:
+    """What the journal says of the effort, so that a second run of the same command does not choose another."""
+    return {} if options.effort is None else {EFFORT: options.effort}
+
+
 def write_folder(
     plan: Plan, source: Source, out: str | Path, options: Options = DEFAULTS, text: Calibration | None = None, *,
     key: str | None = None, solved: Results | None = None, again: bool = True,
@@ -139,7 +144,13 @@ def write_folder(
     check_loads(plan, source)
     key = key or fingerprint(plan, source, options.device, text)
     with FolderWriter(
-        out, plan.shards, key, origin(plan, source, text), options.overwrite, survey_entry(plan.survey), again
+        out,
+        plan.shards,
+        key,
+        origin(plan, source, text),
+        options.overwrite,
+        survey_entry(plan.survey) | _effort_entry(options),
+        again,
     ) as writer:
         if writer.finished:
             return make_report(plan, writer.journal, text)

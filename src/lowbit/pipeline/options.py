@@ -13,11 +13,12 @@ from lowbit.planning.plan import MAX_SHARD
 from lowbit.weights.solve import Solved
 
 OnLayer = Callable[[Solved], None]
+EFFORT = "effort"  # its name in the first line of the journal of an unfinished run
 
 
 @dataclass(frozen=True)
 class Options:
-    """See `quantize`. `samples` and `length`: None for as many as usual."""
+    """See `quantize`. `samples` and `length`: None for as many as usual. `effort`: the rung that was taken, None where there was none to choose."""
 
     tokenizer: Any = None
     progress: Progress | None = None
@@ -29,6 +30,7 @@ class Options:
     length: int | None = None
     chat: bool = False
     on_layer: OnLayer | None = None
+    effort: str | None = None
 
     def of_text(self) -> dict[str, Any]:
         """Those that say how much text is taken, and how, as far as they were given."""

@@ -169,6 +169,11 @@ class Recipe(Displayed):
         formats = (self.format, *(fmt for _, fmt in self.layers if fmt is not None))
         return self.needs_calibration is not None or any(self.weighs(fmt) for fmt in formats)
 
+    @property
+    def has_calibrated_form(self) -> bool:
+        """Whether its name stands for another recipe when calibration text is at hand."""
+        return self.calibrated() != self
+
     def calibrated(self) -> Recipe:
         """What a preset stands for when calibration text is at hand; the recipe itself otherwise."""
         preset = PRESETS.get(self.name or "")

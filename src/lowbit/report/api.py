@@ -22,6 +22,7 @@ from lowbit.measure.quality import Progress
 from lowbit.measure.row_file import RowFile
 from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
+from lowbit.pipeline.effort import AUTO
 from lowbit.report import plots as figures
 from lowbit.report.comparison import Comparison
 
@@ -34,6 +35,7 @@ def compare(
     *,
     calibration: Any = None,
     samples: int = SAMPLES,
+    effort: str = AUTO,
     text: str | Path | Sequence[str] | None = None,
     windows: int | None = None,
     length: int = 1024,
@@ -50,7 +52,7 @@ def compare(
 
     Each recipe is quantized, written, read back by `from_pretrained` and measured on `windows` windows (all when None) of `length` tokens of
     `text`: a file, strings or a dataset id, Python's own manual when None. `calibration`: text (as in `quantize`), `samples` windows of it, for
-    every recipe that looks at data; the others do without. `speed`: also tokens per second. `plots`: a folder for two figures, weights before
+    every recipe that looks at data; where none is given, `effort` says of names such as "w4" what it says in `quantize`. `speed`: also tokens per second. `plots`: a folder for two figures, weights before
     and after and quality against size (needs matplotlib).
 
     `keep`: a file in which rows are kept as they are finished; the same call goes on from them when it was interrupted, and `keep_after=False`
@@ -68,7 +70,7 @@ def compare(
     drawing = None if plots is None else Drawing(open_source(model), Path(plots))
     try:
         rows = api.compare(
-            model, recipes, calibration=calibration, samples=samples, text=text, windows=windows, length=length, speed=speed,
+            model, recipes, calibration=calibration, samples=samples, effort=effort, text=text, windows=windows, length=length, speed=speed,
             tokenizer=tokenizer, progress=progress, on_step=on_step, on_row=on_row,
             on_made=None if drawing is None else drawing.add, keep=file,
         )  # fmt: skip

@@ -188,11 +188,15 @@ def _planned(
 
 def _command(model: Any, name: str, kind: Exporter | None, text: str | None, samples: int | None) -> str:
     if not isinstance(model, (str, Path)):  # a module, which no command can name
-        said = "" if text is None else f", calibration={text!r}" + ("" if samples is None else f", samples={samples}")
+        said = ", effort='none'" if text is None and Recipe.parse(name).has_calibrated_form else ""
+        said = said if text is None else f", calibration={text!r}" + ("" if samples is None else f", samples={samples}")
         return f"lowbit.quantize(model, {name!r}{said})"
     words = ["lowbit", "quantize", str(model), name]
     words += [] if kind is None else ["--as", kind.name]
-    words += [] if text is None else ["--calibration", text]
+    if text is not None:
+        words += ["--calibration", text]
+    elif Recipe.parse(name).has_calibrated_form if name in PRESETS else kind is not None:
+        words += ["--data-free"]  # what it would do with text is another choice
     words += [] if text is None or samples is None else ["--samples", str(samples)]
     return shlex.join(words)
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from lowbit.budget.memory import OVERHEAD
 from lowbit.budget.sizes import parse_size
-from lowbit.calibration.data import SAMPLES, SELF
+from lowbit.calibration.data import SAMPLES
+from lowbit.calibration.package_text import BUILTIN
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
 from lowbit.interchange.opening import open_headers
@@ -72,7 +73,7 @@ def recommend(
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
     kv = kv_cache(source.config) if generates else KVCache(0)  # what writes no text keeps no keys and values
-    named = _calibration(source, calibration, generates, reads, measure)
+    named = _calibration(calibration, generates, reads, measure)
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
 
@@ -131,18 +132,16 @@ def _fills_gaps(source: Source) -> bool:
     return any("MaskedLM" in name for name in getattr(source.config, "architectures", None) or ())
 
 
-def _calibration(source: Source, given: Any, generates: bool, reads: bool, measure: bool) -> str | None:
+def _calibration(given: Any, generates: bool, reads: bool, measure: bool) -> str | None:
     """What `--calibration` of the recommended commands is given.
 
-    A model writes its own text where it can and its float weights have room here; others need a text of the user's own.
+    The text that comes with lowbit where the model writes text; others need a text of the user's own.
     """
     if given is not None:
         return str(given) if isinstance(given, (str, Path)) else OWN_TEXT
     if measure or not reads:
         return None
-    needs = OVERHEAD + 4 * sum(spec.nbytes // spec.dtype.itemsize for spec in source.tensors.values())
-    free = free_memory()
-    return SELF if generates and (not free or needs <= free) else OWN_TEXT
+    return BUILTIN if generates else OWN_TEXT
 
 
 def _picked(fitting: list[Choice], speed: bool) -> tuple[Choice | None, Choice | None, bool]:

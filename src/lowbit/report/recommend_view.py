@@ -215,7 +215,7 @@ def _about_text(found: Recommendation) -> Iterator[str]:
             "some more."
         )
     elif best.measured is not None and best.bits < 7:
-        yield "With --calibration self the loss of so few bits falls to about a quarter; add it here to measure that."
+        yield "With --calibration builtin the loss of so few bits falls to about a quarter; add it here to measure that."
 
 
 def _room_to_make(found: Recommendation) -> Iterator[str]:

@@ -31,10 +31,11 @@ def core_takes(fmt: Format, weight: Tensor) -> bool:
 
 
 class CoreSteps:
-    """`isa`: a set of instructions by name, "" for the best."""
+    """`isa`: a set of instructions by name, "" for the best. `most_kept`: bytes of products of groups with H that 16 rows keep from
+    one round to the next; more are computed again."""
 
-    def __init__(self, isa: str = "") -> None:
-        self.isa = isa
+    def __init__(self, isa: str = "", most_kept: int = 24 << 20) -> None:
+        self.isa, self.most_kept = isa, most_kept
 
     def solve(
         self, q: QTensor, target: Tensor, factor: Factor, still: Tensor | None, shift: Tensor | None, rounds: int
@@ -70,7 +71,7 @@ class CoreSteps:
                 pool(), self.isa, _levels(fmt), _offsets(fmt), _group(q), x, s, z, factor.hessian.numpy(),
                 factor.perm.to(torch.int32).numpy(), mask, c, e, feed=None if feed is None else (*matrices, nearest), rounds=rounds,
                 refit=refit, signed_scales=fmt.scale_signed, scale_store=fmt.scale if refit else "fp32",
-                offset_store=_store(fmt) if refit else "fp32",
+                offset_store=_store(fmt) if refit else "fp32", most_kept=self.most_kept,
             )  # fmt: skip
         found = replace(q, codes=pack(codes, fmt.grid.cardinality))
         if refit and rounds:
@@ -101,10 +102,11 @@ def _levels(fmt: Format) -> Any:
     module: Any = core()
     grid = fmt.grid
     if isinstance(grid, IntGrid):
-        return module.GridLevels.integers(int(grid.lo), int(grid.hi))
+        return module.GridLevels((int(grid.lo), int(grid.hi)))
     assert isinstance(grid, TableGrid)
-    search = grid.search
-    return module.GridLevels.table(search.sorted.numpy(), search.bounds.numpy(), search.codes.numpy())
+    levels, bounds, codes = grid.by_bounds()
+    floats = (torch.tensor(levels).numpy(), torch.tensor(bounds[:-1]).numpy())
+    return module.GridLevels(table=(*floats, torch.tensor(codes, dtype=torch.uint8).numpy()))
 
 
 def _offsets(fmt: Format) -> Any:

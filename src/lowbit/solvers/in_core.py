@@ -162,7 +162,13 @@ class _Matrix:
 
 
 def _matrix(weight: Tensor, block: Block) -> _Matrix | None:
-    if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.dim() or not weight.numel() or block.rows != 1:
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype not in _TYPES
+        or not weight.dim()
+        or not weight.numel()
+        or block.rows != 1
+    ):
         return None
     cols = weight.shape[-1]
     size = cols if block.cols == -1 else min(block.cols, cols)

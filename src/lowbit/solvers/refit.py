@@ -56,14 +56,16 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor, still: Tensor | No
     bases = [level, torch.ones_like(level)] if minimum else [level]
     present = torch.cat([before, offset[0]], 1) if minimum else before  # type: ignore[index]
     dead = before == 0 if offset is None or not minimum else (before == 0) & (offset[0] == 0)
+    # It is the change that is solved for, with the error of the present answer pulled: float32 sums of the whole hide it.
+    pulled = (target - q.dequantize()) @ hessian
     if isinstance(fmt.scale, Format):
-        return _refit_nested(q, bases, (target - q.dequantize()) @ hessian, hessian, size, present, dead)
-    pulled = target @ hessian
+        return _refit_nested(q, bases, pulled, hessian, size, present, dead)
     found = torch.empty(rows, groups * len(bases))
     step = max(1, _CHUNK // (groups * len(bases)) ** 2)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
-        found[part], _ = _solve([b[part] for b in bases], pulled[part], hessian, size, present[part])
+        change, _ = _solve([b[part] for b in bases], pulled[part], hessian, size)
+        found[part] = present[part] + change
     scale = found[:, :groups]
     # A group whose levels are all 0 says nothing of its scale; a scale that turned 0 would lose the group for good.
     scale = torch.where((scale == 0) | ~scale.isfinite() | dead, before, scale)
@@ -84,8 +86,7 @@ def refit_scales(q: QTensor, target: Tensor, hessian: Tensor, still: Tensor | No
 def _refit_nested(
     q: QTensor, bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor, dead: Tensor
 ) -> QTensor:
-    """The same for scales in few bits, which gain little: so it is the change that is solved for, with the error of the
-    present answer pulled, or the sums of float32 would hide it."""
+    """The same for scales in few bits, which are rounded with regard to each other."""
     kinds = _nested(q.format)
     layout = Layout.of(kinds, (1, -1)[: len(bases)], present.shape[1] // len(bases))
     parts = [s.scales() for s in (q.scale, q.offset) if isinstance(s, QTensor)]
@@ -95,7 +96,7 @@ def _refit_nested(
     for begin in range(0, len(present), step):
         part = slice(begin, begin + step)
         now = present[part]
-        change, normal = _solve([b[part] for b in bases], pulled[part], hessian, size, torch.zeros_like(now))
+        change, normal = _solve([b[part] for b in bases], pulled[part], hessian, size)
         whole = normal.tril() + normal.tril(-1).transpose(1, 2)
         found[part], steps[part] = round_nested(now + change, whole, layout, now, steps[part])
     found = found.masked_fill(dead.repeat(1, len(bases)), 0)
@@ -104,9 +105,9 @@ def _refit_nested(
     return replace(q, scale=kept[0], offset=kept[1] if len(kept) == 2 else None)
 
 
-def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, present: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [n, C], float64 [n, C, C], C = G * len(bases): the answer, and the lower triangles of the normal equations of every
-    row, with a trace of the present answer in them."""
+def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """float32 [n, C], float64 [n, C, C], C = G * len(bases): how the answer changes, and the lower triangles of the normal equations
+    of every row, with a ridge that holds back what they do not tell."""
     cols = hessian.shape[0]
     spans = [(g, min(g + size, cols)) for g in range(0, cols, size)]
     rows, count = len(pulled), len(spans) * len(bases)
@@ -122,9 +123,8 @@ def _solve(bases: list[Tensor], pulled: Tensor, hessian: Tensor, size: int, pres
     diagonal = normal.diagonal(dim1=1, dim2=2)
     ridge = 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
     normal = normal.double() + torch.diag_embed(ridge.expand(-1, count)).double()
-    right = right.double() + (ridge * present).double()
     factor, _ = torch.linalg.cholesky_ex(normal)
-    return torch.cholesky_solve(right[..., None], factor)[..., 0].float(), normal
+    return torch.cholesky_solve(right.double()[..., None], factor)[..., 0].float(), normal
 
 
 def _by_group(x: Tensor, size: int, groups: int) -> Tensor:

@@ -102,7 +102,10 @@ def weighting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def fit(
-    offset: Literal["any", "never", "always"] = "any", *, weighs: bool = False, ignores: Ignores = _nothing,
+    offset: Literal["any", "never", "always"] = "any",
+    *,
+    weighs: bool = False,
+    ignores: Ignores = _nothing,
     in_core: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a fit under the name of its function. `offset`: whether it fills formats with or without one.
@@ -116,7 +119,11 @@ def fit(
 
 
 def solver(
-    learns_levels: bool = False, needs: Needs = "nothing", *, weighs: bool = False, ignores: Ignores = _nothing,
+    learns_levels: bool = False,
+    needs: Needs = "nothing",
+    *,
+    weighs: bool = False,
+    ignores: Ignores = _nothing,
     in_core: Callable[..., Found | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a solver under the name of its function.
@@ -212,7 +219,9 @@ class Call:
         reason = self.method.declines(fmt)
         if reason is not None:
             raise RecipeError(f"{self.name!r} {reason}")
-        found = self.solve_in_core(weight, fmt, *others) or self._of_usual_size(self.method.function, weight, fmt, *others)
+        found = self.solve_in_core(weight, fmt, *others) or self._of_usual_size(
+            self.method.function, weight, fmt, *others
+        )
         assert found is not None
         return found
 

@@ -82,7 +82,10 @@ def by_row(take: Tensor, new: QTensor, old: QTensor) -> QTensor:
             codes = choose(a.unpacked(), b.unpacked())
             parts = {"scale": chosen(a.scale, b.scale), "offset": chosen(a.offset, b.offset)}
             return replace(b, codes=pack(codes, b.format.grid.cardinality), **parts)  # type: ignore[arg-type]
-        return choose(a, b)  # type: ignore[arg-type]
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        return (
+            b if torch.equal(a, b) else choose(a, b)
+        )  # packed zero-points, which are the same, may have no rows of their own
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(take[:, None], a.reshape(rows, -1), b.reshape(rows, -1)).view(b.shape)

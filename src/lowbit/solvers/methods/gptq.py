@@ -22,8 +22,8 @@ def gptq(
     so that any order of columns costs nothing at run time. `order`: 1 by decreasing E[x_k^2] (activation order),
     2 the same inside groups and among groups (group-aware order), 0 as they stand. `damp`: share of mean(diag H)
     added to it; grows by itself where the factorization fails. `polish`: how often, afterwards, all
-    scales are refitted together and each code is chosen once more while the others stay (coordinate descent); a round is kept only where
-    it lowers the error. The error is never above that of round-to-nearest.
+    scales are refitted together and each code is chosen once more while the others stay (coordinate descent); a row keeps a round only where
+    it lowers its error. No row's error is above that of round-to-nearest.
 
     Source: Frantar et al. 2022, "GPTQ", Algorithm 1; static groups and activation order: its reference
     implementation; group-aware order: Gafni et al. 2025.

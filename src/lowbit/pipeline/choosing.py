@@ -1,0 +1,94 @@
+"""What a run does about calibration text, for a model at hand: `effort.decide` with a forecast of this machine behind it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lowbit.errors import LowbitError
+from lowbit.interchange.files.finished import MANIFEST
+from lowbit.interchange.files.folder_writer import head_of
+from lowbit.interchange.files.settings import read_json
+from lowbit.interchange.opening import open_source
+from lowbit.interchange.source import Source
+from lowbit.pipeline.effort import AUTO, EFFORTS, Decision, Effort, decide, no_text_for
+from lowbit.pipeline.forecast import Rates
+from lowbit.pipeline.options import EFFORT, Options
+from lowbit.pipeline.rehearsal import rehearse
+from lowbit.planning.plan import Plan, make_plan
+from lowbit.recipes.recipe import Recipe
+from lowbit.recipes.rewriting import rewritten
+
+_LENGTH = 1024
+
+
+def decided(
+    model: str | Path | nn.Module, recipe: Recipe, effort: str, options: Options, out: str | Path | None = None, *,
+    calibrated: Recipe | None = None, told: bool = False,
+) -> Decision:  # fmt: skip
+    """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
+    told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
+    rehearsal = _Rehearsal(model, recipe, options)
+    solved = calibrated or recipe.calibrated()
+    before = None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved)
+    chooses = effort == AUTO and options.calibration is None and solved != recipe and before is None
+    return decide(
+        recipe, effort if before is None else before.name, calibration=options.calibration, samples=options.samples,
+        calibrated=calibrated, why_not=rehearsal.why_not, forecast=rehearsal.forecast if told or chooses else None,
+    )  # fmt: skip
+
+
+class _Rehearsal:
+    """The model opened, planned and rehearsed when it is first asked for."""
+
+    def __init__(self, model: str | Path | nn.Module, recipe: Recipe, options: Options) -> None:
+        self.model, self.recipe, self.options = model, recipe, options
+        self._plans: dict[str, Plan] = {}
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.model, tokenizer=self.options.tokenizer)
+
+    @cached_property
+    def rates(self) -> Rates:
+        return rehearse(self._plan(self.recipe), self.source)
+
+    def why_not(self) -> str:
+        """Why this model is not calibrated on text; empty where it can be."""
+        if str(self.options.device) != "cpu":
+            return "calibrated methods run on the CPU in this version, so the model is quantized without text"
+        return no_text_for(self.source)
+
+    def forecast(self, recipe: Recipe, samples: int) -> float:
+        """Seconds of quantizing with so many windows of text."""
+        length = self.options.length or _LENGTH
+        return self.rates.seconds(self._plan(recipe), recipe, samples * length, length).seconds
+
+    def _plan(self, recipe: Recipe) -> Plan:
+        key = str(recipe)
+        if key not in self._plans:
+            self._plans[key] = make_plan(rewritten(self.source, recipe), recipe)
+        return self._plans[key]
+
+
+def _before(out: str | Path | None, plain: Recipe, solved: Recipe) -> Effort | None:
+    """The effort of the run that wrote `out`, or that left it unfinished; None where there is none."""
+    if out is None:
+        return None
+    told: Any = head_of(out).get(EFFORT)
+    if told in EFFORTS:
+        return EFFORTS[told]
+    try:
+        manifest = read_json(Path(out) / MANIFEST)
+    except LowbitError:
+        return None
+    text: Any = manifest.get("recipe")
+    text = text.get("text") if isinstance(text, dict) else None
+    calibration: Any = manifest.get("calibration")
+    windows = calibration.get("windows") if isinstance(calibration, dict) else 0
+    return next(
+        (e for e in EFFORTS.values() if e.samples == windows and text == str(solved if e.solver else plain)), None
+    )

@@ -1,0 +1,26 @@
+"""What a run will do about calibration text, and how long it will take, in the lines that are printed before the work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowbit.calibration.package_text import BUILTIN, NAME
+from lowbit.report.progress_view import duration_text
+
+if TYPE_CHECKING:
+    from lowbit.pipeline.effort import Decision
+
+
+def decision_lines(decision: Decision) -> list[str]:
+    """Whole sentences: what is done, how long it takes, and how to choose otherwise."""
+    lines = [f"note: {decision.reason}"] if decision.reason else []
+    windows = "1 window" if decision.samples == 1 else f"{decision.samples} windows"
+    takes = "" if decision.seconds is None else f"Takes about {duration_text(decision.seconds)} here"
+    if decision.calibration == BUILTIN:
+        lines.append(f"{takes + ', c' if takes else 'C'}alibrated on {windows} of {NAME}; --calibration FILE takes your own text, --data-free none.")
+    elif takes:
+        lines.append(f"{takes}.")
+    if decision.longer is not None:
+        rung, seconds = decision.longer
+        lines.append(f"With --effort {rung.name} it would lose less, and take about {duration_text(seconds)}.")
+    return lines
