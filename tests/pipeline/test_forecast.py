@@ -168,7 +168,7 @@ def test_rehearsal_reads_and_runs_no_more_than_it_says(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, source = opened(tiny_folder("llama"))
-    monkeypatch.setattr(rehearsal, "_FILE", 4096)
+    monkeypatch.setattr(rehearsal, "_READ", 4096)
     monkeypatch.setattr(block_rehearsal, "_WIDTH", 32)
     monkeypatch.setattr(block_rehearsal, "_TABLE", 1)
     read: list[str] = []

@@ -108,8 +108,7 @@ class SolverRates:
 class Rates:
     """What a rehearsal measured, from which runs are forecast.
 
-    threads         of a solver; `processors` share these and the threads that read and write beside it. 1 and 1 where seconds are those of
-                    the processors rather than of a clock
+    threads         of a solver; `processors` in effect, which these share with the threads that read and write beside it
     starting        seconds of what every run does once; `starting_text` of a run over text
     alone           by format, fit and solver
     blocks          the name of every block with its tensors; `kinds` what was measured of each kind of them, `solvers` of each way to solve
@@ -118,7 +117,7 @@ class Rates:
 
     bytes: Bytes
     threads: int
-    processors: int
+    processors: float
     starting: float
     starting_text: float
     alone: Mapping[How, Alone]
@@ -150,10 +149,10 @@ class Rates:
             }
         else:
             solving = sum(self._alone(t, recipe) for t in plan.tensors)
-            busy = (reading + writing + self.threads * solving) / self.processors
+            busy = (reading + writing + min(self.threads, self.processors) * solving) / self.processors
             beside = max(reading, solving, writing, busy) / max(1e-9, reading + solving + writing)
             phases |= {READING: reading * beside, SOLVING: solving * beside, WRITING: writing * beside}
-        phases[VERIFYING] = after * (rates.read_back + rates.hash) / self.threads
+        phases[VERIFYING] = after * (rates.read_back + rates.hash) / min(self.threads, self.processors)
         return Forecast(sum(phases.values()), phases)
 
     def _alone(self, tensor: TensorPlan, recipe: Recipe) -> float:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,21 +19,25 @@ import torch
 from lowbit.errors import LowbitError, OutputError
 from lowbit.formats import Format
 from lowbit.interchange.files.atomic import sync
+from lowbit.interchange.files.folder_writer import FolderWriter
+from lowbit.interchange.files.safetensors_reader import bytes_of
+from lowbit.interchange.files.safetensors_writer import shards_of
 from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.block_rehearsal import BlockRehearsal
 from lowbit.pipeline.block_timing import Clock
 from lowbit.pipeline.forecast import Alone, Bytes, How, Rates, format_of, how_of
-from lowbit.pipeline.manifest import check_loads
-from lowbit.planning.plan import Plan
+from lowbit.pipeline.manifest import check_loads, write_config
+from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
 from lowbit.planning.tensor import SLAB
 from lowbit.recipes.recipe import Recipe
 from lowbit.weights.finite import nonfinite
 from lowbit.weights.solve import solve
 
-_FILE = 16 << 20  # bytes that are written, and about as many read
+_FILE, _READ = 16 << 20, 32 << 20  # bytes that are written, and about as many as are read
 _LARGEST = 64 << 20  # bytes of a tensor that is read for a trial
+_TENSORS = 64  # small ones that are written
 _FEWEST = 1 << 14  # elements of a weight that is encoded in a trial
 _MOST_SECONDS = 0.25  # a trial that would take longer is not made larger
 
@@ -47,11 +52,11 @@ def rehearse(
     near    the folder that will be written, or one beside it: what is written for trial goes to its disk, and is removed again
     clock   seconds; `time.process_time` for those of the processors
     """
-    waiting = clock is not time.process_time
-    threads, processors = (torch.get_num_threads(), _processors()) if waiting else (1, 1)
+    threads, processors = torch.get_num_threads(), _processors(clock)
     with _folder(near) as folder:
         rates = _bytes(plan, source, folder, clock)
-        starting = _starting(plan, source, folder, clock)
+        handling = _handling(folder, clock)
+        starting = _starting(plan, source, folder, clock) + handling * len(plan.tensors)
         alone = _encoded(plan, recipes, clock)
         if not text or not any(recipe.uses_calibration for recipe in recipes):
             return Rates(rates, threads, processors, starting, 0.0, alone)
@@ -87,16 +92,17 @@ def _folder(near: str | Path | None) -> Iterator[Path]:
 
 def _bytes(plan: Plan, source: Source, folder: Path, clock: Clock) -> Bytes:
     reading = checking = 0.0
-    count = 0
+    count, held = 0, []  # which a run holds while it reads on, so that each needs memory of its own
     for tensor in _usual(plan.tensors):
-        if count >= _FILE or (count and tensor.bytes_before > _LARGEST):
+        if count >= _READ or (count and tensor.bytes_before > _LARGEST):
             break
         start = clock()
         weight = source.read(tensor.name)
         read = clock()
         nonfinite(weight)
         reading, checking, count = reading + read - start, checking + clock() - read, count + tensor.bytes_before
-        del weight
+        held.append(weight)
+    held.clear()
     data, path = os.urandom(_FILE), folder / "trial"
     hashing = _seconds(lambda: hashlib.sha256(data), clock)
 
@@ -112,21 +118,35 @@ def _bytes(plan: Plan, source: Source, folder: Path, clock: Clock) -> Bytes:
 
 
 def _usual(tensors: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """Those that inputs are multiplied with first, and of these the ones of middle size."""
-    sizes = sorted(t.bytes_before for t in tensors if t.is_multiplied) or [0]
-    middle = sizes[len(sizes) // 2]
-    return sorted(tensors, key=lambda t: (not t.is_multiplied, abs(t.bytes_before - middle)))
+    """Those that inputs are multiplied with first, and of these the largest that are read for trial."""
+    return sorted(tensors, key=lambda t: (not t.is_multiplied, t.bytes_before > _LARGEST, -t.bytes_before))
 
 
 def _starting(plan: Plan, source: Source, folder: Path, clock: Clock) -> float:
-    """What is done once a run: the result's config is checked, the source known by its hash, and what goes with its weights written."""
+    """What is done once a run: the plan is made, its result's config checked and written, the source known by its hash, and what goes with
+    its weights written."""
     assets = folder / "assets"
     assets.mkdir()
     start = clock()
+    make_plan(source, plan.recipe)
     check_loads(plan, source)
     source.identity()
     source.save_assets(assets)
+    write_config(plan, source, assets, {})
     return clock() - start
+
+
+def _handling(folder: Path, clock: Clock) -> float:
+    """What each tensor takes, however small: its place in a file, its hash, and its entries in journal and manifest."""
+    tensors = {f"model.layers.{i}.trial.weight": torch.zeros(64) for i in range(_TENSORS)}
+    shards = shards_of([(name, {name: (t.dtype, tuple(t.shape))}) for name, t in tensors.items()], MAX_SHARD)
+    start = clock()
+    with FolderWriter(folder / "written", shards, "trial", {}, again=False) as writer:
+        for name, t in tensors.items():
+            writer.write(name, {name: t}, source=hashlib.sha256(bytes_of(t)).hexdigest(), error=0.0)
+        writer.verify()
+        writer.finish()
+    return (clock() - start) / _TENSORS
 
 
 def _encoded(plan: Plan, recipes: Sequence[Recipe], clock: Clock) -> dict[How, Alone]:
@@ -169,10 +189,16 @@ def _encoding(tensor: TensorPlan, fmt: Format, recipe: Recipe, clock: Clock) -> 
     return Alone(max(0.0, small - element * few * width), element)
 
 
-def _processors() -> int:
-    """That this process may use."""
+def _processors(clock: Clock) -> float:
+    """How many this process has in effect: fewer than it may use where other programs keep them busy; 1 by a clock of processors."""
+    data = bytes(_FILE)
     able = getattr(os, "sched_getaffinity", None)
-    return len(able(0)) if able is not None else os.cpu_count() or 1
+    count = min(torch.get_num_threads() + 2, len(able(0)) if able is not None else os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(time.sleep, [0.001] * count))  # they are started
+        alone = _seconds(lambda: hashlib.sha256(data), clock)
+        together = _seconds(lambda: list(threads.map(lambda _: hashlib.sha256(data), range(count))), clock)
+    return max(1.0, min(float(count), count * alone / max(together, 1e-9)))
 
 
 def _seconds(work: Callable[[], object], clock: Clock) -> float:
