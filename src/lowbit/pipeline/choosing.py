@@ -31,8 +31,8 @@ def decided(
 ) -> Decision:  # fmt: skip
     """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
     told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
-    rehearsal = _Rehearsal(model, recipe, options)
     solved = calibrated or recipe.calibrated()
+    rehearsal = _Rehearsal(model, (recipe, solved), options, out)
     before = None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved)
     chooses = effort == AUTO and options.calibration is None and solved != recipe and before is None
     return decide(
@@ -44,8 +44,10 @@ def decided(
 class _Rehearsal:
     """The model opened, planned and rehearsed when it is first asked for."""
 
-    def __init__(self, model: str | Path | nn.Module, recipe: Recipe, options: Options) -> None:
-        self.model, self.recipe, self.options = model, recipe, options
+    def __init__(
+        self, model: str | Path | nn.Module, recipes: tuple[Recipe, ...], options: Options, out: str | Path | None
+    ) -> None:  # fmt: skip
+        self.model, self.recipes, self.options, self.out = model, tuple(dict.fromkeys(recipes)), options, out
         self._plans: dict[str, Plan] = {}
 
     @cached_property
@@ -54,7 +56,8 @@ class _Rehearsal:
 
     @cached_property
     def rates(self) -> Rates:
-        return rehearse(self._plan(self.recipe), self.source)
+        text = not self.why_not() or self.options.calibration is not None
+        return rehearse(self._plan(self.recipes[0]), self.source, self.recipes, text=text, near=self.out)
 
     def why_not(self) -> str:
         """Why this model is not calibrated on text; empty where it can be."""
