@@ -170,7 +170,9 @@ def write_folder(
                     if result.plan.name in done:
                         continue
                     facts = {"source": digest, **solved_facts(result)}
-                    if text is not None:  # which asks in between for what was written to be safe, and takes longer than writing
+                    if (
+                        text is not None
+                    ):  # which asks in between for what was written to be safe, and takes longer than writing
                         writer.write(result.plan.name, result.stored, **facts)
                     else:
                         put = partial(writer.put, result.stored)

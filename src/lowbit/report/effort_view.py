@@ -17,7 +17,9 @@ def decision_lines(decision: Decision) -> list[str]:
     windows = "1 window" if decision.samples == 1 else f"{decision.samples} windows"
     takes = "" if decision.seconds is None else f"Takes about {duration_text(decision.seconds)} here"
     if decision.calibration == BUILTIN:
-        lines.append(f"{takes + ', c' if takes else 'C'}alibrated on {windows} of {NAME}; --calibration FILE takes your own text, --data-free none.")
+        lines.append(
+            f"{takes + ', c' if takes else 'C'}alibrated on {windows} of {NAME}; --calibration FILE takes your own text, --data-free none."
+        )
     elif takes:
         lines.append(f"{takes}.")
     if decision.longer is not None:
