@@ -100,10 +100,10 @@ def load_calibration(
         raise TextError(f"calibration windows of {length} tokens are too short: use 2 or more")
     longest = _longest(model)
     length = min(length, longest or length)
-    if source is None or (isinstance(source, str) and source == SELF):
-        return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed, on_token)
     if (isinstance(source, str) and source == BUILTIN) or (source is None and not chat):
         return _package_text(_tokenizer(tokenizer, model), model, samples, length, chat)
+    if source is None or (isinstance(source, str) and source == SELF):
+        return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed, on_token)
     kind, data = _kind_of(source)
     if kind == "ids":
         if chat:
