@@ -158,6 +158,12 @@ def test_rehearsal_of_an_architecture(name: str, tiny_folder: Callable[[str], Pa
         assert found.seconds > rates.seconds(plan, LOW).seconds > 0
 
 
+def test_without_recipes_it_is_the_plans_own_with_and_without_text(tiny_folder: Callable[[str], Path]) -> None:
+    plan, source = opened(tiny_folder("llama"))
+    rates = rehearse(plan, source)
+    assert rates.seconds(plan, SOLVED, 512, 64).seconds > rates.seconds(plan, LOW).seconds > 0
+
+
 def test_rehearsal_does_the_same_work_each_time(tiny_folder: Callable[[str], Path]) -> None:
     plan, source = opened(tiny_folder("llama"))
     found = [rehearse(plan, source, [LOW, SOLVED], clock=Ticks()) for _ in range(2)]
