@@ -113,6 +113,7 @@ def test_solver_grows_with_rows_and_width() -> None:
     assert rates.seconds(10, 100) == 18
     assert rates.seconds(20, 100) == 28
     assert rates.seconds(10, 200) == 8 * 8 + 10 * (0.5 * 4 + 0.5 * 2)
+    assert SolverRates(width=100, once=8.0, row=0.0, once_cubed=0.25).seconds(1, 200) == 8 * (0.25 * 8 + 0.75 * 4)
 
 
 def test_what_is_counted_in_forwards_is_a_phase(hand: tuple[Plan, Rates]) -> None:
