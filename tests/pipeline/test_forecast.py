@@ -113,6 +113,7 @@ def test_solver_grows_with_rows_and_width() -> None:
     assert rates.seconds(10, 100) == 18
     assert rates.seconds(20, 100) == 28
     assert rates.seconds(10, 200) == 8 * 8 + 10 * (0.5 * 4 + 0.5 * 2)
+    assert SolverRates(width=100, once=8.0, row=0.0, once_cubed=0.25).seconds(1, 200) == 8 * (0.25 * 8 + 0.75 * 4)
 
 
 def test_what_is_counted_in_forwards_is_a_phase(hand: tuple[Plan, Rates]) -> None:
@@ -156,6 +157,12 @@ def test_rehearsal_of_an_architecture(name: str, tiny_folder: Callable[[str], Pa
         found = rates.seconds(plan, recipe, 512, 64)
         assert all(found.phases[phase] > 0 for phase in phases)
         assert found.seconds > rates.seconds(plan, LOW).seconds > 0
+
+
+def test_without_recipes_it_is_the_plans_own_with_and_without_text(tiny_folder: Callable[[str], Path]) -> None:
+    plan, source = opened(tiny_folder("llama"))
+    rates = rehearse(plan, source)
+    assert rates.seconds(plan, SOLVED, 512, 64).seconds > rates.seconds(plan, LOW).seconds > 0
 
 
 def test_rehearsal_does_the_same_work_each_time(tiny_folder: Callable[[str], Path]) -> None:

@@ -184,10 +184,13 @@ class BlockRehearsal:
         once, row = rates(width)
         if not wider:
             return SolverRates(width, once, row)
-        _, half = rates(width // 2)
-        # row = a K + b K^2, and half = a K / 2 + b K^2 / 4
-        squared = 2 * (row - 2 * half)
-        return SolverRates(width, once, row, min(1.0, max(0.0, squared / row)))
+        once_half, row_half = rates(width // 2)
+        # row = a K + b K^2, and row_half = a K / 2 + b K^2 / 4; once = c K^2 + d K^3, and once_half = c K^2 / 4 + d K^3 / 8
+        squared = 2 * (row - 2 * row_half) / row if row else 1.0
+        if recipe.solver_for(fmt, True).method.needs != "nothing":
+            squared = 1.0  # and more, as matrices of wide inputs do not fit into caches: the trial does not show it
+        cubed = 2 * (once - 4 * once_half) / once if once else 1.0
+        return SolverRates(width, once, row, min(1.0, max(0.0, squared)), min(1.0, max(0.0, cubed)))
 
 
 def _narrow(stats: Stats, width: int) -> Stats:

@@ -97,11 +97,13 @@ class SolverRates:
     once: float
     row: float
     row_squared: float = 1.0  # share of `row` that grows with the square of the width; the rest grows with the width
+    once_cubed: float = 1.0  # share of `once` that grows with its cube; the rest with its square
 
     def seconds(self, rows: int, width: int) -> float:
         """Of `rows` rows in all with `width` columns."""
         wider = width / self.width
-        return self.once * wider**3 + rows * self.row * (self.row_squared * wider**2 + (1 - self.row_squared) * wider)
+        once = self.once * (self.once_cubed * wider**3 + (1 - self.once_cubed) * wider**2)
+        return once + rows * self.row * (self.row_squared * wider**2 + (1 - self.row_squared) * wider)
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,17 @@ _MOST_SECONDS = 0.25  # a trial that would take longer is not made larger
 
 
 def rehearse(
-    plan: Plan, source: Source, recipes: Sequence[Recipe], *, text: bool = True, near: str | Path | None = None,
+    plan: Plan, source: Source, recipes: Sequence[Recipe] = (), *, text: bool = True, near: str | Path | None = None,
     clock: Clock = time.perf_counter,
 ) -> Rates:  # fmt: skip
     """What the pieces of quantizing `source` by any of `recipes` take here. Their transforms of the model count as those of `source`.
 
+    recipes those whose times will be asked for; none: the plan's own, and what it stands for when there is text
     text    whether runs over calibration text are forecast too
     near    the folder that will be written, or one beside it: what is written for trial goes to its disk, and is removed again
     clock   seconds; `time.process_time` for those of the processors
     """
+    recipes = list(dict.fromkeys(recipes or (plan.recipe, plan.recipe.calibrated())))
     threads, processors = torch.get_num_threads(), _processors(clock)
     with _folder(near) as folder:
         rates = _bytes(plan, source, folder, clock)
