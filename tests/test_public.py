@@ -212,7 +212,7 @@ COMMAND_LINE = "only the command line prints"
 GENERATION = {"top_k", "top_p", "min_p", "temperature", "repetition_penalty", "seed"}
 SPELLED = {
     "quantize": ("quantize", {
-        "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`",
+        "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`", "data_free": "effort='none'",
         "target_format": "`quantize_as`, which gives what was exported", "keep": "`quantize_as`", "kv": "`quantize_as` and `export`",
         "target_size": "`allocate`, whose recipe goes to `quantize`", "target_bits": "`allocate`", "target_kl": "`allocate`",
         "fit_memory": "`allocate`", "context": "`allocate`", "sensitivity": "`allocate`",
@@ -222,7 +222,7 @@ SPELLED = {
     "recommend": ("recommend", {}),
     "evaluate": ("evaluate", {"save": "`save_card`"}),
     "card": ("card", {"markdown": "README.md in the folder", "rewrite": "`save_card`"}),
-    "compare": ("compare", {"markdown": "`to_markdown` of the result"}),
+    "compare": ("compare", {"markdown": "`to_markdown` of the result", "data_free": "effort='none'"}),
     "generate": ("generate", {}),
     "chat": ("chat", {"max_new_tokens": "of `ask`, for each answer", "stop": "of `ask`, for each answer"}),
     "bench": ("bench", {

@@ -34,7 +34,9 @@ def test_every_kind_gives_its_share_as_far_as_it_reaches(there: list[int], count
 def test_shares_are_of_the_whole_and_files_are_there() -> None:
     assert sum(kind.share for kind in KINDS) == pytest.approx(1)
     folder = files("lowbit.calibration").joinpath("texts")
-    assert {kind.file for kind in KINDS} == {p.name for p in folder.iterdir() if not p.name.startswith(("README", "__"))}
+    assert {kind.file for kind in KINDS} == {
+        p.name for p in folder.iterdir() if not p.name.startswith(("README", "__"))
+    }
     for line in folder.joinpath("chat.jsonl").read_text("utf-8").splitlines():
         said = json.loads(line)["messages"]
         turns = [message["role"] for message in said if message["role"] != "system"]

@@ -14,7 +14,7 @@ from lowbit.interchange.files.folder_writer import head_of
 from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
-from lowbit.pipeline.effort import AUTO, EFFORTS, Decision, Effort, decide, no_text_for
+from lowbit.pipeline.effort import AUTO, EFFORTS, NONE, Decision, Effort, decide, no_text_for
 from lowbit.pipeline.forecast import Rates
 from lowbit.pipeline.options import EFFORT, Options
 from lowbit.pipeline.rehearsal import rehearse
@@ -32,9 +32,13 @@ def decided(
     """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
     told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
     solved = calibrated or recipe.calibrated()
-    rehearsal = _Rehearsal(model, (recipe, solved), options, out)
     before = None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved)
     chooses = effort == AUTO and options.calibration is None and solved != recipe and before is None
+    text = (
+        chooses or options.calibration is not None or effort not in (AUTO, NONE.name) or bool(recipe.needs_calibration)
+    )
+    rehearsal = _Rehearsal(model, (recipe, solved), options, out, text)
+    told = told and before is None  # of what is there already only the rest is done
     return decide(
         recipe, effort if before is None else before.name, calibration=options.calibration, samples=options.samples,
         calibrated=calibrated, why_not=rehearsal.why_not, forecast=rehearsal.forecast if told or chooses else None,
@@ -45,8 +49,10 @@ class _Rehearsal:
     """The model opened, planned and rehearsed when it is first asked for."""
 
     def __init__(
-        self, model: str | Path | nn.Module, recipes: tuple[Recipe, ...], options: Options, out: str | Path | None
+        self, model: str | Path | nn.Module, recipes: tuple[Recipe, ...], options: Options, out: str | Path | None, text: bool
     ) -> None:  # fmt: skip
+        """text: whether runs over text are to be forecast."""
+        self.text = text
         self.model, self.recipes, self.options, self.out = model, tuple(dict.fromkeys(recipes)), options, out
         self._plans: dict[str, Plan] = {}
 
@@ -56,8 +62,7 @@ class _Rehearsal:
 
     @cached_property
     def rates(self) -> Rates:
-        text = not self.why_not() or self.options.calibration is not None
-        return rehearse(self._plan(self.recipes[0]), self.source, self.recipes, text=text, near=self.out)
+        return rehearse(self._plan(self.recipes[0]), self.source, self.recipes, text=self.text, near=self.out)
 
     def why_not(self) -> str:
         """Why this model is not calibrated on text; empty where it can be."""

@@ -133,7 +133,11 @@ def _unasked(
 
 
 def _seconds(forecast: Forecast | None, recipe: Recipe, samples: int | None) -> float | None:
-    return None if forecast is None or samples is None else forecast(recipe, samples)
+    """What was asked for is tried, even where a forecast of it fails."""
+    try:
+        return None if forecast is None or samples is None else forecast(recipe, samples)
+    except LowbitError:
+        return None
 
 
 def _check_none(recipe: Recipe, calibration: Any, samples: int | None, needs: bool) -> None:
