@@ -31,7 +31,7 @@ std::uint8_t has_many_zeros(const float* x, std::int64_t count) {
 }
 
 // Reads a block into x, and what its errors count into v; at every `step`-th place, so that blocks can lie side by side.
-void read_block(const Matrix& m, const Importance& importance, const Place& at, float* row, float* x, float* v,
+LOWBIT_INLINE void read_block(const Matrix& m, const Importance& importance, const Place& at, float* row, float* x, float* v,
                               int step, bool weighed) {
     read_floats(m, at.begin, at.count, row);
     for (std::int64_t i = 0; i < at.count; ++i) x[i * step] = row[i];
@@ -57,7 +57,7 @@ void fit_read(const Fit& f, const Work& w, F& scale, F& offset, F& constant, F& 
         high = Simd::all(Simd::largest(high));
         low = Simd::all(-Simd::largest(negative(low)));
     }
-    const F nan = Simd::all(__builtin_nanf(""));
+    const F nan = Simd::all(NAN);
     constant = Simd::above(high, low, nan, low);
     offset = Simd::zero();
     if (f.offset != OffsetKind::none) {

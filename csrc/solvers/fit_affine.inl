@@ -31,7 +31,7 @@ Affine as_stored(const Fit& fit, Affine a, F& largest) {
             const F minimum = read_back(Simd::multiply(negative(a.scale), a.offset), fit.offset_store, largest);
             const F kept = Simd::divide(negative(minimum), a.scale);
             // NaN and infinity: the size is not below this
-            a.offset = Simd::above(Simd::all(__builtin_huge_valf()), Simd::abs(kept), kept, a.offset);
+            a.offset = Simd::above(Simd::all(INFINITY), Simd::abs(kept), kept, a.offset);
             break;
         }
     }

@@ -67,7 +67,7 @@ template <bool side_by_side, class Grid>
 F search_scale(const Fit& fit, const Work& w, const Grid& grid, F peak) {
     const F by_range = Simd::divide(Simd::abs(peak), Simd::all(fit.reach));
     const F start = fit.two_signs ? Simd::divide(peak, Simd::all(fit.extreme)) : by_range;
-    F error = Simd::all(__builtin_huge_valf()), scale = start;
+    F error = Simd::all(INFINITY), scale = start;
     const auto attempt = [&](F s) {
         F e, better;
         refit<side_by_side>(w, grid, s, fit.signed_scale, e, better);
