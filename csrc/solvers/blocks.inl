@@ -2,6 +2,8 @@
 // across lanes; of a large one sixteen elements at a time are in the lanes.
 #pragma once
 
+#include <math.h>  // macros of C: infinity and NaN
+
 #include "kernels/simd.h"
 #include "solvers/fits.h"
 

@@ -19,7 +19,7 @@ LOWBIT_INLINE Place place_of(const Matrix& m, const Blocks& blocks, std::int64_t
     return {row * m.cols + column, left < blocks.size ? left : blocks.size, column};
 }
 
-LOWBIT_INLINE std::uint8_t has_many_zeros(const float* x, std::int64_t count) {
+std::uint8_t has_many_zeros(const float* x, std::int64_t count) {
     std::int64_t zeros = 0, run = 0, longest = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         run = x[i] == 0 ? run + 1 : 0;
@@ -46,7 +46,7 @@ LOWBIT_INLINE void read_block(const Matrix& m, const Importance& importance, con
 
 // Fits what has been read: a block in every lane, or one block in all.
 template <bool side_by_side>
-LOWBIT_INLINE void fit_read(const Fit& f, const Work& w, F& scale, F& offset, F& constant, F& largest) {
+void fit_read(const Fit& f, const Work& w, F& scale, F& offset, F& constant, F& largest) {
     F low = Simd::load(w.x), high = low;
     for (int i = 1; i < w.steps; ++i) {
         const F x = Simd::load(w.x + 16 * i);
@@ -57,7 +57,7 @@ LOWBIT_INLINE void fit_read(const Fit& f, const Work& w, F& scale, F& offset, F&
         high = Simd::all(Simd::largest(high));
         low = Simd::all(-Simd::largest(negative(low)));
     }
-    const F nan = Simd::all(__builtin_nanf(""));
+    const F nan = Simd::all(NAN);
     constant = Simd::above(high, low, nan, low);
     offset = Simd::zero();
     if (f.offset != OffsetKind::none) {
@@ -134,7 +134,7 @@ Seen fit(const Fit& f, const Matrix& m, const Importance& importance, const Bloc
 }
 
 // The largest magnitudes alone; whether all is finite.
-LOWBIT_INLINE bool finite_peaks(const Matrix& m, const Blocks& blocks, std::int64_t first, std::int64_t last, float* out, float* row,
+bool finite_peaks(const Matrix& m, const Blocks& blocks, std::int64_t first, std::int64_t last, float* out, float* row,
                                 bool mark) {
     F odd = Simd::zero();
     Place at = place_of(m, blocks, first);

@@ -12,7 +12,7 @@ struct Affine {
 };
 
 // The scale and offset as they are read back (solvers/fitting.py, as_stored).
-LOWBIT_INLINE Affine as_stored(const Fit& fit, Affine a, F& largest) {
+Affine as_stored(const Fit& fit, Affine a, F& largest) {
     a.scale = read_back(a.scale, fit.scale_store, largest);
     const F nothing = Simd::zero();
     switch (fit.offset) {
@@ -31,7 +31,7 @@ LOWBIT_INLINE Affine as_stored(const Fit& fit, Affine a, F& largest) {
             const F minimum = read_back(Simd::multiply(negative(a.scale), a.offset), fit.offset_store, largest);
             const F kept = Simd::divide(negative(minimum), a.scale);
             // NaN and infinity: the size is not below this
-            a.offset = Simd::above(Simd::all(__builtin_huge_valf()), Simd::abs(kept), kept, a.offset);
+            a.offset = Simd::above(Simd::all(INFINITY), Simd::abs(kept), kept, a.offset);
             break;
         }
     }
@@ -39,7 +39,7 @@ LOWBIT_INLINE Affine as_stored(const Fit& fit, Affine a, F& largest) {
 }
 
 // The lowest value on the lowest level, and the highest on the highest.
-LOWBIT_INLINE Affine by_range(const Fit& fit, F low, F high, F& largest) {
+Affine by_range(const Fit& fit, F low, F high, F& largest) {
     const F nothing = Simd::zero();
     if (fit.spans_zero) {
         low = Simd::min(low, nothing);
@@ -52,7 +52,7 @@ LOWBIT_INLINE Affine by_range(const Fit& fit, F low, F high, F& largest) {
 }
 
 template <bool side_by_side>
-LOWBIT_INLINE F error_of(const Work& w, const Integers& grid, const Affine& a) {
+F error_of(const Work& w, const Integers& grid, const Affine& a) {
     const F by_step = inverse(a.scale), minus = negative(a.offset);
     F sums[1];
     totals<side_by_side>(w.steps, sums, [&](int i, F(&sum)[1]) {
@@ -66,7 +66,7 @@ LOWBIT_INLINE F error_of(const Work& w, const Integers& grid, const Affine& a) {
 
 // Least squares for scale and offset under the levels of (scale, offset); for the scale alone where the offset is whole.
 template <bool side_by_side>
-LOWBIT_INLINE Affine refitted(const Fit& fit, const Work& w, const Integers& grid, const Affine& a, F v_sum, F vx_sum) {
+Affine refitted(const Fit& fit, const Work& w, const Integers& grid, const Affine& a, F v_sum, F vx_sum) {
     const F by_step = inverse(a.scale), nothing = Simd::zero();
     const bool whole = fit.offset == OffsetKind::grid || fit.offset == OffsetKind::whole;
     const F shift = whole ? negative(a.offset) : nothing;
@@ -93,7 +93,7 @@ LOWBIT_INLINE Affine refitted(const Fit& fit, const Work& w, const Integers& gri
 }
 
 template <bool side_by_side>
-LOWBIT_INLINE Affine search_affine(const Fit& fit, const Work& w, F low, F high, F& largest) {
+Affine search_affine(const Fit& fit, const Work& w, F low, F high, F& largest) {
     const Integers grid(fit.grid);
     F sums[2];
     totals<side_by_side>(w.steps, sums, [&](int i, F(&sum)[2]) {

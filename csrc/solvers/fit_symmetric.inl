@@ -8,7 +8,7 @@ namespace {
 
 // The element of largest magnitude, with its sign; of several the first.
 template <bool side_by_side>
-LOWBIT_INLINE F peak_of(const Work& w) {
+F peak_of(const Work& w) {
     F most = Simd::all(-1.0f), peak = Simd::zero();
     for (int i = 0; i < w.steps; ++i) {
         const F x = Simd::load(w.x + 16 * i), size = Simd::abs(x);
@@ -25,7 +25,7 @@ LOWBIT_INLINE F peak_of(const Work& w) {
 // Rounds under the scale s; the scale that is best for these levels, and its error. With r = x - s q and d the change of the
 // scale, sum v (x - (s + d) q)^2 = sum v r^2 - 2 d sum v r q + d^2 sum v q^2: nothing cancels, as it does in the sums of x.
 template <bool side_by_side, class Grid>
-LOWBIT_INLINE void refit(const Work& w, const Grid& grid, F s, bool signed_scale, F& error, F& best) {
+void refit(const Work& w, const Grid& grid, F s, bool signed_scale, F& error, F& best) {
     const F by_step = inverse(s), minus = negative(s);
     F sums[3];
     totals<side_by_side>(w.steps, sums, [&](int i, F(&sum)[3]) {
@@ -51,7 +51,7 @@ LOWBIT_INLINE void refit(const Work& w, const Grid& grid, F s, bool signed_scale
 
 // How much of sum v x^2 the best scale for the levels under s explains: (sum v x q)^2 / sum v q^2. w.spare has v x.
 template <bool side_by_side, class Grid>
-LOWBIT_INLINE F explained(const Work& w, const Grid& grid, F s, bool signed_scale) {
+F explained(const Work& w, const Grid& grid, F s, bool signed_scale) {
     const F by_step = inverse(s), nothing = Simd::zero();
     F sums[2];
     totals<side_by_side>(w.steps, sums, [&](int i, F(&sum)[2]) {
@@ -64,10 +64,10 @@ LOWBIT_INLINE F explained(const Work& w, const Grid& grid, F s, bool signed_scal
 }
 
 template <bool side_by_side, class Grid>
-LOWBIT_INLINE F search_scale(const Fit& fit, const Work& w, const Grid& grid, F peak) {
+F search_scale(const Fit& fit, const Work& w, const Grid& grid, F peak) {
     const F by_range = Simd::divide(Simd::abs(peak), Simd::all(fit.reach));
     const F start = fit.two_signs ? Simd::divide(peak, Simd::all(fit.extreme)) : by_range;
-    F error = Simd::all(__builtin_huge_valf()), scale = start;
+    F error = Simd::all(INFINITY), scale = start;
     const auto attempt = [&](F s) {
         F e, better;
         refit<side_by_side>(w, grid, s, fit.signed_scale, e, better);

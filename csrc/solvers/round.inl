@@ -49,7 +49,7 @@ LOWBIT_INLINE void round_block(const Grid& grid, const float* x, std::int64_t co
 }
 
 // Signed bytes, 128 too small, to a row of packed codes: a little-endian stream of `bits` each.
-LOWBIT_INLINE void pack_row(const std::int8_t* codes, std::int64_t count, int bits, std::uint8_t* out) {
+void pack_row(const std::int8_t* codes, std::int64_t count, int bits, std::uint8_t* out) {
     const auto code = [codes](std::int64_t i) { return static_cast<std::uint8_t>(static_cast<std::uint8_t>(codes[i]) ^ 0x80u); };
     if (bits == 0 || bits == 8) {
         for (std::int64_t i = 0; i < count; ++i) out[i] = code(i);
@@ -78,7 +78,7 @@ LOWBIT_INLINE void pack_row(const std::int8_t* codes, std::int64_t count, int bi
 }
 
 template <class Grid>
-LOWBIT_INLINE Squares round_rows(const Grid& grid, const Matrix& m, const Blocks& blocks, const Steps& steps, int bits,
+Squares round_rows(const Grid& grid, const Matrix& m, const Blocks& blocks, const Steps& steps, int bits,
                                  std::int64_t first, std::int64_t last, std::uint8_t* out, std::int64_t row_bytes, float* memory) {
     Squares total;
     std::int8_t* codes = reinterpret_cast<std::int8_t*>(memory + (m.cols + 15) / 16 * 16);
