@@ -29,7 +29,7 @@ def takes(second_of: float) -> object:
 def test_the_best_effort_that_is_soon_done_is_taken() -> None:
     quick = decide(W4, "auto", forecast=takes(0.1))
     assert (quick.effort, quick.recipe, quick.calibration, quick.samples) == (MEDIUM, SOLVED, BUILTIN, MEDIUM.samples)
-    assert quick.seconds == 17 and quick.longer is None
+    assert quick.seconds == 13 and quick.longer is None
     slower = decide(W4, "auto", forecast=takes(10))
     assert (slower.effort, slower.recipe, slower.samples) == (LOW, W4, LOW.samples)
     assert slower.longer is not None and slower.longer[0] is MEDIUM and slower.longer[1] > PATIENCE
@@ -91,11 +91,11 @@ def test_text_that_is_given_is_used_and_never_with_no_effort() -> None:
 def test_what_is_printed_before_the_work() -> None:
     lines = decision_lines(decide(W4, "auto", forecast=takes(0.1)))
     assert lines == [
-        "Takes about 17 s here, calibrated on 16 windows of the text that comes with lowbit; --calibration FILE takes your own text, "
+        "Takes about 13 s here, calibrated on 12 windows of the text that comes with lowbit; --calibration FILE takes your own text, "
         "--data-free none."
     ]
     said = " ".join(decision_lines(decide(W4, "auto", forecast=takes(10))))
-    assert "With --effort medium it would lose less, and take about 27 min." in said
+    assert "With --effort medium it would lose less, and take about 20 min." in said
     assert decision_lines(decide(W4, "none", forecast=takes(0.1))) == ["Takes about 1 s here."]
 
 

@@ -129,7 +129,7 @@ Effort = Annotated[
         "--effort",
         metavar="LEVEL",
         help="How much work goes into finding codes: none looks at no text; low weighs errors by the inputs of the weights; medium and high "
-        "let later weights make up for the errors of earlier ones, on 16 and 64 windows of text. auto takes the best that is done "
+        "let later weights make up for the errors of earlier ones, on 12 and 64 windows of text. auto takes the best that is done "
         "within ten minutes on this machine. A recipe that is spelled out, such as search@int4:g32, does what it says.",
         rich_help_panel=CALIBRATION,
     ),

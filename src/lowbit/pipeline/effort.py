@@ -32,8 +32,8 @@ class Effort:
 
 
 NONE = Effort("none", 0, False, "no text: the scales with the least error of the weights alone")
-LOW = Effort("low", 8, False, "8 windows of text: errors count more where inputs are large")
-MEDIUM = Effort("medium", 16, True, "16 windows of text: later weights make up for the errors of earlier ones")
+LOW = Effort("low", 6, False, "6 windows of text: errors count more where inputs are large")
+MEDIUM = Effort("medium", 12, True, "12 windows of text: later weights make up for the errors of earlier ones")
 HIGH = Effort("high", 64, True, "64 windows of text: the same with better statistics")
 EFFORTS = {effort.name: effort for effort in (NONE, LOW, MEDIUM, HIGH)}
 CHOICES = (AUTO, *EFFORTS)
