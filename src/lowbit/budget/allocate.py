@@ -79,7 +79,7 @@ def _measured_or_read(
 ) -> Sensitivity:
     """What the file `path` holds, else measured on `text` (arguments of `load_calibration`) and kept there."""
     known = Sensitivity.load(path) if path is not None and Path(path).exists() else None
-    if known is not None and text["source"] == SELF:
+    if known is not None and (text["source"] is None or text["source"] == SELF):
         return _same(known, path, candidates, None)
 
     def on_token(done: int, total: int) -> None:

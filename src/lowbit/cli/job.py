@@ -61,10 +61,11 @@ class Job:
     @staticmethod
     def of(
         model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None,
-        effort: str = "auto", place: Path | None = None,
+        effort: str = "auto", place: Path | None = None, forecast: bool = True,
     ) -> Job:  # fmt: skip
         """RecipeError for a recipe that there is not, and for text that it would ignore. place: where lowbit's folder goes, if that is
-        known: a run that was killed there, or is done, is met with the effort that it had."""
+        known: a run that was killed there, or is done, is met with the effort that it had. forecast: whether its time is told, for which
+        some weights are read."""
         from lowbit.convert.quantize_as import prepare_for
         from lowbit.pipeline.choosing import decided
         from lowbit.pipeline.options import Options
@@ -74,10 +75,10 @@ class Job:
         if target_format is None:
             wanted = Recipe.of(recipe)
             _check_text(wanted, effort, text)
-            decision = decided(model, wanted, effort, options, place or default_folder(model, wanted), told=True)
+            decision = decided(model, wanted, effort, options, place or default_folder(model, wanted), told=forecast)
             wanted = decision.recipe
         else:
-            ready, decision = prepare_for(model, recipe, target_format, effort, options, place, kv, told=True)
+            ready, decision = prepare_for(model, recipe, target_format, effort, options, place, kv, told=forecast)
             wanted = ready.recipe
             if kv is None:
                 _check_text(wanted, effort, text)
