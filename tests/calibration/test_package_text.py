@@ -78,10 +78,11 @@ def test_windows_are_of_all_kinds_the_same_each_time_and_full() -> None:
         package_windows(Characters(), Frame((1, 2), ()), 2, 4)
 
 
-def test_builtin_is_what_is_taken_where_no_text_is_named(tmp_path: Path) -> None:
+def test_builtin_is_a_text_by_name(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
     source = open_source(tmp_path)
-    named, unnamed = (load_calibration(given, None, source, samples=4, length=32) for given in (BUILTIN, None))
-    assert named.sha256 == unnamed.sha256 and named.name == "the text that comes with lowbit"
+    found, again = (load_calibration(BUILTIN, None, source, samples=4, length=32) for _ in range(2))
+    assert found.name == "the text that comes with lowbit" and found.tokens == 128
+    assert found.sha256 == again.sha256
     with pytest.raises(TextError, match="leave chat out"):
         load_calibration(BUILTIN, None, source, samples=4, length=32, chat=True)

@@ -59,7 +59,9 @@ def test_a_target_in_bits_is_met_from_below(room: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "4"], "would be ignored"),
+        (["--data-free", "--samples", "4"], "would be ignored"),
+        (["--data-free", "--effort", "high"], "exclude each other"),
+        (["--effort", "most"], "is unknown"),
         (["--target-bits", "4", "--target-kl", "0.1"], "exclude each other"),
         (["--context", "1000"], "belongs to --fit-memory"),
         (["--sensitivity", "x.json"], "without a target"),

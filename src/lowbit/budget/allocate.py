@@ -15,6 +15,7 @@ from lowbit.budget.fisher import text_digest
 from lowbit.budget.reach import check_reach
 from lowbit.budget.sensitivity import CANDIDATES, Sensitivity, measure_sensitivity
 from lowbit.calibration.data import SELF, Calibration, load_calibration
+from lowbit.calibration.package_text import BUILTIN
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.interchange.files.lock import locked
@@ -86,7 +87,8 @@ def _measured_or_read(
         if progress is not None:
             progress(TEXT, done, total)
 
-    calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **text)
+    given = text | {"source": BUILTIN if text["source"] is None and not text["chat"] else text["source"]}
+    calibration = load_calibration(tokenizer=None, model=source, on_token=on_token, **given)
     if known is not None:
         return _same(known, path, candidates, calibration)
     found = measure_sensitivity(

@@ -82,8 +82,8 @@ def load_calibration(
                "train" split): the whole text is tokenised once without special tokens and cut into windows that do not
                overlap, each in what the tokenizer puts around a text (`Frame.of`); `samples` are taken evenly. Token ids, as tensors, lists, or batches of a DataLoader with
                `input_ids` and `attention_mask`: the first `samples` rows in their order and their lengths,
-               without padding. "builtin" or None: the text that comes with lowbit (`package_text.py`). "self": the model writes the
-               text; only then are its weights loaded. None with `chat` is that too.
+               without padding. "builtin": the text that comes with lowbit (`package_text.py`). "self" or None: the model writes the
+               text; only then are its weights loaded.
     tokenizer  None takes that of a Source; token ids need none.
     chat       each document is a user's message and gets the tokenizer's chat template; of a file of text, each
                paragraph. Conversations are rendered with or without it.
@@ -100,7 +100,7 @@ def load_calibration(
         raise TextError(f"calibration windows of {length} tokens are too short: use 2 or more")
     longest = _longest(model)
     length = min(length, longest or length)
-    if (isinstance(source, str) and source == BUILTIN) or (source is None and not chat):
+    if isinstance(source, str) and source == BUILTIN:
         return _package_text(_tokenizer(tokenizer, model), model, samples, length, chat)
     if source is None or (isinstance(source, str) and source == SELF):
         return _own_text(_tokenizer(tokenizer, model), model, samples, length, chat, seed, on_token)

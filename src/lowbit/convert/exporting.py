@@ -71,7 +71,7 @@ def export(
     when left out. What was written is read back and compared with ours before it gets its name.
 
     `kv`: what the exporter's program shall keep keys and values in, `fp8`; their scales are written, of the largest that the
-    quantized model makes of `calibration`, a text as in `quantize` (None: the text that comes with lowbit), `samples` windows of `length` tokens, in the chat
+    quantized model makes of `calibration`, a text as in `quantize` (None: "self"), `samples` windows of `length` tokens, in the chat
     template where `chat` is set. `progress(name, bytes done, bytes in all)`; reading back
     counts again from nothing, and says so in the name.
     ExportError when the exporter cannot hold the model, with the reason for each tensor and the nearest that it can hold.

@@ -86,12 +86,14 @@ def _before(out: str | Path | None, plain: Recipe, solved: Recipe) -> Effort | N
     """The effort of the run that wrote `out`, or that left it unfinished; None where there is none."""
     if out is None:
         return None
-    told: Any = head_of(out).get(EFFORT)
-    if told in EFFORTS:
-        return EFFORTS[told]
     try:
+        told: Any = head_of(out).get(EFFORT)
+        if isinstance(told, str) and told in EFFORTS:
+            return EFFORTS[told]
         manifest = read_json(Path(out) / MANIFEST)
-    except LowbitError:
+    except (LowbitError, OSError, RuntimeError, ValueError):  # among them names that no system takes
+        return None
+    if not isinstance(manifest, dict):
         return None
     text: Any = manifest.get("recipe")
     text = text.get("text") if isinstance(text, dict) else None

@@ -78,9 +78,12 @@ def rehearse(
 @contextmanager
 def _folder(near: str | Path | None) -> Iterator[Path]:
     """A temporary folder on the disk of `near`, or where the system keeps such if that cannot be written."""
-    place = None if near is None else Path(near).absolute()
-    while place is not None and not place.is_dir():
-        place = place.parent
+    try:
+        place = None if near is None else Path(near).absolute()
+        while place is not None and not place.is_dir():
+            place = place.parent
+    except OSError:  # a name that no system takes, which is said when it is written
+        place = None
     if place is not None and not os.access(place, os.W_OK | os.X_OK):
         place = None
     try:
