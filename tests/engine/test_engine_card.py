@@ -18,7 +18,7 @@ from lowbit.cli.main import app
 from lowbit.engine import fallback
 from lowbit.engine.engine import Engine
 from lowbit.errors import LowbitError
-from lowbit.measure import api, float_model, token_times
+from lowbit.measure import api, float_model, speed_as_generated, token_times
 from lowbit.measure import backends as backends
 from lowbit.measure.card import Card, CardParts
 from lowbit.measure.interleave import BATCH_PROMPT, SpeedSettings
@@ -117,7 +117,7 @@ def test_a_failure_to_measure_speed_leaves_the_rest(
     def fails(*_: Any, **__: Any) -> Any:
         raise kind("no")
 
-    monkeypatch.setattr(api, "measure_speed", fails)
+    monkeypatch.setattr(speed_as_generated, "measure_speed", fails)
     card = lowbit.evaluate(packed_folder("llama", "int4:g32"), **HOW)
     assert card.quality is not None and card.speed is not None and card.speed.skipped == "no" and card.run_peak is None
     assert dict(card_lines(card))["speed"] == "not measured: no"
@@ -142,8 +142,8 @@ def test_quantize_ends_well_when_measuring_does_not(
     def fails(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(api, f"measure_{where}", fails)
-    asked = ["quantize", str(float_folder("llama")), "w8", "-o", str(tmp_path / "q"), "--windows", "1"]
+    monkeypatch.setattr(api if where == "quality" else speed_as_generated, f"measure_{where}", fails)
+    asked = ["quantize", str(float_folder("llama")), "w8", "-o", str(tmp_path / "q"), "--windows", "1", "--card", "full"]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "not measured: ZeroDivisionError: a bug" in found.stderr and "Try it:" in found.stdout
