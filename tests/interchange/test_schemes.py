@@ -220,7 +220,7 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
 
 def test_a_folder_of_lowbit_is_a_source(tmp_path: Path) -> None:
     model = save_tiny("llama-tied", tmp_path / "float")
-    lowbit.quantize(tmp_path / "float", "w4", tmp_path / "w4")
+    lowbit.quantize(tmp_path / "float", "w4", tmp_path / "w4", effort="none")
     source, packed = open_source(tmp_path / "w4"), lowbit.load(tmp_path / "w4")
     assert (
         source.storage == "lowbit, search@int4:g32"
