@@ -136,7 +136,7 @@ def test_text_that_only_an_embedding_could_use_is_refused() -> None:
 
 @pytest.mark.parametrize("given", [{"samples": 4}, {"length": 64}, {"chat": True}, {"samples": 32, "length": 1024}])
 def test_how_much_text_without_text_is_refused(given: dict[str, Any]) -> None:
-    for recipe in ("absmax@int8:channel", "w4"):
+    for recipe in ("absmax@int8:channel", "search@int4:g32"):
         with pytest.raises(RecipeError, match=f"{next(iter(given))}.* would be ignored"):
             quantized(recipe, **given)
 

@@ -209,7 +209,7 @@ def helped(kl: float, recipe: str, bits: float, calibrated: bool | None = False,
 def test_help_where_it_is_needed() -> None:
     assert helped(0.04, "w4 = search@int4:g32", 4.5) == []
     assert helped(0.27, "w4 = search@int4:g32", 4.5) == [
-        "lowbit quantize org/tiny w4 --calibration self -o tiny-w4-calibrated",
+        "lowbit quantize org/tiny w4 --calibration builtin -o tiny-w4-calibrated",
         "lowbit quantize org/tiny w4 --target-bits 5.5 -o tiny-w4-5.5-bits",
         "lowbit quantize org/tiny w8",
     ]

@@ -62,7 +62,7 @@ def test_a_preset_shows_both_recipes_and_methods_show_who_uses_them(entries: lis
     assert facts["stands for"] == "search@int4:g32" and facts["with text"] == "qronos@int4:g32"
     (qronos,) = matching(entries, "qronos")[0]
     assert dict(qronos.facts)["presets"] == ", ".join(n for n, p in PRESETS.items() if "qronos" in (p.calibrated or ""))
-    assert "damp=0.01" in dict(qronos.facts)["options"] and "Zhang et al." in qronos.details
+    assert "damp=0.05" in dict(qronos.facts)["options"] and "Zhang et al." in qronos.details
 
 
 def test_json_has_everything_or_what_was_asked_for(entries: list[Entry]) -> None:

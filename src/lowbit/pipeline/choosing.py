@@ -33,7 +33,8 @@ def decided(
     told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
     solved = calibrated or recipe.calibrated()
     before = None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved)
-    chooses = effort == AUTO and options.calibration is None and solved != recipe and before is None
+    open_ = solved != recipe and solved.tuner is None
+    chooses = effort == AUTO and options.calibration is None and open_ and before is None
     text = (
         chooses or options.calibration is not None or effort not in (AUTO, NONE.name) or bool(recipe.needs_calibration)
     )

@@ -107,7 +107,7 @@ def decide(
             raise TextError(f"{problem}; leave the effort out, or give token ids as calibration data")
         count = samples or wanted.samples
         return Decision(form, BUILTIN, count, wanted, _seconds(forecast, form, count))
-    if solved == recipe:
+    if solved == recipe or solved.tuner is not None:  # nothing trains unasked
         return Decision(recipe, seconds=None if forecast is None else forecast(recipe, 0))
     return _unasked(recipe, solved, samples, why_not, forecast)
 

@@ -171,8 +171,9 @@ class Recipe(Displayed):
 
     @property
     def has_calibrated_form(self) -> bool:
-        """Whether its name stands for another recipe when calibration text is at hand."""
-        return self.calibrated() != self
+        """Whether its name leaves open whether codes are found with text. One whose form with text also trains, such as zeroquant,
+        takes that only where text is given."""
+        return self.calibrated() != self and self.calibrated().tuner is None
 
     def calibrated(self) -> Recipe:
         """What a preset stands for when calibration text is at hand; the recipe itself otherwise."""
