@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import save_tiny
 
 from lowbit.calibration.data import load_calibration
 from lowbit.calibration.package_text import BUILTIN, KINDS, package_windows, shares, text_of
 from lowbit.calibration.windows import Frame
 from lowbit.errors import TextError
 from lowbit.interchange.opening import open_source
+from tiny import save_tiny
 
 counts = st.lists(st.integers(0, 20), min_size=6, max_size=6)
 

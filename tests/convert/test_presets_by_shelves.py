@@ -83,7 +83,9 @@ def test_what_a_preset_writes_is_held_or_a_command_that_runs_is_named(
         try:
             made = lowbit.export(folder, shelf, room / f"{preset}-{shelf}{'.gguf' if shelf == 'gguf' else ''}")
         except ExportError as error:
-            found = re.search(r"this works: (lowbit quantize MODEL \S+ --as \S+(?: --calibration builtin)?)$", str(error))
+            found = re.search(
+                r"this works: (lowbit quantize MODEL \S+ --as \S+(?: --calibration builtin)?)$", str(error)
+            )
             assert found, error
             if found[1] not in ran:
                 ran.add(found[1])

@@ -143,7 +143,17 @@ def test_quantize_ends_well_when_measuring_does_not(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(api if where == "quality" else speed_as_generated, f"measure_{where}", fails)
-    asked = ["quantize", str(float_folder("llama")), "w8", "-o", str(tmp_path / "q"), "--windows", "1", "--card", "full"]
+    asked = [
+        "quantize",
+        str(float_folder("llama")),
+        "w8",
+        "-o",
+        str(tmp_path / "q"),
+        "--windows",
+        "1",
+        "--card",
+        "full",
+    ]
     found = CliRunner().invoke(app, asked)
     assert found.exit_code == 0, found.output
     assert "not measured: ZeroDivisionError: a bug" in found.stderr and "Try it:" in found.stdout

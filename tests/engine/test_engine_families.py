@@ -65,7 +65,9 @@ def test_every_family_float_and_packed(name: str, float_folder: Folder, packed_f
     ):
         engine = Engine.open(folder, threads=1)
         for length in LENGTHS:
-            ids = tokens(length, 2000 + length)  # of others, two experts tie but for the last bits, and either may be chosen
+            ids = tokens(
+                length, 2000 + length
+            )  # of others, two experts tie but for the last bits, and either may be chosen
             right = reference(model, ids)
             assert apart(engine.logits(ids), right) < EXACT, (name, length)
         assert not engine.describe().expanded and not engine.describe().rounded

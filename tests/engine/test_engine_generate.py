@@ -100,7 +100,10 @@ def test_every_end_counts_by_whatever_name_and_program(float_folder: Any, tmp_pa
     free = Engine.open(tmp_path, threads=1).generate(tokens(5), max_new_tokens=20).tokens
     at = next(i for i in range(3, 20) if free[i] not in free[:i])
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, free[at]]}))
-    assert _of_source(open_source(str(tmp_path)), None)[2] == {2, free[at]}  # as folders of other programs are opened, and hub ids
+    assert _of_source(open_source(str(tmp_path)), None)[2] == {
+        2,
+        free[at],
+    }  # as folders of other programs are opened, and hub ids
     found = Transformers.open(str(tmp_path), "for the test").generate(tokens(5), max_new_tokens=20)
     assert (found.tokens, found.reason) == (free[: at + 1], "eos")
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
 
 import lowbit
 from lowbit.calibration.package_text import BUILTIN
@@ -16,6 +15,7 @@ from lowbit.pipeline.effort import CHOICES, EFFORTS, HIGH, LOW, MEDIUM, NONE, PA
 from lowbit.pipeline.options import Options
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.effort_view import decision_lines
+from tiny import save_tiny
 
 W4 = Recipe.parse("w4")
 SOLVED = W4.calibrated()

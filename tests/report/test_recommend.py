@@ -237,7 +237,7 @@ def test_measured_figures_decide_and_are_those_of_compare(tiny_folder: Float, te
 def test_a_module_is_recommended_a_call(tiny_folder: Float) -> None:
     found = lowbit.recommend(transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")), PLENTY)
     assert found.choices[0].command == "lowbit.quantize(model, 'w8')"
-    assert "calibration='self'" in found.choices[-1].command
+    assert "calibration='builtin'" in found.choices[-1].command
 
 
 def test_what_would_be_ignored_is_an_error(tiny_folder: Float, text: Path) -> None:
@@ -274,7 +274,7 @@ def test_a_giant_from_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = lowbit.recommend("meta-llama/Llama-3.1-8B", "8GB")
     assert isinstance(found, Recommendation) and found.context == 4096 and found.best is not None
     assert 5e9 < found.best.memory.weights < 7e9 and found.best.memory.cache == 4096 * 32 * 2 * 8 * 128 * 2
-    assert found.best.text == "my-text.txt"  # in float32 it does not fit here, so that it cannot write its own
+    assert found.best.text == "builtin"  # the text that comes with lowbit, though the float model does not fit here
     assert found.larger is not None and found.larger.name == "w8" and found.second is not None
     best, second = found.best.memory.weights, found.second.memory.weights
     assert second < best and re.search(r"does not fit: it needs .* GiB", str(found).replace("\n", " "))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowbit.formats import Format, encode, parse_format
 from lowbit.kernels.core import core
-from lowbit.solvers import Call, in_core
+from lowbit.solvers import Call, core_rounding, in_core
 from lowbit.solvers.fitting import fit_blocks, total
 from lowbit.solvers.ranging import ranged
 from strategies import normal
@@ -162,8 +162,8 @@ def test_what_is_not_finite_or_too_large_is_left_to_the_python() -> None:
     for value in (float("nan"), float("inf"), -float("inf"), 1e30):
         x = normal((8, 64), 1)
         x[5, 33] = value
-        assert in_core.rounded_to_nearest(x, fmt, Call("absmax")) is None, value
-        assert in_core.rounded_to_nearest(x, fmt, Call("search")) is None, value
+        assert core_rounding.rounded_to_nearest(x, fmt, Call("absmax")) is None, value
+        assert core_rounding.rounded_to_nearest(x, fmt, Call("search")) is None, value
 
 
 def test_what_the_core_does_not_know_is_declined() -> None:

@@ -182,12 +182,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(at: int, tmp_path: Path, monkeyp
     make(tmp_path / "whole")
     old, calls = states.HiddenStates.commit, 0
 
-    def dying(*args: object) -> None:
+    def dying(*args: object, **options: object) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             raise Killed
-        old(*args)  # type: ignore[arg-type]
+        old(*args, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(states.HiddenStates, "commit", dying)

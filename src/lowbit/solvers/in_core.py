@@ -15,17 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowbit.errors import FormatError
 from lowbit.formats import Block, Format, IntGrid, QTensor, TableGrid, stores
 from lowbit.formats.packing import pack, packed_shape, unit
 from lowbit.formats.qtensor import without_codes
 from lowbit.kernels.core import core
 from lowbit.kernels.thread_pool import pool
-from lowbit.solvers.found import Found
 
 if TYPE_CHECKING:
-    from lowbit.solvers.registry import Call
-    from lowbit.solvers.stats import Stats
+    pass
 
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _MOST_LEVELS = 16  # of a table
@@ -117,22 +114,6 @@ def encoded(
         codes.view(-1).numpy(),
     )  # fmt: skip
     return replace(q, codes=codes if packed else pack(codes, base)), norm, error
-
-
-def rounded_to_nearest(weight: Tensor, fmt: Format, fit: Call, stats: Stats | None = None) -> Found | None:
-    """Round-to-nearest in one go, for a weight of any float type; None where the core does not take it. What cannot be done, for a
-    value that is not finite or a scale that no type holds, is left for the Python to say."""
-    from lowbit.solvers.fitting import check_sides, fit_in_core
-
-    try:
-        check_sides(weight, fmt)
-        blocks = fit_in_core(weight, fmt, fit, None if stats is None else stats.importance)
-        found = None if blocks is None else encoded(weight, fmt, *blocks)
-    except FormatError:
-        return None
-    if found is None or not math.isfinite(found[1]):
-        return None
-    return Found(found[0], squares=found[1:])
 
 
 def block_peaks(weight: Tensor, block: Block, isa: str = "") -> Tensor | None:

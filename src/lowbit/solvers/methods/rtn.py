@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowbit.formats import Format, encode
+from lowbit.solvers.core_rounding import rounded_to_nearest
 from lowbit.solvers.fitting import fit_blocks
 from lowbit.solvers.found import Found
-from lowbit.solvers.in_core import rounded_to_nearest
 from lowbit.solvers.registry import Call, solver
 from lowbit.solvers.stats import Stats
 
