@@ -127,6 +127,9 @@ def test_the_same_command_meets_a_finished_run_with_the_effort_that_it_had(model
     """However fast the machine is by now."""
     lowbit.quantize(model, "w4", tmp_path / "out", effort="low")
     assert decided(model, W4, "auto", Options(), tmp_path / "out").effort is LOW
+    assert decided(model, W4, "auto", Options(overwrite=True), tmp_path / "out").effort is MEDIUM
+    lowbit.quantize(model, "w4", tmp_path / "free", effort="none")  # was asked for: not what the name alone means
+    assert decided(model, W4, "auto", Options(), tmp_path / "free").effort is MEDIUM
     before = (tmp_path / "out" / "lowbit.json").stat().st_mtime_ns
     lowbit.quantize(model, "w4", tmp_path / "out")
     assert (tmp_path / "out" / "lowbit.json").stat().st_mtime_ns == before

@@ -61,7 +61,7 @@ class Job:
     @staticmethod
     def of(
         model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None,
-        effort: str = "auto", place: Path | None = None, forecast: bool = True,
+        effort: str = "auto", place: Path | None = None, forecast: bool = True, overwrite: bool = False,
     ) -> Job:  # fmt: skip
         """RecipeError for a recipe that there is not, and for text that it would ignore. place: where lowbit's folder goes, if that is
         known: a run that was killed there, or is done, is met with the effort that it had. forecast: whether its time is told, for which
@@ -71,7 +71,8 @@ class Job:
         from lowbit.pipeline.options import Options
         from lowbit.recipes.recipe import Recipe
 
-        options, ready = Options(calibration=text.calibration, samples=text.samples, chat=text.chat), None
+        options = Options(overwrite=overwrite, calibration=text.calibration, samples=text.samples, chat=text.chat)
+        ready = None
         if target_format is None:
             wanted = Recipe.of(recipe)
             _check_text(wanted, effort, text)

@@ -128,7 +128,9 @@ def quantize(
     effort = rung_of(effort, data_free)
     told = bool(target) and calibration is None
     text_of = CalibrationText(BUILTIN if told else calibration, samples, chat)
-    job = Job.of(model, typed, target_format, text_of, kv, effort, keep or out, forecast=not target)
+    job = Job.of(
+        model, typed, target_format, text_of, kv, effort, keep or out, forecast=not target, overwrite=overwrite
+    )
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
     if measures is not HowMuch.none and text is not None:

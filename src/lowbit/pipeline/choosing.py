@@ -14,7 +14,7 @@ from lowbit.interchange.files.folder_writer import head_of
 from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
-from lowbit.pipeline.effort import AUTO, EFFORTS, NONE, Decision, Effort, decide, no_text_for
+from lowbit.pipeline.effort import AUTO, NONE, UNASKED, Decision, Effort, decide, no_text_for
 from lowbit.pipeline.forecast import Rates
 from lowbit.pipeline.options import EFFORT, Options
 from lowbit.pipeline.rehearsal import rehearse
@@ -32,7 +32,9 @@ def decided(
     """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
     told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
     solved = calibrated or recipe.calibrated()
-    before = None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved)
+    before = (
+        None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved, options.overwrite)
+    )
     open_ = solved != recipe and solved.tuner is None
     chooses = effort == AUTO and options.calibration is None and open_ and before is None
     text = (
@@ -83,23 +85,21 @@ class _Rehearsal:
         return self._plans[key]
 
 
-def _before(out: str | Path | None, plain: Recipe, solved: Recipe) -> Effort | None:
-    """The effort of the run that wrote `out`, or that left it unfinished; None where there is none."""
+def _before(out: str | Path | None, plain: Recipe, solved: Recipe, overwrite: bool) -> Effort | None:
+    """The effort of the run that left `out` unfinished, or that wrote it where it is not to be overwritten, if it is one that is chosen
+    unasked; None where there is none. Without text there is nothing to meet again: whoever asked for that says so again."""
     if out is None:
         return None
+    known = {effort.name: effort for effort in UNASKED}
     try:
         told: Any = head_of(out).get(EFFORT)
-        if isinstance(told, str) and told in EFFORTS:
-            return EFFORTS[told]
-        manifest = read_json(Path(out) / MANIFEST)
+        if isinstance(told, str):
+            return known.get(told)
+        manifest: Any = {} if overwrite else read_json(Path(out) / MANIFEST)
     except (LowbitError, OSError, RuntimeError, ValueError):  # among them names that no system takes
         return None
-    if not isinstance(manifest, dict):
+    recipe, calibration = (manifest.get(key) for key in ("recipe", "calibration"))
+    if not isinstance(recipe, dict) or not isinstance(calibration, dict):
         return None
-    text: Any = manifest.get("recipe")
-    text = text.get("text") if isinstance(text, dict) else None
-    calibration: Any = manifest.get("calibration")
-    windows = calibration.get("windows") if isinstance(calibration, dict) else 0
-    return next(
-        (e for e in EFFORTS.values() if e.samples == windows and text == str(solved if e.solver else plain)), None
-    )
+    text, windows = recipe.get("text"), calibration.get("windows")
+    return next((e for e in UNASKED if e.samples == windows and text == str(solved if e.solver else plain)), None)
