@@ -1,16 +1,9 @@
 #include "solvers/dispatch.h"
 
 #include "kernels/dispatch.h"
+#include "kernels/isa_families.h"
 
 namespace lowbit {
-
-// What stands in a line of isas.def for a family of processors that is not this one is left out.
-#define LOWBIT_ON_any(...) __VA_ARGS__
-#ifdef LOWBIT_X86
-#define LOWBIT_ON_x86(...) __VA_ARGS__
-#else
-#define LOWBIT_ON_x86(...)
-#endif
 
 #define LOWBIT_ISA(name, family, extends, flags, gcc, msvc) LOWBIT_ON_##family(extern const SolverKernels solver_kernels_##name;)
 #include "kernels/isas.def"

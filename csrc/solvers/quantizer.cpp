@@ -6,15 +6,9 @@
 #include <vector>
 
 #include "core/buffer.h"
+#include "kernels/isa_families.h"
 
 namespace lowbit {
-
-#define LOWBIT_ON_any(...) __VA_ARGS__
-#ifdef LOWBIT_X86
-#define LOWBIT_ON_x86(...) __VA_ARGS__
-#else
-#define LOWBIT_ON_x86(...)
-#endif
 
 #define LOWBIT_ISA(name, family, extends, flags, gcc, msvc) LOWBIT_ON_##family(extern const Fitters fitters_##name;)
 #include "kernels/isas.def"

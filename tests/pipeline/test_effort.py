@@ -88,6 +88,12 @@ def test_text_that_is_given_is_used_and_never_with_no_effort() -> None:
         decide(W4, "most")
 
 
+@pytest.mark.parametrize("given", [{"samples": 4}, {"length": 64}, {"chat": True}])
+def test_options_of_a_text_that_is_not_taken_are_refused(model: Path, given: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(given))}.* would be ignored"):
+        lowbit.quantize(model, "w4", effort="none", **given)  # type: ignore[arg-type]
+
+
 def test_what_is_printed_before_the_work() -> None:
     lines = decision_lines(decide(W4, "auto", forecast=takes(0.1)))
     assert lines == [

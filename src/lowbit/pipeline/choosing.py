@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.folder_writer import head_of
 from lowbit.interchange.files.settings import read_json
@@ -31,6 +31,10 @@ def decided(
 ) -> Decision:  # fmt: skip
     """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
     told: whether somebody is to hear how long it takes, so that it is forecast even where there is nothing to choose."""
+    if effort == NONE.name and (ignored := list(options.of_text())):
+        raise RecipeError(
+            f"{' and '.join(ignored)} would be ignored, as effort none (--data-free) takes no text; leave one or the other out"
+        )
     solved = calibrated or recipe.calibrated()
     before = (
         None if effort != AUTO or options.calibration is not None else _before(out, recipe, solved, options.overwrite)

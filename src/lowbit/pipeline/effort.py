@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.calibration.package_text import BUILTIN
-from lowbit.errors import LowbitError, RecipeError, SourceError, TextError
+from lowbit.errors import LowbitError, RecipeError, TextError
 from lowbit.interchange.source import Source
 from lowbit.recipes.recipe import Recipe
 
@@ -28,13 +28,12 @@ class Effort:
     name: str
     samples: int
     solver: bool
-    about: str
 
 
-NONE = Effort("none", 0, False, "no text: the scales with the least error of the weights alone")
-LOW = Effort("low", 6, False, "6 windows of text: errors count more where inputs are large")
-MEDIUM = Effort("medium", 12, True, "12 windows of text: later weights make up for the errors of earlier ones")
-HIGH = Effort("high", 64, True, "64 windows of text: the same with better statistics")
+NONE = Effort("none", 0, False)  # the scales with the least error of the weights alone
+LOW = Effort("low", 6, False)  # errors count more where inputs are large
+MEDIUM = Effort("medium", 12, True)  # later weights make up for the errors of earlier ones
+HIGH = Effort("high", 64, True)  # the same with better statistics
 EFFORTS = {effort.name: effort for effort in (NONE, LOW, MEDIUM, HIGH)}
 CHOICES = (AUTO, *EFFORTS)
 UNASKED = (MEDIUM, LOW)  # what may be chosen where nobody chooses, the best first; none of them: `NONE`
@@ -162,6 +161,6 @@ def no_text_for(source: Source) -> str:
         return "the model does not write text, so it is quantized without any"
     try:
         source.tokenizer()
-    except (SourceError, LowbitError) as error:
+    except LowbitError as error:
         return f"text needs a tokenizer ({error}), so the model is quantized without"
     return ""
