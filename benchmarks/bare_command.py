@@ -2,10 +2,11 @@
 kinds of text, none of which the model was calibrated on unless a row says so.
 
     python benchmarks/bare_command.py MODEL EVAL --out benchmarks/results/bare-command.json [--windows 24] [--calibration FILE]
-        [--row "w4 --data-free" ...]
+        [--row "w4 --data-free" ...] [--peer FOLDER ...]
 
 Rows are the words after `lowbit quantize MODEL`; each is run in a process of its own with `--no-card`. The kinds of text: EVAL (such as
 WikiText-2), Python's own manual, and source code of its library. KL(float || quantized) in nats per token over windows of 1024 tokens, in float32.
+A FOLDER is what an adapter of `peers/` left: its seconds are those of its result, and its weights are judged as they are.
 """
 
 from __future__ import annotations
@@ -54,6 +55,17 @@ def run(model: str, words: str, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def peer(folder: Path) -> dict[str, Any]:
+    """What an adapter of `peers/` said of its run, in the fields of a row."""
+    told = json.loads((folder / "result.json").read_text())
+    seconds = round(told["seconds"], 1)
+    return {
+        "words": f"{told['peer']} {told['config']}", "recipe": "", "peer": str(folder / told["weights"]), "process_seconds": seconds,
+        "seconds": seconds, "forecast": None, "peak_mb": round(told["peak_resident_bytes"] / 1e6),
+        "linear_bits": round(told["linear_bits"], 3),
+    }  # fmt: skip
+
+
 def kinds(evaluation: str) -> dict[str, Any]:
     code = "\n\n".join(Path(str(module.__file__)).read_text() for module in (difflib, argparse, base_events, decoder))
     return {"text": evaluation, "manual": None, "code": [code]}
@@ -70,7 +82,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             if r.get("kl")
             else " |  | "
         )
-        words = f"`{r['words']}`" if r["words"] else "(nothing more)"
+        words = r["words"] if "peer" in r else f"`{r['words']}`" if r["words"] else "(nothing more)"
         lines.append(
             f"| {words} | `{r['recipe']}` | {r['linear_bits']} | {r['forecast'] or ''} | {r['seconds']} | {r['process_seconds']} | "
             f"{r['peak_mb']} | {kl} |"
@@ -85,6 +97,7 @@ def main() -> None:
     parser.add_argument("--row", action="append")
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--calibration", help="also calibrated on this file, for comparison")
+    parser.add_argument("--peer", type=Path, action="append", default=[], help="what an adapter of peers/ left")
     parser.add_argument("--no-quality", action="store_true", help="seconds and memory alone")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -97,13 +110,17 @@ def main() -> None:
             print(found[-1], file=sys.stderr, flush=True)
             if given.no_quality:
                 shutil.rmtree(Path(room) / str(number))
+        found += [peer(folder) for folder in given.peer]
         if not given.no_quality:
             source = open_source(given.model)
             tokenizer, base = source.tokenizer(), source.load_float()
             for kind, text in kinds(given.evaluation).items():
                 reference = Reference(base, make_windows(load_text(text), tokenizer, limit=given.windows), 6 << 30)
                 for number, row in enumerate(found):
-                    made = lowbit.load(Path(room) / str(number), dtype=torch.float32, kernel="dense")
+                    if "peer" in row:
+                        made = open_source(row["peer"]).load_float()
+                    else:
+                        made = lowbit.load(Path(room) / str(number), dtype=torch.float32, kernel="dense")
                     kl = measure_quality(made, reference.windows, base=reference).kl_mean
                     assert kl is not None
                     row.setdefault("kl", {})[kind] = (round(kl.value, 5), round(kl.stderr or 0.0, 5))

@@ -16,6 +16,7 @@ from lowbit.errors import LowbitError, RecipeError, SourceError
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
 from lowbit.pipeline import block_rehearsal, rehearsal
+from lowbit.pipeline.block_timing import Unshared
 from lowbit.pipeline.forecast import (
     Alone,
     BlockRates,
@@ -145,6 +146,24 @@ class Ticks:
 
     def __call__(self) -> float:
         return float(next(self.looks))
+
+
+def test_a_clock_that_other_programs_hardly_touch() -> None:
+    wall, processors = iter([0.0, 8.0, 9.0, 12.0]), iter([5.0, 7.0, 9.0, 9.0])
+    clock = Unshared(lambda: next(wall), lambda: next(processors))
+    assert [clock() for _ in range(3)] == [2.0, 3.0, 3.0]  # shared with others; two threads alone; asleep
+
+
+def test_a_busy_machine_does_not_change_what_computing_is_forecast_to_take(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, source = opened(tiny_folder("llama"))
+    alone = rehearse(plan, source, [LOW, SOLVED]).seconds(plan, SOLVED, 1 << 20, 64).phases
+    wall = time.perf_counter
+    monkeypatch.setattr(rehearsal, "Unshared", lambda: Unshared(lambda: 100 * wall()))
+    busy = rehearse(plan, source, [LOW, SOLVED]).seconds(plan, SOLVED, 1 << 20, 64).phases
+    for phase in ("float model", "quantized model", "statistics"):
+        assert busy[phase] < 20 * alone[phase]
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral", "t5", "mamba"])

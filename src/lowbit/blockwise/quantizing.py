@@ -136,7 +136,6 @@ class BlockwiseQuantizer:
                 found[solved.plan.name] = replace(solved, stored=solved.stored | activations.parts(solved.plan.name))
             block.mark_final(group.members)
             del stats
-            trim()
         return found
 
     def _statistics(

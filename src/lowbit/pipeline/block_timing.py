@@ -1,7 +1,9 @@
-"""Stopwatches of a rehearsal: what a forward spends in attention, and what gathering the statistics of inputs takes."""
+"""Stopwatches of a rehearsal: a clock that other programs hardly touch, what a forward spends in attention, and what gathering the
+statistics of inputs takes."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +21,26 @@ Clock = Callable[[], float]  # seconds
 
 _SCORES = (torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
+
+class Unshared:
+    """A clock of work as it would be with no other program beside it.
+
+    Of each stretch between two looks it counts the smaller of two times: that on the wall, and that of this process's threads on all
+    processors. Alone on a machine, work takes the first. Beside busy programs the first grows with what they do and the second hardly
+    does, so that a passing load does not decide how a model is quantized.
+    """
+
+    def __init__(self, wall: Clock = time.perf_counter, processors: Clock = time.process_time) -> None:
+        self._clocks = (wall, processors)
+        self._last = [clock() for clock in self._clocks]
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        now = [clock() for clock in self._clocks]
+        self._seconds += max(0.0, min(b - a for a, b in zip(self._last, now, strict=True)))
+        self._last = now
+        return self._seconds
 
 
 class Watch:

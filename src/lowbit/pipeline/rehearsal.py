@@ -26,7 +26,7 @@ from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.pipeline.block_rehearsal import BlockRehearsal
-from lowbit.pipeline.block_timing import Clock
+from lowbit.pipeline.block_timing import Clock, Unshared
 from lowbit.pipeline.forecast import Alone, Bytes, How, Rates, format_of, how_of
 from lowbit.pipeline.manifest import check_loads, write_config
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
@@ -44,26 +44,27 @@ _MOST_SECONDS = 0.25  # a trial that would take longer is not made larger
 
 def rehearse(
     plan: Plan, source: Source, recipes: Sequence[Recipe] = (), *, text: bool = True, near: str | Path | None = None,
-    clock: Clock = time.perf_counter,
+    clock: Clock | None = None,
 ) -> Rates:  # fmt: skip
     """What the pieces of quantizing `source` by any of `recipes` take here. Their transforms of the model count as those of `source`.
 
     recipes those whose times will be asked for; none: the plan's own, and what it stands for when there is text
     text    whether runs over calibration text are forecast too
     near    the folder that will be written, or one beside it: what is written for trial goes to its disk, and is removed again
-    clock   seconds; `time.process_time` for those of the processors
+    clock   seconds; `time.process_time` for those of the processors. None: files by the time on the wall, computing as if alone (`Unshared`)
     """
+    clock, computing = clock or time.perf_counter, clock or Unshared()
     recipes = list(dict.fromkeys(recipes or (plan.recipe, plan.recipe.calibrated())))
     threads, processors = torch.get_num_threads(), _processors(clock)
     with _folder(near) as folder:
         rates = _bytes(plan, source, folder, clock)
         handling = _handling(folder, clock)
         starting = _starting(plan, source, folder, clock) + handling * len(plan.tensors)
-        alone = _encoded(plan, recipes, clock)
+        alone = _encoded(plan, recipes, computing)
         if not text or not any(recipe.uses_calibration for recipe in recipes):
             return Rates(rates, threads, processors, starting, 0.0, alone)
         try:
-            blocks = BlockRehearsal(plan, source, recipes, folder, clock)
+            blocks = BlockRehearsal(plan, source, recipes, folder, computing)
         except LowbitError as error:
             return Rates(rates, threads, processors, starting, 0.0, alone, problem=str(error))
         except Exception as error:  # somebody else's model

@@ -35,6 +35,7 @@ class Stats:
     absmax: Tensor
     mean_abs: Tensor
     drift: Tensor | None = None
+    half: bool = False  # the model multiplies this input in bfloat16
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)  # factorizations that several weights share
 
     @property
@@ -49,7 +50,7 @@ class Stats:
         s = scale.to(torch.float32)
         both = s[:, None] * s
         drift = None if self.drift is None else self.drift / both
-        return Stats(self.tokens, self.second_moment / both, self.absmax / s, self.mean_abs / s, drift)
+        return Stats(self.tokens, self.second_moment / both, self.absmax / s, self.mean_abs / s, drift, self.half)
 
     def blended(self, prior: Stats, tokens: int) -> Stats:
         """Shrunk towards `prior`, which counts as `tokens` observations: (n H + m H_prior) / (n + m).
@@ -60,7 +61,7 @@ class Stats:
         share = n / max(1, n + tokens)
         mixed = share * self.second_moment + (1 - share) * prior.second_moment
         absmax = torch.maximum(self.absmax, prior.absmax * (1 - share))
-        return Stats(n, mixed, absmax, share * self.mean_abs + (1 - share) * prior.mean_abs)
+        return Stats(n, mixed, absmax, share * self.mean_abs + (1 - share) * prior.mean_abs, half=self.half)
 
 
 class StatsBuilder:
@@ -115,4 +116,5 @@ class StatsBuilder:
         n = max(1, self.tokens)
         moment = self.sum.triu() / n
         moment += moment.triu(1).T
-        return Stats(self.tokens, moment, self.absmax, self.abs / n, None if self.drift is None else self.drift / n)
+        drift = None if self.drift is None else self.drift / n
+        return Stats(self.tokens, moment, self.absmax, self.abs / n, drift, self.half)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor
 from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.tensors import TensorPlan
+from lowbit.kernels.bfloat16 import multiplies_bfloat16
 from lowbit.planning.tensor import SLAB, by_rows
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.found import Found
 from lowbit.solvers.hessian import quadratic
+from lowbit.solvers.products import bfloat16_products
 from lowbit.solvers.ranging import Lost, in_range, ranged
 from lowbit.solvers.stats import Stats
 from lowbit.weights.finite import check_finite, check_kept
@@ -174,8 +177,11 @@ def _solve_stacked(
         part = slice(begin, begin + len(x))
         stored = {f"{plan.name}.{k}": _rows(k, v, part, len(rows) > 1) for k, v in q.parts().items()}
         error = x - dense[part]
-        size, signal = float(x.norm()), quadratic(x, stats.second_moment)
-        final = (quadratic(error, stats.second_moment) / signal) ** 0.5 if signal else 0.0
+        size = float(x.norm())
+        # Sums over a whole weight, so that single products in bfloat16 are near enough.
+        with bfloat16_products() if stats.half and multiplies_bfloat16() else nullcontext():
+            signal, lost_signal = (quadratic(of, stats.second_moment) for of in (x, error))
+        final = (lost_signal / signal) ** 0.5 if signal else 0.0
         # How far feedback lowered the error is known of the stack; each of its parts is given the same share.
         ratio = (trace.start / trace.end) ** 0.5 if trace is not None and trace.end > 0 else 1.0
         output = LayerLoss(
