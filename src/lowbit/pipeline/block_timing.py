@@ -27,8 +27,8 @@ class Unshared:
     """A clock of work as it would be with no other program beside it.
 
     Of each stretch between two looks it counts the smaller of two times: that on the wall, and that of this process's threads on all
-    processors. Alone on a machine, work takes the first. Beside busy programs the first grows with what they do and the second hardly
-    does, so that a passing load does not decide how a model is quantized.
+    processors. Alone on a machine, work takes the first. Beside busy programs the first grows with what they do and the second by less
+    (threads that wait for each other still count), so that a passing load seldom decides how a model is quantized.
     """
 
     def __init__(self, wall: Clock = time.perf_counter, processors: Clock = time.process_time) -> None:
