@@ -135,6 +135,12 @@ def plan_conversion(
     )
 
 
+def renames(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint name -> the name of what it is in `model`, of those `names` that the model has and takes as they are."""
+    groups, _ = _group(model, names, model.state_dict(), None)
+    return {group.parts[0][1]: name for name, group in groups.items() if group.converter is None}
+
+
 def _group(
     model: PreTrainedModel,
     checkpoint: Iterable[str],
