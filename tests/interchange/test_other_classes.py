@@ -42,7 +42,9 @@ def _bart(cls: Any, **more: Any) -> nn.Module:
 def _clip() -> nn.Module:
     text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
             "max_position_embeddings": 64, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 32}, projection_dim=32))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=VISION | {"projection_dim": 32}, projection_dim=32)
+    )
 
 
 def _qwen3_5() -> nn.Module:
@@ -130,7 +132,7 @@ def outputs(model: Any) -> Tensor:
     if model.main_input_name == "pixel_values":
         inputs = {"pixel_values": torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
     elif model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
-        inputs["decoder_input_ids"] = ids[:, :5]
+        inputs["decoder_input_ids"] = ids
     ids[:, -1] = 2  # the end, which BART's and T5's classifiers look for
     with torch.no_grad():
         return model(**inputs)[0].float()

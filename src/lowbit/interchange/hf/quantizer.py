@@ -164,7 +164,7 @@ class LowbitQuantizer(HfQuantizer):
 
 def _whole(folder: Path) -> LowbitConfig:
     """What config.json of a folder says of all its weights, for a class whose config is a part of it."""
-    section = read_json(folder / "config.json").get("quantization_config")
+    section: Any = read_json(folder / "config.json").get("quantization_config")
     read_section(section, str(folder / "config.json"))
     return LowbitConfig(**section)
 
