@@ -207,6 +207,16 @@ def test_a_head_that_the_folder_has_not_is_random_and_transformers_says_so(
 
 def test_a_class_that_has_none_of_its_weights_is_refused(folders: Any) -> None:
     with pytest.raises(
-        SourceError, match="GPT2Model has none of the quantized weights of this folder, which is one of a LlamaFor"
+        SourceError, match="GPT2Model has none of the quantized weights.*load it as LlamaForCausalLM or"
     ):
         transformers.GPT2Model.from_pretrained(folders("llama")[0])
+
+
+def test_it_is_spread_over_devices(folders: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    whole = transformers.AutoModel.from_pretrained(folders("llama")[0], dtype=torch.float32)
+    places = {"embed_tokens": "cpu", "layers.0": "disk", "layers.1": "cpu", "norm": "cpu", "rotary_emb": "cpu"}
+    spread = transformers.AutoModel.from_pretrained(
+        folders("llama")[0], dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    assert spread.device == torch.device("cpu") and torch.equal(outputs(spread), outputs(whole))

@@ -64,11 +64,12 @@ class PackedWeight(Parts):
         self.format, self.stored_shape, self.transposed = fmt, tuple(shape), transposed
         self._dtype, self.inputs = dtype, inputs
         self._input_parts = inputs.parts(shape[-1]) if inputs else {}
+        awaited = parts is None
         if parts is None:
             every = fmt.parts(tuple(shape)) | self._input_parts
             parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in every.items()}
         self.set_parts(parts)
-        self.settle()
+        self.settle("cpu" if awaited else None)  # what spreads a model over devices moves it, and can move nothing from "meta"
         self.dispatcher = Dispatcher()
         self._number = ops.register(self)
 
@@ -103,9 +104,9 @@ class PackedWeight(Parts):
         parts = {name: self.get_buffer(name) for name in self._input_parts}
         return InputQuantizer.of(self.inputs, self.stored_shape[-1], parts)
 
-    def settle(self) -> None:
-        """Put the empty parameter where the stored parts are, after code that moved these one by one."""
-        like = torch.empty(0, dtype=self._dtype, device=self.device)
+    def settle(self, device: torch.device | str | None = None) -> None:
+        """Put the empty parameter on a device (None: where the stored parts are), after code that moved these one by one."""
+        like = torch.empty(0, dtype=self._dtype, device=device or self.device)
         self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

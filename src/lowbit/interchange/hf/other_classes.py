@@ -62,9 +62,10 @@ def fit(
         if owner in tensors and name in names:
             spots.setdefault(owner, []).append(names[name])
     if tensors and not spots:
+        written = " or ".join(getattr(model.config, "architectures", None) or ["the class that config.json names"])
         raise SourceError(
-            f"a {type(model).__name__} has none of the quantized weights of this folder, which is one of a "
-            f"{' or '.join(getattr(model.config, 'architectures', None) or ['different model'])}; load it with another class"
+            f"a {type(model).__name__} has none of the quantized weights of this folder, so all of it would be random; load it as "
+            f"{written} or as a class that shares its weights"
         )
     packed = {found[0]: owner for owner, found in spots.items()}
     ties = {alias: found[0] for found in spots.values() for alias in found[1:]}
