@@ -35,11 +35,6 @@ class Fit:
     tied: Mapping[str, str]
     files: Mapping[str, str]
 
-    @property
-    def renames(self) -> bool:
-        """Whether anything has another name in the model than in the folder."""
-        return any(a != b for a, b in (*self.packed.items(), *self.files.items()))
-
 
 def fit(
     model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = ()

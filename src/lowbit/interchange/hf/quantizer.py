@@ -95,7 +95,7 @@ class LowbitQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
     quantization_config: LowbitConfig
-    _files: Mapping[str, str] = {}  # tensor of the files -> its name in a model of another class
+    _files: Mapping[str, str] = {}  # tensor of the files -> its name in the model
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before files are looked for: take out what stops transformers where it does not know lowbit."""
@@ -114,7 +114,7 @@ class LowbitQuantizer(HfQuantizer):
         for file in checkpoint_files or ():
             stored = [*stored, *read_header(file).entries]
         found = self.quantization_config.fit(model, stored)
-        self._files = found.files if found.renames else {}
+        self._files = found.files
         self.quantization_config = self.quantization_config.fitted(found)
         computed_in = float32_rules(model)
         for name in self.quantization_config.tensors:
@@ -134,7 +134,7 @@ class LowbitQuantizer(HfQuantizer):
         spare_parts(model)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """transformers' rules for names; where the class is another than the folder's, they have been asked already."""
+        """One rule that knows every tensor of the files: rules for checkpoints of other programs have been asked already."""
         return [Exactly(self._files)] if self._files else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
