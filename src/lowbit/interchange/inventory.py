@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.tensors import Kind
+from lowbit.nn.packed import LIKE, PackedWeight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -97,7 +98,7 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, str, str, torch.Tensor]]:
     for owner_name, owner in module.named_modules(remove_duplicate=False):
         buffers = {k: b for k, b in owner._buffers.items() if k not in owner._non_persistent_buffers_set}
         for leaf, tensor in {**owner._parameters, **buffers}.items():
-            if tensor is not None:
+            if tensor is not None and not (isinstance(owner, PackedWeight) and leaf == LIKE):
                 yield (f"{owner_name}.{leaf}" if owner_name else leaf), owner_name, leaf, tensor
 
 

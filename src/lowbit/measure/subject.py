@@ -140,6 +140,8 @@ def _kept_in(model: nn.Module, total: int) -> tuple[str, ...]:
     """What a packed model keeps in float, in plain words: vectors by what they are of, all else by being kept."""
     found: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:  # by which a packed weight says its type and device
+            continue
         words = kept_words(name, "vector") if parameter.dim() < 2 else "other tensors in float"
         tensors, count = found.get(words, (0, 0))
         found[words] = (tensors + 1, count + parameter.numel())

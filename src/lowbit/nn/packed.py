@@ -1,7 +1,9 @@
 """PackedWeight: a quantized weight that stands where a parameter stood.
 
 It is a module, so its parts are buffers named `weight.codes`, `weight.scale`, ... that `.to()`,
-`state_dict()` and the meta device treat by PyTorch's own rules. And it answers `__torch_function__`,
+`state_dict()` and the meta device treat by PyTorch's own rules. An empty parameter beside them, which is never saved, has the
+type and the device by which code that asks `next(model.parameters())` knows where and in what a model computes, also where
+every weight is packed. And it answers `__torch_function__`,
 so that the code around it does not change: `F.linear(x, layer.weight)`, `F.embedding`, Conv1D's `addmm`,
 `x @ weight.T`, `weight[expert]` all work, in any architecture, on weights that stay packed.
 """
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import FormatError
 from lowbit.formats import Format, InputQuantizer, Inputs, QTensor
@@ -24,6 +26,9 @@ from lowbit.nn.product import Product
 
 # Python looks operators up on the class, where `__getattr__` is not asked.
 _OPERATORS = [f"__{name}__" for name in ("matmul", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg")]
+
+
+LIKE = "like"  # the name of the empty parameter
 
 
 def _on_dense(name: str) -> Callable[..., Any]:
@@ -59,10 +64,12 @@ class PackedWeight(Parts):
         self.format, self.stored_shape, self.transposed = fmt, tuple(shape), transposed
         self._dtype, self.inputs = dtype, inputs
         self._input_parts = inputs.parts(shape[-1]) if inputs else {}
+        awaited = parts is None
         if parts is None:
             every = fmt.parts(tuple(shape)) | self._input_parts
             parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in every.items()}
         self.set_parts(parts)
+        self.settle("cpu" if awaited else None)  # what spreads a model over devices moves it, and can move nothing from "meta"
         self.dispatcher = Dispatcher()
         self._number = ops.register(self)
 
@@ -97,6 +104,11 @@ class PackedWeight(Parts):
         parts = {name: self.get_buffer(name) for name in self._input_parts}
         return InputQuantizer.of(self.inputs, self.stored_shape[-1], parts)
 
+    def settle(self, device: torch.device | str | None = None) -> None:
+        """Put the empty parameter on a device (None: where the stored parts are), after code that moved these one by one."""
+        like = torch.empty(0, dtype=self._dtype, device=device or self.device)
+        self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as its module would hold it (transposed if it is), dense.
 
@@ -115,7 +127,13 @@ class PackedWeight(Parts):
         return (read(torch.float32) / self.get_buffer("input_divisor")).to(dtype or self._dtype)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it."""
+        """x [..., in] -> x W^T + bias [..., out] with the fastest kernel that supports it.
+
+        In the type of x, or in that of the weight where it is wider: a float16 model keeps a layer in float32 whose results
+        leave the range of float16.
+        """
+        if x.dtype.itemsize < self._dtype.itemsize and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self._dtype)
         if torch.compiler.is_compiling():
             return ops.packed_linear(x, self._number, bias, self.stored_shape[0])
         if torch.is_grad_enabled() and x.requires_grad:
@@ -135,11 +153,18 @@ class PackedWeight(Parts):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         self.dispatcher = Dispatcher(self.dispatcher.only)  # what was prepacked for another device or type is of no use
         super()._apply(fn, recurse)
+        self.settle()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + LIKE]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.dispatcher = Dispatcher(self.dispatcher.only)  # and neither is what was prepacked of other values
+        like = self._parameters.pop(LIKE)  # is in no file
         super()._load_from_state_dict(*args)
+        self._parameters[LIKE] = like
 
     # Of a module these would change it in place. Code that casts its weight means what a tensor does.
 

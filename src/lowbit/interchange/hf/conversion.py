@@ -135,6 +135,22 @@ def plan_conversion(
     )
 
 
+def renames(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in a model of some class -> the name of the same tensor in `model`, of those `names` that it has and takes as they are.
+
+    Mostly the prefix of the base model is all that differs. The rules for checkpoints come after that, because names of
+    models need not survive them.
+    """
+    found: dict[str, str] = {}
+    wanted = model.state_dict()
+    for rules in ((), None):
+        groups, _ = _group(model, [name for name in names if name not in found], wanted, rules)
+        taken = set(found.values())
+        alone = {name: group for name, group in groups.items() if group.converter is None and name not in taken}
+        found |= {group.parts[0][1]: name for name, group in alone.items()}
+    return found
+
+
 def _group(
     model: PreTrainedModel,
     checkpoint: Iterable[str],

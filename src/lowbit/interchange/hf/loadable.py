@@ -27,8 +27,8 @@ def check_loadable(
 
     model = meta_model(config)
     quantizer = LowbitQuantizer(LowbitConfig(**quantization), pre_quantized=True)
-    quantizer._process_model_before_weight_loading(model)
-    read = plan_conversion(model, stored, where)
+    quantizer._process_model_before_weight_loading(model, stored=stored)
+    read = plan_conversion(model, stored, where, quantizer.update_weight_conversions([], model))
     strange = [name for name in read.extra if name not in unknown] + list(read.dropped)
     moved = [name for name in read.specs if read.parts(name) != (name,)]
     if strange or moved:

@@ -6,6 +6,8 @@ Nothing of transformers is patched: a config class and a quantizer are registere
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.section import Packed, read_section
-from lowbit.interchange.hf.section import without_guard
+from lowbit.interchange.files.safetensors_reader import read_header
+from lowbit.interchange.files.settings import read_json
+from lowbit.interchange.hf.float32_rules import float32_rules, spare_parts
+from lowbit.interchange.hf.other_classes import Exactly, Fit, fit
+from lowbit.interchange.hf.section import PART, without_guard
 from lowbit.interchange.hf.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import dequantize_, place
@@ -25,7 +31,10 @@ _NOTHING: dict[str, Any] = {}
 
 
 class LowbitConfig(QuantizationConfigMixin):
-    """`quantization_config` of a saved model: every packed tensor with its format, and what is tied to it."""
+    """`quantization_config` of a saved model: every packed tensor with its format, and what is tied to it.
+
+    `part_of`: that of a config inside another one, for which what the outer one says holds; it says nothing itself.
+    """
 
     def __init__(
         self,
@@ -33,9 +42,10 @@ class LowbitConfig(QuantizationConfigMixin):
         tied: dict[str, str] | None = None,
         recipe: str = "",
         version: str = "",
+        part_of: str = "",
         **others: Any,
     ) -> None:
-        self.quant_method = "lowbit"  # type: ignore[assignment]
+        self.quant_method, self.part_of = "lowbit", part_of  # type: ignore[assignment]
         found = read_section(
             {"tensors": tensors, "tied": tied, "recipe": recipe, "version": version, **others}, "config.json"
         )
@@ -49,6 +59,8 @@ class LowbitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
+        if self.part_of:
+            return dict(PART)
         names = ("quant_method", "tensors", "tied", "recipe", "version")
         return copy.deepcopy({name: getattr(self, name) for name in names})
 
@@ -62,6 +74,17 @@ class LowbitConfig(QuantizationConfigMixin):
         packed: Packed = self._packed[name]
         return packed.module_shape
 
+    def fit(self, model: Any, stored: Collection[str]) -> Fit:
+        """How these weights stand in the empty float `model`, of whichever class; `stored`: the names of all tensors in the files."""
+        return fit(model, self._packed, self.tied, stored)
+
+    def fitted(self, found: Fit) -> LowbitConfig:
+        """The same of a model that has other names, or fewer of these weights."""
+        tensors = {name: self.tensors[folder] for name, folder in found.packed.items()}
+        if tensors == self.tensors and found.tied == self.tied:
+            return self
+        return LowbitConfig(tensors, dict(found.tied), self.recipe, self.version)
+
     def packed_aliases(self) -> dict[str, str]:
         """Alias -> name of every packed weight that stands in several places."""
         return {alias: name for alias, name in self.tied.items() if name in self.tensors}
@@ -72,6 +95,7 @@ class LowbitQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained only loads; quantizing is lowbit.quantize
     quantization_config: LowbitConfig
+    _files: Mapping[str, str] = {}  # tensor of the files -> its name in the model
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before files are looked for: take out what stops transformers where it does not know lowbit."""
@@ -80,29 +104,49 @@ class LowbitQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, stored: Collection[str] = (), **kwargs: Any
+    ) -> None:
+        """`stored`: the tensors of the files, where there are no files yet."""
         settle_torch_pool()
-        dtype = model.dtype
+        if self.quantization_config.part_of and checkpoint_files:
+            self.quantization_config = _whole(Path(checkpoint_files[0]).parent)
+        for file in checkpoint_files or ():
+            stored = [*stored, *read_header(file).entries]
+        found = self.quantization_config.fit(model, stored)
+        self._files = found.files
+        self.quantization_config = self.quantization_config.fitted(found)
+        computed_in = float32_rules(model)
         for name in self.quantization_config.tensors:
             _check_place(model, name, self.quantization_config.shape_of(name))
-            weight = self.quantization_config.packed(name, dtype)
+            weight = self.quantization_config.packed(name, computed_in(name))
             weight._is_hf_initialized = True  # what initializes modules with missing tensors leaves it alone
             place(model, name, weight)
-            # Some classes list the head among what is tied even where it has a weight of its own, as T5 does.
-            model.all_tied_weights_keys.pop(name, None)
-        for alias, name in self.quantization_config.packed_aliases().items():
-            _check_place(model, alias, self.quantization_config.shape_of(name))
-            place(model, alias, _Awaited(self.quantization_config.packed(name, dtype).shape))
-            model.all_tied_weights_keys.pop(alias, None)
+        aliases = self.quantization_config.packed_aliases()
+        for alias, name in aliases.items():
+            shape = self.quantization_config.shape_of(name)
+            _check_place(model, alias, shape)
+            place(model, alias, _Awaited(torch.Size(shape)))
+        # Some classes list the head among what is tied even where it has a weight of its own, as T5 does.
+        placed = {*self.quantization_config.tensors, *aliases}
+        ties = model.all_tied_weights_keys.items()
+        model.all_tied_weights_keys = {k: v for k, v in ties if not {k, v} & placed}
+        spare_parts(model)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """One rule that knows every tensor of the files: rules for checkpoints of other programs have been asked already."""
+        return [Exactly(self._files)] if self._files else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         packed = _packed_by_every_name(model)
         for alias, name in self.quantization_config.packed_aliases().items():
             place(model, alias, packed[name])
-        _tie_parts(model, packed, self.quantization_config.packed_aliases())
+        finish(model, packed, self.quantization_config.packed_aliases())
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        for cast in CASTS:
+            model.__dict__.pop(cast, None)
         _untie_parts(model, self.quantization_config.packed_aliases())
         return dequantize_(model, dtype)
 
@@ -116,6 +160,13 @@ class LowbitQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _whole(folder: Path) -> LowbitConfig:
+    """What config.json of a folder says of all its weights, for a class whose config is a part of it."""
+    section: Any = read_json(folder / "config.json").get("quantization_config")
+    read_section(section, str(folder / "config.json"))
+    return LowbitConfig(**section)
 
 
 class _Awaited(nn.Module):
@@ -150,10 +201,37 @@ def _check_place(model: Any, name: str, shape: tuple[int, ...]) -> None:
 def attach(model: Any, config: dict[str, Any]) -> None:
     """Make a transformers model whose weights were packed in memory what `from_pretrained` would have given."""
     quantizer = LowbitQuantizer(LowbitConfig(**config), pre_quantized=True)
-    _tie_parts(model, _packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
+    finish(model, _packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     model.config.quantization_config = quantizer.quantization_config
+
+
+def finish(model: Any, packed: Mapping[str, PackedWeight], aliases: Mapping[str, str]) -> None:
+    """Give a model with packed weights what transformers asks of it once they have their values."""
+    for weight in packed.values():
+        weight.settle()
+    _tie_parts(model, packed, aliases)
+    model._weight_conversions = []  # it is saved under its own names, which are those of its quantization_config
+    for name, dtype in CASTS.items():
+        setattr(model, name, Cast(model, dtype))
+
+
+class Cast:
+    """Stands in the place of `model.half` and `model.float`, which transformers refuses for every quantized model.
+
+    An attribute of the model, not a class, so that its class, names and files stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self._model, self._dtype = model, dtype
+
+    def __call__(self) -> nn.Module:
+        """Let it compute in another type, as `model.to(dtype)` does; packed weights stay as they are stored."""
+        return self._model.to(self._dtype)
+
+
+CASTS = {"half": torch.float16, "float": torch.float32}
 
 
 def _packed_by_every_name(model: nn.Module) -> dict[str, PackedWeight]:
@@ -162,7 +240,7 @@ def _packed_by_every_name(model: nn.Module) -> dict[str, PackedWeight]:
     return {name: module for name, module in named if isinstance(module, PackedWeight)}
 
 
-def _tie_parts(model: Any, packed: dict[str, PackedWeight], aliases: dict[str, str]) -> None:
+def _tie_parts(model: Any, packed: Mapping[str, PackedWeight], aliases: Mapping[str, str]) -> None:
     """Declare the stored parts as tied where the whole weights were, so that `tie_weights` and saving find them."""
     parts = {
         f"{alias}.{part}": f"{name}.{part}"

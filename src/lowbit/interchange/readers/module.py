@@ -33,7 +33,7 @@ class ModuleSource(Source):
 
     def __init__(self, module: nn.Module, tokenizer: Any = None) -> None:
         self.label = type(module).__name__
-        self.config = getattr(module, "config", None) if hasattr(module, "save_pretrained") else None
+        self.config = _config_of(module) if hasattr(module, "save_pretrained") else None
         self._module, self._tokenizer = module, tokenizer
         self.inventory = inventory_of(module)
         state = module.state_dict(keep_vars=True)
@@ -84,3 +84,19 @@ class ModuleSource(Source):
         if ready and not self._module.training:
             return self._module
         return copy.deepcopy(self._module).to(device=device, dtype=dtype).eval()
+
+
+def _config_of(module: nn.Module) -> Any:
+    """The module's config, a copy with its class where it names none or another, as that of a base model does that was loaded from
+    the folder of a model with a head."""
+    import transformers
+
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        return None
+    named, own = getattr(config, "architectures", None), type(module).__name__
+    if named == [own] or (named and getattr(transformers, own, None) is not type(module)):
+        return config
+    config = copy.deepcopy(config)
+    config.architectures = [own]
+    return config

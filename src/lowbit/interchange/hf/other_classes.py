@@ -1,0 +1,102 @@
+"""Where the tensors of a folder stand in a model of another class than the one that was quantized.
+
+A folder has the names of the class that it was made of: a causal language model has `model.layers.0...` where the model without
+a head has `layers.0...`, and a model of text and images has its text model somewhere inside. transformers has rules that lead
+from one to the other, for the tensors of a float checkpoint. They are asked here for the weight as a whole, because they know
+no parts of packed weights, and what they answer holds for its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers.core_model_loading import WeightRenaming
+
+from lowbit.errors import SourceError
+from lowbit.interchange.checks.section import Packed
+from lowbit.interchange.hf.conversion import renames
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model of some class takes from a folder.
+
+    packed   name of a packed weight in the model -> its name in the folder
+    tied     alias -> name, both in the model, of what shares one tensor; names of packed weights are those of `packed`
+    files    name of a tensor in the files -> its name in the model; empty where the files were not given
+    """
+
+    packed: Mapping[str, str]
+    tied: Mapping[str, str]
+    files: Mapping[str, str]
+
+
+def fit(
+    model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = ()
+) -> Fit:
+    """How the packed `tensors` of a folder, and what is `tied` to what there, stand in the empty float `model`.
+
+    `stored`: the names of all tensors in the files. A class that is not the folder's own takes what it has, as transformers has
+    it for float checkpoints; SourceError where that is nothing. Names that the folder's own class lacks stay, for the
+    caller to refuse.
+    """
+    parts = {f"{name}.{part}": name for name, packed in tensors.items() for part in packed.parts()}
+    plain = [name for name in stored if name not in parts]
+    own = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    names = renames(model, [*tensors, *tied, *plain])
+    if own:
+        names = {name: name for name in (*tensors, *tied)} | names
+    spots: dict[str, list[str]] = {}  # packed weight of the folder -> its names in the model, the owner first
+    for name in (*tensors, *tied):
+        owner = tied.get(name, name)
+        if owner in tensors and name in names:
+            spots.setdefault(owner, []).append(names[name])
+    if tensors and not spots:
+        written = " or ".join(getattr(model.config, "architectures", None) or ["the class that config.json names"])
+        raise SourceError(
+            f"a {type(model).__name__} has none of the quantized weights of this folder, so all of it would be random; load it as "
+            f"{written} or as a class that shares its weights"
+        )
+    packed = {found[0]: owner for owner, found in spots.items()}
+    ties = {alias: found[0] for found in spots.values() for alias in found[1:]}
+    if stored or not own:
+        ties |= _own_ties(model, packed, ties, {names[name] for name in plain if name in names})
+    ties |= {names[a]: names[n] for a, n in tied.items() if n not in tensors and a in names and n in names}
+    first = {owner: name for name, owner in packed.items()}
+    files = {part: part.replace(owner, first[owner], 1) for part, owner in parts.items() if owner in first}
+    files |= {name: names[name] for name in plain if name in names}
+    return Fit(packed, ties, files if stored else {})
+
+
+def _own_ties(
+    model: PreTrainedModel, packed: Mapping[str, str], ties: Mapping[str, str], floats: Collection[str]
+) -> dict[str, str]:
+    """What the class ties to a packed weight and the folder knows nothing of, such as the head that its own class lacks."""
+    found = {}
+    taken = {*packed, *ties, *floats}
+    for pair in (model.all_tied_weights_keys or {}).items():
+        for alias, name in (pair, pair[::-1]):
+            owner = ties.get(name, name)
+            if owner in packed and alias not in taken:
+                found[alias] = owner
+                taken.add(alias)
+    return found
+
+
+class Exactly(WeightRenaming):  # type: ignore[misc]
+    """A rule of transformers that renames every tensor by a table."""
+
+    __slots__ = ("names",)
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__("lowbit", "lowbit")
+        self.names = names
+
+    def rename_source_key(self, source_key: str) -> tuple[str, Any]:
+        """(new name, None), as transformers asks for it."""
+        return self.names.get(source_key, source_key), None
