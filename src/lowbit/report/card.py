@@ -164,7 +164,8 @@ def measured_before(
     compared = saved.card.outputs is not None or (
         saved.card.quality is not None and saved.card.quality.kl_mean is not None
     )
-    asked = [(seen.length, length)] if windows is not None or saved.card.budget is None else []
+    open_ = windows is None and (saved.card.budget is not None or saved.card.outputs is not None)
+    asked = [] if open_ else [(seen.length, length)]
     asked += [(seen.windows, windows)] if windows is not None else []
     # A text or a model that is shorter than what was asked for says so in a note.
     same = all(

@@ -13,7 +13,7 @@ from lowbit.interchange.model_card import BASE_README, BaseFacts
 from lowbit.measure.card import Card
 from lowbit.measure.card_file import OWN
 from lowbit.measure.markdown import markdown_table
-from lowbit.measure.verdict import verdict
+from lowbit.measure.verdict import verdict_of
 from lowbit.report.panel import card_lines
 
 PROMPT = "What is the capital of France?"
@@ -68,7 +68,7 @@ def _measured(card: Card, command: str) -> list[str]:
     """What it cost, and how that was measured; what was kept, where there are no figures."""
     figures = [(name.strip(), value) for name, value in card_lines(card)]
     parts = ["## What it cost"]
-    found = verdict(card.quality) if card.quality is not None else None
+    found = verdict_of(card)
     if found is not None:
         parts.append(f"**{found.word}**: {found.meaning}.")
     elif card.text is None and card.outputs is None:
