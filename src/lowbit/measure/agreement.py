@@ -2,7 +2,8 @@
 
 Standard errors are those of the delete-one jackknife over inputs (Tukey 1958; Efron and Stein 1981): with t_i the figure without
 input i, of n inputs, the squared error is (n - 1) / n * sum_i (t_i - mean t)^2. Of a plain mean that is the usual standard error; of
-figures in which every input meets all others, as where texts rank one another, it counts that one input moves many ranks.
+figures in which every input meets all others, as where texts rank one another, it counts that one input moves many ranks. It does not suit
+what jumps, such as which text is nearest (Efron and Tibshirani 1993, chapter 11); there queries count as independent.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import device_of, evaluating
 
 _NAMES = ("logits", "last_hidden_state", "image_embeds")  # looked for in this order
+_PROMPT = 8  # tokens that may stand before what is written, such as a language and a task
 _REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError, AssertionError)
 
 
@@ -36,6 +37,10 @@ def called(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]
 def written(model: nn.Module, example: Mapping[str, Tensor], new: int) -> list[int]:
     """The tokens that a model writes of one input, the most likely each time, `new` at most. SourceError as of `called`."""
     given = {name: x for name, x in _placed(model, example).items() if not name.startswith("decoder_")}
+    config: Any = getattr(model, "config", None)
+    room = getattr(config, "max_target_positions", None)  # of a decoder that counts its own
+    if isinstance(room, int):
+        new = max(1, min(new, room - _PROMPT))
     write: Any = model.generate
     try:
         with evaluating(model):

@@ -53,7 +53,7 @@ def refuse_inputs(inputs: Any, model: Any) -> None:
 
 def card_of_embeddings(
     model: str | Path | nn.Module | Quantized, source: Source | None, tokenizer: Any, text: Any, windows: int | None,
-    length: int | None, say: Callable[[str], None], folders: tuple[Path, ...], progress: Progress | None = None,
+    length: int | None, say: Callable[[str], None], inputs: Any, folders: tuple[Path, ...], progress: Progress | None = None,
 ) -> Card | None:  # fmt: skip
     """The card of a model whose files say how it makes embeddings, however it is built; None for any other.
 
@@ -68,17 +68,9 @@ def card_of_embeddings(
     base = None if source is None else source.load_float(torch.float32)
     words = subject.tokenizer or (None if source is None else source.tokenizer)
     return card_of_outputs(
-        subject.module,
-        base,
-        parts,
-        words or _no_tokenizer,
-        text,
-        windows,
-        length,
-        say,
-        folders=folders,
+        subject.module, base, parts, words or _no_tokenizer, text, windows, length, say, inputs=inputs, folders=folders,
         progress=progress,
-    )
+    )  # fmt: skip
 
 
 def card_of_outputs(

@@ -112,10 +112,11 @@ def _both(
     """One input through both; (name, value, float model's value) of the output that counts most, in float64."""
     answer = called(base, example)
     name = next(iter(answer))
+    if use is not None:
+        right.append(use.read(facts, base, example, answer))
     try:
         mine = called(model, example)
         if use is not None:
-            right.append(use.read(facts, base, example, answer))
             found.append(use.read(facts, model, example, mine))
     except SourceError as error:
         raise SourceError(f"the quantized model fails where the float model does not: {error}") from None

@@ -85,10 +85,8 @@ def quick_card(
     source = _float_source(model, against)
     say("loading the model" if source is None else "loading the model and its float model")
     folders = folders_of(model, source)
-    if (
-        embeds := card_of_embeddings(model, source, tokenizer, text, windows, length, say, folders, progress)
-    ) is not None:
-        refuse_inputs(inputs, model)
+    embeds = card_of_embeddings(model, source, tokenizer, text, windows, length, say, inputs, folders, progress)
+    if embeds is not None:
         return embeds
     mine, other, parts, words = _opened(model, source, tokenizer)
     if parts.bytes_before is None and source is not None:

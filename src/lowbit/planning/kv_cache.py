@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from lowbit.planning.states import First, state_numbers
 _SLIDING = ("sliding_attention", "chunked_attention")
 _STATES = ("linear_attention", "mamba", "recurrent", "conv", "hybrid")
 _NOTHING = ("mlp", "moe")
+_ATTENTION = {"past_key_values", "cache"}  # arguments of a forward by which keys and values come back
+_DECODER_LAYERS, _DECODER_HEADS = ("num_decoder_layers", "decoder_layers"), ("decoder_attention_heads",)
+_CACHES = {*_ATTENTION, "cache_params", "state"}
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,18 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
         return KVCache(0)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
-    def first(*names: str) -> int:
-        found = (getattr(text, name, None) for name in names)
-        return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
-
     both = bool(getattr(config, "is_encoder_decoder", False))
-    layers = (first("num_decoder_layers", "decoder_layers") if both else 0) or first(
-        "num_hidden_layers", "n_layer", "num_layers"
-    )
+
+    def first(*names: str) -> int:
+        return _first(text, names)
+
+    layers = (_first(config, _DECODER_LAYERS) if both else 0) or first("num_hidden_layers", "n_layer", "num_layers")
     kinds = list(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [])[:layers]
     states = sum(kind in _STATES for kind in kinds)
-    if "past_key_values" not in kept or (not kinds and first("state_size")):
+    if not kept & _ATTENTION or (not kinds and first("state_size")):
         return KVCache(0, fixed=layers * state_numbers(first) * itemsize, itemsize=itemsize)
-    per_layer = _per_layer(text, first, both) * itemsize
+    heads = _first(config, _DECODER_HEADS) if both else 0
+    per_layer = _per_layer(text, first, heads) * itemsize
     window = first("sliding_window", "attention_chunk_size")
     shared = first("num_kv_shared_layers")  # the last layers read what earlier ones keep
     own = kinds[: len(kinds) - shared] if shared else kinds
@@ -90,17 +93,22 @@ def _kept(config: Any) -> frozenset[str]:
     if not kind.can_generate() or any("MaskedLM" in name for name in config.architectures or ()):
         return frozenset()
     takes = inspect.signature(kind.forward).parameters
-    known = {"past_key_values", "cache_params", "state"} & set(takes)
-    return frozenset({*known, kind.main_input_name}) if known else frozenset()
+    known = _CACHES & set(takes)
+    encodes = getattr(config, "is_encoder", False) is True  # of families whose one class encodes or writes
+    return frozenset({*known, kind.main_input_name}) if known and not encodes else frozenset()
 
 
-def _per_layer(text: Any, first: First, both: bool) -> int:
+def _first(config: Any, names: Sequence[str]) -> int:
+    """The first of these fields that is a whole number above 0; 0 where none is."""
+    found = (getattr(config, name, None) for name in names)
+    return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0), 0)
+
+
+def _per_layer(text: Any, first: First, decoder_heads: int) -> int:
     """Numbers that one layer of attention keeps of one token."""
     if first("kv_lora_rank"):
         return first("kv_lora_rank") + first("qk_rope_head_dim")
-    heads = (first("decoder_attention_heads") if both else 0) or first(
-        "num_attention_heads", "n_head", "num_heads", "n_heads"
-    )
+    heads = decoder_heads or first("num_attention_heads", "n_head", "num_heads", "n_heads")
     if not heads:
         return 0
     width = first("head_dim", "d_kv") or first("hidden_size", "n_embd", "d_model") // heads

@@ -10,9 +10,7 @@ First = Callable[..., int]
 
 def state_numbers(first: First) -> int:
     """Numbers that one layer with a state keeps; 0 where the config says nothing that is known."""
-    return next(
-        (found for rule in (_mamba, _delta_net, _decaying, _convolution, _recurrence) if (found := rule(first))), 0
-    )
+    return next((found for rule in _RULES if (found := rule(first))), 0)
 
 
 def _mamba(first: First) -> int:
@@ -59,3 +57,13 @@ def _recurrence(first: First) -> int:
     """A gated linear recurrence with its convolution. De et al. 2024."""
     width = first("lru_width")
     return width + width * first("conv1d_width")
+
+
+def _linear(first: First) -> int:
+    """Linear attention: a matrix of keys and values for each head. Katharopoulos et al. 2020."""
+    heads = first("num_attention_heads")
+    width = first("head_dim") or (first("hidden_size") // heads if heads else 0)
+    return heads * width * width
+
+
+_RULES = (_mamba, _delta_net, _decaying, _convolution, _recurrence, _linear)  # the first that gives something is taken

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowbit.measure.advice import Advice
-from lowbit.measure.card import Card
+from lowbit.measure.card import Card, TextMark
 from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
 from lowbit.measure.tasks.task import kind_named
@@ -64,11 +64,14 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     if known:
         lines.append(("peak memory", ", ".join(known)))
     if card.text is not None:
-        windows = f"{card.text.windows} window{'' if card.text.windows == 1 else 's'} of {card.text.length} tokens"
-        lines.append(("measured on", f"{card.text.name}, {windows} (sha256 {card.text.sha256[:8]})"))
+        lines.append(("measured on", f"{card.text.name}, {_windows(card.text)} (sha256 {card.text.sha256[:8]})"))
         lines += [("  note", note) for note in card.text.notes]
     lines += [("note", note) for note in parts.notes]
     return lines
+
+
+def _windows(text: TextMark) -> str:
+    return f"{text.windows} window{'' if text.windows == 1 else 's'} of {text.length} tokens"
 
 
 def _size_lines(card: Card) -> list[tuple[str, str]]:
@@ -129,7 +132,8 @@ def _output_lines(card: Card) -> list[tuple[str, str]]:
         lines.append(("  could also be", f"{near.word}, within two standard errors; more inputs would tell"))
     if any(figure.estimate.stderr for figure in found.figures):
         lines.append(("  the ± is", "one standard error, from how the inputs differ"))
-    lines.append(("compared on", found.inputs))
+    if card.text is None or found.inputs != _windows(card.text):
+        lines.append(("compared on", found.inputs))
     return lines
 
 
