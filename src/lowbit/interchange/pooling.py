@@ -110,7 +110,8 @@ def pooling_of(folder: Path) -> Pooling | None:
     modes, longest = _modes(_config(folder / chain[1][1]), folder), _longest(folder)
     after: list[Dense | Normalize] = []
     for kind, path in chain[2:]:
-        step = _PARTS.get(kind, lambda folder: None)(folder / path)
+        part = _PARTS.get(kind)
+        step = None if part is None else part(folder / path)
         if step is None:
             return Pooling(modes, tuple(after), longest, kind)
         after.append(step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def inputs_of(
     main = getattr(model, "main_input_name", "input_ids")
     if given is not None and given.ready is not None:
         ready = given.ready
-        return Inputs([lambda i=i: _fitted(model, ready(i)) for i in range(given.count)], given.words)
+        return Inputs([partial(_ready, model, ready, i) for i in range(given.count)], given.words)
     makers = _makers(model, given, folder)
     if given is not None and not any(maker.uses for maker in makers.values()):
         kind = "images" if given.image is not None else "sounds"
@@ -119,7 +120,7 @@ def _joined(model: nn.Module, windows: Windows | None, makers: dict[str, _Maker]
             else f"{count} window{plural} of {windows.length} tokens"
         )
         parts.insert(0, text)
-    return Inputs([lambda i=i: make(i) for i in range(count)], " and ".join(parts))
+    return Inputs([partial(make, i) for i in range(count)], " and ".join(parts))
 
 
 def _random_ids(model: nn.Module, number: int) -> Tensor:
@@ -181,6 +182,10 @@ def _spectrum(config: Any, number: int) -> np.ndarray:
     bins = int(getattr(config, "num_mel_bins", None) or 80)
     frames = 2 * int(getattr(config, "max_source_positions", None) or 500)  # Whisper halves them first
     return spectrum(number, bins, frames)
+
+
+def _ready(model: nn.Module, read: Callable[[int], dict[str, Tensor]], number: int) -> dict[str, Tensor]:
+    return _fitted(model, read(number))
 
 
 def _fitted(model: nn.Module, arrays: dict[str, Tensor]) -> dict[str, Tensor]:

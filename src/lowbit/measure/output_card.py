@@ -84,7 +84,7 @@ def card_of_outputs(
     folders: of the model's own files, the first that has one counts. SourceError where there is no float model, TextError for
     a text or inputs that are not usable, or would be ignored.
     """
-    pooling = next((found for folder in folders if (found := pooling_of(folder)) is not None), None)
+    pooling = next((way for folder in folders if (way := pooling_of(folder)) is not None), None)
     if base is None:
         what = "makes embeddings" if pooling is not None and predicts_tokens(subject) else "predicts no tokens"
         raise SourceError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, OutputError, SourceError
+from lowbit.interchange.companions import MODULES
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.model_card import (
@@ -137,7 +138,8 @@ def text(saved: SavedCard, folder: Path) -> str:
 
 def _text(card: Card, folder: Path, made: Made) -> str:
     name, kind = folder.resolve().name, _architecture(folder)
-    return readme(name, card, made.facts, architecture=kind, target=made.target, command=made.command)
+    embeds = made.target == OWN and (folder / MODULES).is_file()
+    return readme(name, card, made.facts, architecture=kind, target=made.target, command=made.command, embeds=embeds)
 
 
 def keep_of_export(folder: Path, out: Path, target: str, error: float, unequal: Sequence[str]) -> tuple[str, ...]:

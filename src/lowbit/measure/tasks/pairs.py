@@ -22,7 +22,7 @@ def paired(facts: Facts, pairs: Sequence[tuple[int, int]]) -> list[Example]:
     inside = [windows.frame.inside(ids) for ids in windows.ids]
     texts = {i: words.decode(inside[i].tolist()) for i in sorted({i for pair in pairs for i in pair})}
     queries = {q: words.decode(inside[q][:_QUERY].tolist()) for q in sorted({q for q, _ in pairs})}
-    found = []
+    found: list[Example] = []
     for q, t in pairs:
         made = words(queries[q], texts[t], truncation="only_second", max_length=windows.length, verbose=False)
         found.append({name: torch.tensor(values, dtype=torch.int64)[None] for name, values in made.items()})
