@@ -52,7 +52,7 @@ def test_images_come_in_the_order_of_their_names(tmp_path: Path) -> None:
         pillow.new("L", (6, 4), shade).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no input")
     given = given_inputs(tmp_path)
-    assert given.count == 2 and given.words == f"2 images of {tmp_path.name}" and given.image is not None
+    assert given.count == 2 and given.first(2) == f"2 images of {tmp_path.name}" and given.image is not None
     assert given.image(0).shape == (4, 6, 3) and given.image(0).max() == 10 and given.image(1).min() == 200
     assert given_inputs(tmp_path / "a.png").count == 1
 

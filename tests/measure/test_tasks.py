@@ -245,6 +245,18 @@ def test_inputs_of_the_user(tmp_path: Path) -> None:
         lowbit.evaluate(tiny_llama(), tiny_llama(), [TEXT], tokenizer=tiny_tokenizer(), inputs=arrays)
 
 
+def test_a_card_in_limited_time_has_fewer_inputs_and_says_so() -> None:
+    base = built("bert")
+    ticks = iter(range(1000))
+    found = measure_outputs(base, base, windows(20), seconds=0.5, clock=lambda: float(next(ticks)))
+    assert (found.count, found.of) == (8, 20) and found.inputs == "8 windows of 20 tokens"
+    card = lowbit.evaluate(base, base, [TEXT * 3], tokenizer=tiny_tokenizer(), length=16, budget=1e-9)
+    assert card.outputs is not None and card.outputs.count == 8 and card.text is not None and card.text.windows == 8
+    assert card.budget is not None and any(
+        "`lowbit evaluate` measures all of them" in note for note in card.parts.notes
+    )
+
+
 def test_words_of_verdicts() -> None:
     limits = Kind("x", "x", limits=(0.9, 0.8, 0.7)), Kind("y", "y", limits=(0.1, 0.2, 0.3), rising=False)
     assert [limits[0].place(v) for v in (0.95, 0.9, 0.85, 0.75, 0.1, float("nan"))] == [0, 0, 1, 2, 3, 3]

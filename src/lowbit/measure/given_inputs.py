@@ -38,19 +38,18 @@ class Given:
     sound: Callable[[int], tuple[np.ndarray, int]] | None = None
     ready: Callable[[int], dict[str, Tensor]] | None = None
 
-    @property
-    def words(self) -> str:
-        """'12 images of my-photos'."""
+    def first(self, count: int) -> str:
+        """'12 images of my-photos', 'the first 8 of 12 images of my-photos'."""
         what = "image" if self.image is not None else "sound" if self.sound is not None else "input"
-        return f"{self.count} {what}{'s' * (self.count != 1)} of {self.name}"
+        part = "" if count == self.count else f"the first {count} of "
+        return f"{part}{self.count} {what}{'s' * (self.count != 1)} of {self.name}"
 
 
 def given_inputs(source: Any) -> Given:
     """A folder or a file of inputs, or mappings of names of arguments to arrays. TextError for what is none of these, and for files of
     several kinds.
 
-    Arrays of one input may lack the dimension of 1 that a batch has; it is put before those that have fewer dimensions than the model takes
-    when they are used.
+    Arrays of an input may have the dimension of 1 of a batch in front, or lack it.
     """
     if not isinstance(source, (str, Path)):
         return _of_mappings(source)

@@ -32,10 +32,10 @@ _TOKENS = 64  # of an input without a tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """`make[i]()` gives input i, tensors by the names of arguments; `words` says what they are."""
+    """`make[i]()` gives input i, tensors by the names of arguments; `words(count)` says what the first `count` of them are."""
 
     make: Sequence[Callable[[], dict[str, Tensor]]]
-    words: str
+    words: Callable[[int], str]
 
 
 def takes(model: nn.Module, name: str) -> bool:
@@ -54,7 +54,7 @@ def inputs_of(
     main = getattr(model, "main_input_name", "input_ids")
     if given is not None and given.ready is not None:
         ready = given.ready
-        return Inputs([partial(_ready, model, ready, i) for i in range(given.count)], given.words)
+        return Inputs([partial(_ready, model, ready, i) for i in range(given.count)], given.first)
     makers = _makers(model, given, folder)
     if given is not None and not any(maker.uses for maker in makers.values()):
         kind = "images" if given.image is not None else "sounds"
@@ -108,19 +108,22 @@ def _joined(model: nn.Module, windows: Windows | None, makers: dict[str, _Maker]
             one["decoder_input_ids"] = one.get("input_ids", torch.tensor([[start]]))
         return one
 
-    words = [maker.words if not maker.uses else "" for maker in makers.values()]
-    parts = [f"{count} {what}{'s' * (count != 1)}" for what in words if what]
-    if given is not None and any(maker.uses for maker in makers.values()):
-        parts.insert(0, given.words if count == given.count else f"the first {count} of {given.words}")
+    return Inputs([partial(make, i) for i in range(count)], partial(_words, reads, windows, makers, given))
+
+
+def _words(reads: bool, windows: Windows | None, makers: dict[str, _Maker], given: Given | None, count: int) -> str:
+    """What the first `count` inputs are."""
+    plural = "s" * (count != 1)
+    parts = []
     if reads:
-        plural = "s" * (count != 1)
-        text = (
-            f"{count} input{plural} of random tokens"
-            if windows is None
-            else f"{count} window{plural} of {windows.length} tokens"
+        length = "" if windows is None else f" of {windows.length} tokens"
+        parts.append(
+            f"{count} input{plural} of random tokens" if windows is None else f"{count} window{plural}{length}"
         )
-        parts.insert(0, text)
-    return Inputs([partial(make, i) for i in range(count)], " and ".join(parts))
+    if given is not None and any(maker.uses for maker in makers.values()):
+        parts.append(given.first(count))
+    parts += [f"{count} {maker.words}{plural}" for maker in makers.values() if not maker.uses]
+    return " and ".join(parts)
 
 
 def _random_ids(model: nn.Module, number: int) -> Tensor:

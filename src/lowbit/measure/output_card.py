@@ -54,6 +54,7 @@ def refuse_inputs(inputs: Any, model: Any) -> None:
 def card_of_embeddings(
     model: str | Path | nn.Module | Quantized, source: Source | None, tokenizer: Any, text: Any, windows: int | None,
     length: int | None, say: Callable[[str], None], inputs: Any, folders: tuple[Path, ...], progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> Card | None:  # fmt: skip
     """The card of a model whose files say how it makes embeddings, however it is built; None for any other.
 
@@ -69,19 +70,20 @@ def card_of_embeddings(
     words = subject.tokenizer or (None if source is None else source.tokenizer)
     return card_of_outputs(
         subject.module, base, parts, words or _no_tokenizer, text, windows, length, say, inputs=inputs, folders=folders,
-        progress=progress,
+        progress=progress, seconds=seconds,
     )  # fmt: skip
 
 
 def card_of_outputs(
     subject: nn.Module, base: nn.Module | None, parts: CardParts, tokenizer: Callable[[], Any], text: Any,
     windows: int | None, length: int | None, say: Callable[[str], None], *, inputs: Any = None, folders: tuple[Path, ...] = (),
-    progress: Progress | None = None,
+    progress: Progress | None = None, seconds: float | None = None,
 ) -> Card:  # fmt: skip
     """How far the outputs of `subject` are from those of `base`, or why that is not measured.
 
     tokenizer: gives it; one that cannot be had leaves random tokens. inputs: those of the user, as `given_inputs` takes them.
-    folders: of the model's own files, the first that has one counts. SourceError where there is no float model, TextError for
+    folders: of the model's own files, the first that has one counts. seconds: as of `measure_outputs`, where no number of windows is
+    asked for. SourceError where there is no float model, TextError for
     a text or inputs that are not usable, or would be ignored.
     """
     pooling = next((way for folder in folders if (way := pooling_of(folder)) is not None), None)
@@ -117,10 +119,25 @@ def card_of_outputs(
             tokenizer=words,
             folder=_processors(folders),
             progress=progress,
+            seconds=None if windows is not None else seconds,
         )
     except SourceError as error:
         return Card(parts, environment=environment(), unmeasured=str(error))
-    return Card(parts, None if cut is None else TextMark.of(cut), environment=environment(), outputs=found)
+    return _limited(
+        Card(parts, None if cut is None else TextMark.of(cut), environment=environment(), outputs=found), seconds
+    )
+
+
+def _limited(card: Card, seconds: float | None) -> Card:
+    """The card with what it says of inputs that there was no time for."""
+    found = card.outputs
+    if found is None or found.count is None or found.of in (None, found.count) or seconds is None:
+        return card
+    note = f"measured in limited time, {seconds:.0f} s: {found.count} of {found.of} inputs; `lowbit evaluate` measures all of them"
+    return replace(
+        card, parts=replace(card.parts, notes=(*card.parts.notes, note)), budget=seconds,
+        text=card.text and replace(card.text, windows=min(found.count, card.text.windows)),
+    )  # fmt: skip
 
 
 def _windows(

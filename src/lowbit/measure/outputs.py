@@ -6,6 +6,7 @@ whoever uses it is said by the task that fits it (`tasks/`).
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import check_vocabulary
+from lowbit.interchange.pace import Clock
 from lowbit.interchange.pooling import Pooling
 from lowbit.measure.agreement import mean
 from lowbit.measure.calling import called
@@ -24,6 +26,8 @@ from lowbit.measure.quality import Estimate, Progress
 from lowbit.measure.tasks.task import Example, Facts, Figure, Task, task_named, task_of
 from lowbit.measure.windows import Windows
 
+LEAST = 8  # inputs that are compared whatever that takes
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -32,6 +36,7 @@ class Outputs:
     task     the use that the model was taken for, a name in `tasks/`; None where it fits none
     figures  what that measures, in the order in which it is told
     how      how the answers came about, such as how embeddings were pooled; "" where there is nothing to say
+    count    inputs that were compared, `of` how many: fewer where there was no time for more; None on cards of before
     """
 
     inputs: str
@@ -40,6 +45,8 @@ class Outputs:
     task: str | None = None
     figures: tuple[Figure, ...] = ()
     how: str = ""
+    count: int | None = None
+    of: int | None = None
 
     def figure(self, name: str) -> Estimate | None:
         """The figure of that name, None where it was not measured."""
@@ -69,12 +76,14 @@ def takes_text(model: nn.Module) -> bool:
 
 def measure_outputs(
     model: nn.Module, base: nn.Module, windows: Windows | None, *, given: Given | None = None, pooling: Pooling | None = None,
-    tokenizer: Any = None, folder: Path | None = None, progress: Progress | None = None,
+    tokenizer: Any = None, folder: Path | None = None, progress: Progress | None = None, seconds: float | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Outputs:  # fmt: skip
     """The outputs of `model` compared with those of `base`.
 
     windows: of text, None where there is no tokenizer or the model takes no text. given: inputs of the user. pooling: how hidden states become an
-    embedding. tokenizer: with which words are made of tokens. folder: of the processors. SourceError where no input is known that the
+    embedding. tokenizer: with which words are made of tokens. folder: of the processors. seconds: after which no further input is begun, once
+    there are `LEAST`; None for all. SourceError where no input is known that the
     float model takes, TextError where the tokenizer is another model's, or inputs are not for this model.
     """
     if windows is not None:
@@ -88,16 +97,21 @@ def measure_outputs(
     pairs = None if use is None else use.examples(facts)
     make = inputs.make if pairs is None else [lambda one=one: one for one in pairs]
     errors, found, right, name = list[float](), list[Any](), list[Any](), ""
+    until = None if seconds is None else clock() + seconds
     for i, one in enumerate(make):
+        if until is not None and i >= LEAST and clock() > until:
+            break
         example = one()
         name, a, b = _both(use, facts, model, base, example, found, right)
         errors.append(float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny)))
         if progress is not None:
             progress(i + 1, len(make))
-    figures = () if use is None else use.compare(facts, found, right)
+    # Of pairs of texts, all texts were read where the pairs were not all of them.
+    words = inputs.words(len(errors) if pairs is None else len(inputs.make))
     if use is None:
-        return Outputs(inputs.words, name, mean(errors))
-    return Outputs(inputs.words, name, mean(errors), use.name, figures, use.words(facts))
+        return Outputs(words, name, mean(errors), count=len(errors), of=len(make))
+    figures = use.compare(facts, found, right)
+    return Outputs(words, name, mean(errors), use.name, figures, use.words(facts), len(errors), len(make))
 
 
 def _both(

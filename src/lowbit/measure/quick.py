@@ -85,7 +85,9 @@ def quick_card(
     source = _float_source(model, against)
     say("loading the model" if source is None else "loading the model and its float model")
     folders = folders_of(model, source)
-    embeds = card_of_embeddings(model, source, tokenizer, text, windows, length, say, inputs, folders, progress)
+    embeds = card_of_embeddings(
+        model, source, tokenizer, text, windows, length, say, inputs, folders, progress, budget.left
+    )
     if embeds is not None:
         return embeds
     mine, other, parts, words = _opened(model, source, tokenizer)
@@ -105,6 +107,7 @@ def quick_card(
             inputs=inputs,
             folders=folders,
             progress=progress,
+            seconds=budget.left,
         )
     refuse_inputs(inputs, model)
     length = length or LENGTH

@@ -57,7 +57,9 @@ class Scores(Task):
                 return (moved,)
             return Figure(ORDER.name, jackknife(lambda w: float(spearman(a[w], b[w])), len(a))), moved
         texts = min(_TEXTS, facts.windows.count if facts.windows is not None else _TEXTS)
-        a, b = a.reshape(-1, texts), b.reshape(-1, texts)
+        a, b = (x[: len(x) // texts * texts].reshape(-1, texts) for x in (a, b))  # queries with all of their texts
+        if not len(a):
+            return (moved,)
         figures = [Figure(ORDER.name, mean(spearman(a, b)))] if texts > 2 else []
         return (*figures, Figure(FIRST.name, mean(same_best(a, b))), moved)
 

@@ -50,6 +50,8 @@ class Transcripts(Task):
         return _words(facts.tokenizer, [i for i in written(model, example, _NEW) if i not in special])
 
     def compare(self, facts: Facts, found: Sequence[list[Any]], right: Sequence[list[Any]]) -> tuple[Figure, ...]:
+        if not any(map(len, [*found, *right])):
+            return ()  # nothing was said by either, which is no agreement
         same = np.array([float(a == b) for a, b in zip(found, right, strict=True)])
         return Figure(WORDS.name, word_agreement(found, right)), Figure(WHOLE.name, mean(same))
 
