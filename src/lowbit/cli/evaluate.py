@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from lowbit.cli import console
+from lowbit.cli.help import MEASURING
 from lowbit.cli.kept_card import keep_evaluated
-from lowbit.cli.options import Json, Length, Model, Speed, Text, Windows
+from lowbit.cli.options import Json, Model, Speed, Text, Windows
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +30,27 @@ def evaluate(
     ] = None,
     text: Text = None,
     windows: Windows = None,
-    length: Length = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Put N tokens into a window; 1024 when it is left out, and 128 for models that make embeddings, scores or labels of texts.",
+            show_default=False,
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            "--inputs",
+            metavar="PATH",
+            help="For a model that reads images or sounds, compare on these: a folder or a file of images (.png, .jpg), of sounds (.wav), or of "
+            "arrays by the names of the model's arguments (.npz). When it is left out, lowbit makes a few itself.",
+            show_default=False,
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
     speed: Speed = False,
     save: Annotated[
         bool,
@@ -40,18 +61,29 @@ def evaluate(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed."""
+    """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed.
+
+    Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts.
+    """
     import lowbit
 
     console.quiet()
     with console.steps() as (say, progress):
         card = lowbit.evaluate(
-            model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
+            model,
+            against,
+            text,
+            windows=windows,
+            length=length,
+            speed=speed,
+            inputs=inputs,
+            progress=progress,
+            told=say,
         )
     from lowbit.measure.advice import advice
     from lowbit.report.panel import render_card
 
     console.print_result(as_json, card.to_json, lambda width: render_card(card, advice(card, against)))
     if save and against is not None:
-        for line in keep_evaluated(card, model, against, text, windows, length, speed):
+        for line in keep_evaluated(card, model, against, text, windows, length, speed, inputs):
             console.dim(line)

@@ -61,8 +61,9 @@ def keep_imported(made: Quantized, out: Path, model: str) -> list[str]:
 
 
 def keep_evaluated(
-    card: Card, model: str, against: str, text: str | None, windows: int | None, length: int, speed: bool
-) -> list[str]:
+    card: Card, model: str, against: str, text: str | None, windows: int | None, length: int | None, speed: bool,
+    inputs: str | None = None,
+) -> list[str]:  # fmt: skip
     """After `evaluate` of a folder that lowbit wrote."""
     from lowbit.errors import LowbitError
     from lowbit.interchange.files.settings import is_ours
@@ -72,7 +73,14 @@ def keep_evaluated(
 
     if not is_ours(model):
         return []
-    options = {"against": _named(against), "text": text, "windows": windows, "length": length, "speed": speed}
+    options = {
+        "against": _named(against),
+        "text": text,
+        "windows": windows,
+        "length": length,
+        "inputs": inputs,
+        "speed": speed,
+    }
     command = " ".join(["lowbit", "evaluate", _named(model), *_options(options)])
     try:
         facts = open_source(against).facts()

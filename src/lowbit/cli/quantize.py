@@ -165,13 +165,13 @@ def quantize(
             place = keep if made.exported is not None else out
             if made.checked and place is not None:
                 measured = cards.measured_before(
-                    place, text, _asked(measures, windows), _LENGTH, quick=measures is HowMuch.quick
+                    place, text, _asked(measures, windows, made), _LENGTH, quick=measures is HowMuch.quick
                 )
             if measured is not None:
                 console.say(screen, "measured before, on the same text; what the card in the folder says:", style="dim")
             else:
                 with _whole():
-                    measured = _measured(made, text, _asked(measures, windows), measures)
+                    measured = _measured(made, text, _asked(measures, windows, made), measures)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -211,9 +211,12 @@ def _whole() -> Iterator[None]:
         raise
 
 
-def _asked(measures: HowMuch, windows: int | None) -> int | None:
-    """How many windows are to be measured; None for as many as there is time for."""
-    return _WINDOWS if windows is None and measures is HowMuch.full else windows
+def _asked(measures: HowMuch, windows: int | None, made: Outcome) -> int | None:
+    """How many windows are to be measured; None for as many as there is time for, or as the model's task takes."""
+    from lowbit.measure.output_card import compares_outputs
+
+    full = windows is None and measures is HowMuch.full and not compares_outputs(made.quantized.source)
+    return _WINDOWS if full else windows
 
 
 def _measured(made: Outcome, text: str | None, windows: int | None, measures: HowMuch) -> Card | None:
@@ -233,7 +236,6 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
                 made.quantized,
                 text=text,
                 windows=windows,
-                length=_LENGTH,
                 prompt=_PROMPT,
                 progress=progress,
                 told=say,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 from lowbit.measure.card import Card
-from lowbit.measure.verdict import THRESHOLDS, verdict
+from lowbit.measure.verdict import THRESHOLDS, verdict_of
 from lowbit.recipes.recipe import Recipe
 
 _GOOD = tuple(row.word for row in THRESHOLDS[:2])
@@ -33,7 +33,7 @@ def advice(card: Card, base: str | None, target: str = _OWN) -> tuple[Advice, ..
 
     base: the float model as it can be typed. target: whose format was written, as `--as` has it.
     """
-    found = verdict(card.quality) if card.quality is not None else None
+    found = verdict_of(card)
     parts = card.parts
     if found is None or found.word in _GOOD or base is None:
         return ()
@@ -43,7 +43,7 @@ def advice(card: Card, base: str | None, target: str = _OWN) -> tuple[Advice, ..
     except LowbitError:  # the recipe of another program, or one that was imported
         return ()
     out = []
-    if parts.calibrated is False and recipe.calibrated().uses_calibration:
+    if card.quality is not None and parts.calibrated is False and recipe.calibrated().uses_calibration:
         how_much = (
             "calibrating on text leaves about a quarter of this loss, at the same size (measured on SmolLM2-135M)"
             if recipe.name in _QUARTER
@@ -52,7 +52,7 @@ def advice(card: Card, base: str | None, target: str = _OWN) -> tuple[Advice, ..
         why = f"{how_much}; `builtin` is the text that comes with lowbit, and a file of your own text may be better"
         out.append(_command(why, base, name, ("--calibration", "builtin"), target, "calibrated"))
     bits = parts.linear_bits
-    if bits is not None and bits < _MORE_BITS - 0.4 and target == _OWN:
+    if card.quality is not None and bits is not None and bits < _MORE_BITS - 0.4 and target == _OWN:
         why = f"{_MORE_BITS} bits per weight in the linear layers instead of {bits:.2f}, spent where they help most"
         out.append(_command(why, base, "w4", ("--target-bits", f"{_MORE_BITS}"), target, f"{_MORE_BITS}-bits"))
     if name != "w8" and bits is not None:

@@ -30,10 +30,10 @@ from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import baseline_of
 from lowbit.measure.interleave import STANDARD, SpeedSettings
-from lowbit.measure.output_card import card_of_outputs
+from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
-from lowbit.measure.quick import quick_card
+from lowbit.measure.quick import LENGTH, quick_card
 from lowbit.measure.row_file import FLOAT, RowFile
 from lowbit.measure.sample import take_sample
 from lowbit.measure.size import count_parameters, module_bytes
@@ -53,12 +53,13 @@ def evaluate(
     text: str | Path | Sequence[str] | None = None,
     *,
     windows: int | None = None,
-    length: int = 1024,
+    length: int | None = None,
     speed: bool | SpeedSettings = False,
     prompt: str | None = None,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
     budget: float | None = None,
+    inputs: Any = None,
     progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
@@ -76,6 +77,11 @@ def evaluate(
     to `prompt`, speed and memory as far as there is time. The card says what it read. `windows` is obeyed; `speed` and `dtype` are
     refused with it.
 
+    Of a model that predicts no tokens the card has `outputs` instead: how well its embeddings, scores, labels or transcripts agree with the
+    float model's. `inputs`: images, sounds or arrays for one that reads them: a folder, a file, or a list of mappings from the names of
+    the model's arguments to arrays; None for a few that are made here. `length`: tokens of a window, 1024, and 128 for
+    such a model.
+
     >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
     >>> card.quality.kl_mean.value > 0  # nats per token
     True
@@ -89,7 +95,7 @@ def evaluate(
             )
         return quick_card(
             model, against, text, seconds=budget, windows=windows, length=length, prompt=prompt, tokenizer=tokenizer,
-            say=say, progress=heard(progress),
+            say=say, progress=heard(progress), inputs=inputs,
         )  # fmt: skip
     say("loading the model")
     subject = open_subject(model, tokenizer, wanted or torch.float32)
@@ -108,10 +114,15 @@ def evaluate(
             raise SourceError("no tokenizer comes with this model; pass tokenizer=...")
         return base_source.tokenizer()
 
-    if not predicts_tokens(module):
-        return card_of_outputs(module, base, parts, tokenizer_of, text, windows, length, say)
+    folders = folders_of(model, base_source)
+    if not predicts_tokens(module) or makes_embeddings(folders):
+        return card_of_outputs(
+            module, base, parts, tokenizer_of, text, windows, length, say, inputs=inputs, folders=folders,
+            progress=heard(progress),
+        )  # fmt: skip
+    refuse_inputs(inputs, module)
     tok = tokenizer_of()
-    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=module)
+    cut = make_windows(load_text(text), tok, length=length or LENGTH, limit=windows, model=module)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
     quality = measure_quality(module, cut, base=base, progress=heard(progress))
     quality = replace(quality, program=f"transformers, {str(run).removeprefix('torch.')}")

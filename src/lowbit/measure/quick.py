@@ -28,7 +28,7 @@ from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.card_budget import COUNTS, SHORTEST, USUAL, Budget, Ladder, is_clear, length_that_fits
 from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
-from lowbit.measure.output_card import card_of_outputs
+from lowbit.measure.output_card import card_of_embeddings, card_of_outputs, folders_of, refuse_inputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import HowMany, Progress, Quality, compare_logits, measure_quality
 from lowbit.measure.runs import Runs, both_by_engine, by_transformers
@@ -41,6 +41,7 @@ from lowbit.measure.verdict import near_limit
 from lowbit.measure.windows import Tokens, Windows
 from lowbit.pipeline.api import Quantized
 
+LENGTH = 1024  # tokens of a window, where no number is asked for
 _PROBES = (32, 128)  # tokens of text, of which the rate is measured; the longer one only where that is quick
 _QUICK = 0.05  # of the time that there is
 _ANSWERS = (60, 24)  # tokens of an answer at most
@@ -76,19 +77,40 @@ class _Costs:
 
 def quick_card(
     model: str | Path | nn.Module | Quantized, against: str | Path | nn.Module | None, text: Any, *, seconds: float,
-    windows: int | None, length: int, prompt: str | None, tokenizer: Any, say: Callable[[str], None],
-    progress: Progress | None, clock: Clock = time.perf_counter,
+    windows: int | None, length: int | None, prompt: str | None, tokenizer: Any, say: Callable[[str], None],
+    progress: Progress | None, clock: Clock = time.perf_counter, inputs: Any = None,
 ) -> Card:  # fmt: skip
     """As `evaluate` with `budget=seconds`."""
     budget = Budget(seconds, clock)
     source = _float_source(model, against)
     say("loading the model" if source is None else "loading the model and its float model")
+    folders = folders_of(model, source)
+    embeds = card_of_embeddings(
+        model, source, tokenizer, text, windows, length, say, inputs, folders, progress, budget.left
+    )
+    if embeds is not None:
+        return embeds
     mine, other, parts, words = _opened(model, source, tokenizer)
     if parts.bytes_before is None and source is not None:
         parts = replace(parts, bytes_before=sum(spec.nbytes for spec in source.tensors.values()))
     if mine.module is not None and not predicts_tokens(mine.module):
         base = None if other is None else other.module
-        return card_of_outputs(mine.module, base, parts, words, text, windows or USUAL, length, say)
+        return card_of_outputs(
+            mine.module,
+            base,
+            parts,
+            words,
+            text,
+            windows,
+            length,
+            say,
+            inputs=inputs,
+            folders=folders,
+            progress=progress,
+            seconds=budget.left,
+        )
+    refuse_inputs(inputs, model)
+    length = length or LENGTH
     opening = budget.used / (1 if other is None else 2)
     tok = words()
     tokens = Tokens.of(load_text(text), tok, mine.module, mine.longest)

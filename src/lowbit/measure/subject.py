@@ -150,7 +150,10 @@ def _kept_in(model: nn.Module, total: int) -> tuple[str, ...]:
 
 def _embed_bits(model: nn.Module, packed: Mapping[str, Any]) -> float | None:
     """Bits per weight of a packed input embedding; None where there is none."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):  # models of sounds have none, and towers several
+        return None
     names = [f"{name}.weight" for name, module in model.named_modules() if table is not None and module is table]
     weights = [packed[name] for name in names if name in packed]
     return float(weights[0].format.bits_per_weight(weights[0].stored_shape)) if weights else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.calibration.data import LENGTH, PASSAGE, pieces_of
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.folder_writer import head_of
@@ -21,8 +22,6 @@ from lowbit.pipeline.rehearsal import rehearse
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
-
-_LENGTH = 1024
 
 
 def decided(
@@ -49,6 +48,7 @@ def decided(
     return decide(
         recipe, effort if before is None else before.name, calibration=options.calibration, samples=options.samples,
         calibrated=calibrated, why_not=rehearsal.why_not, forecast=rehearsal.forecast if told or chooses else None,
+        pieces=rehearsal.pieces,
     )  # fmt: skip
 
 
@@ -77,9 +77,13 @@ class _Rehearsal:
             return "calibrated methods run on the CPU in this version, so the model is quantized without text"
         return no_text_for(self.source)
 
+    def pieces(self) -> int:
+        """Into how many shorter ones a window of text is cut for this model."""
+        return 1 if self.options.length is not None else pieces_of(self.source)
+
     def forecast(self, recipe: Recipe, samples: int) -> float:
         """Seconds of quantizing with so many windows of text."""
-        length = self.options.length or _LENGTH
+        length = self.options.length or LENGTH // self.pieces()
         return self.rates.seconds(self._plan(recipe), recipe, samples * length, length).seconds
 
     def _plan(self, recipe: Recipe) -> Plan:
@@ -106,4 +110,5 @@ def _before(out: str | Path | None, plain: Recipe, solved: Recipe, overwrite: bo
     if not isinstance(recipe, dict) or not isinstance(calibration, dict):
         return None
     text, windows = recipe.get("text"), calibration.get("windows")
-    return next((e for e in UNASKED if e.samples == windows and text == str(solved if e.solver else plain)), None)
+    counts = {e: (e.samples, e.samples * LENGTH // PASSAGE) for e in UNASKED}
+    return next((e for e in UNASKED if windows in counts[e] and text == str(solved if e.solver else plain)), None)

@@ -72,6 +72,7 @@ def effort_named(name: str) -> Effort | None:
 def decide(
     recipe: Recipe, effort: str, *, calibration: Any = None, samples: int | None = None,
     calibrated: Recipe | None = None, why_not: Callable[[], str] = lambda: "", forecast: Forecast | None = None,
+    pieces: Callable[[], int] = lambda: 1,
 ) -> Decision:  # fmt: skip
     """What to do about text.
 
@@ -79,6 +80,7 @@ def decide(
     effort      "auto", or the name of a rung
     calibration text that was given, with `samples` windows
     why_not     a sentence that says why this model cannot be calibrated on text, empty where it can
+    pieces      into how many shorter ones a window is cut for this model
     forecast    None where nothing is to be forecast; it raises LowbitError where calibration does not work for the model
 
     RecipeError for an effort that the recipe would ignore, and for text with effort "none".
@@ -91,10 +93,10 @@ def decide(
     if calibration is not None:
         form = recipe if wanted is LOW and not needs else solved
         rung = wanted or (MEDIUM if isinstance(calibration, str) and calibration == BUILTIN else None)
-        count = samples if samples is not None or rung is None else rung.samples
+        count = samples if samples is not None or rung is None else rung.samples * pieces()
         return Decision(form, calibration, count, wanted, _seconds(forecast, form, count))
     if needs:  # a spelled method that cannot do without
-        count = samples or (wanted or MEDIUM).samples
+        count = samples or (wanted or MEDIUM).samples * pieces()
         return Decision(solved, BUILTIN, count, wanted, _seconds(forecast, solved, count))
     if wanted is not None:
         form = solved if wanted.solver else recipe
@@ -104,23 +106,24 @@ def decide(
             )
         if problem := why_not():
             raise TextError(f"{problem}; leave the effort out, or give token ids as calibration data")
-        count = samples or wanted.samples
+        count = samples or wanted.samples * pieces()
         return Decision(form, BUILTIN, count, wanted, _seconds(forecast, form, count))
     if solved == recipe or solved.tuner is not None:  # nothing trains unasked
         return Decision(recipe, seconds=None if forecast is None else forecast(recipe, 0))
-    return _unasked(recipe, solved, samples, why_not, forecast)
+    return _unasked(recipe, solved, samples, why_not, forecast, pieces)
 
 
 def _unasked(
-    recipe: Recipe, solved: Recipe, samples: int | None, why_not: Callable[[], str], forecast: Forecast | None
-) -> Decision:
+    recipe: Recipe, solved: Recipe, samples: int | None, why_not: Callable[[], str], forecast: Forecast | None,
+    pieces: Callable[[], int],
+) -> Decision:  # fmt: skip
     if problem := why_not():
         return Decision(recipe, effort=NONE, seconds=None if forecast is None else forecast(recipe, 0), reason=problem)
     if forecast is None:
-        return Decision(solved, BUILTIN, samples or MEDIUM.samples, MEDIUM)
+        return Decision(solved, BUILTIN, samples or MEDIUM.samples * pieces(), MEDIUM)
     longer: tuple[Effort, float] | None = None
     for rung in UNASKED:
-        form, count = solved if rung.solver else recipe, samples or rung.samples
+        form, count = solved if rung.solver else recipe, samples or rung.samples * pieces()
         try:
             seconds = forecast(form, count)
         except LowbitError as error:
@@ -157,8 +160,8 @@ def no_text_for(source: Source) -> str:
     kind = model_class(source.config)
     if source.config.get_text_config() is not source.config:
         return "the model reads more than text, so it is quantized without any"
-    if not kind.can_generate() or kind.main_input_name != "input_ids":
-        return "the model does not write text, so it is quantized without any"
+    if kind.main_input_name != "input_ids":
+        return "the model does not read text, so it is quantized without any"
     try:
         source.tokenizer()
     except LowbitError as error:

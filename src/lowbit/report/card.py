@@ -10,6 +10,7 @@ from typing import Any
 
 from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, OutputError, SourceError
+from lowbit.interchange.companions import MODULES
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.model_card import (
@@ -137,7 +138,8 @@ def text(saved: SavedCard, folder: Path) -> str:
 
 def _text(card: Card, folder: Path, made: Made) -> str:
     name, kind = folder.resolve().name, _architecture(folder)
-    return readme(name, card, made.facts, architecture=kind, target=made.target, command=made.command)
+    embeds = made.target == OWN and (folder / MODULES).is_file()
+    return readme(name, card, made.facts, architecture=kind, target=made.target, command=made.command, embeds=embeds)
 
 
 def keep_of_export(folder: Path, out: Path, target: str, error: float, unequal: Sequence[str]) -> tuple[str, ...]:
@@ -164,7 +166,8 @@ def measured_before(
     compared = saved.card.outputs is not None or (
         saved.card.quality is not None and saved.card.quality.kl_mean is not None
     )
-    asked = [(seen.length, length)] if windows is not None or saved.card.budget is None else []
+    open_ = windows is None and (saved.card.budget is not None or saved.card.outputs is not None)
+    asked = [] if open_ else [(seen.length, length)]
     asked += [(seen.windows, windows)] if windows is not None else []
     # A text or a model that is shorter than what was asked for says so in a note.
     same = all(

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowbit.measure.advice import Advice
-from lowbit.measure.card import Card
+from lowbit.measure.card import Card, TextMark
 from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
-from lowbit.measure.verdict import THRESHOLDS, slower, verdict
+from lowbit.measure.tasks.task import kind_named
+from lowbit.measure.verdict import THRESHOLDS, also, slower, verdict_of
 from lowbit.report.boxed import Boxed
 from lowbit.report.layout import named_lines
 from lowbit.report.wording import bits_text, bytes_text, count_text
@@ -63,11 +64,14 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
     if known:
         lines.append(("peak memory", ", ".join(known)))
     if card.text is not None:
-        windows = f"{card.text.windows} window{'' if card.text.windows == 1 else 's'} of {card.text.length} tokens"
-        lines.append(("measured on", f"{card.text.name}, {windows} (sha256 {card.text.sha256[:8]})"))
+        lines.append(("measured on", f"{card.text.name}, {_windows(card.text)} (sha256 {card.text.sha256[:8]})"))
         lines += [("  note", note) for note in card.text.notes]
     lines += [("note", note) for note in parts.notes]
     return lines
+
+
+def _windows(text: TextMark) -> str:
+    return f"{text.windows} window{'' if text.windows == 1 else 's'} of {text.length} tokens"
 
 
 def _size_lines(card: Card) -> list[tuple[str, str]]:
@@ -115,9 +119,21 @@ def _output_lines(card: Card) -> list[tuple[str, str]]:
     found = card.outputs
     if found is None:
         return []
-    lines = [("outputs moved by", f"{estimate_text(found.error, ' %', scale=100)}  ({found.name} on {found.inputs})")]
-    if found.cosine is not None:
-        lines.append(("cosine of embeddings", f"{estimate_text(found.cosine)}  (means over tokens)"))
+    lines = []
+    for figure in found.figures:
+        kind = kind_named(figure.name)
+        if kind is not None:
+            lines.append((kind.title, estimate_text(figure.estimate, kind.unit, scale=kind.scale)))
+    if found.how:
+        lines.append(("  how", found.how))
+    lines.append(("outputs moved by", f"{estimate_text(found.error, ' %', scale=100)}  ({found.name})"))
+    near = also(found)
+    if near is not None:
+        lines.append(("  could also be", f"{near.word}, within two standard errors; more inputs would tell"))
+    if any(figure.estimate.stderr for figure in found.figures):
+        lines.append(("  the ± is", "one standard error, from how the inputs differ"))
+    if card.text is None or found.inputs != _windows(card.text):
+        lines.append(("compared on", found.inputs))
     return lines
 
 
@@ -157,7 +173,7 @@ def render_card(card: Card, help: Sequence[Advice] = ()) -> RenderableType:
     from rich.text import Text
 
     before, after = list[Text](), list[Text]()
-    found = verdict(card.quality) if card.quality is not None else None
+    found = verdict_of(card)
     colour = VERDICT_COLOURS[found.word] if found else "blue"
     if found is not None:
         before.append(Text.assemble((found.word, f"bold {colour}"), f": {found.meaning}\n"))

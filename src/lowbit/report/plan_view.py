@@ -60,6 +60,24 @@ def _with_text(plan: Plan) -> str:
     return f", about {bytes_text(peak)} with calibration text" if peak is not None and peak > plan.peak_bytes else ""
 
 
+def _cache(plan: Plan) -> list[tuple[str, str]]:
+    """What the model keeps between tokens; nothing for one that writes none."""
+    kv = plan.kv
+    each, whole = bytes_text(kv.bytes_per_token), bytes_text(plan.kv_bytes)
+    if not kv.bytes_per_token:
+        return [("state", f"{whole} in 16 bits, whatever the length of the text")] if plan.kv_bytes else []
+    if kv.read:
+        read = bytes_text(kv.read)
+        return [
+            (
+                "KV cache",
+                f"{each} a token written and {read} a token read, in 16 bits; {whole} at {plan.context:,} of each",
+            )
+        ]
+    fixed = f", {bytes_text(kv.fixed)} of it whatever the length" if kv.fixed else ""
+    return [("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens{fixed}")]
+
+
 def _totals(plan: Plan) -> list[tuple[str, str]]:
     before, after = bytes_text(plan.bytes_before), bytes_text(plan.output_bytes)
     times = plan.bytes_before / max(1, plan.output_bytes)
@@ -79,9 +97,5 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         )
         lines.append(("inputs", inputs_text(counts, None) + falls))
     lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
-    if plan.kv_bytes_per_token:
-        each, whole = bytes_text(plan.kv_bytes_per_token), bytes_text(plan.kv_bytes)
-        lines.append(("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens"))
-    elif plan.kv_bytes:
-        lines.append(("state", bytes_text(plan.kv_bytes)))
+    lines += _cache(plan)
     return lines + [("note", note) for note in (*plan.notes, *plan.about_source, *plan.advice)]

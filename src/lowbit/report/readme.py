@@ -9,45 +9,40 @@ import shlex
 from typing import Any
 
 from lowbit.interchange.exporters.exporter import exporter_named
+from lowbit.interchange.hf.heads import TASKS, auto_class
 from lowbit.interchange.model_card import BASE_README, BaseFacts
 from lowbit.measure.card import Card
 from lowbit.measure.card_file import OWN
 from lowbit.measure.markdown import markdown_table
-from lowbit.measure.verdict import verdict
+from lowbit.measure.verdict import verdict_of
 from lowbit.report.panel import card_lines
 
 PROMPT = "What is the capital of France?"
 _BITS = (2, 3, 4, 5, 6, 8)  # what the hub has as tags, such as 4-bit
-# The end of the name of a model's class -> the class that loads such models, and what the hub calls their task.
-_CLASSES = (
-    ("ForCausalLM", "AutoModelForCausalLM", "text-generation"),
-    ("LMHeadModel", "AutoModelForCausalLM", "text-generation"),
-    ("ForMaskedLM", "AutoModelForMaskedLM", "fill-mask"),
-    ("ForSequenceClassification", "AutoModelForSequenceClassification", "text-classification"),
-    ("ForTokenClassification", "AutoModelForTokenClassification", "token-classification"),
-    ("ForQuestionAnswering", "AutoModelForQuestionAnswering", "question-answering"),
-)
+_EMBEDDINGS = "sentence-similarity"  # the hub's task of models with sentence-transformers files
 
 
 def readme(
-    name: str, card: Card, facts: BaseFacts, *, architecture: str = "", target: str = OWN, command: str = ""
-) -> str:
-    """The text of the README of the folder `name`. architecture: the model's class, "" where it is not known."""
-    auto, task = next(((a, t) for end, a, t in _CLASSES if architecture.endswith(end)), (None, None))
+    name: str, card: Card, facts: BaseFacts, *, architecture: str = "", target: str = OWN, command: str = "", embeds: bool = False,
+) -> str:  # fmt: skip
+    """The text of the README of the folder `name`. architecture: the model's class, "" where it is not known. embeds: whether the folder has
+    files with which sentence-transformers makes embeddings."""
+    auto = auto_class(architecture) if architecture else None
+    task = _EMBEDDINGS if embeds else TASKS.get(auto or "")
     parts = [
-        f"---\n{_yaml(_metadata(card, facts, task, target))}---",
+        f"---\n{_yaml(_metadata(card, facts, task, target, embeds))}---",
         f"# {_line(name)}",
         f"{_of(facts)} quantized by lowbit with the recipe `{_code(card.parts.recipe)}`{_as(target)}.",
         *_measured(card, command),
         "## How to load it",
-        _loading(name, auto, target),
+        _loading(name, "sentence-transformers" if embeds else auto, target),
         "## Base model and licence",
         _licence(facts) + (f" Its own card is [{BASE_README}]({BASE_README})." if facts.readme else ""),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _metadata(card: Card, facts: BaseFacts, task: str | None, target: str) -> dict[str, Any]:
+def _metadata(card: Card, facts: BaseFacts, task: str | None, target: str, embeds: bool) -> dict[str, Any]:
     bits = card.parts.linear_bits
     known = {
         "base_model": facts.base_model,
@@ -60,7 +55,13 @@ def _metadata(card: Card, facts: BaseFacts, task: str | None, target: str) -> di
         "pipeline_tag": facts.task or task,
     }
     few = [f"{int(bits)}-bit"] if bits is not None and int(bits) in _BITS else []
-    tags = ["lowbit", "quantized", *few, *(() if target == OWN else exporter_named(target).tags)]
+    tags = [
+        "lowbit",
+        "quantized",
+        *(["sentence-transformers"] if embeds else []),
+        *few,
+        *(() if target == OWN else exporter_named(target).tags),
+    ]
     return {key: value for key, value in known.items() if value is not None} | {"tags": list(dict.fromkeys(tags))}
 
 
@@ -68,7 +69,7 @@ def _measured(card: Card, command: str) -> list[str]:
     """What it cost, and how that was measured; what was kept, where there are no figures."""
     figures = [(name.strip(), value) for name, value in card_lines(card)]
     parts = ["## What it cost"]
-    found = verdict(card.quality) if card.quality is not None else None
+    found = verdict_of(card)
     if found is not None:
         parts.append(f"**{found.word}**: {found.meaning}.")
     elif card.text is None and card.outputs is None:
@@ -98,17 +99,21 @@ def _loading(name: str, auto: str | None, target: str) -> str:
         return _block(exporter_named(target).loading.format(folder=name))
     python = [
         "import lowbit  # pip install lowbit; from here on transformers knows the folder",
-        *(
-            [f"from transformers import {auto}", f"model = {auto}.from_pretrained({name!r})"]
-            if auto
-            else [f"model = lowbit.load({name!r})"]
-        ),
+        *_python(name, auto),
     ]
     text = f"In Python:\n\n{_block(chr(10).join(python))}"
     if auto == "AutoModelForCausalLM":
         command = f'lowbit generate {shlex.quote(name)} "{PROMPT}"'
         text += f"\n\nOn the command line:\n\n{_block(command)}"
     return text
+
+
+def _python(name: str, way: str | None) -> list[str]:
+    if way == "sentence-transformers":
+        return ["from sentence_transformers import SentenceTransformer", f"model = SentenceTransformer({name!r})"]
+    if way is None:
+        return [f"model = lowbit.load({name!r})"]
+    return [f"from transformers import {way}", f"model = {way}.from_pretrained({name!r})"]
 
 
 def _licence(facts: BaseFacts) -> str:

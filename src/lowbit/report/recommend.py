@@ -22,7 +22,7 @@ from lowbit.measure import api
 from lowbit.measure.environment import free_memory
 from lowbit.measure.expected_loss import measuring_seconds
 from lowbit.measure.quality import Progress
-from lowbit.planning.kv_cache import KVCache, kv_cache
+from lowbit.planning.kv_cache import kv_cache
 from lowbit.report.choices import OWN, Choice, active_experts, choices
 from lowbit.report.recommendation import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
@@ -72,7 +72,7 @@ def recommend(
     longest = _longest(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
-    kv = kv_cache(source.config) if generates else KVCache(0)  # what writes no text keeps no keys and values
+    kv = kv_cache(source.config)
     named = _calibration(calibration, generates, reads, measure)
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
@@ -115,7 +115,10 @@ def _memory(memory: int | str | None) -> tuple[int, str | None]:
 def _longest(config: Any) -> int | None:
     """The most tokens that a model takes, as its config has it."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    values = (getattr(text, n, None) for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"))
+    values = (
+        getattr(text, n, None)
+        for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
+    )
     return next((v for v in values if isinstance(v, int) and v > 0), None)
 
 
