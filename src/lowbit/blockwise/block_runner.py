@@ -169,8 +169,8 @@ def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     takes = inspect.signature(model.forward).parameters
     if getattr(model, "main_input_name", "input_ids") != "input_ids" or "input_ids" not in takes:
         raise SourceError(
-            f"{type(model).__name__} reads {getattr(model, 'main_input_name', 'other things')}, not text, so that it cannot be calibrated "
-            "on text; recipes that need none quantize it"
+            f"the model is quantized only without text: {type(model).__name__} reads {getattr(model, 'main_input_name', 'other things')}, "
+            "not text"
         )
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

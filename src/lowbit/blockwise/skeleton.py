@@ -13,7 +13,6 @@ from lowbit.formats import QTensor
 from lowbit.interchange.hf.models import compute_unsaved, meta_model
 from lowbit.interchange.source import Source
 
-
 # What a forward may return besides its output, and nobody here reads.
 _BESIDES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -93,6 +92,7 @@ class Skeleton:
         for module in self._embeddings():
             module.forward = _zeros_of(module)  # type: ignore[method-assign]
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        self._packed.clear()
         for alias, canonical in self.tied.items():
             found = self._owner(canonical)
             if found is not None and found[0][found[1]].is_meta:

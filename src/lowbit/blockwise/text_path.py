@@ -22,14 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from lowbit.blockwise.block_runner import BlockPlace, blocks_of, forwards_replaced, model_inputs
 from lowbit.blockwise.capture import PRODUCTS
 from lowbit.errors import SourceError
-from lowbit.interchange.hf.calls import one_line
+from lowbit.interchange.hf.text_config import text_config
 
 if TYPE_CHECKING:
     from lowbit.interchange.tensors import TensorPlan
 
 TOKENS = 16  # that are read; some models pool or chunk a few of them
 _NOTHING: frozenset[int] = frozenset()
-_TABLE, _PLAIN_TABLE = -2, -1  # stand for embeddings among the numbers of blocks
+_TABLE = -1  # stands for an embedding among the numbers of blocks
 _SKIPPED = {*PRODUCTS, F.embedding, torch.einsum}
 
 
@@ -44,7 +44,6 @@ class TextPath:
     putting    the blocks that do so
     used       names of the parameters and buffers that an operation read
     looking_up the blocks, by number, that read an embedding other than through the blocks before them
-    looked_up  the number of the block from which on no plain `nn.Embedding` is read, nor by the reader itself
     """
 
     reader: str
@@ -54,7 +53,11 @@ class TextPath:
     putting: frozenset[int] = frozenset()
     used: frozenset[str] = frozenset()
     looking_up: frozenset[int] = frozenset({0})
-    looked_up: int = 1
+
+    @property
+    def looked_up(self) -> int:
+        """The number of the block from which on no embedding is read, nor by the reader itself."""
+        return 1 + max(self.looking_up, default=-1)
 
     def misses(self, tensors: Iterable[TensorPlan], tied: Mapping[str, str]) -> list[str]:
         """Weights that are multiplied with something, but never with what comes of text: those of what sees or hears."""
@@ -75,23 +78,26 @@ def text_path(model: nn.Module, ids: Tensor) -> TextPath:
         except SourceError as error:
             problem = problem or error
         except Exception as error:  # somebody else's model
-            said = f"{type(reader).__name__} cannot be run over text alone ({type(error).__name__}: {one_line(error)})"
-            problem = problem or SourceError(f"{said}; recipes that need no text quantize it")
+            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            problem = problem or SourceError(
+                f"the model is quantized only without text: {type(reader).__name__} cannot be run over text here ({said})"
+            )
     assert problem is not None  # the model itself is the first that is tried
     raise problem
 
 
 def made_up_ids(config: Any, tokens: int = TOKENS) -> Tensor:
     """Random token ids of a model, int64 [1, tokens]."""
-    size = getattr(None if config is None else config.get_text_config(), "vocab_size", None)
+    size = getattr(text_config(config), "vocab_size", None)
     size = size if isinstance(size, int) and size > 0 else 2
     return torch.randint(0, size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _readers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model, and the models of transformers inside it: the outermost first, of these the largest."""
+    """The model, and the models inside it that have a config of their own kind: the outermost first, of these the largest."""
     yield "", model
-    inside = [(n, m) for n, m in model.named_modules() if n and hasattr(m, "main_input_name") and hasattr(m, "config")]
+    models = [(n, m) for n, m in model.named_modules() if n and hasattr(m, "main_input_name") and hasattr(m, "config")]
+    inside = [(n, m) for n, m in models if type(m.config) is not type(model.config)]
     yield from sorted(inside, key=lambda found: (found[0].count("."), -sum(p.numel() for p in found[1].parameters())))
 
 
@@ -107,9 +113,8 @@ def _followed(model: nn.Module, name: str, inputs: Mapping[str, Tensor]) -> Text
     if trace.tangled or not trace.called:
         return TextPath(name, (BlockPlace("", 0, name),), (_NOTHING, _NOTHING), used=frozenset(trace.used))
     looking_up = frozenset(j for j, read in enumerate(trace.reads) if _TABLE in read)
-    looked_up = 1 + max((j for j, read in enumerate(trace.reads) if _PLAIN_TABLE in read), default=-1)
     handed, putting, used = map(frozenset, (trace.handed, trace.putting, trace.used))
-    return TextPath(name, tuple(trace.called), _needed(trace), handed, putting, used, looking_up, looked_up)
+    return TextPath(name, tuple(trace.called), _needed(trace), handed, putting, used, looking_up)
 
 
 def _without_memory(model: nn.Module) -> None:
@@ -122,7 +127,6 @@ def _without_memory(model: nn.Module) -> None:
                 zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
                 setattr(module, leaf, nn.Parameter(zeros, False) if isinstance(tensor, nn.Parameter) else zeros)
             getattr(module, leaf).lowbit_name = f"{path}.{leaf}" if path else leaf
-            getattr(module, leaf).lowbit_table = type(module).forward is nn.Embedding.forward
 
 
 def _needed(trace: _Trace) -> tuple[frozenset[int], ...]:
@@ -220,8 +224,7 @@ class _Trace(TorchFunctionMode):
             return found
         made_of = frozenset().union(*map(_source, operands))
         if func is F.embedding:
-            plain = any(getattr(t, "lowbit_table", False) for t in operands)
-            made_of |= {_TABLE, _PLAIN_TABLE} if plain else {_TABLE}
+            made_of |= {_TABLE}
         places = {where for t in operands if (where := getattr(t, "lowbit_in", None)) is not None}
         self.tangled = self.tangled or bool(places - {self.inside})
         if self.inside is not None:
@@ -244,7 +247,11 @@ def _has_no_values(t: Tensor) -> bool:
 
 def _zeros_for(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """Zeros of the shape that the result would have."""
-    args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (tuple(args), dict(kwargs)))
+    lower = func is not F.embedding and torch.is_autocast_enabled("cpu")
+
+    def shape_only(t: Tensor) -> Tensor:
+        return t.to("meta", torch.float32 if t.is_floating_point() else t.dtype)
+
+    args, kwargs = tree_map_only(Tensor, shape_only, (tuple(args), dict(kwargs)))
     with torch._C.DisableTorchFunction():
-        shaped: Tensor = func(*args, **kwargs)
-        return torch.zeros(shaped.shape, dtype=shaped.dtype)
+        return torch.zeros(func(*args, **kwargs).shape, dtype=torch.get_autocast_dtype("cpu") if lower else torch.float32)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.blockwise.block_runner import BlockPlace, BlockRunner, LeaveForward, model_inputs
 from lowbit.blockwise.capture import InputCapture, OnInput
@@ -30,7 +30,8 @@ from lowbit.blockwise.precision import products_in
 from lowbit.blockwise.result_cache import ResultCache
 from lowbit.blockwise.shared_weights import SharedWeights
 from lowbit.blockwise.skeleton import Skeleton
-from lowbit.blockwise.text_path import TOKENS, made_up_ids, text_path
+from lowbit.blockwise.text_path import TOKENS, TextPath, made_up_ids, text_path
+from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
@@ -55,13 +56,13 @@ class BlockWalk:
         self, plan: Plan, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
         weight_dtype: torch.dtype | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
-        self.source, self.folder, self.dtype = source, folder, dtype
-        self.weight_dtype = weight_dtype or dtype
+        self.source, self.folder = source, folder
         self.tensors = {t.name: t for t in plan.tensors}
         self.batches = micro_batches(windows)
         self.results = ResultCache(folder)
         self._skeleton = Skeleton(source, plan.tied)
-        self.path = text_path(self._skeleton.module, _some_ids(source, self.batches))
+        self.path, self.dtype = _path(self._skeleton.module, _some_ids(source, self.batches), dtype)
+        self.weight_dtype = self.dtype if weight_dtype in (None, dtype) else weight_dtype
         self._runner = BlockRunner(self._skeleton.module, self.path)
         self._states = HiddenStates(folder / STATES)
         places = self.path.places
@@ -276,6 +277,17 @@ class Block:
     def forget_results(self) -> None:
         """Weights changed after all."""
         self._walk.results.forget()
+
+
+def _path(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[TextPath, torch.dtype]:
+    """The way of text through a model, and the type in which it can be computed: some models add numbers to scores that only float32 has."""
+    try:
+        with products_in(dtype):
+            return text_path(model, ids), dtype
+    except SourceError:
+        if dtype == torch.float32:
+            raise
+        return text_path(model, ids), torch.float32
 
 
 def _some_ids(source: Source, batches: Sequence[Tensor]) -> Tensor:

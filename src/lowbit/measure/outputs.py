@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import check_vocabulary, device_of, evaluating, max_positions
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.measure.quality import Estimate
 from lowbit.measure.windows import Windows
 
@@ -87,7 +88,7 @@ def _inputs(model: nn.Module, windows: Windows | None) -> tuple[list[dict[str, T
     takes = inspect.signature(model.forward).parameters
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     makers = {name: make for name, make in _NOISE.items() if name in takes}
     if main not in makers and main != "input_ids":
         raise SourceError(f"no input is known for {type(model).__name__}, which takes {main!r}")

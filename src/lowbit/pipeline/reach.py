@@ -7,6 +7,7 @@ from dataclasses import replace
 from lowbit.blockwise.skeleton import Skeleton
 from lowbit.blockwise.text_path import made_up_ids, text_path
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.source import Source
 from lowbit.planning.plan import Plan
 
@@ -17,7 +18,7 @@ def with_reach(plan: Plan, source: Source) -> Plan:
     No weight is read.
     """
     config = source.config
-    if config is None or config.get_text_config() is config or not plan.recipe.calibrated().uses_calibration:
+    if config is None or text_config(config) is config or not plan.recipe.calibrated().uses_calibration:
         return plan
     try:
         path = text_path(Skeleton(source, plan.tied).module, made_up_ids(config))

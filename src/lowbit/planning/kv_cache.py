@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lowbit.interchange.hf.text_config import text_config
+
 
 @dataclass(frozen=True)
 class KVCache:
@@ -39,7 +41,10 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     """
     if config is None:
         return KVCache(0)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = text_config(config, decoder=True)
+
+    if getattr(text, "is_heterogeneous", False):
+        return _mixed(text, itemsize)
 
     def first(*names: str) -> int:
         return next((v for n in names if isinstance(v := getattr(text, n, None), int) and not isinstance(v, bool)), 0)
@@ -72,6 +77,23 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     if window and getattr(text, "layer_types", None) is None and getattr(text, "use_sliding_window", True):
         sliding, full = full, 0
     return KVCache(full * per_layer, ((window, sliding * per_layer),) if sliding else (), itemsize=itemsize)
+
+
+def _mixed(text: Any, itemsize: int) -> KVCache:
+    """Of a decoder whose layers differ in size, as in Gemma 4; layers that read keys and values of earlier ones keep none."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    modes = getattr(text, "kv_sharing_modes", None) or [None] * len(kinds)
+    full, windowed = 0, dict[int, int]()
+    for layer, kind, mode in zip(text.per_layer_config, kinds, modes):
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        window = getattr(layer, "sliding_window", None) if kind == "sliding_attention" else None
+        size = 0 if mode == "reuse" else 2 * heads * width * itemsize
+        if window is None:
+            full += size
+        else:
+            windowed[window] = windowed.get(window, 0) + size
+    return KVCache(full, tuple(windowed.items()), itemsize=itemsize)
 
 
 def _state(first: Callable[..., int]) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lowbit.interchange.hf.text_config import text_config
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -28,7 +30,7 @@ def without_guard(config: Any) -> Any:
 
 def as_float(config: PretrainedConfig) -> PretrainedConfig:
     """The config of the float model: what it says of quantization is taken out, and of code, which does not come along."""
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         for key in (*SECTIONS, "auto_map", GUARD):
             part.__dict__.pop(key, None)
     return config
