@@ -212,9 +212,9 @@ def test_rehearsal_reads_and_runs_no_more_than_it_says(
 def test_fewer_tokens_of_large_blocks(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plan, source = opened(tiny_folder("llama"))
     lengths: list[int] = []
-    made = block_rehearsal._random_ids
+    made = block_rehearsal.made_up_ids
     monkeypatch.setattr(
-        block_rehearsal, "_random_ids", lambda source, tokens: (lengths.append(tokens), made(source, tokens))[1]
+        block_rehearsal, "made_up_ids", lambda config, tokens: (lengths.append(tokens), made(config, tokens))[1]
     )
     rehearse(plan, source, [SOLVED])
     monkeypatch.setattr(block_rehearsal, "_FLOPS", 1)

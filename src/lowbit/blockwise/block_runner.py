@@ -1,23 +1,27 @@
 """Runs one block of a model that is cut where its blocks repeat, so that one block at a time has its weights in memory.
 
-No model list. A chain is a `ModuleList` of blocks that the model calls one after another. To run block i alone, the
-model's own forward is called: finished blocks give back what was saved of the last of them, block i runs, and the
-forward is left right after it. So masks, positions, cross attention and whatever else a block is handed come from
-the model's own code.
+No model list. A chain is a `ModuleList` of blocks that the model calls. To run block i alone, the model's own forward is called:
+finished blocks give back what was saved of them (of the last one, where only that is read), block i runs, and the forward is left
+right after it. So masks, positions, cross attention and whatever else a block is handed come from the model's own code. Which
+blocks there are, in which order, and what each reads, is asked of that code too (`text_path.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lowbit.errors import SourceError
+
+if TYPE_CHECKING:
+    from lowbit.blockwise.text_path import TextPath
 
 
 class LeaveForward(BaseException):
@@ -32,7 +36,7 @@ class LeaveForward(BaseException):
 class BlockPlace:
     """Block `index` of the chain `chain` (the name of its ModuleList), with the name of the block itself.
 
-    Where nothing repeats, the whole model is the one block, with an empty name.
+    Where nothing repeats, or blocks cannot be told apart, the whole model that reads the text is the one block of an empty chain.
     """
 
     chain: str
@@ -45,11 +49,13 @@ class BlockPlace:
 
 
 def blocks_of(model: nn.Module) -> list[BlockPlace]:
-    """The blocks of every outermost ModuleList that holds matrices, in order; else the model as one."""
+    """The blocks of every outermost ModuleList that holds matrices, in order; else the model as one. Lists of lists are looked into."""
     found: list[BlockPlace] = []
     taken: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(t + ".") for t in taken):
+            continue
+        if any(isinstance(block, nn.ModuleList) for block in module):
             continue
         if len(module) and all(any(p.dim() >= 2 for p in block.parameters()) for block in module):
             taken.append(name)
@@ -87,42 +93,71 @@ def forwards_replaced(replaced: dict[nn.Module, Callable[..., Any]]) -> Iterator
 
 
 class BlockRunner:
-    """Runs one block of a model whose other blocks have no weights."""
+    """Runs one block of a model whose other blocks have no weights. `path`: the way of text through it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.places = blocks_of(model)
-        self._modules = {place: model.get_submodule(place.name) for place in self.places}
+    def __init__(self, model: nn.Module, path: TextPath) -> None:
+        self.path, self.reader = path, model.get_submodule(path.reader)
+        self._modules = {place: model.get_submodule(place.name) for place in path.places}
 
     def run(
-        self, place: BlockPlace | None, inputs: dict[str, Tensor], before: Mapping[str, Any],
+        self, place: BlockPlace | None, inputs: dict[str, Tensor], before: Mapping[BlockPlace, Any],
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Any:  # fmt: skip
-        """What the block returns for `inputs` of the model. `before`: by chain, what its last finished block returned.
+        """What the block returns for `inputs` of the reader. `before`: what stands for the finished blocks.
 
-        `place` None: what the model returns with all blocks finished. `tensors` stand in the places of parameters of these
+        Of a model whose blocks put values into containers that they are handed, it is (what the block returns, what these hold then).
+        `place` None: what the reader returns with all blocks finished. `tensors` stand in the places of parameters of these
         names. SourceError when the model never calls the block.
         """
-        replaced: dict[nn.Module, Callable[..., Any]] = {}
+        replaced: dict[nn.Module, Callable[..., Any]] = {
+            self._modules[other]: self._giving(found) for other, found in before.items() if other != place
+        }
         if place is not None and place.chain:
-            original = self._modules[place].forward
-            replaced[self._modules[place]] = lambda *a, **k: _leave(original(*a, **k))
-        for other, module in self._modules.items():
-            behind = place is None or other.chain != place.chain or other.index < place.index
-            if other.chain in before and behind:
-                replaced[module] = lambda *a, _given=before[other.chain], **k: _given
+            replaced[self._modules[place]] = self._leaving(self._modules[place].forward)
+        own = self.path.reader + "." if self.path.reader else ""
+        given = {name.removeprefix(own): tensor for name, tensor in (tensors or {}).items()}
         try:
             with forwards_replaced(replaced):
-                found = functional_call(self.model, dict(tensors), (), inputs) if tensors else self.model(**inputs)
+                found = functional_call(self.reader, given, (), inputs) if given else self.reader(**inputs)
             if place is None or not place.chain:
                 return found
         except LeaveForward as left:
             return left.value
-        raise SourceError(f"{type(self.model).__name__} does not call {place.name} when it reads text")
+        raise SourceError(f"{type(self.reader).__name__} does not call {place.name} when it reads text")
+
+    def _leaving(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            found = forward(*args, **kwargs)
+            if not self.path.handed:
+                raise LeaveForward(found)
+            raise LeaveForward((found, [_contents(value) for value in self._handed(args, kwargs)]))
+
+        return run
+
+    def _giving(self, found: Any) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not self.path.handed:
+                return found
+            returned, contents = found
+            for container, held in zip(self._handed(args, kwargs), contents):
+                _fill(container, held)
+            return returned
+
+        return run
+
+    def _handed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        return [value for key, value in [*enumerate(args), *kwargs.items()] if key in self.path.handed]
 
 
-def _leave(value: Any) -> Any:
-    raise LeaveForward(value)
+def _contents(container: Any) -> Any:
+    return dict(container) if isinstance(container, MutableMapping) else list(container)
+
+
+def _fill(container: Any, held: Any) -> None:
+    if isinstance(container, MutableMapping):
+        container.update(held)
+    else:
+        container[:] = held
 
 
 def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -131,10 +166,12 @@ def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     config = getattr(model, "config", None)
     if config is None:
         raise SourceError(f"{type(model).__name__} has no transformers config, so it is not known how it takes text")
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    takes = inspect.signature(model.forward).parameters
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or "input_ids" not in takes:
         raise SourceError(
-            f"{type(model).__name__} reads {model.main_input_name}, not text; calibrate it on its own data"
+            f"the model is quantized only without text: {type(model).__name__} reads {getattr(model, 'main_input_name', 'other things')}, "
+            "not text"
         )
+    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
     return inputs

@@ -22,7 +22,7 @@ OnInput = Callable[[str, "int | None", Tensor], "Tensor | None"]
 OnOutput = Callable[[str, "int | None", Tensor], None]
 
 # Products: where the input stands and where the weight, among the positional arguments or by name.
-_PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
+PRODUCTS: dict[Callable[..., Any], tuple[tuple[int, str], tuple[int, str]]] = {
     F.linear: ((0, "input"), (1, "weight")),
     torch.addmm: ((1, "mat1"), (2, "mat2")),
     torch.baddbmm: ((1, "batch1"), (2, "batch2")),
@@ -53,7 +53,7 @@ class InputCapture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        product, found = _PRODUCTS.get(func), None
+        product, found = PRODUCTS.get(func), None
         if product is not None:
             (at, name), (weight_at, weight_name) = product
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_name)

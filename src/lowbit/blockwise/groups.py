@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.blockwise.block_runner import LeaveForward
 from lowbit.blockwise.capture import InputCapture
@@ -29,11 +28,13 @@ class Group:
 Pass = list[Group]
 
 
-def find_passes(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: str | None) -> list[Pass]:
+def find_passes(
+    weights: Mapping[str, Tensor], run: Callable[[], Any], role: Callable[[str], str] | None = None
+) -> list[Pass]:
     """The groups of a block, by running it once; groups of the same place in different experts form one pass.
 
-    Weights whose input is the same tensor share a group. `prefix`: the block's name, after which numbers are experts';
-    None: numbers mean nothing, each group is a pass of its own.
+    Weights whose input is the same tensor share a group. `role`: the place of a weight, the same for all experts; None: each group
+    is a pass of its own.
     """
     groups: dict[str, Group] = {}
     by_input: dict[Any, Group] = {}
@@ -55,9 +56,20 @@ def find_passes(weights: Mapping[str, Tensor], run: Callable[[], Any], prefix: s
         run()
     passes: dict[str, Pass] = {}
     for group in by_input.values():
-        role = group.first if prefix is None else re.sub(r"\d+", "#", group.first[len(prefix) :])
-        passes.setdefault(role, []).append(group)
+        passes.setdefault(group.first if role is None else role(group.first), []).append(group)
     return list(passes.values())
+
+
+def role_in(block: nn.Module, prefix: str) -> Callable[[str], str]:
+    """The name of a weight in which numbers of modules in a `ModuleList`, such as experts, are left out; not those of a `Sequential`,
+    whose modules read one another. `prefix`: the name of the block."""
+    lists = {f"{prefix}.{name}" for name, module in block.named_modules() if isinstance(module, nn.ModuleList)}
+
+    def role(name: str) -> str:
+        parts = name.split(".")
+        return ".".join("#" if ".".join(parts[:i]) in lists else part for i, part in enumerate(parts))
+
+    return role
 
 
 class Collector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -52,13 +53,13 @@ class HiddenStates:
         }
         save_file(tensors, folder / f"{stream}-{batch:04d}.safetensors", metadata=facts)
 
-    def commit(self, block: int, instead_of: int | None = None) -> None:
-        """Everything of the block is saved: once it is on the disk, its folder gets the name that counts, and that of block
-        `instead_of` is removed. Returns before that, but not before an earlier call has come to its end."""
+    def commit(self, block: int, passed: Sequence[int] = ()) -> None:
+        """Everything of the block is saved: once it is on the disk, its folder gets the name that counts, and those of the blocks
+        `passed` are removed. Returns before that, but not before an earlier call has come to its end."""
         self.wait()
-        self._committing = self._aside.submit(self._commit, block, instead_of)
+        self._committing = self._aside.submit(self._commit, block, passed)
 
-    def _commit(self, block: int, instead_of: int | None) -> None:
+    def _commit(self, block: int, passed: Sequence[int]) -> None:
         fresh = self._fresh(block)
         for path in sorted(fresh.iterdir()):
             sync(path)
@@ -66,8 +67,8 @@ class HiddenStates:
         shutil.rmtree(self._final(block), ignore_errors=True)
         os.rename(fresh, self._final(block))
         sync(self.folder)
-        if instead_of is not None:
-            shutil.rmtree(self._final(instead_of), ignore_errors=True)
+        for other in passed:
+            shutil.rmtree(self._final(other), ignore_errors=True)
 
     def wait(self) -> None:
         """Until all that was committed counts. OSError when the disk has failed."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.blockwise.block_runner import forwards_replaced
 from lowbit.errors import SourceError
 from lowbit.formats import QTensor
-from lowbit.interchange.hf.models import compute_buffers, meta_model
+from lowbit.interchange.hf.models import compute_unsaved, meta_model
 from lowbit.interchange.source import Source
+
+# What a forward may return besides its output, and nobody here reads.
+_BESIDES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
 
 
 class Skeleton:
@@ -31,9 +33,12 @@ class Skeleton:
         if hasattr(self.module, "set_experts_implementation"):
             with contextlib.suppress(ValueError, NotImplementedError):  # a mixture that has one implementation only
                 self.module.set_experts_implementation("eager")  # one product an expert, so that each is seen
-        for config in (self.module.config, self.module.config.get_text_config()):
-            config.use_cache = False
-        compute_buffers(self.module)
+        for module in self.module.modules():
+            config = getattr(module, "config", None)
+            for name in _BESIDES if config is not None else ():
+                if getattr(config, name, False):
+                    setattr(config, name, False)
+        compute_unsaved(self.module, {*source.tensors, *tied})
 
     def place(self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
         """Give a parameter or buffer its values, floats in `dtype`; None takes them away. Unknown names are left out."""
@@ -41,6 +46,7 @@ class Skeleton:
         if found is None:
             return
         places, leaf = found
+        self._unpack(name)
         old = places[leaf]
         if value is None:
             new = torch.empty_like(old, device="meta")
@@ -67,17 +73,28 @@ class Skeleton:
             module.forward = q.index  # type: ignore[method-assign]
             self._packed.append(module)
 
-    @contextlib.contextmanager
-    def without_embeddings(self) -> Iterator[None]:
-        """While this lasts, embeddings look up zeros."""
-        with forwards_replaced({m: _zeros_of(m) for m in self._embeddings()}):
-            yield
+    def _unpack(self, name: str) -> None:
+        """Undo `place_packed`."""
+        for known_as in (
+            (name, *(alias for alias, canonical in self.tied.items() if canonical == name)) if self._packed else ()
+        ):
+            owner = self._module(known_as.rpartition(".")[0])
+            if owner is not None and owner in self._packed:
+                self._packed.remove(owner)
+                owner.__dict__.pop("forward", None)
+
+    def _module(self, path: str) -> nn.Module | None:
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError:
+            return None
 
     def drop_embeddings(self) -> None:
         """From now on embeddings look up zeros, and their memory is free."""
         for module in self._embeddings():
             module.forward = _zeros_of(module)  # type: ignore[method-assign]
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+        self._packed.clear()
         for alias, canonical in self.tied.items():
             found = self._owner(canonical)
             if found is not None and found[0][found[1]].is_meta:
@@ -99,16 +116,13 @@ class Skeleton:
 
     def _owner(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         path, _, leaf = name.rpartition(".")
-        try:
-            owner = self.module.get_submodule(path)
-        except AttributeError:
-            return None
-        for places in (owner._parameters, owner._buffers):
+        owner = self._module(path)
+        for places in () if owner is None else (owner._parameters, owner._buffers):
             if places.get(leaf) is not None:
                 return places, leaf  # type: ignore[return-value]
         return None
 
 
 def _zeros_of(module: nn.Embedding) -> Callable[..., Tensor]:
-    """A look-up of zeros that take no memory."""
-    return lambda ids: torch.zeros(()).expand(*ids.shape, module.embedding_dim)
+    """A look-up of zeros, which the model may write to."""
+    return lambda ids: torch.zeros(*ids.shape, module.embedding_dim)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.blockwise.precision import products_in
 from lowbit.interchange.files.atomic import replace_file
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.source import Source
 from lowbit.kernels.heap import trim
 from lowbit.solvers import Call
@@ -36,7 +37,7 @@ class TokenWeights:
         path = folder / FILE
         if not path.is_file():
             model = source.load_float(torch.float32)
-            for config in (model.config, model.config.get_text_config()):  # type: ignore[operator,union-attr]
+            for config in (model.config, text_config(model.config)):  # type: ignore[operator,union-attr]
                 config.use_cache = False
             found = call.method.function(model, names, batches, products_in(dtype), **dict(call.options))
             tensors = {f"{name}/{i}": w.half() for name, parts in found.items() for i, w in enumerate(parts)}

@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowbit.blockwise.block_runner import BlockPlace, BlockRunner, LeaveForward, Saved, model_inputs
+from lowbit.blockwise.block_runner import BlockPlace, BlockRunner, LeaveForward, model_inputs
 from lowbit.blockwise.capture import InputCapture, OnInput
-from lowbit.blockwise.groups import Pass, find_passes
+from lowbit.blockwise.groups import Pass, find_passes, role_in
 from lowbit.blockwise.hidden_states import HiddenStates
 from lowbit.blockwise.precision import products_in
 from lowbit.blockwise.result_cache import ResultCache
+from lowbit.blockwise.shared_weights import SharedWeights
 from lowbit.blockwise.skeleton import Skeleton
+from lowbit.blockwise.text_path import TOKENS, TextPath, made_up_ids, text_path
+from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
@@ -53,22 +56,27 @@ class BlockWalk:
         self, plan: Plan, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
         weight_dtype: torch.dtype | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
-        self.source, self.folder, self.dtype = source, folder, dtype
-        self.weight_dtype = weight_dtype or dtype
+        self.source, self.folder = source, folder
         self.tensors = {t.name: t for t in plan.tensors}
         self.batches = micro_batches(windows)
         self.results = ResultCache(folder)
         self._skeleton = Skeleton(source, plan.tied)
-        self._runner = BlockRunner(self._skeleton.module)
+        self.path, self.dtype = _path(self._skeleton.module, _some_ids(source, self.batches), dtype)
+        self.weight_dtype = self.dtype if weight_dtype in (None, dtype) else weight_dtype
+        self._runner = BlockRunner(self._skeleton.module, self.path)
         self._states = HiddenStates(folder / STATES)
-        places = self._runner.places
-        self._names = {place: [name for name in self.tensors if place.owns(name)] for place in places}
-        inside = {name for names in self._names.values() for name in names}
-        self._outside = [name for name in self.tensors if name not in inside]
-        self.projections = [name for name in self._outside if self.tensors[name].is_multiplied]
+        places = self.path.places
+        self._shared = SharedWeights(places, self.tensors, plan.tied, folder / STATES, source.read, self._place_inside)
+        self._names = {place: self._shared.of(i) for i, place in enumerate(places)}
+        self._outside = self._shared.outside()
+        self._read = {plan.tied.get(name, name) for name in self.path.used}
+        self.unread = self.path.misses(plan.tensors, plan.tied)  # weights that text does not come to
+        self.projections = [n for n in self._outside if self.tensors[n].is_multiplied and n in self._read]
         self._whole = whole or bool(self.projections)
         self._first = next((i + 1 for i in reversed(range(len(places))) if self._states.has(i)), 0)
         self._only: Container[int] | None = None
+        self._quantized: dict[str, QTensor] = {}  # outside the blocks
+        self._floats_outside = False
 
     @property
     def inside(self) -> list[tuple[BlockPlace, tuple[str, ...]]]:
@@ -78,12 +86,12 @@ class BlockWalk:
     @property
     def positions(self) -> int | None:
         """The longest window that the model can read; None where nothing limits it."""
-        return max_positions(self._skeleton.module)
+        return max_positions(self._runner.reader)
 
     @property
     def finished(self) -> frozenset[str]:
         """Tensors of the blocks that a run before this one finished, which are not visited again."""
-        return frozenset(name for place in self._runner.places[: self._first] for name in self._names[place])
+        return frozenset(name for place in self.path.places[: self._first] for name in self._names[place])
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors outside the blocks with their values, each put in its place as soon as the next is asked for."""
@@ -101,14 +109,21 @@ class BlockWalk:
 
     def reads(self, name: str) -> bool:
         """Whether the walk runs what reads this tensor; heads come after the last block."""
-        return self._whole or self.tensors[name].kind != "head"
+        tensor = self.tensors[name]
+        known = name in self._read or (tensor.kind == "other" and name.startswith(self.path.reader))
+        return known and (self._whole or tensor.kind != "head")
 
     def place(self, name: str, weight: Tensor) -> None:
         """Let the model compute with these values, in float32."""
         self._skeleton.place(name, weight)
 
     def place_quantized(self, name: str, q: QTensor) -> None:
-        """The same with a quantized tensor, expanded; an embedding is looked up in its stored form."""
+        """The same with a quantized tensor, expanded; an embedding is looked up in its stored form. The float stream goes on without."""
+        self._quantized[name] = q
+        self._place_quantized(name)
+
+    def _place_quantized(self, name: str) -> None:
+        q = self._quantized[name]
 
         def dense() -> Tensor:
             return self.tensors[name].as_module(q.dequantize())
@@ -117,6 +132,18 @@ class BlockWalk:
             self.place(name, dense())
         else:
             self._skeleton.place_packed(name, q, dense)
+
+    def _show_outside(self, i: int, stream: str) -> None:
+        """Where block `i` reads embeddings itself, those of the stream are in their places."""
+        floats = stream == FLOAT and i in self.path.looking_up
+        if floats == self._floats_outside:
+            return
+        self._floats_outside = floats
+        for name in self._quantized:
+            if floats:
+                self.place(name, self.source.read(name))
+            else:
+                self._place_quantized(name)
 
     def blocks(self, only: Container[int] | None = None) -> Iterator[Block]:
         """The blocks that are not finished, in the order of the model, each with its weights in place.
@@ -134,24 +161,34 @@ class BlockWalk:
             self.close()
 
     def _blocks(self) -> Iterator[Block]:
-        places, only = self._runner.places, self._only
+        places, only = self.path.places, self._only
         for i, place in enumerate(places[self._first :], self._first):
             if only is not None and i not in only:
                 continue
             block = Block(self, i, place, self._names[place])
-            if i and not self._whole and only is None:
-                self._drop_embeddings(block)
+            if (
+                i >= max(1, self.path.looked_up)
+                and not self._whole
+                and only is None
+                and not self._skeleton.embeddings_dropped
+            ):
+                self._skeleton.drop_embeddings()
             yield block
             self.results.forget()
-            replaced = only is None and i > 0 and places[i - 1].chain == place.chain
-            self._states.commit(i, instead_of=i - 1 if replaced else None)
-            for name in self._names[place]:
-                self._skeleton.place(name, None)
+            self._shared.end(i, self._skeleton.get)
+            if place.chain:
+                self._states.commit(i, [] if only is not None else self._passed(i))
             block.weights = {}  # a visitor may still hold the block while the next one is read
-        if self._whole:
+        if self._whole and places[0].chain:
             yield Block(self, len(places), None, self.projections)
         self.results.remove()
         self._states.clear()
+
+    def _passed(self, i: int) -> list[int]:
+        """Blocks whose outputs are of no use behind block `i`: nobody reads them, and a later one stands for them."""
+        last = {place.chain: k for k, place in enumerate(self.path.places[: i + 1])}
+        kept = self.path.needed[i + 1] | set(last.values())
+        return [k for k in range(i) if k not in kept]
 
     def close(self) -> None:
         """Wait until the blocks that are finished are on the disk."""
@@ -161,29 +198,29 @@ class BlockWalk:
         self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None
     ) -> Any:
         """See `Block.run`."""
-        only, places = self._only, self._runner.places[:i]
-        finished = [(j, other) for j, other in enumerate(places) if only is None or j in only]
-        last = {other.chain: j for j, other in finished}  # of each chain
-        before = {chain: self._states.load(j, stream, batch) for chain, j in last.items()}
-        module = self._skeleton.module
+        self._shared.show(i, stream == FLOAT)
+        self._show_outside(i, stream)
+        before = self._before(i, stream, batch)
         try:
             with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), products_in(self.dtype):
-                return self._runner.run(place, model_inputs(module, self.batches[batch]), before, tensors)
+                inputs = model_inputs(self._runner.reader, self.batches[batch])
+                return self._runner.run(place, inputs, before, tensors)
         except LeaveForward as left:
             return left.value
 
-    def _drop_embeddings(self, block: Block) -> None:
-        """Free the embeddings where a block in the middle of the last chain does not see them: tried, not assumed."""
-        place, skeleton = block.place_in_model, self._skeleton
-        if place is None or skeleton.embeddings_dropped or not place.index:
-            return
-        if place.chain != self._runner.places[-1].chain:
-            return
-        before = Saved(block.run(0)).tensors
-        with skeleton.without_embeddings():
-            after = Saved(block.run(0)).tensors
-        if all(torch.equal(before[key], after[key]) for key in before):
-            skeleton.drop_embeddings()
+    def _before(self, i: int, stream: str, batch: int) -> dict[BlockPlace, Any]:
+        """What stands for each block before block `i`: what it returned, where that is read. What the others returned nobody reads, but
+        the model's code passes it on, and the last one of their chain has the same shape."""
+        only, places, needed = self._only, self.path.places, self.path.needed[i]
+        finished = [k for k in range(i) if only is None or k in only]
+        last = {places[k].chain: k for k in finished}
+        stands = [k if k in needed and k in finished else last[places[k].chain] for k in range(i)]
+        found = {k: self._states.load(k, stream, batch) for k in set(stands)}
+        return {places[k]: found[j] for k, j in enumerate(stands)}
+
+    def _place_inside(self, name: str, value: Tensor | None) -> None:
+        dtype = self.weight_dtype if self.tensors[name].is_multiplied else torch.float32
+        self._skeleton.place(name, value, dtype)
 
 
 class Block:
@@ -204,14 +241,12 @@ class Block:
 
     @property
     def returns(self) -> bool:
-        """Whether other blocks read what it returns; what lies outside the blocks returns the model's own output."""
-        return self.place_in_model is not None
+        """Whether it stands for a block; what lies outside the blocks returns the model's own output."""
+        return self.place_in_model is not None and bool(self.place_in_model.chain or not self._walk._whole)
 
     def place(self, name: str, weight: Tensor) -> None:
         """Let a weight of the block have these values, in the type that its products take, so that none casts it again."""
-        walk = self._walk
-        dtype = walk.weight_dtype if walk.tensors[name].is_multiplied else torch.float32
-        walk._skeleton.place(name, weight, dtype)
+        self._walk._place_inside(name, weight)
 
     def run(self, batch: int, stream: str = QUANTIZED, tensors: Mapping[str, Tensor] | None = None) -> Any:
         """What the block returns for a micro-batch. `tensors` stand in the places of weights, and have gradients."""
@@ -231,11 +266,13 @@ class Block:
     def passes(self) -> list[Pass]:
         """Its weights in the order in which they are multiplied, see `find_passes`."""
         watched = {name: self._walk._skeleton.get(name) for name in self.multiplied}
-        return find_passes(watched, lambda: self.run(0), self.name or None) if watched else []
+        repeats = self.place_in_model is not None and self.place_in_model.chain
+        role = role_in(self._walk._skeleton.module.get_submodule(self.name), self.name) if repeats else None
+        return find_passes(watched, lambda: self.run(0), role) if watched else []
 
     def save(self, batch: int, output: Any, stream: str = QUANTIZED) -> None:
         """Keep what the block returned, for the blocks behind it."""
-        if self.returns:
+        if self.place_in_model is not None and self.place_in_model.chain:
             self._walk._states.save(self._index, stream, batch, output)
 
     def mark_final(self, names: Sequence[str]) -> None:
@@ -245,6 +282,23 @@ class Block:
     def forget_results(self) -> None:
         """Weights changed after all."""
         self._walk.results.forget()
+
+
+def _path(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[TextPath, torch.dtype]:
+    """The way of text through a model, and the type in which it can be computed: some models add numbers to scores that only float32 has."""
+    try:
+        with products_in(dtype):
+            return text_path(model, ids), dtype
+    except SourceError:
+        if dtype == torch.float32:
+            raise
+        return text_path(model, ids), torch.float32
+
+
+def _some_ids(source: Source, batches: Sequence[Tensor]) -> Tensor:
+    """The first tokens [1, length] of the text, or made-up ones where it has none."""
+    first = batches[0][:1, :TOKENS] if batches else torch.zeros(1, 0, dtype=torch.int64)
+    return first if first.shape[1] > 3 else made_up_ids(source.config)
 
 
 def micro_batches(windows: Sequence[Tensor]) -> list[Tensor]:

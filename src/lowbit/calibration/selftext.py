@@ -22,6 +22,7 @@ from lowbit.engine.chat_template import ChatTemplate
 from lowbit.errors import SourceError, TextError
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.hf.running import device_of, evaluating
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.planning.kv_cache import kv_cache
 
 DOCUMENT = 256  # tokens: attention over longer ones would take most of the time on a CPU
@@ -117,7 +118,7 @@ def write_windows(
 
 def _rows_at_once(config: Any, document: int) -> int:
     """As many rows as the memory for cache and logits allows; from the config alone, so that it is the same everywhere."""
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = text_config(config)
     cache = kv_cache(config).bytes_at(document) if hasattr(config, "get_text_config") else 0
     logits = 4 * (getattr(inner, "vocab_size", None) or 1)
     return max(1, min(_ROWS, _CACHE_BYTES // max(cache, 1), _LOGIT_BYTES // logits))
@@ -185,7 +186,7 @@ class _Form:
 def _known(model: nn.Module, vocabulary: int | None) -> int:
     """Number of tokens that the model and the tokenizer both know."""
     config: Any = getattr(model, "config", None)
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = text_config(config)
     size = getattr(inner, "vocab_size", None)
     known = [n for n in (vocabulary, size) if isinstance(n, int)]
     if not known:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowbit.errors import SourceError, TextError
 from lowbit.interchange.hf.processors import feature_extractor, image_processor, processed
 from lowbit.interchange.hf.running import max_positions
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.measure.given_inputs import Given, resampled
 from lowbit.measure.synthetic import RATE, image, sound, spectrum
 from lowbit.measure.windows import Windows
@@ -128,7 +129,7 @@ def _words(reads: bool, windows: Windows | None, makers: dict[str, _Maker], give
 
 def _random_ids(model: nn.Module, number: int) -> Tensor:
     config: Any = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     length = min(_TOKENS, max_positions(model) or _TOKENS)
     generator = torch.Generator().manual_seed(_SEED + number)
     return torch.randint(int(text.vocab_size), (1, length), generator=generator)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowbit.blockwise.activation_quantizers import ActivationQuantizers
 from lowbit.blockwise.float_inputs import FloatInputs
 from lowbit.blockwise.groups import Collector, Group, Pass
+from lowbit.blockwise.text_path import made_up_ids
 from lowbit.blockwise.walk import Block, BlockWalk
 from lowbit.formats import Format
 from lowbit.interchange.hf.running import fast_dtype
@@ -63,9 +64,10 @@ class BlockRehearsal:
         walk = BlockWalk(plan, source, [torch.zeros(1, dtype=torch.int64)], folder, fast_dtype())
         self._half = walk.dtype == torch.bfloat16
         self.names = [(place.name, names) for place, names in walk.inside]
+        self._putting = walk.path.putting  # what they leave for others is not made up
         chosen = self._chosen([place.chain for place, _ in walk.inside])
         self._tokens = self._window(walk, chosen)
-        walk.batches = [_random_ids(source, self._tokens)]
+        walk.batches = [made_up_ids(source.config, self._tokens)]
         for t in plan.tensors:
             if walk.reads(t.name) and not any(t.name in names for _, names in self.names):
                 made_up = _made_up(t)
@@ -84,7 +86,8 @@ class BlockRehearsal:
         """The first block of every chain, and one of each of the kinds that are most frequent."""
         kinds = [self._kind(name) for name, _ in self.names]
         often = sorted(dict.fromkeys(kinds), key=lambda kind: -kinds.count(kind))[:_KINDS]
-        return frozenset({chains.index(chain) for chain in chains} | {kinds.index(kind) for kind in often})
+        first = {chains.index(chain) for chain in chains} | {kinds.index(kind) for kind in often}
+        return frozenset(first | self._putting)
 
     def _kind(self, name: str) -> Kind:
         names = dict(self.names)[name]
@@ -207,14 +210,6 @@ def _made_up(tensor: TensorPlan) -> Tensor | None:
     rows, width = tensor.shape
     values = torch.randn(rows + width, generator=torch.Generator().manual_seed(0)).mul_(0.02)
     return values.as_strided((rows, width), (1, 1))
-
-
-def _random_ids(source: Source, tokens: int) -> Tensor:
-    """int64 [1, tokens]."""
-    config = source.config
-    size = getattr(None if config is None else config.get_text_config(), "vocab_size", None)
-    size = size if isinstance(size, int) and size > 0 else 2
-    return torch.randint(0, size, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def _ignored(name: str, expert: int | None, x: Tensor) -> None:

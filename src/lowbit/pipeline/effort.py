@@ -158,9 +158,7 @@ def no_text_for(source: Source) -> str:
     if source.config is None:
         return "the model has no config, so it is quantized without text"
     kind = model_class(source.config)
-    if source.config.get_text_config() is not source.config:
-        return "the model reads more than text, so it is quantized without any"
-    if kind.main_input_name != "input_ids":
+    if kind.main_input_name != "input_ids" and not kind.can_generate():
         return "the model does not read text, so it is quantized without any"
     try:
         source.tokenizer()

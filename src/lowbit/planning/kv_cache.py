@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.planning.states import First, state_numbers
 
 _SLIDING = ("sliding_attention", "chunked_attention")
@@ -53,7 +54,10 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     """
     if config is None or not (kept := _kept(config)):
         return KVCache(0)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = text_config(config, decoder=True)
+
+    if getattr(text, "is_heterogeneous", False):
+        return _mixed(text, itemsize)
 
     both = bool(getattr(config, "is_encoder_decoder", False))
 
@@ -80,6 +84,23 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     length = first("max_source_positions") if both and "input_ids" not in kept else 0
     windowed = ((window, sliding * per_layer),) if sliding and per_layer else ()
     return KVCache(full * per_layer, windowed, fixed + read * length, itemsize, 0 if length else read)
+
+
+def _mixed(text: Any, itemsize: int) -> KVCache:
+    """Of a decoder whose layers differ in size, as in Gemma 4; layers that read keys and values of earlier ones keep none."""
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    modes = getattr(text, "kv_sharing_modes", None) or [None] * len(kinds)
+    full, windowed = 0, dict[int, int]()
+    for layer, kind, mode in zip(text.per_layer_config, kinds, modes):
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        window = getattr(layer, "sliding_window", None) if kind == "sliding_attention" else None
+        size = 0 if mode == "reuse" else 2 * heads * width * itemsize
+        if window is None:
+            full += size
+        else:
+            windowed[window] = windowed.get(window, 0) + size
+    return KVCache(full, tuple(windowed.items()), itemsize=itemsize)
 
 
 def _kept(config: Any) -> frozenset[str]:

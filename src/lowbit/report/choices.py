@@ -15,6 +15,7 @@ from lowbit.convert.preparing import contents_of, fitted, floats_of, recipe_for
 from lowbit.errors import ExportError, LowbitError, RecipeError
 from lowbit.interchange.exporters.exporter import Exporter, exporter_named, exporters
 from lowbit.interchange.files.settings import is_ours
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.source import Source
 from lowbit.measure.expected_loss import ExpectedLoss, expected_loss, quantizing_seconds
 from lowbit.measure.quality import Estimate
@@ -235,7 +236,7 @@ def _share(t: TensorPlan, plan: Plan, config: Any) -> float:
 
 def active_experts(config: Any) -> float:
     """The share of a layer's experts that one token is given to; 1 where the config does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     chosen = _first(text, "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
     whole = _first(text, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
     return chosen / whole if chosen and whole and chosen <= whole else 1.0

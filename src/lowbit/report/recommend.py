@@ -15,6 +15,7 @@ from lowbit.calibration.data import SAMPLES
 from lowbit.calibration.package_text import BUILTIN
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.opening import open_headers
 from lowbit.interchange.progress import heard
 from lowbit.interchange.source import Source
@@ -114,7 +115,7 @@ def _memory(memory: int | str | None) -> tuple[int, str | None]:
 
 def _longest(config: Any) -> int | None:
     """The most tokens that a model takes, as its config has it."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = text_config(config, decoder=True)
     values = (
         getattr(text, n, None)
         for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.inventory import Param
 from lowbit.interchange.model_card import BaseFacts
 from lowbit.interchange.source import Source
@@ -75,7 +76,7 @@ class TransformedSource(Source):
         self.config = copy.deepcopy(inner.config)
         # With other ties left (T5's embeddings) the flag must stay; a head stored with its own values is untied anyway.
         if self._origin and not tied and self.config is not None:
-            for part in (self.config, self.config.get_text_config()):
+            for part in (self.config, text_config(self.config)):
                 part.tie_word_embeddings = False
 
     def read(self, name: str) -> Tensor:

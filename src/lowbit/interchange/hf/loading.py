@@ -9,6 +9,7 @@ from lowbit.errors import SourceError
 from lowbit.interchange.checks.words import check_tokenizer
 from lowbit.interchange.files.settings import read_config, read_json
 from lowbit.interchange.hf.calls import asking, one_line
+from lowbit.interchange.hf.text_config import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,7 +23,7 @@ def load_config(folder: Path, **options: Any) -> PretrainedConfig:
         read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-        if not isinstance(config.get_text_config(), PretrainedConfig):  # an object that the class knows nothing of
+        if not isinstance(text_config(config), PretrainedConfig):  # an object that the class knows nothing of
             raise TypeError(f"a {type(config).__name__} has no config of a text model inside it")
         return config
     except Exception as error:  # transformers raises many kinds for a bad config

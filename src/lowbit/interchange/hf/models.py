@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -64,15 +64,32 @@ def meta_model(config: PretrainedConfig, tensors: int | None = None) -> PreTrain
     return model.eval()
 
 
-def compute_buffers(model: PreTrainedModel) -> None:
-    """Give the buffers of a meta model that no checkpoint holds the values that its own initialization computes."""
-    for module in model.modules():
-        buffers, hidden = module._buffers, module._non_persistent_buffers_set
-        computed = [k for k in hidden if (b := buffers.get(k)) is not None and b.is_meta]
-        for key in computed:
-            buffers[key] = torch.empty_like(buffers[key], device="cpu")  # type: ignore[arg-type]
+def compute_unsaved(model: PreTrainedModel, saved: Container[str]) -> None:
+    """Give what no checkpoint holds the values that the model's own initialization computes: buffers of a meta model such as rotary
+    frequencies, and parameters that are the same in every model, such as tables of sines. `saved`: names that have values elsewhere."""
+    from transformers import PreTrainedModel
+
+    owners: dict[str, PreTrainedModel] = {}
+    for path, module in model.named_modules():
+        owners[path] = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        computed = [(places, leaf) for places, leaf in _unsaved(module, path, saved) if places[leaf].is_meta]
+        for places, leaf in computed:
+            empty = torch.empty_like(places[leaf], device="cpu")
+            places[leaf] = nn.Parameter(empty, False) if places is module._parameters else empty
         if computed:
-            model._init_weights(module)
+            owners[path]._init_weights(module)
+
+
+def _unsaved(module: nn.Module, path: str, saved: Container[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(where, under which name) of tensors of a module that the weights have none of and that its class computes. PyTorch's own classes
+    have parameters of random values only."""
+    computes = not type(module).__module__.startswith("torch.")
+    for places in (module._buffers, module._parameters):
+        for leaf, tensor in places.items():
+            name = f"{path}.{leaf}" if path else leaf
+            hidden = leaf in module._non_persistent_buffers_set
+            if tensor is not None and (hidden or (computes and name not in saved)):
+                yield places, leaf
 
 
 def float_model(

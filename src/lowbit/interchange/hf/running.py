@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import TextError
+from lowbit.interchange.hf.text_config import text_config
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -32,7 +33,7 @@ def max_positions(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         limit = getattr(inner, name, None)
         if isinstance(limit, int) and limit > 0:
@@ -69,7 +70,7 @@ def fast_dtype() -> torch.dtype:
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """TextError when a token id has no row in the model's embedding: the tokenizer is another model's."""
     config: Any = getattr(model, "config", None)
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = text_config(config)
     size = getattr(inner, "vocab_size", None)
     if isinstance(size, int):
         check_ids(ids, size)

@@ -21,6 +21,7 @@ from lowbit.interchange.hf.conversion import Conversion, plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.section import as_float
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.inventory import Inventory, Param, inventory_of
 from lowbit.interchange.model_card import BaseFacts, facts_of_folder, repo_of_cache
 from lowbit.interchange.readers.left_out import left_out
@@ -58,7 +59,7 @@ def described(
 def untie(config: PretrainedConfig, inventory: Inventory, untied: frozenset[str]) -> None:
     """Tell the config that nothing is tied, when the checkpoint holds every tied tensor with its own values."""
     if untied and not inventory.tied:
-        for part in (config, config.get_text_config()):
+        for part in (config, text_config(config)):
             part.tie_word_embeddings = False
 
 
