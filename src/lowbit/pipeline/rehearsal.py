@@ -53,7 +53,8 @@ def rehearse(
     near    the folder that will be written, or one beside it: what is written for trial goes to its disk, and is removed again
     clock   seconds; `time.process_time` for those of the processors. None: files by the time on the wall, computing as if alone (`Unshared`)
     """
-    clock, computing = clock or time.perf_counter, clock or Unshared()
+    computing = Unshared() if clock is None else clock
+    clock = time.perf_counter if clock is None else clock
     recipes = list(dict.fromkeys(recipes or (plan.recipe, plan.recipe.calibrated())))
     threads, processors = torch.get_num_threads(), _processors(clock)
     with _folder(near) as folder:
