@@ -178,7 +178,7 @@ def packed_weights_by_every_name(model: nn.Module) -> list[tuple[str, PackedWeig
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "AutoModel"), ("bert-base", "AutoModelForMaskedLM"),
-                                            ("t5", "T5EncoderModel"), ("qwen3-5", "AutoModelForCausalLM")])  # fmt: skip
+                                            ("t5", "T5EncoderModel"), ("bart", "BartForCausalLM"), ("qwen3-5", "AutoModelForCausalLM")])  # fmt: skip
 def test_what_another_class_saves_is_a_folder_of_that_class(name: str, kind: str, folders: Any, tmp_path: Path) -> None:
     cls = getattr(transformers, kind)
     found = cls.from_pretrained(folders(name)[0], dtype=torch.float32)
