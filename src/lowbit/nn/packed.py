@@ -69,7 +69,9 @@ class PackedWeight(Parts):
             every = fmt.parts(tuple(shape)) | self._input_parts
             parts = {k: torch.empty(s, dtype=d, device="meta") for k, (d, s) in every.items()}
         self.set_parts(parts)
-        self.settle("cpu" if awaited else None)  # what spreads a model over devices moves it, and can move nothing from "meta"
+        self.settle(
+            "cpu" if awaited else None
+        )  # what spreads a model over devices moves it, and can move nothing from "meta"
         self.dispatcher = Dispatcher()
         self._number = ops.register(self)
 

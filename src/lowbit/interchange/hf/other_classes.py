@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.core_model_loading import WeightRenaming
@@ -17,6 +18,10 @@ from transformers.core_model_loading import WeightRenaming
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.section import Packed
 from lowbit.interchange.hf.conversion import renames
+from lowbit.interchange.hf.loading import load_config
+from lowbit.interchange.hf.models import meta_model
+from lowbit.interchange.hf.published import same_tensors
+from lowbit.interchange.hf.section import as_float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +42,12 @@ class Fit:
 
 
 def fit(
-    model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = ()
-) -> Fit:
+    model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = (),
+    folder: Path | None = None,
+) -> Fit:  # fmt: skip
     """How the packed `tensors` of a folder, and what is `tied` to what there, stand in the empty float `model`.
 
-    `stored`: the names of all tensors in the files. A class that is not the folder's own takes what it has, as transformers has
+    `stored`: the names of all tensors in the files, `folder`: where they lie. A class that is not the folder's own takes what it has, as transformers has
     it for float checkpoints; SourceError where that is nothing. Names that the folder's own class lacks stay, for the
     caller to refuse.
     """
@@ -49,6 +55,8 @@ def fit(
     plain = [name for name in stored if name not in parts]
     own = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     names = renames(model, [*tensors, *tied, *plain])
+    if not own and folder is not None and set(model.state_dict()) - set(names.values()):
+        names = _by_checkpoint(model, folder) | names
     if own:
         names = {name: name for name in (*tensors, *tied)} | names
     spots: dict[str, list[str]] = {}  # packed weight of the folder -> its names in the model
@@ -71,6 +79,14 @@ def fit(
     files = {part: part.replace(owner, first[owner], 1) for part, owner in parts.items() if owner in first}
     files |= {name: names[name] for name in plain if name in names}
     return Fit({name: owner for owner, name in first.items()}, ties, files if stored else {})
+
+
+def _by_checkpoint(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Name in the model of a folder -> name in `model`, by way of the checkpoint that the first one would be published as."""
+    try:
+        return same_tensors(meta_model(as_float(load_config(folder))), model, str(folder))
+    except SourceError:  # no rule of transformers leads there, so none would for the float model
+        return {}
 
 
 def _add_own_ties(model: PreTrainedModel, spots: Mapping[str, list[str]], floats: Collection[str]) -> None:
