@@ -66,6 +66,25 @@ def _gemma3() -> nn.Module:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def _qwen2_vl() -> nn.Module:
+    text = {k: v for k, v in TEXT.items() if k != "head_dim"} | {
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}
+    }
+    seen = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=seen, image_token_id=120, video_token_id=121,
+        vision_start_token_id=122, vision_end_token_id=123,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+def _bigbird_pegasus() -> nn.Module:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "attention_type": "original_full",
+             "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    config = transformers.BigBirdPegasusConfig(vocab_size=VOCAB, d_model=32, max_position_embeddings=64, **sizes)
+    return transformers.BigBirdPegasusForConditionalGeneration(config)
+
+
 # Models that tiny.py does not have.
 MADE: dict[str, Callable[[], nn.Module]] = {
     "bart": lambda: _bart(transformers.BartForConditionalGeneration),
@@ -80,6 +99,8 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "clip": _clip,
     "qwen3-5": _qwen3_5,
     "gemma3-images": _gemma3,
+    "qwen2-vl": _qwen2_vl,
+    "bigbird-pegasus": _bigbird_pegasus,
 }  # fmt: skip
 
 # What was quantized, and the class that it is loaded as.
@@ -92,7 +113,7 @@ PAIRS = [
     ("qwen3-base", "AutoModelForCausalLM"), ("qwen3-base", "Qwen3ForSequenceClassification"),
     ("t5", "T5EncoderModel"), ("t5", "T5ForSequenceClassification"), ("bart", "BartForCausalLM"), ("bart-base", "BartForConditionalGeneration"),
     ("xlm-roberta", "XLMRobertaForSequenceClassification"), ("xlm-roberta", "XLMRobertaForCausalLM"),
-    ("qwen3-5", "AutoModelForCausalLM"), ("qwen3-5", "Qwen3_5TextModel"), ("gemma3-images", "AutoModelForCausalLM"),
+    ("qwen3-5", "AutoModelForCausalLM"), ("qwen3-5", "Qwen3_5TextModel"), ("qwen2-vl", "AutoModel"), ("qwen2-vl", "Qwen2VLTextModel"), ("gemma3-images", "AutoModelForCausalLM"),
     ("gemma3-images", "Gemma3ForSequenceClassification"), ("clip", "CLIPTextModel"), ("clip", "CLIPVisionModelWithProjection"),
 ]  # fmt: skip
 
@@ -178,7 +199,8 @@ def packed_weights_by_every_name(model: nn.Module) -> list[tuple[str, PackedWeig
 
 
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "AutoModel"), ("bert-base", "AutoModelForMaskedLM"),
-                                            ("t5", "T5EncoderModel"), ("qwen3-5", "AutoModelForCausalLM")])  # fmt: skip
+                                            ("t5", "T5EncoderModel"), ("bart", "BartForCausalLM"), ("bigbird-pegasus", "BigBirdPegasusForCausalLM"),
+                                            ("qwen2-vl", "Qwen2VLTextModel"), ("qwen3-5", "AutoModelForCausalLM")])  # fmt: skip
 def test_what_another_class_saves_is_a_folder_of_that_class(name: str, kind: str, folders: Any, tmp_path: Path) -> None:
     cls = getattr(transformers, kind)
     found = cls.from_pretrained(folders(name)[0], dtype=torch.float32)

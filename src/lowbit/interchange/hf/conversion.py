@@ -135,6 +135,18 @@ def plan_conversion(
     )
 
 
+def makes(model: PreTrainedModel, checkpoint: Mapping[str, TensorSpec], where: str) -> dict[str, tuple[str, ...]]:
+    """Name in the meta `model` -> the tensors of `checkpoint` that it is made of, of what can be made of these. SourceError for odd shapes."""
+    wanted = model.state_dict()
+    groups, _ = _group(model, checkpoint, wanted, None)
+    return {
+        name: tuple(key for _, key in group.parts)
+        for group in groups.values()
+        for name in _dry_run(group, model, checkpoint, where)
+        if name in wanted
+    }
+
+
 def renames(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Name in a model of some class -> the name of the same tensor in `model`, of those `names` that it has and takes as they are.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.core_model_loading import WeightRenaming
@@ -17,6 +18,10 @@ from transformers.core_model_loading import WeightRenaming
 from lowbit.errors import SourceError
 from lowbit.interchange.checks.section import Packed
 from lowbit.interchange.hf.conversion import renames
+from lowbit.interchange.hf.loading import load_config
+from lowbit.interchange.hf.models import meta_model
+from lowbit.interchange.hf.published import same_tensors
+from lowbit.interchange.hf.section import as_float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +42,12 @@ class Fit:
 
 
 def fit(
-    model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = ()
-) -> Fit:
+    model: PreTrainedModel, tensors: Mapping[str, Packed], tied: Mapping[str, str], stored: Collection[str] = (),
+    folder: Path | None = None,
+) -> Fit:  # fmt: skip
     """How the packed `tensors` of a folder, and what is `tied` to what there, stand in the empty float `model`.
 
-    `stored`: the names of all tensors in the files. A class that is not the folder's own takes what it has, as transformers has
+    `stored`: the names of all tensors in the files, `folder`: where they lie. A class that is not the folder's own takes what it has, as transformers has
     it for float checkpoints; SourceError where that is nothing. Names that the folder's own class lacks stay, for the
     caller to refuse.
     """
@@ -49,9 +55,11 @@ def fit(
     plain = [name for name in stored if name not in parts]
     own = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     names = renames(model, [*tensors, *tied, *plain])
+    if not own and folder is not None and set(model.state_dict()) - set(names.values()):
+        names = _by_checkpoint(model, folder) | names
     if own:
         names = {name: name for name in (*tensors, *tied)} | names
-    spots: dict[str, list[str]] = {}  # packed weight of the folder -> its names in the model, the owner first
+    spots: dict[str, list[str]] = {}  # packed weight of the folder -> its names in the model
     for name in (*tensors, *tied):
         owner = tied.get(name, name)
         if owner in tensors and name in names:
@@ -62,30 +70,33 @@ def fit(
             f"a {type(model).__name__} has none of the quantized weights of this folder, so all of it would be random; load it as "
             f"{written} or as a class that shares its weights"
         )
-    packed = {found[0]: owner for owner, found in spots.items()}
-    ties = {alias: found[0] for found in spots.values() for alias in found[1:]}
     if stored or not own:
-        ties |= _own_ties(model, packed, ties, {names[name] for name in plain if name in names})
+        _add_own_ties(model, spots, {names[name] for name in plain if name in names})
+    owners = set(model.all_tied_weights_keys.values())
+    first = {owner: next((n for n in found if n in owners), found[0]) for owner, found in spots.items()}
+    ties = {alias: first[owner] for owner, found in spots.items() for alias in found if alias != first[owner]}
     ties |= {names[a]: names[n] for a, n in tied.items() if n not in tensors and a in names and n in names}
-    first = {owner: name for name, owner in packed.items()}
     files = {part: part.replace(owner, first[owner], 1) for part, owner in parts.items() if owner in first}
     files |= {name: names[name] for name in plain if name in names}
-    return Fit(packed, ties, files if stored else {})
+    return Fit({name: owner for owner, name in first.items()}, ties, files if stored else {})
 
 
-def _own_ties(
-    model: PreTrainedModel, packed: Mapping[str, str], ties: Mapping[str, str], floats: Collection[str]
-) -> dict[str, str]:
+def _by_checkpoint(model: PreTrainedModel, folder: Path) -> dict[str, str]:
+    """Name in the model of a folder -> name in `model`, by way of the checkpoint that the first one would be published as."""
+    try:
+        return same_tensors(meta_model(as_float(load_config(folder))), model, str(folder))
+    except SourceError:  # no rule of transformers leads there, so none would for the float model
+        return {}
+
+
+def _add_own_ties(model: PreTrainedModel, spots: Mapping[str, list[str]], floats: Collection[str]) -> None:
     """What the class ties to a packed weight and the folder knows nothing of, such as the head that its own class lacks."""
-    found = {}
-    taken = {*packed, *ties, *floats}
-    for pair in (model.all_tied_weights_keys or {}).items():
+    at = {name: found for found in spots.values() for name in found}
+    for pair in model.all_tied_weights_keys.items():
         for alias, name in (pair, pair[::-1]):
-            owner = ties.get(name, name)
-            if owner in packed and alias not in taken:
-                found[alias] = owner
-                taken.add(alias)
-    return found
+            if name in at and alias not in at and alias not in floats:
+                at[name].append(alias)
+                at[alias] = at[name]
 
 
 class Exactly(WeightRenaming):  # type: ignore[misc]

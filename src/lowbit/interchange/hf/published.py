@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.calls import one_line
-from lowbit.interchange.hf.conversion import Conversion, plan_conversion
+from lowbit.interchange.hf.conversion import Conversion, makes, plan_conversion
+from lowbit.interchange.inventory import tied_names
 from lowbit.interchange.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Published:
             self._forward = self._held(specs, specs)
             self.groups = tuple(Together((name,), {name: spec}) for name, spec in specs.items())
 
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The pieces that a tensor of the model is read from."""
+        return self._forward.parts(name)
+
     def tensors(self, group: Together, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The pieces of one group, contiguous. SourceError when `values` do not come back from them bit for bit."""
         if set(group.pieces) == set(group.names):
@@ -88,6 +93,25 @@ class Published:
             raise SourceError(
                 f"{self._where}: transformers cannot name its tensors for saving ({one_line(error)})"
             ) from error
+
+
+def same_tensors(model: PreTrainedModel, other: PreTrainedModel, where: str) -> dict[str, str]:
+    """Name in the meta `model` -> name in the meta `other` of what both make of the same tensors of a published checkpoint.
+
+    SourceError where what `model` saves is not what it reads.
+    """
+    state = model.state_dict()
+    tied = tied_names(model)
+    specs = {n: TensorSpec(n, tuple(t.shape), t.dtype) for n, t in state.items() if n not in tied}
+    published = Published(model, specs, where)
+    pieces = {name: spec for group in published.groups for name, spec in group.pieces.items()}
+    mine: dict[tuple[str, ...], list[str]] = {}
+    for name in specs:
+        mine.setdefault(published.parts(name), []).append(name)
+    theirs: dict[tuple[str, ...], list[str]] = {}
+    for name, parts in makes(other, pieces, where).items():
+        theirs.setdefault(parts, []).append(name)
+    return {a: b for parts, names in mine.items() for a, b in zip(names, theirs.get(parts, ()), strict=False)}
 
 
 def as_saved(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from lowbit.interchange.hf.other_classes import Exactly, Fit, fit
 from lowbit.interchange.hf.section import PART, without_guard
 from lowbit.interchange.hf.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
-from lowbit.nn.swap import dequantize_, place
+from lowbit.nn.swap import dequantize_, owner_of, place
 
 _NOTHING: dict[str, Any] = {}
 
@@ -74,9 +74,9 @@ class LowbitConfig(QuantizationConfigMixin):
         packed: Packed = self._packed[name]
         return packed.module_shape
 
-    def fit(self, model: Any, stored: Collection[str]) -> Fit:
-        """How these weights stand in the empty float `model`, of whichever class; `stored`: the names of all tensors in the files."""
-        return fit(model, self._packed, self.tied, stored)
+    def fit(self, model: Any, stored: Collection[str], folder: Path | None) -> Fit:
+        """How these weights stand in the empty float `model`, of whichever class, where a `folder` has tensors of the names `stored`."""
+        return fit(model, self._packed, self.tied, stored, folder)
 
     def fitted(self, found: Fit) -> LowbitConfig:
         """The same of a model that has other names, or fewer of these weights."""
@@ -109,11 +109,12 @@ class LowbitQuantizer(HfQuantizer):
     ) -> None:
         """`stored`: the tensors of the files, where there are no files yet."""
         settle_torch_pool()
-        if self.quantization_config.part_of and checkpoint_files:
-            self.quantization_config = _whole(Path(checkpoint_files[0]).parent)
+        folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        if self.quantization_config.part_of and folder is not None:
+            self.quantization_config = _whole(folder)
         for file in checkpoint_files or ():
             stored = [*stored, *read_header(file).entries]
-        found = self.quantization_config.fit(model, stored)
+        found = self.quantization_config.fit(model, stored, folder)
         self._files = found.files
         self.quantization_config = self.quantization_config.fitted(found)
         computed_in = float32_rules(model)
@@ -147,8 +148,16 @@ class LowbitQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
         for cast in CASTS:
             model.__dict__.pop(cast, None)
-        _untie_parts(model, self.quantization_config.packed_aliases())
-        return dequantize_(model, dtype)
+        aliases = self.quantization_config.packed_aliases()
+        _untie_parts(model, aliases)
+        dequantize_(model, dtype)
+        if not _tying(model):  # its class ties nothing, so that what it saves holds every name
+            for alias in aliases:
+                owner, last = owner_of(model, alias)
+                copied = getattr(owner, last).detach().clone()
+                owner.register_parameter(last, nn.Parameter(copied, requires_grad=False))
+            model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
+        return model
 
     def is_serializable(self) -> bool:
         return True
@@ -252,6 +261,9 @@ def _tie_parts(model: Any, packed: Mapping[str, PackedWeight], aliases: Mapping[
         inside = {k: v for k, v in parts.items() if k.startswith(prefix) and v.startswith(prefix)}
         if len(keys) < len(module._tied_weights_keys):
             module._tied_weights_keys = keys | {k[len(prefix) :]: v[len(prefix) :] for k, v in inside.items()}
+    declared = {prefix + k for module, prefix in _tying(model) for k in module._tied_weights_keys}
+    if rest := {k: v for k, v in parts.items() if k not in declared}:
+        model._tied_weights_keys = (model._tied_weights_keys or {}) | rest
     if hasattr(model, "all_tied_weights_keys"):
         kept = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
         model.all_tied_weights_keys = kept | parts
