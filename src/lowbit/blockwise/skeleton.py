@@ -75,7 +75,9 @@ class Skeleton:
 
     def _unpack(self, name: str) -> None:
         """Undo `place_packed`."""
-        for known_as in (name, *(alias for alias, canonical in self.tied.items() if canonical == name)) if self._packed else ():
+        for known_as in (
+            (name, *(alias for alias, canonical in self.tied.items() if canonical == name)) if self._packed else ()
+        ):
             owner = self._module(known_as.rpartition(".")[0])
             if owner is not None and owner in self._packed:
                 self._packed.remove(owner)

@@ -166,7 +166,12 @@ class BlockWalk:
             if only is not None and i not in only:
                 continue
             block = Block(self, i, place, self._names[place])
-            if i >= max(1, self.path.looked_up) and not self._whole and only is None and not self._skeleton.embeddings_dropped:
+            if (
+                i >= max(1, self.path.looked_up)
+                and not self._whole
+                and only is None
+                and not self._skeleton.embeddings_dropped
+            ):
                 self._skeleton.drop_embeddings()
             yield block
             self.results.forget()

@@ -58,9 +58,7 @@ def left_out(
     known    names of the model's tensors, by whose first words strange ones are told
     """
     first_words = {name.partition(".")[0] for name in known}
-    layers = (
-        getattr(text_config(config), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
-    )
+    layers = getattr(text_config(config), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
     groups: dict[tuple[str, str], list[str]] = {}
     for name in dropped:
         groups.setdefault(_kind(name, first_words, layers, model, unused), []).append(name)
