@@ -69,7 +69,29 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(sliding_window|attention_window|local_window.*|chunk_size)", 16),
 )  # fmt: skip
 # By model_type: fields that the shrinking gets wrong, those of configs inside by dots. None leaves the default; "skip: why" leaves the model out.
-OVERRIDES: dict[str, dict[str, Any] | str] = {}
+OVERRIDES: dict[str, dict[str, Any] | str] = {
+    "esm": {"vocab_size": VOCAB, "mask_token_id": 4, "pad_token_id": 0},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": 16},
+    "funnel": {"block_sizes": [1, 2], "num_decoder_layers": 1, "d_inner": 128, "n_head": 4, "d_head": 16},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "intermediate_size": [128] * 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4, "hidden_size_per_layer_input": 16, "laurel_rank": 16,
+    },
+    "gemma4": {"vision_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                                 "num_key_value_heads": 4, "head_dim": 16, "pooling_kernel_size": 2, "patch_size": 8}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
+    "perceiver": {"num_self_attends_per_block": 2, "d_latents": 64, "num_latents": 16, "d_model": 64},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
+    "zamba": {
+        "num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "attention_hidden_size": 128,
+        "attention_head_dim": 32, "num_key_value_heads": 4, "mamba_dt_rank": 16,
+    },
+}  # fmt: skip
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {}, {"num_key_value_heads": HEADS}, {"head_dim": HIDDEN // HEADS}, {"head_dim": HIDDEN // HEADS, "num_key_value_heads": HEADS},
+)  # fmt: skip  # what is tried in turn until a model can be made
 
 
 def entries() -> dict[str, tuple[str, type[Any], type[Any]]]:
@@ -90,7 +112,7 @@ def entries() -> dict[str, tuple[str, type[Any], type[Any]]]:
 def _class_of(mapping: Any, config: type[Any]) -> Any:
     """None where the mapping has no class for a config, or names one that is not there."""
     try:
-        return mapping[config] if config in mapping else None
+        return mapping[config] if config in mapping else None  # noqa: SIM401  # `get` raises nothing of its own
     except (ValueError, AttributeError, ImportError):
         return None
 
@@ -109,7 +131,13 @@ def tiny_config(cls: type[Any], overrides: dict[str, Any] | None = None) -> Any:
     for name, value in default.to_dict().items():
         if isinstance(value, list) and len(value) in layers and len(value) > LAYERS:
             given[name] = _some_of_each(value)
-    special = [k for k, v in default.to_dict().items() if re.search(r"_(token_id|token_index|index)$", k) and isinstance(v, int)]
+        if isinstance(value, dict) and "mrope_section" in value:
+            given[name] = value | {"mrope_section": [HIDDEN // HEADS // 4, HIDDEN // HEADS // 8, HIDDEN // HEADS // 8]}
+    special = [
+        k
+        for k, v in default.to_dict().items()
+        if re.search(r"_(token_id|token_index|index)$", k) and isinstance(v, int)
+    ]
     known = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     for i, name in enumerate(special):
         if not 0 <= getattr(default, name, 0) < VOCAB - 50:
@@ -164,13 +192,11 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
         return
 
     def build() -> nn.Module:
-        config = tiny_config(config_class, overrides)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in model_class(config).parameters())
+        suits, count = variant(config_class, model_class, overrides)
         if count > LARGEST:
             raise ValueError(f"{count:,} parameters are left of its config, which is not tiny")
         row.tell({"parameters": count})
-        config = tiny_config(config_class, overrides)
+        config = tiny_config(config_class, suits)
         config.architectures = [model_class.__name__]
         model = model_class(config).eval()
         model.save_pretrained(folder / "float")
@@ -188,10 +214,14 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
     for recipe, windows in RECIPES.items():
         out = folder / re.sub(r"\W", "_", recipe)
         text: dict[str, Any] = {"effort": "none"} if windows is None else {"calibration": ids[:windows]}
-        made = row.step(recipe, lambda out=out, recipe=recipe, text=text: lowbit.quantize(folder / "float", recipe, out, **text))
+        made = row.step(
+            recipe, lambda out=out, recipe=recipe, text=text: lowbit.quantize(folder / "float", recipe, out, **text)
+        )
         if made is None:
             continue
-        row.tell({"coverage": made.report.coverage, "unread": sum("not used while" in x.note for x in made.report.layers)})
+        row.tell(
+            {"coverage": made.report.coverage, "unread": sum("not used while" in x.note for x in made.report.layers)}
+        )
 
         def own(out: Path = out) -> Any:
             loaded = lowbit.load(out)
@@ -206,8 +236,24 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
 
             row.step(f"{recipe} AutoModel", as_auto)
         if generates:
-            row.step(f"{recipe} generate", lambda out=out: generated(model_class.from_pretrained(out).eval(), ids[0][None]))
+            row.step(
+                f"{recipe} generate", lambda out=out: generated(model_class.from_pretrained(out).eval(), ids[0][None])
+            )
         shutil.rmtree(out, ignore_errors=True)
+
+
+def variant(config_class: type[Any], model_class: type[Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The first overrides of which a model can be made, and its parameters."""
+    problem: Exception | None = None
+    for more in VARIANTS:
+        try:
+            with torch.device("meta"):
+                return more | overrides, sum(
+                    p.numel() for p in model_class(tiny_config(config_class, more | overrides)).parameters()
+                )
+        except Exception as error:
+            problem = problem or error
+    raise problem or ValueError("no variant")
 
 
 def output(model: nn.Module, ids: Tensor) -> Tensor:
@@ -295,11 +341,34 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {name} | {row['kind']} | {' | '.join(cells)} | {row.get('unread') or ''} | {_all_of(row, 'AutoModel')} | {_all_of(row, 'generate')} |"
         )
     for title, what in (("Refused", "refused"), ("Failed", "fails")):
-        said = [f"- {n}, {step}: {f['says']}" for n, row in sorted(tried.items()) for step, f in row["steps"].items() if f["is"] == what]
+        said = [
+            f"- {n}, {step}: {f['says']}"
+            for n, row in sorted(tried.items())
+            for step, f in row["steps"].items()
+            if f["is"] == what
+        ]
         lines += ["", f"## {title}", "", *(said or ["Nothing."])]
-    late = [f"- {name}: {row.get('late') or row.get('died')}" for name, row in sorted(tried.items()) if row.get("late") or row.get("died")]
-    not_built = [f"- {n}: {row['steps'].get('build', {}).get('says', row.get('late', row.get('died', '')))}" for n, row in sorted(rows.items()) if n not in tried]
-    lines += ["", "## Stopped", "", *(late or ["Nothing."]), "", "## Not built from a config that is shrunk this way", "", *not_built, ""]
+    late = [
+        f"- {name}: {row.get('late') or row.get('died')}"
+        for name, row in sorted(tried.items())
+        if row.get("late") or row.get("died")
+    ]
+    not_built = [
+        f"- {n}: {row['steps'].get('build', {}).get('says', row.get('late', row.get('died', '')))}"
+        for n, row in sorted(rows.items())
+        if n not in tried
+    ]
+    lines += [
+        "",
+        "## Stopped",
+        "",
+        *(late or ["Nothing."]),
+        "",
+        "## Not built from a config that is shrunk this way",
+        "",
+        *not_built,
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -337,12 +406,20 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
     if given.list:
-        print("\n".join(f"{name:32} {kind:7} {model.__name__}" for name, (kind, _, model) in wanted(given.names, given.kind)))
+        print(
+            "\n".join(
+                f"{name:32} {kind:7} {model.__name__}" for name, (kind, _, model) in wanted(given.names, given.kind)
+            )
+        )
         return
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = json.loads(given.out.read_text()) if given.out.is_file() else {"rows": {}}
-    found |= {"transformers": transformers.__version__, "lowbit": lowbit.__version__, "environment": asdict(environment())}
+    found |= {
+        "transformers": transformers.__version__,
+        "lowbit": lowbit.__version__,
+        "environment": asdict(environment()),
+    }
     for name, (kind, config, model) in wanted(given.names, given.kind):
         if name in found["rows"] and not given.again:
             continue
@@ -350,7 +427,9 @@ def main() -> None:
             row = in_a_child(lambda row: examine(kind, name, config, model, row, Path(folder)), given.seconds)  # noqa: B023
         found["rows"][name] = {"kind": kind, "class": model.__name__, **row}
         bad = [f"{step} {f['is']}: {f.get('says')}" for step, f in row["steps"].items() if f["is"] != "ok"]
-        print(f"{name:28} {kind:6} {row.get('late') or row.get('died') or ''} {'; '.join(bad)[:230] or 'ok'}", flush=True)
+        print(
+            f"{name:28} {kind:6} {row.get('late') or row.get('died') or ''} {'; '.join(bad)[:230] or 'ok'}", flush=True
+        )
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         given.out.with_suffix(".md").write_text(markdown(found))

@@ -49,7 +49,12 @@ def test_in_a_chain_each_block_needs_only_the_one_before(name: str) -> None:
 
 def test_what_is_no_chain_is_seen() -> None:
     xlm = path_of(unusual_model("xlm"))
-    assert [p.name.rpartition("transformer.")[2] for p in xlm.places] == ["attentions.0", "ffns.0", "attentions.1", "ffns.1"]
+    assert [p.name.rpartition("transformer.")[2] for p in xlm.places] == [
+        "attentions.0",
+        "ffns.0",
+        "attentions.1",
+        "ffns.1",
+    ]
     assert xlm.needed[3] == {0, 1, 2}  # every sum holds all that came before
     llava = path_of(unusual_model("llava"))
     assert all("language_model" in p.name for p in llava.places) and not any("vision" in n for n in llava.used)
@@ -65,7 +70,9 @@ def test_what_is_no_chain_is_seen() -> None:
 def test_a_model_that_reads_no_text_says_so() -> None:
     import transformers
 
-    vit = transformers.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=32)
+    vit = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=32
+    )
     with pytest.raises(SourceError, match="ViTModel reads pixel_values, not text"):
         path_of(transformers.ViTModel(vit))
 
@@ -116,7 +123,9 @@ def test_statistics_are_those_of_the_whole_model(name: str, tmp_path: Path, monk
     solved = {s.plan.name: s for s, _ in run.results()}
     multiplied = {t.name for t in plan.tensors if t.format is not None and t.kind == "linear"}
     assert set(solved) == {t.name for t in plan.tensors} and checked
-    assert {n for n in multiplied - checked if "not used while" not in solved[n].note} <= {n for n in multiplied if "head" in n}
+    assert {n for n in multiplied - checked if "not used while" not in solved[n].note} <= {
+        n for n in multiplied if "head" in n
+    }
 
 
 @pytest.mark.parametrize("name", ["zamba", "gemma3n", "xlm", "t5"])
@@ -170,4 +179,6 @@ def test_weights_that_text_does_not_come_to_are_solved_without_and_counted(tmp_p
     errors = {x.name: x.error for x in plain.report.layers}
     assert all(x.error == pytest.approx(errors[x.name], rel=0.2) for x in made.report.layers if x.name in unread)
     with pytest.raises(RecipeError, match="text does not come to .*vision"):
-        lowbit.quantize(unusual_model("llava"), "smooth+gptq@int8:channel,a=minmax@int8:tensor", calibration=token_ids())
+        lowbit.quantize(
+            unusual_model("llava"), "smooth+gptq@int8:channel,a=minmax@int8:tensor", calibration=token_ids()
+        )

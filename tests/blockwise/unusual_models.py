@@ -25,7 +25,9 @@ _BERT = {k: v for k, v in _TEXT.items() if k not in ("num_key_value_heads", "bos
 
 def _llava() -> PretrainedConfig:
     text = transformers.LlamaConfig(**_TEXT)
-    return transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**_SEEING), text_config=text, image_token_index=VOCAB - 1)
+    return transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**_SEEING), text_config=text, image_token_index=VOCAB - 1
+    )
 
 
 def _clip() -> PretrainedConfig:

@@ -113,8 +113,9 @@ def _followed(model: nn.Module, name: str, inputs: Mapping[str, Tensor]) -> Text
     if trace.tangled or not trace.called:
         return TextPath(name, (BlockPlace("", 0, name),), (_NOTHING, _NOTHING), used=frozenset(trace.used))
     looking_up = frozenset(j for j, read in enumerate(trace.reads) if _TABLE in read)
-    handed, putting, used = map(frozenset, (trace.handed, trace.putting, trace.used))
-    return TextPath(name, tuple(trace.called), _needed(trace), handed, putting, used, looking_up)
+    return TextPath(
+        name, tuple(trace.called), _needed(trace), frozenset(trace.handed), frozenset(trace.putting), frozenset(trace.used), looking_up
+    )  # fmt: skip
 
 
 def _without_memory(model: nn.Module) -> None:
@@ -195,7 +196,8 @@ class _Trace(TorchFunctionMode):
             self.shapes.append(None)
             found = forward(*args, **kwargs)
             self.inside = None
-            containers = [(key, value) for key, value in [*enumerate(args), *kwargs.items()] if is_container(value)]
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            containers = [(key, value) for key, value in given if is_container(value)]
             for key, value in containers:
                 if any(getattr(t, "lowbit_in", None) == number for t in _tensors(value)):
                     self.handed.add(key)
