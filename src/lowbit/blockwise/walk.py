@@ -16,8 +16,9 @@ behind the last block that was finished when a run before this one was killed.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,16 +33,26 @@ from lowbit.blockwise.skeleton import Skeleton
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.memory import MICRO_BATCH
-from lowbit.planning.plan import Plan
 
 FLOAT, QUANTIZED = "float", "quant"  # streams, by the names of their files
 STATES = "states"  # the folder of what blocks returned
 
 
+class Laid(Protocol):
+    """What a walk asks of a plan: every tensor, and which names share one (alias -> name)."""
+
+    @property
+    def tensors(self) -> Sequence[TensorPlan]: ...
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+
+
 class BlockWalk:
     """One pass over the blocks of a model.
 
+    plan            of the model, or what else says which tensors there are
     windows         int64 [length] each: token ids
     folder          of what is kept on the disk while it lasts
     dtype           in which products are computed, see `precision`
@@ -50,7 +61,7 @@ class BlockWalk:
     """
 
     def __init__(
-        self, plan: Plan, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
+        self, plan: Laid, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
         weight_dtype: torch.dtype | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
         self.source, self.folder, self.dtype = source, folder, dtype
@@ -88,7 +99,7 @@ class BlockWalk:
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors outside the blocks with their values, each put in its place as soon as the next is asked for."""
         for name in self._outside:
-            weight = self.source.read(name)
+            weight = self.read(name)
             yield name, weight
             if self.reads(name):
                 self.place(name, weight)
@@ -97,15 +108,32 @@ class BlockWalk:
     def place_outside(self) -> None:
         """Put the tensors outside the blocks in their places."""
         for name in filter(self.reads, self._outside):
-            self.place(name, self.source.read(name))
+            self.place(name, self.read(name))
+
+    def read(self, name: str) -> Any:
+        """The values of a tensor as the source stores them."""
+        return self.source.read(name)
 
     def reads(self, name: str) -> bool:
         """Whether the walk runs what reads this tensor; heads come after the last block."""
         return self._whole or self.tensors[name].kind != "head"
 
-    def place(self, name: str, weight: Tensor) -> None:
+    def place(self, name: str, weight: Any) -> None:
         """Let the model compute with these values, in float32."""
         self._skeleton.place(name, weight)
+
+    def _place_inside(self, name: str, weight: Any) -> None:
+        """The same with a weight of a block, in the type that its products take, so that none casts it again."""
+        multiplied = self.tensors[name].is_multiplied
+        self._skeleton.place(name, weight, self.weight_dtype if multiplied else torch.float32)
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        """The arguments of a forward over a micro-batch."""
+        return model_inputs(self._skeleton.module, self.batches[batch])
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Entered around every forward."""
+        return products_in(self.dtype)
 
     def place_quantized(self, name: str, q: QTensor) -> None:
         """The same with a quantized tensor, expanded; an embedding is looked up in its stored form."""
@@ -158,17 +186,18 @@ class BlockWalk:
         self._states.wait()
 
     def run(
-        self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None
-    ) -> Any:
-        """See `Block.run`."""
+        self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """See `Block.run`. `inputs`: of the forward, those of the micro-batch when None."""
         only, places = self._only, self._runner.places[:i]
         finished = [(j, other) for j, other in enumerate(places) if only is None or j in only]
         last = {other.chain: j for j, other in finished}  # of each chain
         before = {chain: self._states.load(j, stream, batch) for chain, j in last.items()}
-        module = self._skeleton.module
+        given = self.inputs(batch) if inputs is None else dict(inputs)
         try:
-            with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), products_in(self.dtype):
-                return self._runner.run(place, model_inputs(module, self.batches[batch]), before, tensors)
+            with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), self.computing():
+                return self._runner.run(place, given, before, tensors)
         except LeaveForward as left:
             return left.value
 
@@ -191,8 +220,8 @@ class Block:
 
     def __init__(self, walk: BlockWalk, index: int, place: BlockPlace | None, names: Sequence[str]) -> None:
         self.place_in_model, self.batches, self.folder = place, len(walk.batches), walk.folder
-        self._walk, self._index = walk, index
-        self.weights = {name: walk.source.read(name) for name in names}
+        self._walk, self.index = walk, index
+        self.weights = {name: walk.read(name) for name in names}
         self.multiplied = [name for name in names if walk.tensors[name].is_multiplied]
         for name, weight in self.weights.items():
             self.place(name, weight)
@@ -207,15 +236,13 @@ class Block:
         """Whether other blocks read what it returns; what lies outside the blocks returns the model's own output."""
         return self.place_in_model is not None
 
-    def place(self, name: str, weight: Tensor) -> None:
-        """Let a weight of the block have these values, in the type that its products take, so that none casts it again."""
-        walk = self._walk
-        dtype = walk.weight_dtype if walk.tensors[name].is_multiplied else torch.float32
-        walk._skeleton.place(name, weight, dtype)
+    def place(self, name: str, weight: Any) -> None:
+        """Let a weight of the block have these values."""
+        self._walk._place_inside(name, weight)
 
     def run(self, batch: int, stream: str = QUANTIZED, tensors: Mapping[str, Tensor] | None = None) -> Any:
         """What the block returns for a micro-batch. `tensors` stand in the places of weights, and have gradients."""
-        return self._walk.run(self._index, self.place_in_model, batch, stream, tensors)
+        return self._walk.run(self.index, self.place_in_model, batch, stream, tensors)
 
     def capture(self, on_input: OnInput, names: Sequence[str] | None = None, cached: int | None = None) -> InputCapture:
         """Enter it around `run`: `on_input` sees the inputs of these weights (None: of all that are multiplied).
@@ -236,7 +263,7 @@ class Block:
     def save(self, batch: int, output: Any, stream: str = QUANTIZED) -> None:
         """Keep what the block returned, for the blocks behind it."""
         if self.returns:
-            self._walk._states.save(self._index, stream, batch, output)
+            self._walk._states.save(self.index, stream, batch, output)
 
     def mark_final(self, names: Sequence[str]) -> None:
         """These weights have the values that they keep, so that products and attention which depend on no others are kept."""

@@ -40,14 +40,19 @@ def evaluate(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed."""
+    """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed.
+
+    Models that take more than about a gigabyte together are read and run block by block, so that memory never holds either whole. When
+    it is interrupted, the same command goes on from the windows and blocks that were finished.
+    """
     import lowbit
+    from lowbit.measure.kept import place_of
 
     console.quiet()
     with console.steps() as (say, progress):
         card = lowbit.evaluate(
-            model, against, text, windows=windows, length=length, speed=speed, progress=progress, told=say
-        )
+            model, against, text, windows=windows, length=length, speed=speed, keep=place_of(model), progress=progress, told=say
+        )  # fmt: skip
     from lowbit.measure.advice import advice
     from lowbit.report.panel import render_card
 

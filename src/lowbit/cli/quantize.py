@@ -220,6 +220,7 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
     from lowbit.errors import LowbitError
+    from lowbit.measure.kept import place_of
     from lowbit.measure.speed import SHORT
 
     seconds = max(LEAST, made.seconds)
@@ -235,6 +236,7 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
                 windows=windows,
                 length=_LENGTH,
                 prompt=_PROMPT,
+                keep=None if made.quantized.folder is None else place_of(made.quantized.folder),
                 progress=progress,
                 told=say,
                 **how,
