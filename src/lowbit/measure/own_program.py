@@ -72,11 +72,12 @@ def speed_of(
     """The speed of the model, beside the float model in its faster types unless `alone` says why not, and the peak of a fresh process."""
     try:
         say("measuring speed")
-        program, other = runs.backend(), None
+        program = runs.backend()
+        other: Backend | None = None
         if files.base is not None and alone is None:
             base = files.base.load_float(torch.float32)
             with torch_threads(program.threads):
-                other: Backend | None = in_faster_types(base.to, settings)
+                other = in_faster_types(base.to, settings)
         found = measure_speed(program, base=other, settings=settings, progress=progress)
     except FAILURES as error:
         return Speed(skipped=str(error) or type(error).__name__), None

@@ -144,10 +144,10 @@ class _Plan:
 def _planned(
     tokens: Tokens, length: int, windows: int | None, costs: _Costs, budget: Budget, kept: Kept
 ) -> _Plan:  # fmt: skip
-    free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
+    free, aside = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
     for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
-        kept += cost if kept + cost <= free / 2 else 0.0
-    share = max(0.0, budget.left - kept)
+        aside += cost if aside + cost <= free / 2 else 0.0
+    share = max(0.0, budget.left - aside)
     most = length if tokens.longest is None else min(length, tokens.longest)
     size = most if windows is not None else kept.found("length", lambda: length_that_fits(most, costs.token, share))
     every = tokens.windows(size if size < most else length)
@@ -158,7 +158,7 @@ def _planned(
         cut = tokens.windows(length, windows)  # which says where the text has fewer
     aim = min(aim, cut.count)
     how_many = None if windows is not None else Ladder(share, budget.clock, len(kept.figures(cut.count)))
-    return _Plan(cut, every.count, aim, how_many, share, aim * cut.length * costs.token + kept)
+    return _Plan(cut, every.count, aim, how_many, share, aim * cut.length * costs.token + aside)
 
 
 def _float_source(model: Any, against: Any) -> Source | None:

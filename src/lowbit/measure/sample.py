@@ -52,7 +52,7 @@ def take_sample(
 def kept_sample(kept: Kept, take: Callable[[], Sample | None]) -> Sample | None:
     """The answers that a run before this one kept, else those that `take` gives."""
 
-    def taken() -> dict[str, str | None] | None:
+    def taken() -> dict[str, Any] | None:
         found = take()
         return None if found is None else asdict(found)
 

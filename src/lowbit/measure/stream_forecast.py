@@ -53,7 +53,7 @@ def _one(model: Streamed, walk: StoredWalk, tokens: int, clock: Clock) -> tuple[
     """(seconds of reading, seconds of a token) of one model."""
     sizes = {t.name: t.count for t in model.stored.tensors}
     chains: dict[str, int] = {}
-    firsts = {}
+    firsts: dict[str, int] = {}
     for i, (place, names) in enumerate(walk.inside):
         firsts.setdefault(place.chain, i)
         chains[place.chain] = chains.get(place.chain, 0) + sum(sizes[name] for name in names)

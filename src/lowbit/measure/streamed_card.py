@@ -15,9 +15,9 @@ from lowbit.measure.card_budget import COUNTS, USUAL, Budget, is_clear, length_t
 from lowbit.measure.environment import environment
 from lowbit.measure.files import Files
 from lowbit.measure.interleave import SpeedSettings
-from lowbit.measure.kept import Keeping, Kept
+from lowbit.measure.kept import Figures, Keeping, Kept
 from lowbit.measure.own_program import memory_now, open_runs, speed_of, why_no_base, why_no_runs
-from lowbit.measure.quality import Figures, Progress, Quality, quality_of
+from lowbit.measure.quality import Progress, Quality, quality_of
 from lowbit.measure.runs import Runs
 from lowbit.measure.sample import Sample
 from lowbit.measure.speed import Speed
