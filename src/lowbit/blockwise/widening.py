@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-SLICE = 1 << 24  # elements of a weight that are in float32 at a time
+from lowbit.planning.measuring import SLICE
+
 NARROW = (torch.bfloat16, torch.float16)
 _TYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 _LOOKUPS: tuple[Any, ...] = (F.embedding, torch.embedding)

@@ -114,7 +114,7 @@ def quantize(
     """
     from lowbit.calibration.package_text import BUILTIN
     from lowbit.errors import RecipeError
-    from lowbit.report.effort_view import decision_lines
+    from lowbit.report.effort_view import decision_lines, peak_line
     from lowbit.report.layout import headline
 
     typed = recipe_of(recipe, bits, group_size)
@@ -143,6 +143,9 @@ def quantize(
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     for line in decision_lines(job.decision):
         console.say(screen, line, style="dim")
+    peak = None if target else job.peak(measures is not HowMuch.none)
+    if peak is not None:
+        console.say(screen, peak_line(peak, measures is not HowMuch.none), style="dim")
     kept = None
     if target:
         if told and sensitivity is None:

@@ -27,9 +27,9 @@ from lowbit.measure.kept import NOTHING_KEPT, Figures, Kept
 from lowbit.measure.quality import Progress, Quality, check_base, compare_logits, quality_of
 from lowbit.measure.scoring import kind_of, scored
 from lowbit.measure.windows import Windows
+from lowbit.planning.measuring import LOGITS
 
 PROGRAM = "transformers, float32, block by block"
-LOGITS = 32 << 20  # bytes of the logits of one model that are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)

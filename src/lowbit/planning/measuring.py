@@ -7,10 +7,19 @@ the same on every machine. Whole is faster, and the figures are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from lowbit.interchange.tensors import TensorPlan
+from lowbit.planning.memory import MICRO_BATCH, blocks_of_tensors
 
 ROOM = 1_250_000_000  # bytes
 WINDOW = 1024  # tokens of a window, where nothing else is asked for
+SLICE = 1 << 24  # elements of a weight of 16 bits that are in float32 at a time
+LOGITS = (
+    32 << 20
+)  # bytes of the logits of one model that are in memory at a time, where models are measured block by block
+_LIVE_WIDTHS = 4  # activations of the widest layer that a block holds at once in float32, roughly
 
 
 def logits_bytes(config: Any, tokens: int = WINDOW) -> int:
@@ -28,3 +37,42 @@ def whole_bytes(parameters: int, stored: int, config: Any, tokens: int = WINDOW)
 def block_by_block(parameters: int, stored: int, config: Any, tokens: int = WINDOW) -> bool:
     """The rule. The arguments are those of `whole_bytes`."""
     return whole_bytes(parameters, stored, config, tokens) > ROOM
+
+
+def card_bytes(tensors: Sequence[TensorPlan], config: Any, by_engine: bool) -> int:
+    """Bytes at the peak of the card of `quantize`, on top of Python and its libraries: of a model and its float model.
+
+    by_engine: whether the engine knows the model, which then runs both where they are measured whole.
+    """
+    floats = [t for t in tensors if t.dtype.is_floating_point]
+    parameters, stored = sum(t.count for t in floats), sum(t.bytes_after for t in tensors)
+    if block_by_block(parameters, stored, config):
+        return max(streamed_bytes(tensors), _running(stored) if stored <= ROOM else 0)
+    logits = logits_bytes(config)
+    if by_engine:
+        return sum(t.bytes_before for t in floats) + stored + 2 * logits
+    return 4 * parameters + 2 * stored + 3 * logits
+
+
+def streamed_bytes(tensors: Sequence[TensorPlan]) -> int:
+    """The same where both are measured block by block.
+
+    Outside the blocks both stand as they are stored, packed weights that are multiplied also as the kernels hold them. Then the
+    larger of a block at work and of the head with a slice of the logits of both.
+    """
+    blocks, outside = blocks_of_tensors(tensors)
+    table = max((t for t in outside if t.kind in ("head", "embedding")), key=lambda t: t.count, default=None)
+    held = sum(t.bytes_before + t.bytes_after for t in outside)
+    widened = max((4 * min(t.count, SLICE) for t in tensors if t.dtype.itemsize < 4), default=0)
+    widest = max((max(t.shape) for part in blocks for t in part if len(t.shape) > 1), default=0)
+    block = max(
+        (max(sum(t.bytes_before for t in part), 2 * sum(t.bytes_after for t in part)) for part in blocks), default=0
+    )
+    at_block = block + widened + 4 * MICRO_BATCH * widest * _LIVE_WIDTHS
+    at_head = 2 * LOGITS + widened + (0 if table is None else 2 * table.bytes_after)
+    return held + max(at_block, at_head)
+
+
+def _running(stored: int) -> int:
+    """Of the quantized model alone, as it answers and is timed."""
+    return stored + (64 << 20)
