@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("--options", default="--data-free", help="of quantize and compare, separated by spaces")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where results are written; a temporary folder when it is left out")
-    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write a checkpoint there, unless it is there, and measure it too")
+    parser.add_argument(
+        "--make", type=Path, metavar="FOLDER", help="write a checkpoint there, unless it is there, and measure it too"
+    )
     parser.add_argument("--layers", type=int, default=35)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import lowbit
 from lowbit.cli.main import app
 from lowbit.interchange.files.settings import read_json
 from lowbit.measure.subject import folder_parts

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lowbit.errors import SourceError
+from lowbit.interchange.hf.models import model_class
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.memory import MICRO_BATCH, blocks_of_tensors
 
@@ -19,14 +21,25 @@ SLICE = 1 << 24  # elements of a weight of 16 bits that are in float32 at a time
 LOGITS = (
     32 << 20
 )  # bytes of the logits of one model that are in memory at a time, where models are measured block by block
+_TOKEN = 1000  # bytes that a tokenizer takes for each token that it knows (measured: 50 MB for 49 thousand)
 _LIVE_WIDTHS = 4  # activations of the widest layer that a block holds at once in float32, roughly
+
+
+def vocabulary_of(config: Any) -> int:
+    """How many tokens a model knows; 0 where its config does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else 0
 
 
 def logits_bytes(config: Any, tokens: int = WINDOW) -> int:
     """Of one model over a window, in float32; 0 where the config knows no vocabulary."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary = getattr(text, "vocab_size", None)
-    return 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
+    return 4 * tokens * vocabulary_of(config)
+
+
+def text_bytes(config: Any) -> int:
+    """Of a tokenizer and a text in tokens, roughly."""
+    return _TOKEN * vocabulary_of(config)
 
 
 def whole_bytes(parameters: int, stored: int, config: Any, tokens: int = WINDOW) -> int:
@@ -46,12 +59,14 @@ def card_bytes(tensors: Sequence[TensorPlan], config: Any, by_engine: bool) -> i
     """
     floats = [t for t in tensors if t.dtype.is_floating_point]
     parameters, stored = sum(t.count for t in floats), sum(t.bytes_after for t in tensors)
+    if not _predicts_tokens(config):
+        return 4 * parameters + 2 * stored + text_bytes(config)
     if block_by_block(parameters, stored, config):
-        return max(streamed_bytes(tensors), _running(stored) if stored <= ROOM else 0)
+        return text_bytes(config) + max(streamed_bytes(tensors), _running(stored) if stored <= ROOM else 0)
     logits = logits_bytes(config)
     if by_engine:
-        return sum(t.bytes_before for t in floats) + stored + 2 * logits
-    return 4 * parameters + 2 * stored + 3 * logits
+        return sum(t.bytes_before for t in floats) + stored + 2 * logits + text_bytes(config)
+    return 4 * parameters + 2 * stored + 3 * logits + text_bytes(config)
 
 
 def streamed_bytes(tensors: Sequence[TensorPlan]) -> int:
@@ -71,6 +86,16 @@ def streamed_bytes(tensors: Sequence[TensorPlan]) -> int:
     at_block = block + widened + 4 * MICRO_BATCH * widest * _LIVE_WIDTHS
     at_head = 2 * LOGITS + widened + (0 if table is None else 2 * table.bytes_after)
     return held + max(at_block, at_head)
+
+
+def _predicts_tokens(config: Any) -> bool:
+    """Whether models of this config have logits for every token of a text; others are compared whole, whatever their size."""
+    try:
+        kind = model_class(config)
+    except SourceError:
+        return False
+    masked = any("MaskedLM" in each.__name__ for each in kind.__mro__)
+    return kind.main_input_name == "input_ids" and (masked or bool(kind.can_generate()))
 
 
 def _running(stored: int) -> int:

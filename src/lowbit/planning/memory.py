@@ -18,9 +18,9 @@ _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 _LIVE_WIDTHS = (
     8  # activations of the widest layer that a block holds at once, roughly: inputs, gate, up, product, masks
 )
-# Bytes for each element of a second moment [K, K] while a weight is solved with it. Gathered: sums and means in float32. Factorized: the
-# damped matrix in float32, and it and its factor in float64. Drift: the same sums and means again, and one more factor in float64.
-_GATHERED, _FACTORIZED, _DRIFT = 8, 20, 12
+# Bytes for each element of a second moment [K, K] while a weight is solved with it. Gathered: sums and means in float32. Drift: the
+# same again. Factorized: the damped matrix in float32, and it and its factor in float64.
+_GATHERED, _DRIFT, _FACTORIZED = 8, 8, 20
 _SOLVING = 24  # bytes for each element of a weight that is solved: in float32, its target, what it became, codes
 
 
@@ -38,32 +38,34 @@ def blocks_of_tensors(tensors: Sequence[TensorPlan]) -> tuple[list[list[TensorPl
 
 
 def calibrated_working_bytes(tensors: Sequence[TensorPlan], recipe: Recipe) -> int:
-    """Bytes on top of Python and its libraries: the larger of two stages.
+    """Bytes on top of Python and its libraries: the largest of three stages.
 
-    First what lies outside the blocks is solved: the largest of it as stored, what it became, and all of it in float32. Then, of one
-    block after another: its weights as stored and in float32, the activations of one micro-batch, and for the weight that takes most the second
-    moments of its input and what solving it takes; beside the embeddings in float32 and as they became, which the first block reads.
+    What lies outside the blocks is solved: as stored, in float32 for the first block, and as it became. The first block runs with all that in
+    float32. Then each block has its weights as stored and in float32, beside the activations of one micro-batch or, for the weight that
+    takes most, the second moments of its input and what solving it takes; embeddings are looked up as they became.
     """
     blocks, outside = blocks_of_tensors(tensors)
     read = [t for t in outside if t.kind != "head"]
-    placed = sum(_float32(t) for t in read)
+    placed = sum(4 * t.count for t in read)
     became = sum(t.bytes_after for t in read)
-    largest = max((t.bytes_before for t in read), default=0)
-    worst = max((_block_bytes(part, recipe) for part in blocks), default=0)
-    return placed + became + max(largest, worst)
+    stored = max((t.bytes_before for t in read if t.dtype.itemsize != 4), default=0)
+    first = _weights(blocks[0]) + _activations(blocks[0]) if blocks else 0
+    most = max((_weights(part) + max(_activations(part), _most_solving(part, recipe)) for part in blocks), default=0)
+    return became + max(placed + stored, placed + first, most)
 
 
-def _float32(t: TensorPlan) -> int:
-    """Bytes of a tensor in float32 beside it as it is stored; one that is stored so takes no more."""
-    return 4 * t.count
+def _weights(block: Sequence[TensorPlan]) -> int:
+    """A block as stored and in float32, which takes no more where it is stored so."""
+    return sum(t.bytes_before + (4 * t.count if t.dtype.itemsize != 4 else 0) for t in block)
 
 
-def _block_bytes(block: Sequence[TensorPlan], recipe: Recipe) -> int:
-    weights = sum(t.bytes_before + (4 * t.count if t.dtype.itemsize != 4 else 0) for t in block)
-    solved = [t for t in block if t.format is not None]
-    widest = max((t.stored_shape[-1] for t in solved), default=0)
-    activations = 4 * MICRO_BATCH * widest * _LIVE_WIDTHS
-    return weights + activations + max((_solving(t, recipe) for t in solved), default=0)
+def _activations(block: Sequence[TensorPlan]) -> int:
+    widest = max((t.stored_shape[-1] for t in block if t.format is not None), default=0)
+    return 4 * MICRO_BATCH * widest * _LIVE_WIDTHS
+
+
+def _most_solving(block: Sequence[TensorPlan], recipe: Recipe) -> int:
+    return max((_solving(t, recipe) for t in block if t.format is not None), default=0)
 
 
 def _solving(t: TensorPlan, recipe: Recipe) -> int:
@@ -71,8 +73,8 @@ def _solving(t: TensorPlan, recipe: Recipe) -> int:
     width = t.stored_shape[-1]
     experts = t.shape[0] if t.kind == "experts" else 1
     needs = _needs(t.format, recipe)
-    gathered = (_GATHERED * (experts + (experts > 1))) + (8 if needs == "drift" else 0)
-    factorized = 0 if needs == "nothing" else _FACTORIZED + (_DRIFT - 8 if needs == "drift" else 0)
+    gathered = _GATHERED * (experts + (experts > 1)) + (_DRIFT if needs == "drift" else 0)
+    factorized = 0 if needs == "nothing" else _FACTORIZED
     return width**2 * (gathered + factorized) + _SOLVING * t.count // experts
 
 

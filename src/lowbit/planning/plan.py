@@ -24,7 +24,7 @@ from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.kernels.core import core
 from lowbit.planning.advice import advice
 from lowbit.planning.kv_cache import KVCache, kv_cache
-from lowbit.planning.measuring import card_bytes
+from lowbit.planning.measuring import card_bytes, text_bytes
 from lowbit.planning.memory import calibrated_working_bytes
 from lowbit.planning.tensor import SLAB, by_rows, has_inputs, solved_in_core
 from lowbit.planning.used import check_used
@@ -147,7 +147,7 @@ class Plan(Displayed):
 
     def _peak(self, recipe: Recipe, calibrated: bool) -> int:
         if calibrated:
-            most = calibrated_working_bytes(self.tensors, recipe)
+            most = calibrated_working_bytes(self.tensors, recipe) + text_bytes(self.config)
         else:
             most = max((self._alone(t) for t in self.tensors), default=0) + READ_AHEAD + WRITE_BEHIND
         if recipe.tuner_of("model") is not None:
