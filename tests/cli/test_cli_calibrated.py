@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import lowbit
 from lowbit.cli.main import app
 from lowbit.interchange.files.settings import read_json
 from lowbit.measure.subject import folder_parts
@@ -89,7 +88,7 @@ def test_layers_that_are_not_static_are_shown(room: Path) -> None:
     assert count and ranges["static"] == 0 and told["plan"]["inputs"] == {"int8:g16": count}
     facts = {t["name"]: t["inputs"] for t in json.loads(run("inspect", out, "--json")[1])["tensors"]}
     assert {n for n, inputs in facts.items() if inputs == "int8:g16"} == set(ranges["exploded"])
-    notes = folder_parts(out, lowbit.load(out)).notes
+    notes = folder_parts(out).notes
     assert (
         len(notes) == 1
         and f"{count} of {count} find their scales while running, because their largest input is over 1 times"

@@ -259,7 +259,7 @@ def test_a_source_that_is_quantized_is_said_in_text_and_json(tiny_folder: Float)
 
 def test_the_peak_with_calibration_text_is_said_beside_the_one_without(tiny_folder: Float) -> None:
     plan = lowbit.plan(tiny_folder("llama"), "w4")
-    wide = replace(plan, tensors=tuple(replace(t, shape=tuple(16 * n for n in t.shape)) for t in plan.tensors))
+    wide = replace(plan, tensors=tuple(replace(t, shape=tuple(32 * n for n in t.shape)) for t in plan.tensors))
     needs = replace(wide, recipe=lowbit.Recipe.parse("qronos@int4:g32")).peak_bytes
     assert wide.calibrated_peak_bytes == needs == wide.to_json()["calibrated_peak_bytes"] > wide.peak_bytes
     assert "while quantizing, about" in " ".join(str(wide).split()) and "with calibration text" in " ".join(

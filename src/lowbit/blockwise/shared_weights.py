@@ -60,9 +60,10 @@ class SharedWeights:
         for name in self._borrowed(block):
             self._place(name, self._read(name) if floats else self._value(name))
 
-    def end(self, block: int, now: Callable[[str], Tensor]) -> None:
-        """The block is done: its tensors are gone, but for those that later blocks read. `now`: the values that they have."""
-        lasting = {name: now(name) for name in self.of(block) if len(self.users[name]) > 1}
+    def end(self, block: int, now: Callable[[str], Tensor] | None) -> None:
+        """The block is done: its tensors are gone, but for those that later blocks read. `now`: the values that they have; None where
+        these are the source's."""
+        lasting = {} if now is None else {name: now(name) for name in self.of(block) if len(self.users[name]) > 1}
         if lasting:
             self._final |= lasting
             path = self._file(block)

@@ -12,6 +12,9 @@ from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.models import compute_unsaved, meta_model
 from lowbit.interchange.source import Source
+from lowbit.nn.packed import PackedWeight
+from lowbit.nn.swap import owner_of
+from lowbit.nn.swap import place as place_packed
 
 # What a forward may return besides its output, and nobody here reads.
 _BESIDES = ("use_cache", "output_attentions", "output_hidden_states", "output_router_logits")
@@ -40,8 +43,14 @@ class Skeleton:
                     setattr(config, name, False)
         compute_unsaved(self.module, {*source.tensors, *tied})
 
-    def place(self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
-        """Give a parameter or buffer its values, floats in `dtype`; None takes them away. Unknown names are left out."""
+    def place(self, name: str, value: Tensor | PackedWeight | None, dtype: torch.dtype = torch.float32) -> None:
+        """Give a parameter or buffer its values, floats in `dtype`, a packed weight as it is; None takes them away. Unknown names
+        are left out."""
+        self._make_room(name)
+        if isinstance(value, PackedWeight):
+            for one in self._names(name):
+                place_packed(self.module, one, value)
+            return
         found = self._owner(name)
         if found is None:
             return
@@ -53,14 +62,14 @@ class Skeleton:
         else:
             new = value.to(dtype) if value.is_floating_point() else value
         kept = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-        for alias in (name, *(alias for alias, canonical in self.tied.items() if canonical == name)):
+        for alias in self._names(name):
             found = self._owner(alias)
             if found is not None:
                 found[0][found[1]] = kept
 
     def place_packed(self, name: str, q: QTensor, dense: Callable[[], Tensor]) -> None:
         """Let look-ups read from the stored form, row by row, if only embeddings use `name`; else place `dense()`."""
-        names = {name, *(alias for alias, canonical in self.tied.items() if canonical == name)}
+        names = set(self._names(name))
         modules = dict(self.module.named_modules(remove_duplicate=False))
         owners = [modules[n.rpartition(".")[0]] for n in names if n.rpartition(".")[0] in modules]
         self.place(name, None)
@@ -113,6 +122,20 @@ class Skeleton:
             raise SourceError(f"{type(self.module).__name__} has no tensor {name!r}")
         value: Tensor = found[0][found[1]]
         return value
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        """A tensor by each of its names."""
+        return (name, *(alias for alias, canonical in self.tied.items() if canonical == name))
+
+    def _make_room(self, name: str) -> None:
+        """Where a packed weight stands, a parameter without memory stands again."""
+        for one in self._names(name):
+            with contextlib.suppress(SourceError):  # a tensor that the model does not know
+                owner, leaf = owner_of(self.module, one)
+                packed = owner._modules.get(leaf)
+                if isinstance(packed, PackedWeight):
+                    del owner._modules[leaf]
+                    owner.register_parameter(leaf, nn.Parameter(torch.empty(packed.shape, device="meta"), False))
 
     def _owner(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         path, _, leaf = name.rpartition(".")

@@ -16,8 +16,9 @@ behind the last block that was finished when a run before this one was killed.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +36,26 @@ from lowbit.errors import SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.memory import MICRO_BATCH
-from lowbit.planning.plan import Plan
 
 FLOAT, QUANTIZED = "float", "quant"  # streams, by the names of their files
 STATES = "states"  # the folder of what blocks returned
 
 
+class Laid(Protocol):
+    """What a walk asks of a plan: every tensor, and which names share one (alias -> name)."""
+
+    @property
+    def tensors(self) -> Sequence[TensorPlan]: ...
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+
+
 class BlockWalk:
     """One pass over the blocks of a model.
 
+    plan            of the model, or what else says which tensors there are
     windows         int64 [length] each: token ids
     folder          of what is kept on the disk while it lasts
     dtype           in which products are computed, see `precision`
@@ -53,7 +64,7 @@ class BlockWalk:
     """
 
     def __init__(
-        self, plan: Plan, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
+        self, plan: Laid, source: Source, windows: Sequence[Tensor], folder: Path, dtype: torch.dtype,
         weight_dtype: torch.dtype | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
         self.source, self.folder = source, folder
@@ -66,7 +77,7 @@ class BlockWalk:
         self._runner = BlockRunner(self._skeleton.module, self.path)
         self._states = HiddenStates(folder / STATES)
         places = self.path.places
-        self._shared = SharedWeights(places, self.tensors, plan.tied, folder / STATES, source.read, self._place_inside)
+        self._shared = SharedWeights(places, self.tensors, plan.tied, folder / STATES, self.read, self._place_inside)
         self._names = {place: self._shared.of(i) for i, place in enumerate(places)}
         self._outside = self._shared.outside()
         self._read = {plan.tied.get(name, name) for name in self.path.used}
@@ -96,7 +107,7 @@ class BlockWalk:
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors outside the blocks with their values, each put in its place as soon as the next is asked for."""
         for name in self._outside:
-            weight = self.source.read(name)
+            weight = self.read(name)
             yield name, weight
             if self.reads(name):
                 self.place(name, weight)
@@ -105,7 +116,11 @@ class BlockWalk:
     def place_outside(self) -> None:
         """Put the tensors outside the blocks in their places."""
         for name in filter(self.reads, self._outside):
-            self.place(name, self.source.read(name))
+            self.place(name, self.read(name))
+
+    def read(self, name: str) -> Any:
+        """The values of a tensor as the source stores them."""
+        return self.source.read(name)
 
     def reads(self, name: str) -> bool:
         """Whether the walk runs what reads this tensor; heads come after the last block."""
@@ -113,9 +128,26 @@ class BlockWalk:
         known = name in self._read or (tensor.kind == "other" and name.startswith(self.path.reader))
         return known and (self._whole or tensor.kind != "head")
 
-    def place(self, name: str, weight: Tensor) -> None:
+    def place(self, name: str, weight: Any) -> None:
         """Let the model compute with these values, in float32."""
         self._skeleton.place(name, weight)
+
+    def _place_inside(self, name: str, weight: Any) -> None:
+        """The same with a weight of a block, in the type that its products take, so that none casts it again; None takes it away."""
+        multiplied = self.tensors[name].is_multiplied
+        self._skeleton.place(name, weight, self.weight_dtype if multiplied else torch.float32)
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        """The arguments of a forward over a micro-batch."""
+        return model_inputs(self._runner.reader, self.batches[batch])
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Entered around every forward."""
+        return products_in(self.dtype)
+
+    def end_shared(self, block: int) -> None:
+        """The block is done; what later ones read of it too keeps the values that it has."""
+        self._shared.end(block, self._skeleton.get)
 
     def place_quantized(self, name: str, q: QTensor) -> None:
         """The same with a quantized tensor, expanded; an embedding is looked up in its stored form. The float stream goes on without."""
@@ -175,7 +207,7 @@ class BlockWalk:
                 self._skeleton.drop_embeddings()
             yield block
             self.results.forget()
-            self._shared.end(i, self._skeleton.get)
+            self.end_shared(i)
             if place.chain:
                 self._states.commit(i, [] if only is not None else self._passed(i))
             block.weights = {}  # a visitor may still hold the block while the next one is read
@@ -195,16 +227,17 @@ class BlockWalk:
         self._states.wait()
 
     def run(
-        self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None
-    ) -> Any:
-        """See `Block.run`."""
+        self, i: int, place: BlockPlace | None, batch: int, stream: str, tensors: Mapping[str, Tensor] | None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """See `Block.run`. `inputs`: of the forward, those of the micro-batch when None."""
         self._shared.show(i, stream == FLOAT)
         self._show_outside(i, stream)
         before = self._before(i, stream, batch)
+        given = self.inputs(batch) if inputs is None else dict(inputs)
         try:
-            with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), products_in(self.dtype):
-                inputs = model_inputs(self._runner.reader, self.batches[batch])
-                return self._runner.run(place, inputs, before, tensors)
+            with torch.set_grad_enabled(tensors is not None and torch.is_grad_enabled()), self.computing():
+                return self._runner.run(place, given, before, tensors)
         except LeaveForward as left:
             return left.value
 
@@ -218,18 +251,14 @@ class BlockWalk:
         found = {k: self._states.load(k, stream, batch) for k in set(stands)}
         return {places[k]: found[j] for k, j in enumerate(stands)}
 
-    def _place_inside(self, name: str, value: Tensor | None) -> None:
-        dtype = self.weight_dtype if self.tensors[name].is_multiplied else torch.float32
-        self._skeleton.place(name, value, dtype)
-
 
 class Block:
     """One block of a walk while its weights are in place. `weights`: as the source stores them."""
 
     def __init__(self, walk: BlockWalk, index: int, place: BlockPlace | None, names: Sequence[str]) -> None:
         self.place_in_model, self.batches, self.folder = place, len(walk.batches), walk.folder
-        self._walk, self._index = walk, index
-        self.weights = {name: walk.source.read(name) for name in names}
+        self._walk, self.index = walk, index
+        self.weights = {name: walk.read(name) for name in names}
         self.multiplied = [name for name in names if walk.tensors[name].is_multiplied]
         for name, weight in self.weights.items():
             self.place(name, weight)
@@ -244,13 +273,13 @@ class Block:
         """Whether it stands for a block; what lies outside the blocks returns the model's own output."""
         return self.place_in_model is not None and bool(self.place_in_model.chain or not self._walk._whole)
 
-    def place(self, name: str, weight: Tensor) -> None:
+    def place(self, name: str, weight: Any) -> None:
         """Let a weight of the block have these values, in the type that its products take, so that none casts it again."""
         self._walk._place_inside(name, weight)
 
     def run(self, batch: int, stream: str = QUANTIZED, tensors: Mapping[str, Tensor] | None = None) -> Any:
         """What the block returns for a micro-batch. `tensors` stand in the places of weights, and have gradients."""
-        return self._walk.run(self._index, self.place_in_model, batch, stream, tensors)
+        return self._walk.run(self.index, self.place_in_model, batch, stream, tensors)
 
     def capture(self, on_input: OnInput, names: Sequence[str] | None = None, cached: int | None = None) -> InputCapture:
         """Enter it around `run`: `on_input` sees the inputs of these weights (None: of all that are multiplied).
@@ -273,7 +302,7 @@ class Block:
     def save(self, batch: int, output: Any, stream: str = QUANTIZED) -> None:
         """Keep what the block returned, for the blocks behind it."""
         if self.place_in_model is not None and self.place_in_model.chain:
-            self._walk._states.save(self._index, stream, batch, output)
+            self._walk._states.save(self.index, stream, batch, output)
 
     def mark_final(self, names: Sequence[str]) -> None:
         """These weights have the values that they keep, so that products and attention which depend on no others are kept."""

@@ -64,8 +64,12 @@ def evaluate(
     """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed.
 
     Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts.
+
+    Models that take more than about a gigabyte together are read and run block by block, so that memory never holds either whole. When
+    it is interrupted, the same command goes on from the windows and blocks that were finished.
     """
     import lowbit
+    from lowbit.measure.kept import place_of
 
     console.quiet()
     with console.steps() as (say, progress):
@@ -77,6 +81,7 @@ def evaluate(
             length=length,
             speed=speed,
             inputs=inputs,
+            keep=place_of(model),
             progress=progress,
             told=say,
         )

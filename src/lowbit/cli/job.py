@@ -104,6 +104,16 @@ class Job:
             return self.ready.plan.advice
         return plan(self.model, self.recipe).advice if may_advise(self.recipe) else ()
 
+    def peak(self, with_card: bool) -> int | None:
+        """About how many bytes of memory the command takes at most; None where that is not known before the work, as with `--as`."""
+        from lowbit.pipeline.api import plan
+
+        if self.ready is not None:
+            return None
+        made = plan(self.model, self.recipe)
+        with_text = made.calibrated_peak_bytes if self.text.calibration is not None else None
+        return max(with_text or made.peak_bytes, (made.card_peak_bytes or 0) if with_card else 0)
+
     def allocated(self, target: Mapping[str, Any], sensitivity: Path, screen: Console) -> Job:
         """The same with a format for each layer, for this target; what was found is printed."""
         from lowbit.convert.preparing import candidates

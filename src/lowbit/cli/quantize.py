@@ -114,7 +114,7 @@ def quantize(
     """
     from lowbit.calibration.package_text import BUILTIN
     from lowbit.errors import RecipeError
-    from lowbit.report.effort_view import decision_lines
+    from lowbit.report.effort_view import decision_lines, peak_line
     from lowbit.report.layout import headline
 
     typed = recipe_of(recipe, bits, group_size)
@@ -143,6 +143,9 @@ def quantize(
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     for line in decision_lines(job.decision):
         console.say(screen, line, style="dim")
+    peak = None if target else job.peak(measures is not HowMuch.none)
+    if peak is not None:
+        console.say(screen, peak_line(peak, measures is not HowMuch.none), style="dim")
     kept = None
     if target:
         if told and sensitivity is None:
@@ -223,6 +226,7 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
     from lowbit.errors import LowbitError
+    from lowbit.measure.kept import place_of
     from lowbit.measure.speed import SHORT
 
     seconds = max(LEAST, made.seconds)
@@ -237,6 +241,7 @@ def _measured(made: Outcome, text: str | None, windows: int | None, measures: Ho
                 text=text,
                 windows=windows,
                 prompt=_PROMPT,
+                keep=None if made.quantized.folder is None else place_of(made.quantized.folder),
                 progress=progress,
                 told=say,
                 **how,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -22,27 +21,27 @@ from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import TEXT, OnStep, Step, heard
 from lowbit.interchange.source import Source
 from lowbit.measure import compare as table
-from lowbit.measure.as_generated import as_generated
-from lowbit.measure.backends import Backend
-from lowbit.measure.card import Card, CardParts, TextMark
+from lowbit.measure.card import Card, TextMark
 from lowbit.measure.compare import Built, CompareRow
+from lowbit.measure.compare_base import compared
 from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
-from lowbit.measure.float_model import baseline_of
+from lowbit.measure.files import Files
 from lowbit.measure.interleave import STANDARD, SpeedSettings
+from lowbit.measure.kept import KEPT_NOWHERE, Keeping
 from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.quick import LENGTH, quick_card
 from lowbit.measure.row_file import FLOAT, RowFile
-from lowbit.measure.sample import take_sample
-from lowbit.measure.size import count_parameters, module_bytes
+from lowbit.measure.sample import kept_sample, take_sample
 from lowbit.measure.speed_as_generated import speed_as_generated
+from lowbit.measure.streamed_card import quick_streamed_card, streamed_card
 from lowbit.measure.subject import open_subject, plan_parts, type_of
-from lowbit.measure.windows import Windows, make_windows
+from lowbit.measure.windows import Tokens, Windows, make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.effort import AUTO, NONE
-from lowbit.pipeline.loading import as_dtype, load
+from lowbit.pipeline.loading import as_dtype
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 
@@ -60,6 +59,7 @@ def evaluate(
     dtype: torch.dtype | str | None = None,
     budget: float | None = None,
     inputs: Any = None,
+    keep: str | Path | None = None,
     progress: Progress | bool | None = None,
     told: Callable[[str], None] | None = None,
 ) -> Card:
@@ -82,20 +82,47 @@ def evaluate(
     the model's arguments to arrays; None for a few that are made here. `length`: tokens of a window, 1024, and 128 for
     such a model.
 
+    Models in files that take more than about a gigabyte together are measured block by block: neither is ever whole in memory, and the
+    figures are the same (`planning/measuring.py` has the rule). Speed and answers are then those of the quantized model alone where
+    there is no memory for both, which the card says. A `dtype` other than float32 is computed with whole models.
+
+    `keep`: a folder in which what is measured is kept until all is done; the same call goes on from there when it was killed. RecipeError
+    for a model in memory, of which another process knows nothing.
+
     >>> card = lowbit.evaluate(quantized, model, text, windows=1, length=64)
     >>> card.quality.kl_mean.value > 0  # nats per token
     True
     """
     say = told or (lambda what: None)
     wanted = as_dtype(dtype)
+    if budget is not None and (speed is not False or wanted is not None):
+        raise RecipeError(
+            "a card in limited time chooses how to compute and measures speed where there is time; leave speed and dtype out"
+        )
+    files = Files.of(model, against, tokenizer)
+    if files is None and keep is not None:
+        raise RecipeError(
+            "keep is for models in files, of which another run knows that they are the same; leave it out"
+        )
+    keeping = KEPT_NOWHERE if files is None or keep is None else Keeping(Path(keep), files.about())
+    streams = (
+        files is not None and inputs is None and wanted in (None, torch.float32) and files.streams(length or LENGTH)
+    )
+    if files is not None and streams and not makes_embeddings(folders_of(model, files.base)):
+        how: dict[str, Any] = {
+            "windows": windows,
+            "length": length or LENGTH,
+            "prompt": prompt,
+            "say": say,
+            "progress": heard(progress),
+        }
+        if budget is not None:
+            return quick_streamed_card(files, text, seconds=budget, keeping=keeping, **how)
+        return streamed_card(files, text, speed=_settings(speed), keeping=keeping, **how)
     if budget is not None:
-        if speed is not False or wanted is not None:
-            raise RecipeError(
-                "a card in limited time chooses how to compute and measures speed where there is time; leave speed and dtype out"
-            )
         return quick_card(
             model, against, text, seconds=budget, windows=windows, length=length, prompt=prompt, tokenizer=tokenizer,
-            say=say, progress=heard(progress), inputs=inputs,
+            say=say, progress=heard(progress), inputs=inputs, keeping=keeping,
         )  # fmt: skip
     say("loading the model")
     subject = open_subject(model, tokenizer, wanted or torch.float32)
@@ -122,20 +149,23 @@ def evaluate(
         )  # fmt: skip
     refuse_inputs(inputs, module)
     tok = tokenizer_of()
-    cut = make_windows(load_text(text), tok, length=length or LENGTH, limit=windows, model=module)
+    tokens = Tokens.of(load_text(text), tok, module)
+    cut = tokens.windows(length or LENGTH, windows)
     say(f"measuring quality on {cut.count} window{'' if cut.count == 1 else 's'} of {cut.length} tokens")
-    quality = measure_quality(module, cut, base=base, progress=heard(progress))
-    quality = replace(quality, program=f"transformers, {str(run).removeprefix('torch.')}")
-    sample = None
-    if prompt:
-        say("answering a prompt")
-        sample = take_sample(module, tok, prompt, base=base)
-    rates = run_peak = None
-    if settings := _settings(speed):
-        cast = subject.name is not None and not isinstance(against, nn.Module)
-        what = module if subject.name is None else subject.name
-        rates, run_peak = speed_as_generated(what, module, base, cast, tok, settings, say, heard(progress))
-    return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
+    program = f"transformers, {str(run).removeprefix('torch.')}"
+    with keeping.on(tokens, length=cut.length, windows=cut.count, prompt=prompt, program=program) as kept:
+        quality = measure_quality(module, cut, base=base, progress=heard(progress), kept=kept)
+        quality = replace(quality, program=program)
+        sample = None
+        if prompt:
+            say("answering a prompt")
+            sample = kept_sample(kept, lambda: take_sample(module, tok, prompt, base=base))
+        rates = run_peak = None
+        if settings := _settings(speed):
+            cast = subject.name is not None and not isinstance(against, nn.Module)
+            what = module if subject.name is None else subject.name
+            rates, run_peak = speed_as_generated(what, module, base, cast, tok, settings, say, heard(progress))
+        return Card(parts, TextMark.of(cut), quality, rates, run_peak, sample, environment())
 
 
 def compare(
@@ -168,17 +198,12 @@ def compare(
     names = _names(recipes, calibration is not None)
     tell = on_step or (lambda step: None)
     source = open_source(model, tokenizer=tokenizer)
-    run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
+    settings = _settings(speed)
     tell(Step("loading the float model"))
-    base = source.load_float(run)
+    held = compared(model, source, length, source.tokenizer, settings)
     tok = source.tokenizer()
     tell(Step("cutting the text into windows"))
-    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
-    float_bytes = sum(spec.nbytes for spec in source.tensors.values())
-    base_parts = CardParts(
-        source.label, str(run).removeprefix("torch."), count_parameters(base), bytes_before=float_bytes,
-        weight_bytes=module_bytes(base), linear_bits=8.0 * run.itemsize,
-    )  # fmt: skip
+    cut = make_windows(load_text(text), tok, length=length, limit=windows, model=held.module)
 
     def looks_at_text(wanted: Recipe) -> bool:
         if calibration is None:
@@ -204,24 +229,14 @@ def compare(
         seconds = time.perf_counter() - start
         if on_made is not None:
             on_made(recipe, made)
-        folder = made.folder
-        built = made.model if folder is None or isinstance(model, nn.Module) else load(folder, dtype=torch.float32)
+        built = held.opened(made)
+        parts = replace(plan_parts(made.plan), quantize_seconds=seconds)
+        return Built(built, parts, lambda: held.backend(made, built))  # it holds what was made, which owns the folder
 
-        def backend() -> Backend:  # it holds what was made, which owns the folder
-            return as_generated(made.folder if made.folder is not None and built.can_generate() else built, built, tok)
-
-        return Built(built, replace(plan_parts(made.plan), quantize_seconds=seconds), backend)
-
-    @functools.cache
-    def typed(dtype: torch.dtype) -> nn.Module:  # the base stays what the quality of the next row is held against
-        return base if dtype == run else source.load_float(dtype)
-
-    settings = _settings(speed)
-    baseline = functools.cache(lambda threads: baseline_of(base, typed, settings or STANDARD, threads))
     file = keep if isinstance(keep, RowFile) or keep is None else RowFile(keep)
     kept, keys = dict[int, Card](), {-1: FLOAT, **{index: _full(name) for index, name in enumerate(names)}}
     if file is not None:
-        file.of(_facts(source, run, cut, calibration, tok, samples, effort, settings))
+        file.of(_facts(source, held.type, cut, calibration, tok, samples, effort, settings))
         kept = {index: card for index, key in keys.items() if (card := file.card(key)) is not None}
 
     def finished(row: CompareRow) -> None:
@@ -244,7 +259,7 @@ def compare(
     )  # fmt: skip
     with nullcontext() if file is None else file.noted([key for index, key in keys.items() if index >= 0]):
         rows = table.compare(
-            names, build, base, base_parts, cut, speed=settings, baseline=baseline, progress=heard(progress), on_row=finished,
+            names, build, held.base, held.parts, cut, speed=settings, baseline=held.baseline, progress=heard(progress), on_row=finished,
             steps=steps, kept=kept, built_again=on_made is not None,
         )  # fmt: skip
     return list(rows)

@@ -55,21 +55,23 @@ class Ladder:
 
     The most that fit into `seconds` by the pace so far: two in any case, four as a rule, and more only where the verdict lies within two
     standard errors of another. Where the work becomes slower than it was, it ends after the window at hand, with the number of
-    `COUNTS` that was reached.
+    `COUNTS` that was reached. known: windows that a run before this one measured, which take no time now.
     """
 
     seconds: float
     clock: Clock = time.perf_counter
+    known: int = 0
     _start: float | None = None
     _aim: int = COUNTS[0]
 
     def __call__(self, done: int, so_far: Callable[[int], Quality]) -> int:
         if self._start is None:
             self._start = self.clock()
-        if done == 0:
+            self._aim = next((count for count in COUNTS if count >= self.known), COUNTS[-1])
+        if done < self.known or done == 0:
             return self._aim
-        took = self.clock() - self._start
-        fitting = done + max(0, math.floor((self.seconds - took) / (took / done))) if took > 0 else COUNTS[-1]
+        took, fresh = self.clock() - self._start, max(1, done - self.known)
+        fitting = done + max(0, math.floor((self.seconds - took) / (took / fresh))) if took > 0 else COUNTS[-1]
         if done < COUNTS[0]:
             self._aim = USUAL if fitting >= USUAL else COUNTS[0]
         elif took > self.seconds:

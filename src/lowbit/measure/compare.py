@@ -11,21 +11,24 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, SourceError
+from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.measure.backends import Backend, in_transformers
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
-from lowbit.measure.quality import Progress, Reference, measure_quality
+from lowbit.measure.quality import Progress, Quality, Reference, measure_quality
 from lowbit.measure.speed import Rates, Speed, measure_speed
+from lowbit.measure.streamed import Streamed, StreamedReference, stream_quality
 from lowbit.measure.windows import Windows
 
 
 class Built(NamedTuple):
-    """A quantized model in transformers, what is known of it, and what gives the program that runs it: transformers when None."""
+    """A quantized model, in transformers or block by block, what is known of it, and what gives the program that runs it: transformers
+    when None."""
 
-    model: nn.Module
+    model: nn.Module | Streamed
     parts: CardParts
     backend: Callable[[], Backend] | None = None
 
@@ -48,7 +51,7 @@ class CompareRow:
 def compare(
     recipes: Sequence[str],
     build: Build,
-    base: nn.Module,
+    base: nn.Module | Streamed,
     base_parts: CardParts,
     windows: Windows,
     *,
@@ -67,11 +70,10 @@ def compare(
     memory than there is, becomes a row with the error and the others go on; any other exception is a bug and is raised.
     Speed is measured when `speed` is given, of each model in rounds interleaved with those of the base, which what `baseline`
     gives for as many threads runs (transformers, in the base's own type, when None); the base's row then has its median over the recipes. Up to `keep_bytes` of the base's logits are
-    kept between recipes. `progress` counts windows, those of the base included; `steps` tells what is at work.
+    kept in a file between recipes; a base that is measured block by block keeps what its last block returned, and so must be what `build` gives. `progress` counts windows, those of the base included; `steps` tells what is at work.
     `kept`: cards from before, by the index of the recipe, -1 for the base, which are not measured again; with `built_again` the models
     that they are about are still built.
     """
-    reference = Reference(base, windows, keep_bytes)
     text, machine = TextMark.of(windows), environment()
     kept = kept or {}
     if steps is None:
@@ -79,6 +81,13 @@ def compare(
             recipes, windows.count, lambda step: None, speed=speed is not None, kept=kept, redrawn=built_again
         )
     total = windows.count * (len(recipes) + 1)
+
+    def quality_of(model: nn.Module | Streamed, index: int) -> Quality:
+        if isinstance(reference, StreamedReference):
+            assert isinstance(model, Streamed)
+            return stream_quality(model, windows, base=reference, progress=_in_windows(counted(index), windows.count))
+        assert isinstance(model, nn.Module)
+        return measure_quality(model, windows, base=reference, progress=counted(index))
 
     def counted(index: int) -> Progress:
         def told(done: int, of: int) -> None:
@@ -96,43 +105,61 @@ def compare(
         if card is not None:
             return card
         steps.begins(index, "measuring")
-        quality = measure_quality(built.model, windows, base=reference, progress=counted(index))
+        quality = quality_of(built.model, index)
         rates = None
         if speed is not None:
             steps.begins(index, "speed")
-            rates = _speed(built, speed, baseline or (lambda _: in_transformers(base)), steps.move)
+            rates = _speed(built, speed, baseline or _as_it_is(base), steps.move)
         return Card(built.parts, text, quality, rates, environment=machine)
 
     def base_measured() -> Card:
         steps.measuring_float()
-        return Card(
-            base_parts, text, measure_quality(base, windows, base=reference, progress=counted(-1)), environment=machine
-        )
+        return Card(base_parts, text, quality_of(base, -1), environment=machine)
 
-    base_row = CompareRow(base_parts.recipe, kept.get(-1) or base_measured(), is_base=True, earlier=-1 in kept)
-    if on_row is not None:
-        on_row(base_row)
-    rows = []
-    for index, recipe in enumerate(recipes):
-        try:
-            row = CompareRow(recipe, measured(index, recipe), earlier=index in kept)
-        except (LowbitError, MemoryError) as error:
-            steps.failed()
-            row = CompareRow(recipe, error=str(error) or "not enough memory")
-        if (row.error or row.earlier) and progress is not None:
-            progress((index + 2) * windows.count, total)
-        gc.collect()  # a model holds reference cycles, and the next one needs its memory
-        rows.append(row)
+    with temporary_folder() as folder:
+        reference = (
+            Reference(base, windows, keep_bytes, folder)
+            if isinstance(base, nn.Module)
+            else StreamedReference(base, windows, folder)
+        )
+        base_row = CompareRow(base_parts.recipe, kept.get(-1) or base_measured(), is_base=True, earlier=-1 in kept)
         if on_row is not None:
-            on_row(row)
+            on_row(base_row)
+        rows = []
+        for index, recipe in enumerate(recipes):
+            try:
+                row = CompareRow(recipe, measured(index, recipe), earlier=index in kept)
+            except (LowbitError, MemoryError) as error:
+                steps.failed()
+                row = CompareRow(recipe, error=str(error) or "not enough memory")
+            if (row.error or row.earlier) and progress is not None:
+                progress((index + 2) * windows.count, total)
+            gc.collect()  # a model holds reference cycles, and the next one needs its memory
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
     return (_with_speed(base_row, rows), *rows)
+
+
+def _as_it_is(model: nn.Module | Streamed) -> Callable[[int | None], Backend]:
+    def backend(_: int | None) -> Backend:
+        if isinstance(model, Streamed):
+            raise SourceError("a model that is measured block by block has no speed; open it whole")
+        return in_transformers(model)
+
+    return backend
+
+
+def _in_windows(progress: Progress, windows: int) -> Progress:
+    """Of blocks and windows, as so many of the windows alone."""
+    return lambda done, total: progress(windows * done // max(1, total), windows)
 
 
 def _speed(
     built: Built, settings: SpeedSettings, baseline: Callable[[int | None], Backend], progress: Progress
 ) -> Speed:
     try:
-        program = in_transformers(built.model) if built.backend is None else built.backend()
+        program = _as_it_is(built.model)(None) if built.backend is None else built.backend()
         other = baseline(program.threads)
     except LowbitError as error:  # such as a model that generates no text: its quality stands
         return Speed(skipped=str(error))

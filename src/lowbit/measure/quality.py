@@ -18,14 +18,18 @@ see Flegal and Jones 2010, "Batch means and spectral variance estimators in Mark
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lowbit.blockwise.hidden_states import TensorFile
 from lowbit.errors import SourceError
+from lowbit.measure.kept import NOTHING_KEPT, Figures, Kept
 from lowbit.measure.scoring import Scorer, WindowScorer
 from lowbit.measure.windows import Windows
 
@@ -69,37 +73,39 @@ class Quality:
 class Reference:
     """The base model's logits, window by window.
 
-    Up to `keep_bytes` of them are kept, so that measuring many recipes against one base
-    does not repeat its forward.
+    Up to `keep_bytes` of them are kept, in a file in `folder`, so that measuring many recipes against one base does not repeat its
+    forward, and memory holds those of one window.
     """
 
     model: nn.Module | WindowScorer
     windows: Windows
     keep_bytes: int = 0
-    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    folder: Path | None = None
+    _numbers: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.scorer = _scorer(self.model)
         self.scorer.check(self.windows.ids)
+        self._kept = TensorFile(self.folder or Path(tempfile.gettempdir()))
 
     def logits(self, index: int) -> Tensor:
         """Logits [S, vocabulary] of one window."""
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._numbers:
+            return self._kept.read(self._numbers[index])
         logits = self.scorer.logits(self.windows.ids[index], self.windows.frame)
-        if logits.nbytes * (len(self._kept) + 1) <= self.keep_bytes:
-            self._kept[index] = logits
+        if self._kept.nbytes + logits.nbytes <= self.keep_bytes:
+            self._numbers[index] = self._kept.append(logits.cpu())
         return logits
 
 
 def measure_quality(
     model: nn.Module | WindowScorer, windows: Windows, *, base: nn.Module | WindowScorer | Reference | None = None,
-    progress: Progress | None = None, how_many: HowMany | None = None,
+    progress: Progress | None = None, how_many: HowMany | None = None, kept: Kept = NOTHING_KEPT,
 ) -> Quality:  # fmt: skip
     """Quality of `model` on `windows`, compared with `base` when given. Models may be on different devices.
 
     how_many: asked before the first window and after each, of how many the quality is to be; all of them when None. Those beyond what
-    it says at last are left out.
+    it says at last are left out. kept: windows that it has are not measured again.
 
     Raises SourceError when a model gives no logits for every token, or the two cannot be compared.
     """
@@ -110,35 +116,45 @@ def measure_quality(
         raise SourceError(
             f"a {scorer.kind} model cannot be compared with a {reference.scorer.kind} one: load both alike"
         )
-    parts: list[dict[str, np.ndarray]] = []
+    known, parts = kept.figures(windows.count), list[Figures]()
 
     def so_far(count: int) -> Quality:
-        return _summary(scorer.kind, windows, {name: np.stack([p[name] for p in parts[:count]]) for name in parts[0]})
+        return quality_of(scorer.kind, windows, parts[:count])
 
     def wanted() -> int:
         return windows.count if how_many is None else min(windows.count, how_many(len(parts), so_far))
 
-    count = wanted()
-    while len(parts) < count:
-        index = len(parts)
+    def measured(index: int) -> Figures:
         ids = windows.ids[index]
         against = reference.logits(index) if reference is not None else None
         is_base = reference is not None and reference.model is model
         logits = scorer.logits(ids, windows.frame) if against is None or not is_base else against
-        parts.append(compare_logits(logits, scorer.targets(ids, windows.frame), against))
-        if reference is not None and not np.isfinite(parts[-1]["base_nll"]).all():
-            raise SourceError("the base model gives logits that are not finite: it cannot be compared with")
+        found = compare_logits(logits, scorer.targets(ids, windows.frame), against)
+        check_base(found)
+        kept.add(index, found)
+        return found
+
+    count = wanted()
+    while len(parts) < count:
+        index = len(parts)
+        parts.append(known.get(index) or measured(index))
         count = wanted()
         if progress is not None:
             progress(min(index + 1, count), count)
     return so_far(count)
 
 
+def check_base(figures: Figures) -> None:
+    """SourceError for a float model whose logits are not finite."""
+    if "base_nll" in figures and not np.isfinite(figures["base_nll"]).all():
+        raise SourceError("the base model gives logits that are not finite: it cannot be compared with")
+
+
 def _scorer(model: nn.Module | WindowScorer) -> WindowScorer:
     return Scorer.of(model) if isinstance(model, nn.Module) else model
 
 
-def compare_logits(logits: Tensor, targets: Tensor, base: Tensor | None = None) -> dict[str, np.ndarray]:
+def compare_logits(logits: Tensor, targets: Tensor, base: Tensor | None = None) -> Figures:
     """Figures of each token, float64 [S]: nll, and with `base` also base_nll, kl and top1.
 
     logits and base [S, vocabulary] in any float dtype, targets [S]. Works on a few rows at a time:
@@ -186,8 +202,9 @@ def _divergence(p: _Rows, q: _Rows) -> Tensor:
     return total * (-p.log_sum).exp() - p.log_sum + q.log_sum
 
 
-def _summary(kind: str, windows: Windows, figures: dict[str, np.ndarray]) -> Quality:
-    """`figures`: float64 [windows, tokens of a window] by name."""
+def quality_of(kind: str, windows: Windows, parts: Sequence[Figures]) -> Quality:
+    """What the figures of some windows, in order, say together."""
+    figures = {name: np.stack([part[name] for part in parts]) for name in parts[0]}  # [windows, tokens of a window]
     nll = figures["nll"]
     perplexity = _exponential(_mean(nll))
     shape = (kind, nll.shape[0], windows.length, nll.size)

@@ -25,19 +25,20 @@ from lowbit.interchange.readers.module import ModuleSource
 from lowbit.interchange.source import Source
 from lowbit.measure.backends import Backend, in_transformers
 from lowbit.measure.card import Card, CardParts, TextMark
-from lowbit.measure.card_budget import COUNTS, SHORTEST, USUAL, Budget, Ladder, is_clear, length_that_fits
+from lowbit.measure.card_budget import COUNTS, SHORTEST, USUAL, Budget, Ladder, length_that_fits
 from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
+from lowbit.measure.kept import KEPT_NOWHERE, Keeping, Kept
 from lowbit.measure.output_card import card_of_embeddings, card_of_outputs, folders_of, refuse_inputs
 from lowbit.measure.outputs import predicts_tokens
-from lowbit.measure.quality import HowMany, Progress, Quality, compare_logits, measure_quality
+from lowbit.measure.quality import HowMany, Progress, compare_logits, measure_quality
 from lowbit.measure.runs import Runs, both_by_engine, by_transformers
-from lowbit.measure.sample import Sample
+from lowbit.measure.sample import Sample, kept_sample
 from lowbit.measure.speed import Speed, measure_speed
 from lowbit.measure.speed_as_generated import FAILURES, peak_of
 from lowbit.measure.subject import folder_of, open_subject, parts_of
+from lowbit.measure.time_notes import time_notes
 from lowbit.measure.token_times import torch_threads
-from lowbit.measure.verdict import near_limit
 from lowbit.measure.windows import Tokens, Windows
 from lowbit.pipeline.api import Quantized
 
@@ -78,9 +79,9 @@ class _Costs:
 def quick_card(
     model: str | Path | nn.Module | Quantized, against: str | Path | nn.Module | None, text: Any, *, seconds: float,
     windows: int | None, length: int | None, prompt: str | None, tokenizer: Any, say: Callable[[str], None],
-    progress: Progress | None, clock: Clock = time.perf_counter, inputs: Any = None,
+    progress: Progress | None, clock: Clock = time.perf_counter, inputs: Any = None, keeping: Keeping = KEPT_NOWHERE,
 ) -> Card:  # fmt: skip
-    """As `evaluate` with `budget=seconds`."""
+    """As `evaluate` with `budget=seconds`, both models whole in memory."""
     budget = Budget(seconds, clock)
     source = _float_source(model, against)
     say("loading the model" if source is None else "loading the model and its float model")
@@ -115,34 +116,37 @@ def quick_card(
     tok = words()
     tokens = Tokens.of(load_text(text), tok, mine.module, mine.longest)
     tokens.windows(length, windows)  # what is wrong with a text is said before anything is measured
-    # PyTorch only compares logits then: threads of its own would go on spinning while the engine's work.
-    with torch_threads(1 if mine.module is None else None):
-        say("measuring how fast this machine is")
-        costs = _costs(tokens, length, mine, other, opening, seconds, clock)
-        plan = _planned(tokens, length, windows, costs, budget)
-        plural = "" if plan.aim == 1 else "s"
-        say(
-            f"measuring quality on {plan.aim} window{plural} of {plan.cut.length} tokens "
-            f"(about {max(1, round(plan.seconds))} s for all of the card)"
-        )
-        before = budget.used
-        quality = measure_quality(
-            mine.scorer,
-            plan.cut,
-            base=None if other is None else other.scorer,
-            progress=progress,
-            how_many=plan.how_many,
-        )
-    if windows is not None:  # asked for, whatever that took
-        budget.seconds += max(0.0, budget.used - before - plan.share)
-    quality = replace(quality, program=_program(mine, other, source))
-    notes = () if windows is not None else _notes(quality, plan.there, tokens, length, seconds)
-    mark = replace(TextMark.of(plan.cut), windows=quality.windows, notes=(*plan.cut.notes, *notes))
-    sample = _sample(mine, other, tok, prompt, costs, budget, say)
-    baseline: Runs | Source | None = other if other is None or other.module is not None else source
-    other = None  # its memory is needed for the next
-    rates, peak = _speed(mine, baseline, costs, budget, say, progress)
-    return Card(parts, mark, quality, rates, peak, sample, environment(), budget=seconds)
+    program = _program(mine, other, source)
+    with keeping.on(tokens, length=length, windows=windows, prompt=prompt, program=program) as kept:
+        # PyTorch only compares logits then: threads of its own would go on spinning while the engine's work.
+        with torch_threads(1 if mine.module is None else None):
+            say("measuring how fast this machine is")
+            costs = _costs(tokens, length, mine, other, opening, seconds, clock)
+            plan = _planned(tokens, length, windows, costs, budget, kept)
+            plural = "" if plan.aim == 1 else "s"
+            say(
+                f"measuring quality on {plan.aim} window{plural} of {plan.cut.length} tokens "
+                f"(about {max(1, round(plan.seconds))} s for all of the card)"
+            )
+            before = budget.used
+            quality = measure_quality(
+                mine.scorer,
+                plan.cut,
+                base=None if other is None else other.scorer,
+                progress=progress,
+                how_many=plan.how_many,
+                kept=kept,
+            )
+        if windows is not None:  # asked for, whatever that took
+            budget.seconds += max(0.0, budget.used - before - plan.share)
+        quality = replace(quality, program=program)
+        notes = () if windows is not None else time_notes(quality, plan.there, tokens, length, seconds)
+        mark = replace(TextMark.of(plan.cut), windows=quality.windows, notes=(*plan.cut.notes, *notes))
+        sample = kept_sample(kept, lambda: _sample(mine, other, tok, prompt, costs, budget, say))
+        baseline: Runs | Source | None = other if other is None or other.module is not None else source
+        other = None  # its memory is needed for the next
+        rates, peak = _speed(mine, baseline, costs, budget, say, progress)
+        return Card(parts, mark, quality, rates, peak, sample, environment(), budget=seconds)
 
 
 @dataclass(frozen=True)
@@ -158,13 +162,15 @@ class _Plan:
     seconds: float
 
 
-def _planned(tokens: Tokens, length: int, windows: int | None, costs: _Costs, budget: Budget) -> _Plan:
-    free, kept = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
+def _planned(
+    tokens: Tokens, length: int, windows: int | None, costs: _Costs, budget: Budget, kept: Kept
+) -> _Plan:  # fmt: skip
+    free, aside = budget.left - COUNTS[0] * SHORTEST * costs.token, 0.0
     for cost in (costs.answers(_ANSWERS[-1]), costs.speed(_SPEEDS[-1]), costs.process, costs.speed(_SPEEDS[0])):
-        kept += cost if kept + cost <= free / 2 else 0.0
-    share = max(0.0, budget.left - kept)
+        aside += cost if aside + cost <= free / 2 else 0.0
+    share = max(0.0, budget.left - aside)
     most = length if tokens.longest is None else min(length, tokens.longest)
-    size = length_that_fits(most, costs.token, share) if windows is None else most
+    size = most if windows is not None else kept.found("length", lambda: length_that_fits(most, costs.token, share))
     every = tokens.windows(size if size < most else length)
     usual = USUAL if USUAL * size * costs.token <= share else COUNTS[0]
     limit, aim = (COUNTS[-1], usual) if windows is None else (windows, windows)
@@ -172,8 +178,8 @@ def _planned(tokens: Tokens, length: int, windows: int | None, costs: _Costs, bu
     if windows is not None:
         cut = tokens.windows(length, windows)  # which says where the text has fewer
     aim = min(aim, cut.count)
-    how_many = None if windows is not None else Ladder(share, budget.clock)
-    return _Plan(cut, every.count, aim, how_many, share, aim * cut.length * costs.token + kept)
+    how_many = None if windows is not None else Ladder(share, budget.clock, len(kept.figures(cut.count)))
+    return _Plan(cut, every.count, aim, how_many, share, aim * cut.length * costs.token + aside)
 
 
 def _float_source(model: Any, against: Any) -> Source | None:
@@ -235,27 +241,6 @@ def _program(mine: Runs, other: Runs | None, source: Source | None) -> str:
     largest = max(source.tensors, key=lambda name: source.tensors[name].nbytes)
     stored = source.storage if source.storage != "float" else str(source.float_type(largest)).removeprefix("torch.")
     return f"{mine.program}, both models; the weights of the float model as they are stored ({stored})"
-
-
-def _notes(quality: Quality, there: int, tokens: Tokens, length: int, seconds: float) -> list[str]:
-    """What a reader should know of figures that were measured in limited time. there: windows of the text."""
-    notes = []
-    if quality.windows < there:
-        notes.append(
-            f"measured in limited time, {seconds:.0f} s: {quality.windows} of the {there} windows that the text has; `lowbit evaluate` "
-            "measures all of them, and `lowbit quantize --card full` every figure without a limit"
-        )
-    if quality.length < length and quality.length != tokens.longest:
-        notes.append(
-            f"windows of {quality.length} tokens instead of {length}, for the same reason; with less text before them tokens are harder "
-            "to predict, so the perplexity is higher"
-        )
-    kl = quality.kl_mean
-    if kl is not None and not is_clear(quality):
-        near = near_limit(kl.value, kl.stderr)
-        which = "" if near is None else f": the verdict could also be {near.word!r}"
-        notes.append(f"the standard error is wide for so few windows{which}; more windows would tell (--windows N)")
-    return notes
 
 
 def _sample(

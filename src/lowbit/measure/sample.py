@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
 from lowbit.engine.tokenizer import AnyTokenizer
 from lowbit.interchange.hf.running import evaluating
+from lowbit.measure.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,14 @@ def take_sample(
         return None
     mine = answer(model, tokenizer, prompt, new=new)
     return Sample(prompt, mine, answer(base, tokenizer, prompt, new=new) if base is not None else None)
+
+
+def kept_sample(kept: Kept, take: Callable[[], Sample | None]) -> Sample | None:
+    """The answers that a run before this one kept, else those that `take` gives."""
+
+    def taken() -> dict[str, Any] | None:
+        found = take()
+        return None if found is None else asdict(found)
+
+    found = kept.found("answers", taken)
+    return None if found is None else Sample(**found)

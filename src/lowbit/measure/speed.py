@@ -41,7 +41,7 @@ class Speed:
     """Speed of a model, of the base model, and the settings as they were after fitting the model.
 
     `program` and `base_program`: what ran them, such as "engine (avx2, 2 threads)" or "transformers, float32"; `not_engine`:
-    why it was not the engine, where that would have been tried. When the model cannot generate, `skipped` says why and the rest is None.
+    why it was not the engine, where that would have been tried; `alone`: why the base model was not measured beside it. When the model cannot generate, `skipped` says why and the rest is None.
     """
 
     settings: SpeedSettings | None = None
@@ -51,6 +51,7 @@ class Speed:
     program: str | None = None
     base_program: str | None = None
     not_engine: str | None = None
+    alone: str | None = None
 
     def ratio(self, name: str) -> float | None:
         """How many times as fast as the base: `name` is decode, prefill or batch."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.hf.loading import load_tokenizer
 from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.opening import open_source
+from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.readers.module import ModuleSource
+from lowbit.interchange.tensors import TensorPlan
 from lowbit.measure.card import CardParts, Coverage
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
-from lowbit.nn.swap import packed_weights
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.loading import load
 from lowbit.planning.plan import Plan
@@ -57,7 +57,7 @@ def open_subject(model: str | Path | nn.Module | Quantized, tokenizer: Any, dtyp
     path = Path(model)
     if is_ours(path):
         module = load(path, dtype=dtype)
-        return Subject(module, folder_parts(path, module), given or (lambda: load_tokenizer(path, str(path))), model)
+        return Subject(module, folder_parts(path), given or (lambda: load_tokenizer(path, str(path))), model)
     source = open_source(model, tokenizer=tokenizer)
     module = source.load_float(dtype)
     parts = CardParts(source.label, source.storage, count_parameters(module), weight_bytes=source.disk_bytes())
@@ -76,7 +76,7 @@ def parts_of(model: str | Path | Quantized, tokenizer: Any) -> tuple[CardParts, 
     given = None if tokenizer is None else lambda: tokenizer
     if not isinstance(model, Quantized):
         path = Path(model)
-        return folder_parts(path, load(path)), given or (lambda: load_tokenizer(path, str(path)))
+        return folder_parts(path), given or (lambda: load_tokenizer(path, str(path)))
     parts = replace(plan_parts(model.plan), calibrated=model.report.calibration is not None)
     if model.folder is not None:
         parts = replace(parts, bytes_after=disk_size(model.folder).total)
@@ -116,44 +116,40 @@ def _inputs_note(counts: Mapping[str, int], ranges: Mapping[str, Any] | None) ->
     return (f"inputs: {inputs_text(counts, ranges)}",) if counts else ()
 
 
-def folder_parts(folder: Path, model: nn.Module) -> CardParts:
-    """What a folder that lowbit wrote says of itself, for the card."""
+def folder_parts(folder: Path, stored: LowbitFolder | None = None) -> CardParts:
+    """What a folder that lowbit wrote says of itself, for the card. stored: the same where it is open already; no weight is read."""
+    stored = stored or LowbitFolder(folder)
     size = disk_size(folder)
     manifest = json.loads((folder / MANIFEST).read_text("utf-8")) if (folder / MANIFEST).is_file() else {}
-    packed = dict(packed_weights(model))
-    quantized = sum(math.prod(w.stored_shape) for w in packed.values())
-    total = quantized + sum(p.numel() for p in model.parameters())
+    known = stored.inventory.params
+    inside = [t for name, t in stored.contents.tensors.items() if name in known]
+    quantized = sum(t.count for t in inside if t.format is not None)
+    floats = [t for t in inside if t.format is None and known[t.name].keep != "buffer"]
+    total = quantized + sum(t.count for t in floats)
     recipe = manifest.get("recipe", {})
     said = manifest["notes"] if isinstance(manifest.get("notes"), list) else []
     title = f"{recipe['name']} = {recipe['text']}" if recipe.get("name") else recipe.get("text", "unknown")
-    kept = _kept_in(model, total)
-    counts = Counter(str(w.inputs) for w in packed.values() if w.inputs is not None)
+    counts = Counter(str(t.inputs) for t in inside if t.inputs is not None)
     return CardParts(
-        str(folder), title, total, Coverage(quantized, total, kept),
+        str(folder), title, total, Coverage(quantized, total, _kept_in(floats, total)),
         bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
         notes=(*_inputs_note(dict(counts.most_common()), manifest.get("ranges")), *map(str, said)),
-        calibrated="calibration" in manifest if manifest else None, embed_bits=_embed_bits(model, packed),
+        calibrated="calibration" in manifest if manifest else None, embed_bits=_embed_bits(stored),
     )  # fmt: skip
 
 
-def _kept_in(model: nn.Module, total: int) -> tuple[str, ...]:
+def _kept_in(floats: Sequence[TensorPlan], total: int) -> tuple[str, ...]:
     """What a packed model keeps in float, in plain words: vectors by what they are of, all else by being kept."""
     found: dict[str, tuple[int, int]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:  # by which a packed weight says its type and device
-            continue
-        words = kept_words(name, "vector") if parameter.dim() < 2 else "other tensors in float"
+    for t in floats:
+        words = kept_words(t.name, "vector") if len(t.shape) < 2 else "other tensors in float"
         tensors, count = found.get(words, (0, 0))
-        found[words] = (tensors + 1, count + parameter.numel())
+        found[words] = (tensors + 1, count + t.count)
     return tuple(_kept(words, n, count, total) for words, (n, count) in found.items())
 
 
-def _embed_bits(model: nn.Module, packed: Mapping[str, Any]) -> float | None:
+def _embed_bits(stored: LowbitFolder) -> float | None:
     """Bits per weight of a packed input embedding; None where there is none."""
-    try:
-        table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):  # models of sounds have none, and towers several
-        return None
-    names = [f"{name}.weight" for name, module in model.named_modules() if table is not None and module is table]
-    weights = [packed[name] for name in names if name in packed]
-    return float(weights[0].format.bits_per_weight(weights[0].stored_shape)) if weights else None
+    tables = [t for t in stored.contents.tensors.values() if t.kind == "embedding" and t.format is not None]
+    largest = max(tables, key=lambda t: t.count, default=None)
+    return None if largest is None or largest.format is None else largest.format.bits_per_weight(largest.stored_shape)

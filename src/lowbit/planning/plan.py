@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +15,18 @@ import torch
 
 from lowbit.display import Displayed
 from lowbit.errors import RecipeError
+from lowbit.families import decoder_of
 from lowbit.formats import Inputs
 from lowbit.interchange.files.safetensors_writer import Shard, index_bytes, shards_of
 from lowbit.interchange.inventory import Inventory, kept_words
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
+from lowbit.kernels.core import core
 from lowbit.planning.advice import advice
 from lowbit.planning.kv_cache import KVCache, kv_cache
+from lowbit.planning.measuring import card_bytes, text_bytes
 from lowbit.planning.memory import calibrated_working_bytes
-from lowbit.planning.tensor import SLAB, by_rows, has_inputs
+from lowbit.planning.tensor import SLAB, by_rows, has_inputs, solved_in_core
 from lowbit.planning.used import check_used
 from lowbit.recipes.activation_rules import Survey
 from lowbit.recipes.recipe import Recipe
@@ -32,7 +35,7 @@ from lowbit.recipes.rewriting import divided_inputs
 MAX_SHARD = 5_000_000_000
 READ_AHEAD, WRITE_BEHIND = 64 << 20, 32 << 20  # bytes of tensors that are read, or not yet written, while one is solved
 # What Python, PyTorch and transformers take before the first tensor is read, roughly; built for CUDA, PyTorch brings its libraries.
-_BASE_BYTES, _CUDA_BASE_BYTES = 420_000_000, 1_000_000_000
+_BASE_BYTES, _CUDA_BASE_BYTES = 380_000_000, 1_000_000_000
 # Of each parameter while the whole model is tuned: float32, dense in use, its gradient, codes, and what a step of 512
 # tokens keeps for the backward pass. Measured on a model of 135 million parameters.
 _TUNING_BYTES = 18
@@ -46,7 +49,8 @@ class Plan(Displayed):
 
     `bytes_before`: the tensors as they are read; `source_bytes`: the files they are read from, which may be quantized.
     `notes`: what of the source is not read or has no place in the model, a sentence each.
-    `survey`: which layers of a static recipe are not static, and why; None where no text was looked at.
+    `survey`: which layers of a static recipe are not static, and why; None where no text was looked at. `config`: the
+    transformers config of the model, None where it has none.
     """
 
     label: str
@@ -59,6 +63,7 @@ class Plan(Displayed):
     source_bytes: int | None = None
     survey: Survey | None = None
     notes: tuple[str, ...] = ()
+    config: Any = field(default=None, repr=False, compare=False)
 
     def _brief(self) -> str:
         return f"{self.label}, {self.recipe.name or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
@@ -119,30 +124,45 @@ class Plan(Displayed):
 
     @property
     def peak_bytes(self) -> int:
-        """Expected peak resident memory of quantizing: the largest tensor as stored, its result, one slab,
-        what is read and written beside it, a constant."""
-        return self._peak(self.recipe.needs_calibration is not None)
+        """Expected peak resident memory of quantizing, Python and its libraries included: the largest tensor as stored, its result,
+        one slab where Python solves it, and what is read and written beside it."""
+        return self._peak(self.recipe, self.recipe.needs_calibration is not None)
 
     @property
     def calibrated_peak_bytes(self) -> int | None:
         """The same with calibration text; None where the recipe does not look at any."""
-        return self._peak(True) if self.recipe.calibrated().uses_calibration else None
+        calibrated = self.recipe.calibrated()
+        return self._peak(calibrated, True) if calibrated.uses_calibration else None
 
-    def _peak(self, calibrated: bool) -> int:
+    @property
+    def card_peak_bytes(self) -> int | None:
+        """Expected peak resident memory of the card that `lowbit quantize` measures when it has quantized; None for a model without a
+        config, of which there is none."""
+        if self.config is None:
+            return None
+        by_engine = (
+            decoder_of({"model_type": getattr(self.config, "model_type", None)}) is not None and core() is not None
+        )
+        return _base() + card_bytes(self.tensors, self.config, by_engine)
 
-        def working(t: TensorPlan) -> int:
-            if t.format is None:
-                return t.reading_bytes
+    def _peak(self, recipe: Recipe, calibrated: bool) -> int:
+        if calibrated:
+            most = calibrated_working_bytes(self.tensors, recipe) + text_bytes(self.config)
+        else:
+            most = max((self._alone(t) for t in self.tensors), default=0) + READ_AHEAD + WRITE_BEHIND
+        if recipe.tuner_of("model") is not None:
+            most = max(most, _TUNING_BYTES * self.parameters)
+        return _base() + most
+
+    def _alone(self, t: TensorPlan) -> int:
+        """Bytes of solving a tensor without text."""
+        if t.format is None:
+            return t.reading_bytes
+        slab = 0
+        if not solved_in_core(self.recipe, t.format):
             smallest = math.prod(t.shape[-2:]) if len(t.shape) > 2 else 1  # a slab cuts no expert apart
             slab = min(t.count, max(SLAB, smallest)) if by_rows(t.format, t.stored_shape) else t.count
-            return t.reading_bytes + t.bytes_after + 16 * slab
-
-        most = max((working(t) for t in self.tensors), default=0) + READ_AHEAD + WRITE_BEHIND
-        if calibrated:
-            most = max(most, calibrated_working_bytes(self.tensors))
-        if self.recipe.tuner_of("model") is not None:
-            most = max(most, _TUNING_BYTES * self.parameters)
-        return (_BASE_BYTES if torch.version.cuda is None else _CUDA_BASE_BYTES) + most
+        return t.reading_bytes + t.bytes_after + 16 * slab
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -193,7 +213,7 @@ class Plan(Displayed):
         """Everything above, as JSON values."""
         keys = (
             "label", "parameters", "source_bytes", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
-            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
+            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "card_peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
         )  # fmt: skip
         out: dict[str, Any] = {key: getattr(self, key) for key in keys}
         out["recipe"] = str(self.recipe)
@@ -214,6 +234,10 @@ class Plan(Displayed):
             for t in self.tensors
         ]  # fmt: skip
         return out
+
+
+def _base() -> int:
+    return _BASE_BYTES if torch.version.cuda is None else _CUDA_BASE_BYTES
 
 
 def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_bytes: int = MAX_SHARD) -> Plan:
@@ -239,7 +263,7 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
     check_used(recipe, tensors, recipe.needs_calibration is not None)
     return Plan(
         source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes,
-        source.disk_bytes(), notes=notes_on(source),
+        source.disk_bytes(), notes=notes_on(source), config=source.config,
     )  # fmt: skip
 
 

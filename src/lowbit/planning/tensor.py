@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lowbit.formats import Format
 from lowbit.interchange.tensors import TensorPlan
+from lowbit.kernels.core import core
+from lowbit.recipes.recipe import Recipe
 
 SLAB = 1 << 22  # elements of a weight that are in float32 at a time
 
@@ -15,6 +17,13 @@ def by_rows(fmt: Format, shape: tuple[int, ...]) -> bool:
     alone = len(shape) > 2 or (fmt.block.rows == 1 and (fmt.codebook is None or fmt.codebook.rows == 1))
     # Every stored part must keep its rows, which packed ones only do where a row fills whole bytes.
     return alone and all(len(size) >= 2 for _, size in fmt.parts(shape).values())
+
+
+def solved_in_core(recipe: Recipe, fmt: Format) -> bool:
+    """Whether the C++ core quantizes such a weight without text, straight from the type in which it is stored."""
+    solver, fit = recipe.solver_for(fmt), recipe.fit_for(fmt)
+    known = solver.method.in_core is not None and (fmt.scale is None or fit.core_fit(fmt) is not None)
+    return known and core() is not None
 
 
 def has_inputs(t: TensorPlan) -> bool:

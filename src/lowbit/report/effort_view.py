@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowbit.calibration.package_text import BUILTIN, NAME
 from lowbit.report.progress_view import duration_text
+from lowbit.report.wording import bytes_text
 
 if TYPE_CHECKING:
     from lowbit.pipeline.effort import Decision
@@ -26,3 +27,8 @@ def decision_lines(decision: Decision) -> list[str]:
         rung, seconds = decision.longer
         lines.append(f"With --effort {rung.name} it would lose less, and take about {duration_text(seconds)}.")
     return lines
+
+
+def peak_line(peak: int, with_card: bool) -> str:
+    """What the whole command takes of the memory."""
+    return f"Needs about {bytes_text(peak)} of memory at its peak{', the card included' if with_card else ''}."

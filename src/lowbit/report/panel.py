@@ -158,6 +158,8 @@ def _speed_lines(card: Card) -> list[tuple[str, str]]:
     late = slower(speed)
     if late is not None:
         lines.append(("  slower", late))
+    if speed.alone is not None:
+        lines.append(("  not beside it", speed.alone))
     if speed.not_engine is not None:
         lines.append(("  not the engine", speed.not_engine))
     return lines

@@ -54,10 +54,13 @@ def _row(group: list[TensorPlan]) -> list[str]:
     ]
 
 
-def _with_text(plan: Plan) -> str:
-    """', about 3 GiB with calibration text' where that takes more."""
-    peak = plan.calibrated_peak_bytes
-    return f", about {bytes_text(peak)} with calibration text" if peak is not None and peak > plan.peak_bytes else ""
+def peak_text(plan: Plan) -> str:
+    """'about 734 MiB while quantizing; about 1 GiB while measuring the card', of `lowbit quantize`, whose peak is the larger."""
+    said = f"about {bytes_text(plan.peak_bytes)} while quantizing"
+    text, card = plan.calibrated_peak_bytes, plan.card_peak_bytes
+    if text is not None and text != plan.peak_bytes:
+        said += f", about {bytes_text(text)} with calibration text"
+    return said if card is None else f"{said}; about {bytes_text(card)} while measuring the card"
 
 
 def _cache(plan: Plan) -> list[tuple[str, str]]:
@@ -85,7 +88,7 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{count_text(plan.parameters)}, {100 * plan.coverage:.2f} % of them quantized"),
         ("size", f"{before} -> {after}, {times:.1f} times smaller ({plan.output_bytes:,} bytes)"),
         ("bits per weight", f"{plan.bits_per_weight:.3f} in all, {plan.linear_bits_per_weight:.3f} in linear layers"),
-        ("peak memory", f"about {bytes_text(plan.peak_bytes)} while quantizing{_with_text(plan)}"),
+        ("peak memory", peak_text(plan)),
     ]
     counts, fallback = plan.input_counts(), plan.recipe.fallback
     if counts:
