@@ -26,6 +26,7 @@ from lowbit.measure.subject import folder_parts, parts_of
 from lowbit.measure.windows import Windows
 from lowbit.planning import measuring
 from tiny import VOCAB, save_tiny
+from unusual_models import unusual_model
 
 FIGURES = ("perplexity", "base_perplexity", "ratio", "kl_mean", "kl_p99", "top1")
 TEXT = ["the cat and the hen are in the tree, and the rat ran in the rain. " * 60]
@@ -88,6 +89,21 @@ def test_the_figures_are_those_of_the_whole_models(
     close(found, whole)
     assert found.program == PROGRAM
     assert stream_quality(model, windows()).perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["zamba", "gemma3n", "xlm", "albert", "marian", "ctrl", "llava"])
+def test_the_figures_of_models_whose_blocks_share_weights_or_more(name: str, tmp_path: Path) -> None:
+    unusual_model(name).save_pretrained(tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "absmax@int4:g16", tmp_path / "q")
+    whole = measure_quality(
+        lowbit.load(tmp_path / "q", dtype=torch.float32),
+        windows(),
+        base=open_source(tmp_path / "float").load_float(torch.float32),
+    )
+    found = stream_quality(
+        Streamed.of(LowbitFolder(tmp_path / "q")), windows(), base=Streamed.of(open_source(tmp_path / "float"))
+    )
+    close(found, whole)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "absmax@nf4:g16", "int4:g16,embed=keep"])
