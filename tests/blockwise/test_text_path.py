@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from unusual_models import UNUSUAL, unusual_model
 
 import lowbit
 from lowbit.blockwise import quantizing
@@ -23,6 +22,7 @@ from lowbit.planning.plan import make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.solvers.stats import Stats
 from tiny import TINY, VOCAB, tiny_model
+from unusual_models import UNUSUAL, unusual_model
 
 RECIPE = "gptq@int4:g16"
 

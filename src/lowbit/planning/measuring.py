@@ -12,6 +12,7 @@ from typing import Any
 
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.models import model_class
+from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.memory import MICRO_BATCH, blocks_of_tensors
 
@@ -27,7 +28,7 @@ _LIVE_WIDTHS = 4  # activations of the widest layer that a block holds at once i
 
 def vocabulary_of(config: Any) -> int:
     """How many tokens a model knows; 0 where its config does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     found = getattr(text, "vocab_size", None)
     return found if isinstance(found, int) and found > 0 else 0
 
