@@ -229,9 +229,22 @@ def test_a_head_that_the_folder_has_not_is_random_and_transformers_says_so(
 
 def test_a_class_that_has_none_of_its_weights_is_refused(folders: Any) -> None:
     with pytest.raises(
-        SourceError, match="GPT2Model has none of the quantized weights.*load it as LlamaForCausalLM or"
+        SourceError, match="GPT2Model has none of the weights of this folder.*load it as LlamaForCausalLM or"
     ):
         transformers.GPT2Model.from_pretrained(folders("llama")[0])
+
+
+def test_a_class_whose_part_is_all_float_loads(tmp_path: Path) -> None:
+    tiny_model("bert").save_pretrained(tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "int8:channel,bert.*=keep", tmp_path / "head")
+    found, info = transformers.AutoModel.from_pretrained(
+        tmp_path / "head", dtype=torch.float32, output_loading_info=True
+    )
+    truth = transformers.AutoModel.from_pretrained(tmp_path / "float")
+    assert not list(packed_weights(found))
+    assert all(
+        torch.equal(t, truth.state_dict()[k]) for k, t in found.state_dict().items() if k not in info["missing_keys"]
+    )
 
 
 def test_it_is_spread_over_devices(folders: Any, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     cls(config(**SIZES, architectures=[cls.__name__])).save_pretrained(tmp_path / "in")
     tiny_tokenizer().save_pretrained(tmp_path / "in")
     report = lowbit.quantize(tmp_path / "in", "w8", tmp_path / "w8", effort="none").report
-    assert report.coverage.share == 1 if hasattr(report.coverage, "share") else report.coverage == 1
+    assert report.coverage == 1
     return tmp_path / "w8"
 
 

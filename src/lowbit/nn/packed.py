@@ -134,7 +134,8 @@ class PackedWeight(Parts):
         In the type of x, or in that of the weight where it is wider: a float16 model keeps a layer in float32 whose results
         leave the range of float16.
         """
-        if x.dtype.itemsize < self._dtype.itemsize and not torch.is_autocast_enabled(x.device.type):
+        narrow = x.dtype.itemsize < self._dtype.itemsize
+        if narrow and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
             x = x.to(self._dtype)
         if torch.compiler.is_compiling():
             return ops.packed_linear(x, self._number, bias, self.stored_shape[0])

@@ -31,7 +31,9 @@ def load(
     kernel: str = "auto",
     **options: Any,
 ) -> nn.Module:
-    """Load a model that lowbit wrote, in evaluation mode, its weights packed.
+    """Load a model that lowbit wrote, in evaluation mode, its weights packed, as the class that was quantized.
+
+    As any other class that the float model loads as, `from_pretrained` of that class loads it.
 
     `dtype`: what computing is done in (None: what the source had). `kernel`: "auto" measures and takes the
     fastest, "expand" always expands the weight (the reference), "dense" expands once and keeps the dense weights:

@@ -48,7 +48,7 @@ def fit(
     """How the packed `tensors` of a folder, and what is `tied` to what there, stand in the empty float `model`.
 
     `stored`: the names of all tensors in the files, `folder`: where they lie. A class that is not the folder's own takes what it has, as transformers has
-    it for float checkpoints; SourceError where that is nothing. Names that the folder's own class lacks stay, for the
+    it for float checkpoints; SourceError where that is nothing at all. Names that the folder's own class lacks stay, for the
     caller to refuse.
     """
     parts = {f"{name}.{part}": name for name, packed in tensors.items() for part in packed.parts()}
@@ -64,10 +64,10 @@ def fit(
         owner = tied.get(name, name)
         if owner in tensors and name in names:
             spots.setdefault(owner, []).append(names[name])
-    if tensors and not spots:
+    if tensors and not spots and not any(name in names for name in plain):
         written = " or ".join(getattr(model.config, "architectures", None) or ["the class that config.json names"])
         raise SourceError(
-            f"a {type(model).__name__} has none of the quantized weights of this folder, so all of it would be random; load it as "
+            f"a {type(model).__name__} has none of the weights of this folder, so all of it would be random; load it as "
             f"{written} or as a class that shares its weights"
         )
     if stored or not own:

@@ -23,9 +23,10 @@ from lowbit.interchange.files.settings import read_json
 from lowbit.interchange.hf.float32_rules import float32_rules, spare_parts
 from lowbit.interchange.hf.other_classes import Exactly, Fit, fit
 from lowbit.interchange.hf.section import PART, without_guard
+from lowbit.interchange.hf.ties import packed_by_every_name, separate, tie_parts, tying, untie_parts
 from lowbit.interchange.hf.torch_pool import settle_torch_pool
 from lowbit.nn.packed import PackedWeight
-from lowbit.nn.swap import dequantize_, owner_of, place
+from lowbit.nn.swap import dequantize_, place
 
 _NOTHING: dict[str, Any] = {}
 
@@ -139,7 +140,7 @@ class LowbitQuantizer(HfQuantizer):
         return [Exactly(self._files)] if self._files else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        packed = _packed_by_every_name(model)
+        packed = packed_by_every_name(model)
         for alias, name in self.quantization_config.packed_aliases().items():
             place(model, alias, packed[name])
         finish(model, packed, self.quantization_config.packed_aliases())
@@ -149,14 +150,10 @@ class LowbitQuantizer(HfQuantizer):
         for cast in CASTS:
             model.__dict__.pop(cast, None)
         aliases = self.quantization_config.packed_aliases()
-        _untie_parts(model, aliases)
+        untie_parts(model, aliases)
         dequantize_(model, dtype)
-        if not _tying(model):  # its class ties nothing, so that what it saves holds every name
-            for alias in aliases:
-                owner, last = owner_of(model, alias)
-                copied = getattr(owner, last).detach().clone()
-                owner.register_parameter(last, nn.Parameter(copied, requires_grad=False))
-            model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
+        if not tying(model):
+            separate(model, aliases)
         return model
 
     def is_serializable(self) -> bool:
@@ -210,7 +207,7 @@ def _check_place(model: Any, name: str, shape: tuple[int, ...]) -> None:
 def attach(model: Any, config: dict[str, Any]) -> None:
     """Make a transformers model whose weights were packed in memory what `from_pretrained` would have given."""
     quantizer = LowbitQuantizer(LowbitConfig(**config), pre_quantized=True)
-    finish(model, _packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
+    finish(model, packed_by_every_name(model), quantizer.quantization_config.packed_aliases())
     model.hf_quantizer = quantizer
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     model.config.quantization_config = quantizer.quantization_config
@@ -220,7 +217,7 @@ def finish(model: Any, packed: Mapping[str, PackedWeight], aliases: Mapping[str,
     """Give a model with packed weights what transformers asks of it once they have their values."""
     for weight in packed.values():
         weight.settle()
-    _tie_parts(model, packed, aliases)
+    tie_parts(model, packed, aliases)
     model._weight_conversions = []  # it is saved under its own names, which are those of its quantization_config
     for name, dtype in CASTS.items():
         setattr(model, name, Cast(model, dtype))
@@ -241,48 +238,6 @@ class Cast:
 
 
 CASTS = {"half": torch.float16, "float": torch.float32}
-
-
-def _packed_by_every_name(model: nn.Module) -> dict[str, PackedWeight]:
-    """A tied weight under each of its names: modules list an alias first where its owner comes first, as in XLM-RoBERTa."""
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, PackedWeight)}
-
-
-def _tie_parts(model: Any, packed: Mapping[str, PackedWeight], aliases: Mapping[str, str]) -> None:
-    """Declare the stored parts as tied where the whole weights were, so that `tie_weights` and saving find them."""
-    parts = {
-        f"{alias}.{part}": f"{name}.{part}"
-        for alias, name in aliases.items()
-        for part, _ in packed[name].named_buffers()
-    }
-    for module, prefix in _tying(model):
-        keys = {k: v for k, v in module._tied_weights_keys.items() if prefix + k not in aliases}
-        inside = {k: v for k, v in parts.items() if k.startswith(prefix) and v.startswith(prefix)}
-        if len(keys) < len(module._tied_weights_keys):
-            module._tied_weights_keys = keys | {k[len(prefix) :]: v[len(prefix) :] for k, v in inside.items()}
-    declared = {prefix + k for module, prefix in _tying(model) for k in module._tied_weights_keys}
-    if rest := {k: v for k, v in parts.items() if k not in declared}:
-        model._tied_weights_keys = (model._tied_weights_keys or {}) | rest
-    if hasattr(model, "all_tied_weights_keys"):
-        kept = {k: v for k, v in model.all_tied_weights_keys.items() if k not in aliases}
-        model.all_tied_weights_keys = kept | parts
-
-
-def _untie_parts(model: Any, aliases: dict[str, str]) -> None:
-    """Undo `_tie_parts`: what is tied are whole weights again."""
-    for module, _ in _tying(model):
-        module.__dict__.pop("_tied_weights_keys", None)
-    whole = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(tuple(f"{a}." for a in aliases))}
-    model.all_tied_weights_keys = whole | aliases
-
-
-def _tying(model: Any) -> list[tuple[Any, str]]:
-    """(module, prefix of its names) of every module that declares what it ties."""
-    named = model.named_modules(remove_duplicate=False)
-    return [
-        (m, f"{path}." if path else "") for path, m in named if isinstance(getattr(m, "_tied_weights_keys", None), dict)
-    ]
 
 
 def register() -> None:
