@@ -63,7 +63,8 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed.
 
-    Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts.
+    Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts; of
+    64 texts, 16 images or 8 sounds where nothing else is said.
     """
     import lowbit
 
