@@ -226,6 +226,13 @@ def test_a_language_model_with_the_files_of_an_embedding_model(tmp_path: Path) -
         lowbit.evaluate(tmp_path / "q", tmp_path / "f", [TEXT], inputs=str(tmp_path))
 
 
+def test_comparing_recipes_is_of_what_predicts_tokens(tmp_path: Path) -> None:
+    built("bert").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="a BertModel predicts no tokens, and these are what is compared here"):
+        lowbit.compare(tmp_path, ["w8"], text=[TEXT])
+
+
 def test_inputs_of_the_user(tmp_path: Path) -> None:
     base = built("vit")
     arrays = [{"pixel_values": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i))} for i in range(5)]

@@ -39,6 +39,9 @@ def test_who_gets_passages(encoder: Path, tmp_path: Path) -> None:
     assert pieces_of(open_source(encoder)) == pieces_of(tiny_model("bert")) == LENGTH // PASSAGE == 8
     assert pieces_of(open_source(tmp_path / "llama")) == pieces_of(tiny_model("t5")) == 1
     assert pieces_of(torch.nn.Linear(2, 2)) == 1
+    kinds = (("Transformer", ""), ("Pooling", "1_Pooling"))  # as Qwen3-Embedding has them
+    (tmp_path / "llama" / "modules.json").write_text(json.dumps([{"type": k, "path": p} for k, p in kinds]))
+    assert pieces_of(open_source(tmp_path / "llama")) == 8
 
 
 def test_windows_of_a_text(encoder: Path) -> None:

@@ -30,7 +30,7 @@ from lowbit.measure.compare_steps import CompareSteps
 from lowbit.measure.environment import environment
 from lowbit.measure.float_model import baseline_of
 from lowbit.measure.interleave import STANDARD, SpeedSettings
-from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs
+from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs, refuse_outputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.quick import LENGTH, quick_card
@@ -171,6 +171,7 @@ def compare(
     run = type_of(model, None) if isinstance(model, nn.Module) else torch.float32
     tell(Step("loading the float model"))
     base = source.load_float(run)
+    refuse_outputs(base)
     tok = source.tokenizer()
     tell(Step("cutting the text into windows"))
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=base)
