@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,25 @@ def test_damaged_files_are_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(text)
     with pytest.raises(SourceError, match=r"modules.json.*copy the folder again"):
         pooling_of(tmp_path)
+
+
+def test_any_damage_is_one_sentence(tmp_path: Path) -> None:
+    """JSON that is damaged at random places: read as something, or refused."""
+    sys.path.append(str(Path(__file__).parents[1] / "fuzz"))
+    from damage import damaged_json, json_bytes
+
+    folder = write(
+        tmp_path / "m", {"pooling_mode": "mean", "embedding_dimension": 5}, ("x.Dense", "2_Dense"), longest=64
+    )
+    files = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json")
+    whole = {name: (folder / name).read_bytes() for name in files}
+    rng = random.Random(3)
+    for _ in range(400):
+        name = rng.choice(files)
+        (folder / name).write_bytes(json_bytes(damaged_json(json.loads(whole[name]), rng)))
+        with contextlib.suppress(SourceError):
+            assert pooling_of(folder) is None or read(folder)(H).dim() == 1
+        (folder / name).write_bytes(whole[name])
 
 
 def test_a_mode_that_is_not_known(tmp_path: Path) -> None:

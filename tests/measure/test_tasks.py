@@ -226,6 +226,13 @@ def test_a_language_model_with_the_files_of_an_embedding_model(tmp_path: Path) -
         lowbit.evaluate(tmp_path / "q", tmp_path / "f", [TEXT], inputs=str(tmp_path))
 
 
+def test_comparing_recipes_is_of_what_predicts_tokens(tmp_path: Path) -> None:
+    built("bert").save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="a BertModel predicts no tokens, and these are what is compared here"):
+        lowbit.compare(tmp_path, ["w8"], text=[TEXT])
+
+
 def test_inputs_of_the_user(tmp_path: Path) -> None:
     base = built("vit")
     arrays = [{"pixel_values": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i))} for i in range(5)]
@@ -282,3 +289,35 @@ def test_figures_of_an_unknown_name_decide_nothing_and_are_not_drawn() -> None:
     )
     assert verdict_of_outputs(strange) is None and "magic" not in str(card_lines(card))
     assert Card.from_json(card.to_json()) == card
+
+
+def test_texts_and_images_together() -> None:
+    """Each image ranks all texts, by loops."""
+    torch.manual_seed(0)
+    t: Any = transformers
+    parts = {"image_size": 32, "patch_size": 8, **SMALL}
+    text = {"vocab_size": 128, "max_position_embeddings": 24, "eos_token_id": 2, **SMALL}
+    base = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=parts, projection_dim=32)).eval()
+    other = perturbed(base, 1.0)
+    card = lowbit.evaluate(other, base, [TEXT * 9], tokenizer=tiny_tokenizer(), windows=6, length=16)
+    found = card.outputs
+    assert found is not None and found.inputs == "6 windows of 16 tokens and 6 synthetic images"
+    from lowbit.calibration.text import load_text
+    from lowbit.measure.inputs import inputs_of
+    from lowbit.measure.windows import make_windows
+
+    cut = make_windows(load_text([TEXT * 9]), tiny_tokenizer(), length=16, limit=6, model=base)
+    orders, images = [], []
+    for model in (other, base):
+        with torch.no_grad():
+            outs = [model(**make()) for make in inputs_of(base, cut).make]
+        texts = torch.cat([o.text_embeds for o in outs]).double()
+        images.append(torch.cat([o.image_embeds for o in outs]).double())
+        orders.append([sorted(range(6), key=lambda i, v=v: -float(v @ texts[i])) for v in images[-1]])
+    d2 = [sum((a.index(i) - b.index(i)) ** 2 for i in range(6)) for a, b in zip(*orders, strict=True)]
+    ranks, best, cosine = found.figure("text_ranks"), found.figure("text_nearest"), found.figure("cosine_image")
+    assert ranks is not None and ranks.value == pytest.approx(np.mean([1 - 6 * d / (6 * 35) for d in d2]), abs=1e-9)
+    assert best is not None and best.value == np.mean([a[0] == b[0] for a, b in zip(*orders, strict=True)])
+    assert cosine is not None and cosine.value == pytest.approx(
+        float(torch.cosine_similarity(*images).mean()), rel=1e-6
+    )

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
+import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
@@ -23,7 +26,7 @@ from lowbit.measure.card import Card, CardParts
 from lowbit.measure.quality import Estimate
 from lowbit.report import card as cards
 from lowbit.report.panel import command_lines, render_card
-from tiny import save_tiny
+from tiny import save_tiny, tiny_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "measure"))
 from measure_models import full_card
@@ -252,3 +255,34 @@ def test_card_and_help_within_80_columns() -> None:
     Console(file=out, width=80).print(render_card(card, advice(card, "org/tiny")))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "0 is the float model itself" in out.getvalue() and "lowbit quantize org/tiny w8" in out.getvalue()
+
+
+def test_the_card_of_an_embedding_model(tmp_path: Path) -> None:
+    """Its figures, its verdict, what the hub calls its task, and how sentence-transformers loads it."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    transformers.BertModel(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    kinds = (("Transformer", ""), ("Pooling", "1_Pooling"))
+    (base / "modules.json").write_text(
+        json.dumps([{"type": f"sentence_transformers.models.{k}", "path": p} for k, p in kinds])
+    )
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    lowbit.quantize(base, "w8", tmp_path / "q")
+    card = lowbit.evaluate(tmp_path / "q", base, ["the tin and her hat then an inn " * 100], windows=12, length=20)
+    assert lowbit.save_card(card, tmp_path / "q", str(base)) == ()
+    text = (tmp_path / "q" / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["pipeline_tag"] == "sentence-similarity" and "sentence-transformers" in head["tags"]
+    assert (
+        "SentenceTransformer('q')" in text
+        and "| cosine of embeddings |" in text
+        and "first token, as the model's folder" in text
+    )
+    assert "**indistinguishable**: its embeddings could not be told from those of the float model." in text
+    assert lowbit.card(tmp_path / "q").outputs == card.outputs

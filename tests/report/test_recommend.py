@@ -194,11 +194,11 @@ def test_json_has_the_answer(tiny_folder: Float) -> None:
     assert chosen["total_bytes"] == chosen["weight_bytes"] + chosen["cache_bytes"] + chosen["working_bytes"]
 
 
-def test_encoders_keep_no_cache_and_are_given_a_text_of_the_users_own(tiny_folder: Float) -> None:
+def test_encoders_keep_no_cache_and_are_given_the_text_that_comes_with_lowbit(tiny_folder: Float) -> None:
     found = lowbit.recommend(tiny_folder("bert"), PLENTY)
     assert {c.memory.cache for c in found.choices} == {0} and not found.generates
     assert found.best is not None and found.best.name == "w8" and found.best.text is None
-    assert {c.text for c in found.choices if c.bits < 6} == {"my-text.txt"} and "no KV cache" in str(found)
+    assert {c.text for c in found.choices if c.bits < 6} == {"builtin"} and "no KV cache" in str(found)
 
 
 def test_experts_that_take_no_part_are_not_read(tiny_folder: Float) -> None:

@@ -22,6 +22,7 @@ from lowbit.calibration.text import is_dataset, load_text
 from lowbit.calibration.windows import Frame, framed_windows, text_ids
 from lowbit.errors import SourceError, TextError
 from lowbit.interchange.hf.running import check_vocabulary, fast_dtype, max_positions
+from lowbit.interchange.pooling import pooling_of
 from lowbit.interchange.source import Source
 
 OnToken = Callable[[int, int], None]
@@ -136,6 +137,8 @@ def pieces_of(model: nn.Module | Source) -> int:
     embeddings with the float model's was 0.9899 with windows of 128 tokens, 0.9876 with 256 and less with 512
     (benchmarks/results/embedding-model.md).
     """
+    if _embeds(model):
+        return LENGTH // PASSAGE
     if isinstance(model, Source):
         from lowbit.interchange.hf.models import model_class
 
@@ -144,6 +147,12 @@ def pieces_of(model: nn.Module | Source) -> int:
         kind = model
     able = getattr(kind, "can_generate", None)
     return 1 if able is None or able() else LENGTH // PASSAGE
+
+
+def _embeds(model: nn.Module | Source) -> bool:
+    """Whether the files of a source say how it makes embeddings, so that it reads texts as a whole whatever its class is."""
+    folder = getattr(model, "folder", None)
+    return isinstance(model, Source) and isinstance(folder, Path) and pooling_of(folder) is not None
 
 
 def _longest(model: nn.Module | Source) -> int | None:
@@ -200,7 +209,8 @@ def _frame(tokenizer: Any, model: nn.Module | Source) -> Frame:
         return Frame.of(tokenizer, model)
     from lowbit.interchange.hf.models import model_class
 
-    return Frame.of(tokenizer, None if model.config is None else model_class(model.config), model.config)
+    kind = None if model.config is None else model_class(model.config)
+    return Frame.of(tokenizer, kind, model.config, whole=_embeds(model))
 
 
 def _spread(windows: Sequence[Tensor], samples: int) -> list[Tensor]:

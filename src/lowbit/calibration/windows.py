@@ -26,17 +26,18 @@ class Frame:
     after: tuple[int, ...] = ()
 
     @staticmethod
-    def of(tokenizer: Any, model: Any = None, config: Any = None) -> Frame:
+    def of(tokenizer: Any, model: Any = None, config: Any = None, *, whole: bool = False) -> Frame:
         """What `tokenizer` puts around a text that `model` is given.
 
         Found by what it does, a text encoded with and without special tokens, since its fields often say something else.
         What comes after belongs to models that see a text as a whole: to a decoder that goes on writing, a window cut out
-        of a text has no end. model: a module, or a class of transformers and its `config`; None for such a decoder.
+        of a text has no end. model: a module, or a class of transformers and its `config`; None for such a decoder. whole: whether it reads
+        texts as a whole though its class could go on, as where a decoder makes embeddings.
         """
         found = next(
             (frame for probe in _probes(tokenizer) if (frame := _frame_of(tokenizer, probe)) is not None), Frame()
         )
-        return found if _sees_the_end(model, config) else Frame(found.before)
+        return found if whole or _sees_the_end(model, config) else Frame(found.before)
 
     @property
     def size(self) -> int:

@@ -63,7 +63,8 @@ def evaluate(
 ) -> None:
     """Measure a model: perplexity, and against its float model also KL divergence, agreement and speed.
 
-    Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts.
+    Of a model that predicts no tokens it measures, against its float model, what it gives instead: embeddings, scores, labels or transcripts; of
+    64 texts, 16 images or 8 sounds where nothing else is said.
 
     Models that take more than about a gigabyte together are read and run block by block, so that memory never holds either whole. When
     it is interrupted, the same command goes on from the windows and blocks that were finished.

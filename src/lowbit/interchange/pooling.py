@@ -154,7 +154,11 @@ def _modes(config: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
     if named is None:
         return tuple(mode for field, mode in _FIELDS.items() if config.get(field) is True) or ("mean",)
     modes = (named,) if isinstance(named, str) else named
-    if not isinstance(modes, (list, tuple)) or not modes or not all(mode in _MODES for mode in modes):
+    if (
+        not isinstance(modes, (list, tuple))
+        or not modes
+        or not all(isinstance(mode, str) and mode in _MODES for mode in modes)
+    ):
         raise SourceError(f"{folder}: pooling_mode {str(named)[:60]!r} is none of {', '.join(_MODES)}")
     return tuple(modes)
 

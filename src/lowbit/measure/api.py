@@ -29,7 +29,7 @@ from lowbit.measure.environment import environment
 from lowbit.measure.files import Files
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.kept import KEPT_NOWHERE, Keeping
-from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs
+from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs, refuse_outputs
 from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.quick import LENGTH, quick_card
@@ -201,6 +201,7 @@ def compare(
     settings = _settings(speed)
     tell(Step("loading the float model"))
     held = compared(model, source, length, source.tokenizer, settings)
+    refuse_outputs(held.module)
     tok = source.tokenizer()
     tell(Step("cutting the text into windows"))
     cut = make_windows(load_text(text), tok, length=length, limit=windows, model=held.module)

@@ -44,6 +44,15 @@ def compares_outputs(source: Source) -> bool:
     return not predicts_tokens(model_class(source.config)) or makes_embeddings(folders_of(None, source))
 
 
+def refuse_outputs(model: nn.Module) -> None:
+    """SourceError for a model that predicts no tokens, where nothing else is compared."""
+    if not predicts_tokens(model):
+        raise SourceError(
+            f"a {type(model).__name__} predicts no tokens, and these are what is compared here; quantize it by each recipe, and see the card of "
+            "each, or `lowbit evaluate FOLDER --against MODEL`"
+        )
+
+
 def refuse_inputs(inputs: Any, model: Any) -> None:
     """TextError for inputs where the model predicts tokens of text, or embeds it."""
     if inputs is not None:
@@ -144,12 +153,11 @@ def _windows(
     text: Any, tokenizer: Any, model: nn.Module, pooling: Pooling | None, windows: int | None, length: int | None
 ) -> Windows:
     """Texts of one length, each begun and ended as the tokenizer does, since these models read a text as a whole."""
-    whole = getattr(model, "base_model", model)  # of a language model too: without its head it writes nothing
     tokens = Tokens.of(text, tokenizer, model)
     longest = min(
         (n for n in (tokens.longest, None if pooling is None else pooling.longest) if n is not None), default=None
     )
-    tokens = replace(tokens, frame=Frame.of(tokenizer, whole), longest=longest)
+    tokens = replace(tokens, frame=Frame.of(tokenizer, model, whole=pooling is not None), longest=longest)
     usual = _TEXTS if _reads_nothing_else(model) else _BESIDE_MEDIA
     size = min(LENGTH, longest or LENGTH) if length is None else length
     there = len(tokens.ids) // max(1, size - tokens.frame.size)

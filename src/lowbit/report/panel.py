@@ -125,7 +125,7 @@ def _output_lines(card: Card) -> list[tuple[str, str]]:
         if kind is not None:
             lines.append((kind.title, estimate_text(figure.estimate, kind.unit, scale=kind.scale)))
     if found.how:
-        lines.append(("  how", found.how))
+        lines.append(("  how it was done", found.how))
     lines.append(("outputs moved by", f"{estimate_text(found.error, ' %', scale=100)}  ({found.name})"))
     near = also(found)
     if near is not None:

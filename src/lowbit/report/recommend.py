@@ -74,7 +74,7 @@ def recommend(
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
     kv = kv_cache(source.config)
-    named = _calibration(calibration, generates, reads, measure)
+    named = _calibration(calibration, reads, measure)
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
 
@@ -136,16 +136,16 @@ def _fills_gaps(source: Source) -> bool:
     return any("MaskedLM" in name for name in getattr(source.config, "architectures", None) or ())
 
 
-def _calibration(given: Any, generates: bool, reads: bool, measure: bool) -> str | None:
+def _calibration(given: Any, reads: bool, measure: bool) -> str | None:
     """What `--calibration` of the recommended commands is given.
 
-    The text that comes with lowbit where the model writes text; others need a text of the user's own.
+    The text that comes with lowbit where the model reads text, unless one was given.
     """
     if given is not None:
         return str(given) if isinstance(given, (str, Path)) else OWN_TEXT
     if measure or not reads:
         return None
-    return BUILTIN if generates else OWN_TEXT
+    return BUILTIN
 
 
 def _picked(fitting: list[Choice], speed: bool) -> tuple[Choice | None, Choice | None, bool]:

@@ -4,7 +4,7 @@ Each query is the beginning of one of the texts, and is paired with several of t
 make it. Scores count by the order in which they put the texts of a query, and beside that by how far they moved, as a share of how far the
 float model's scores are spread.
 
-Limits: the first text of a query is what is seen. Among 8 texts a rank correlation of 0.99 leaves room for one pair of neighbours that
+Limits: which text comes first is what is seen, and of 8 queries a coarse figure, so the order of all texts decides. Among 8 texts a rank correlation of 0.99 leaves room for one pair of neighbours that
 has changed places in two queries, 0.95 for two pairs in each, 0.85 for a text that has moved by three places.
 """
 
@@ -20,7 +20,7 @@ from lowbit.measure.tasks.pairs import paired
 from lowbit.measure.tasks.task import Answer, Example, Facts, Figure, Kind, Task, task
 
 ORDER = Kind("order", "same order of texts", "  (rank correlation, 1 is the same)", limits=(0.99, 0.95, 0.85))
-FIRST = Kind("first", "same first text", " %", 100.0, limits=(0.98, 0.90, 0.75))
+FIRST = Kind("first", "same first text", " %", 100.0)
 SCORES = Kind("scores", "scores moved by", " % of their spread", 100.0, rising=False)
 _QUERIES = _TEXTS = 8
 
