@@ -84,6 +84,10 @@ OVERRIDES: dict[str, dict[str, Any] | str] = {
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
     "perceiver": {"num_self_attends_per_block": 2, "d_latents": 64, "num_latents": 16, "d_model": 64},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "attention_hidden_size": 128,
+    },
     "zamba": {
         "num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "attention_hidden_size": 128,
         "attention_head_dim": 32, "num_key_value_heads": 4, "mamba_dt_rank": 16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowbit.blockwise.block_runner import BlockPlace
+from lowbit.errors import SourceError
 from lowbit.interchange.files.atomic import sync
 
 Place = Callable[[str, "Tensor | None"], None]
@@ -62,7 +64,10 @@ class SharedWeights:
 
     def end(self, block: int, now: Callable[[str], Tensor]) -> None:
         """The block is done: its tensors are gone, but for those that later blocks read. `now`: the values that they have."""
-        lasting = {name: now(name) for name in self.of(block) if len(self.users[name]) > 1}
+        lasting: dict[str, Tensor] = {}
+        for name in (name for name in self.of(block) if len(self.users[name]) > 1):
+            with suppress(SourceError):  # one that stands packed in its place is read again
+                lasting[name] = now(name)
         if lasting:
             self._final |= lasting
             path = self._file(block)
@@ -78,7 +83,7 @@ class SharedWeights:
     def _value(self, name: str) -> Tensor:
         path = self._file(self.users[name][0])
         if name not in self._final and not path.is_file():
-            return self._read(name)  # a trial passed over the block that it belongs to
+            return self._read(name)  # also where a trial passed over the block that it belongs to
         if name not in self._final:
             with safe_open(path, framework="pt") as file:
                 self._final[name] = file.get_tensor(name).clone()

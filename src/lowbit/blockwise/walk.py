@@ -67,7 +67,7 @@ class BlockWalk:
         self._runner = BlockRunner(self._skeleton.module, self.path)
         self._states = HiddenStates(folder / STATES)
         places = self.path.places
-        self._shared = SharedWeights(places, self.tensors, plan.tied, folder / STATES, source.read, self._place_inside)
+        self._shared = SharedWeights(places, self.tensors, plan.tied, folder / STATES, self.read, self._place_inside)
         self._names = {place: self._shared.of(i) for i, place in enumerate(places)}
         self._outside = self._shared.outside()
         self._read = {plan.tied.get(name, name) for name in self.path.used}
@@ -97,7 +97,7 @@ class BlockWalk:
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors outside the blocks with their values, each put in its place as soon as the next is asked for."""
         for name in self._outside:
-            weight = self.source.read(name)
+            weight = self.read(name)
             yield name, weight
             if self.reads(name):
                 self.place(name, weight)
@@ -106,7 +106,11 @@ class BlockWalk:
     def place_outside(self) -> None:
         """Put the tensors outside the blocks in their places."""
         for name in filter(self.reads, self._outside):
-            self.place(name, self.source.read(name))
+            self.place(name, self.read(name))
+
+    def read(self, name: str) -> Tensor:
+        """The values of a tensor as the source stores them."""
+        return self.source.read(name)
 
     def reads(self, name: str) -> bool:
         """Whether the walk runs what reads this tensor; heads come after the last block."""
@@ -142,7 +146,7 @@ class BlockWalk:
         self._floats_outside = floats
         for name in self._quantized:
             if floats:
-                self.place(name, self.source.read(name))
+                self.place(name, self.read(name))
             else:
                 self._place_quantized(name)
 
@@ -239,7 +243,7 @@ class Block:
     def __init__(self, walk: BlockWalk, index: int, place: BlockPlace | None, names: Sequence[str]) -> None:
         self.place_in_model, self.batches, self.folder = place, len(walk.batches), walk.folder
         self._walk, self._index = walk, index
-        self.weights = {name: walk.source.read(name) for name in names}
+        self.weights = {name: walk.read(name) for name in names}
         self.multiplied = [name for name in names if walk.tensors[name].is_multiplied]
         for name, weight in self.weights.items():
             self.place(name, weight)
