@@ -84,14 +84,27 @@ OVERRIDES: dict[str, dict[str, Any] | str] = {
     "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
     "perceiver": {"num_self_attends_per_block": 2, "d_latents": 64, "num_latents": 16, "d_model": 64},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "num_mem_blocks": 1,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "attention_hidden_size": 128,
+    },
     "zamba": {
         "num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "attention_hidden_size": 128,
         "attention_head_dim": 32, "num_key_value_heads": 4, "mamba_dt_rank": 16,
     },
 }  # fmt: skip
+_WIDTH = HIDDEN // HEADS
+
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes)}}
+
+
+# What is tried in turn, for the config and for the text config inside it, until a model can be made that reads text.
 VARIANTS: tuple[dict[str, Any], ...] = (
-    {}, {"num_key_value_heads": HEADS}, {"head_dim": HIDDEN // HEADS}, {"head_dim": HIDDEN // HEADS, "num_key_value_heads": HEADS},
-)  # fmt: skip  # what is tried in turn until a model can be made
+    {}, {"num_key_value_heads": HEADS}, {"head_dim": _WIDTH}, {"head_dim": _WIDTH, "num_key_value_heads": HEADS}, _sections(4, 2, 2),
+    _sections(2, 1, 1), {"qk_rope_head_dim": _WIDTH // 2, "qk_nope_head_dim": _WIDTH // 2},
+)  # fmt: skip
 
 
 def entries() -> dict[str, tuple[str, type[Any], type[Any]]]:
@@ -192,7 +205,7 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
         return
 
     def build() -> nn.Module:
-        suits, count = variant(config_class, model_class, overrides)
+        suits, count = variant(kind, config_class, model_class, overrides)
         if count > LARGEST:
             raise ValueError(f"{count:,} parameters are left of its config, which is not tiny")
         row.tell({"parameters": count})
@@ -242,18 +255,30 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
         shutil.rmtree(out, ignore_errors=True)
 
 
-def variant(config_class: type[Any], model_class: type[Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The first overrides of which a model can be made, and its parameters."""
+def variant(
+    kind: str, config_class: type[Any], model_class: type[Any], overrides: dict[str, Any]
+) -> tuple[dict[str, Any], int]:
+    """The first overrides of which a model can be made, and which reads text where its kind does; and its parameters."""
     problem: Exception | None = None
+    made: tuple[dict[str, Any], int] | None = None
+    ids = torch.randint(3, 100, (1, TOKENS))
     for more in VARIANTS:
+        inside = {f"text_config.{k}": v for k, v in more.items()} if "text_config" in config_class.sub_configs else more
+        suits = inside | overrides
         try:
             with torch.device("meta"):
-                return more | overrides, sum(
-                    p.numel() for p in model_class(tiny_config(config_class, more | overrides)).parameters()
-                )
+                count = sum(p.numel() for p in model_class(tiny_config(config_class, suits)).parameters())
         except Exception as error:
             problem = problem or error
-    raise problem or ValueError("no variant")
+            continue
+        made = made or (suits, count)
+        if kind not in ("mm", "lm", "s2s", "enc") or count > LARGEST:
+            break
+        if _quietly(lambda suits=suits: output(model_class(tiny_config(config_class, suits)), ids)) is not None:
+            return suits, count
+    if made is None:
+        raise problem or ValueError("no variant")
+    return made
 
 
 def output(model: nn.Module, ids: Tensor) -> Tensor:

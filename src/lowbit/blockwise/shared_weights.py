@@ -79,7 +79,7 @@ class SharedWeights:
     def _value(self, name: str) -> Tensor:
         path = self._file(self.users[name][0])
         if name not in self._final and not path.is_file():
-            return self._read(name)  # a trial passed over the block that it belongs to
+            return self._read(name)  # also where a trial passed over the block that it belongs to
         if name not in self._final:
             with safe_open(path, framework="pt") as file:
                 self._final[name] = file.get_tensor(name).clone()

@@ -216,24 +216,26 @@ class _Trace(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = _tensors([args, list(kwargs.values())])
+        before = [t._version for t in operands]
         if func in _SKIPPED and any(_has_no_values(t) for t in operands):
             found = _zeros_for(func, args, kwargs)
+        elif operands and _has_no_values(operands[0]) and _writes(func):
+            found = operands[0]  # a weight that the model scales in its place stays zero
         else:
             found = func(*args, **kwargs)
         self.used.update(name for t in operands if (name := getattr(t, "lowbit_name", None)))
+        changed = [t for t, version in zip(operands, before) if t._version != version]
         results = _tensors(found) if isinstance(found, (Tensor, tuple, list)) else []
-        if not results:
-            return found
+        made = [t for t in results if not any(t is operand for operand in operands)] + changed
         made_of = frozenset().union(*map(_source, operands))
         if func is F.embedding:
             made_of |= {_TABLE}
-        places = {where for t in operands if (where := getattr(t, "lowbit_in", None)) is not None}
-        self.tangled = self.tangled or bool(places - {self.inside})
-        if self.inside is not None:
-            self.reads[self.inside] |= made_of
-        for t in results:
-            if t.is_leaf and getattr(t, "lowbit_name", None):
-                continue
+        if made:
+            places = {where for t in operands if (where := getattr(t, "lowbit_in", None)) is not None}
+            self.tangled = self.tangled or bool(places - {self.inside})
+            if self.inside is not None:
+                self.reads[self.inside] |= made_of
+        for t in made:
             t.lowbit_from, t.lowbit_in = made_of, self.inside
         return found
 
@@ -243,8 +245,13 @@ def is_container(value: Any) -> bool:
     return isinstance(value, (MutableMapping, MutableSequence))
 
 
+def _writes(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _has_no_values(t: Tensor) -> bool:
-    return t.dim() > 1 and t.numel() > 1 and not any(step for step, size in zip(t.stride(), t.shape) if size > 1)
+    return t.numel() > 1 and not any(step for step, size in zip(t.stride(), t.shape) if size > 1)
 
 
 def _zeros_for(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -32,8 +32,9 @@ from lowbit.blockwise.result_cache import ResultCache
 from lowbit.blockwise.shared_weights import SharedWeights
 from lowbit.blockwise.skeleton import Skeleton
 from lowbit.blockwise.text_path import TOKENS, TextPath, made_up_ids, text_path
-from lowbit.errors import SourceError
+from lowbit.errors import LowbitError, SourceError
 from lowbit.formats import QTensor
+from lowbit.interchange.hf.calls import one_line
 from lowbit.interchange.hf.running import max_positions
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import TensorPlan
@@ -173,7 +174,7 @@ class BlockWalk:
         self._floats_outside = floats
         for name in self._quantized:
             if floats:
-                self.place(name, self.source.read(name))
+                self.place(name, self.read(name))
             else:
                 self._place_quantized(name)
 
@@ -240,6 +241,15 @@ class BlockWalk:
                 return self._runner.run(place, given, before, tensors)
         except LeaveForward as left:
             return left.value
+        except (LowbitError, MemoryError, OSError):
+            raise
+        except Exception as error:  # somebody else's model
+            where = f"{place.name}: " if place is not None and place.name else ""
+            said = f"{type(error).__name__}: {one_line(error)}"
+            raise SourceError(
+                f"{where}{type(self._runner.reader).__name__} cannot be run over this text ({said}); try shorter windows (--length), "
+                "or a recipe that needs no text"
+            ) from error
 
     def _before(self, i: int, stream: str, batch: int) -> dict[BlockPlace, Any]:
         """What stands for each block before block `i`: what it returned, where that is read. What the others returned nobody reads, but

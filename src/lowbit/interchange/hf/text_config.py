@@ -12,9 +12,9 @@ def text_config(config: Any, decoder: bool = False) -> Any:
     """
     if not hasattr(config, "get_text_config"):
         return config
-    for writes in (decoder, True):
+    for options in ({"decoder": True} if decoder else {}, {"decoder": True}):
         try:
-            return config.get_text_config(decoder=writes)
+            return config.get_text_config(**options)
         except ValueError:  # transformers finds several
             continue
     return config
