@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +341,38 @@ def test_what_is_kept_of_another_measurement_does_not_count(made: Any, tmp_path:
     )
     with pytest.raises(RecipeError, match="models in files"):
         lowbit.evaluate(open_source(folder).load_float(), keep=place, tokenizer=open_source(folder).tokenizer(), **HOW)
+
+
+KILLED = """
+import os, signal, sys
+import lowbit
+from lowbit.measure.kept import Kept
+from lowbit.planning import measuring
+measuring.ROOM = 0
+real, count = Kept.add, [0]
+
+def dying(self, index, figures):
+    real(self, index, figures)
+    count[0] += 1
+    if count[0] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Kept.add = dying
+folder, quantized, place, text = sys.argv[1:]
+lowbit.evaluate(quantized, folder, [text], windows=3, length=40, keep=place)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_process_that_was_killed_leaves_what_the_next_goes_on_from(made: Any, tmp_path: Path, no_room: None) -> None:
+    folder, quantized = made("llama-tied")
+    place = tmp_path / "kept"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, (folder, quantized, place)), TEXT[0]], capture_output=True, text=True
+    )
+    assert done.returncode == -9, done.stderr
+    assert len(list(place.glob("window-*.npz"))) == 2 and (place / "model").is_dir()
+    steps: list[int] = []
+    found = lowbit.evaluate(quantized, folder, keep=place, progress=lambda done, total: steps.append(total), **HOW)
+    assert steps == [1]  # of both models' blocks and three windows, one window was left
+    assert found.quality == lowbit.evaluate(quantized, folder, **HOW).quality and not place.exists()

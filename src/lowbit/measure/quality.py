@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lowbit.blockwise.hidden_states import TensorFile
 from lowbit.errors import SourceError
+from lowbit.kernels.heap import trim
 from lowbit.measure.kept import NOTHING_KEPT, Figures, Kept
 from lowbit.measure.scoring import Scorer, WindowScorer
 from lowbit.measure.windows import Windows
@@ -132,6 +133,8 @@ def measure_quality(
         found = compare_logits(logits, scorer.targets(ids, windows.frame), against)
         check_base(found)
         kept.add(index, found)
+        del logits, against
+        trim()
         return found
 
     count = wanted()
@@ -168,17 +171,19 @@ def compare_logits(logits: Tensor, targets: Tensor, base: Tensor | None = None) 
     device = torch.device("cpu") if logits.device.type == "mps" else logits.device
     rows = max(1, (2**17 if device.type == "cpu" else 2**25) // logits.shape[-1])
     targets = targets.to(device)
-    found: dict[str, list[Tensor]] = {}
+    # Made beforehand: small tensors that stay between large ones that go would keep the memory of the latter from the system.
+    names = ("nll",) if base is None else ("nll", "base_nll", "top1", "kl")
+    found = {name: np.empty(logits.shape[0]) for name in names}
     for start in range(0, logits.shape[0], rows):
         chunk = slice(start, start + rows)
         q = _Rows(logits[chunk].to(device), targets[chunk, None])
-        figures = {"nll": q.nll}
+        found["nll"][chunk] = q.nll.cpu().numpy()
         if base is not None:
             p = _Rows(base[chunk].to(device), targets[chunk, None])
-            figures |= {"base_nll": p.nll, "top1": (p.top == q.top).double(), "kl": _divergence(p, q)}
-        for name, values in figures.items():
-            found.setdefault(name, []).append(values)
-    return {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
+            found["base_nll"][chunk] = p.nll.cpu().numpy()
+            found["top1"][chunk] = (p.top == q.top).double().cpu().numpy()
+            found["kl"][chunk] = _divergence(p, q).cpu().numpy()
+    return found
 
 
 class _Rows:
