@@ -63,7 +63,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*q_lora_rank|.*kv_lora_rank|time_step_rank)", 32),
     (r"(num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token)", 2), (r"(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)", 4),
     (r"(n_group|topk_group|num_expert_groups?|n_shared_experts|num_shared_experts|first_k_dense_replace)", 1),
-    (r"(.*intermediate_size.*|ffn_dim|.*_ffn_dim|d_ff|n_inner|ffn_hidden_size|dim_feedforward|feedforward_dim|hidden_dim_ff)", 2 * HIDDEN),
+    (r"(.*intermediate_size.*|ffn_dim|.*_ffn_dim|d_ff|n_inner|ffn_hidden_size|dim_feedforward|dff|dim_ff|feedforward_dim|hidden_dim_ff)", 2 * HIDDEN),
     (r"(.*hidden_size.*|d_model|n_embd|dim|embed_dim|.*embed(ding)?_size|embed(ding)?_dim|emb_dim|projection_dim|.*hidden_dim|width|text_hidden)", HIDDEN),
     (r"(image_size|img_size)", 32), (r"patch_size", 8), (r"(state_size|ssm_state_size|mamba_d_state)", 16),
     (r"(sliding_window|attention_window|local_window.*|chunk_size)", 16),
@@ -190,6 +190,8 @@ class Row:
             value, what = None, {"is": "refused", "says": str(error)}
         except Exception as error:
             value, what = None, {"is": "fails", "says": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        if "says" in what:
+            what["says"] = re.sub(r"/tmp/tmp\w+/", "", what["says"])
         if isinstance(value, float):
             what["error"] = value
         self.tell({"step": name, **what, "seconds": round(time.perf_counter() - start, 2)})
@@ -218,7 +220,7 @@ def examine(kind: str, name: str, config_class: type[Any], model_class: type[Any
     model = row.step("build", build)
     if model is None:
         return
-    ids = [torch.randint(3, 100, (TOKENS,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    ids = [torch.randint(3, 60, (TOKENS,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     floats = _quietly(lambda: output(model_class.from_pretrained(folder / "float"), ids[0][None]))
     auto = _quietly(lambda: transformers.AutoModel.from_pretrained(folder / "float"))
     auto_output = None if auto is None else _quietly(lambda: output(auto, ids[0][None]))
@@ -261,7 +263,7 @@ def variant(
     """The first overrides of which a model can be made, and which reads text where its kind does; and its parameters."""
     problem: Exception | None = None
     made: tuple[dict[str, Any], int] | None = None
-    ids = torch.randint(3, 100, (1, TOKENS))
+    ids = torch.randint(3, 60, (1, TOKENS))
     for more in VARIANTS:
         inside = {f"text_config.{k}": v for k, v in more.items()} if "text_config" in config_class.sub_configs else more
         suits = inside | overrides
@@ -366,12 +368,12 @@ def markdown(found: dict[str, Any]) -> str:
             f"| {name} | {row['kind']} | {' | '.join(cells)} | {row.get('unread') or ''} | {_all_of(row, 'AutoModel')} | {_all_of(row, 'generate')} |"
         )
     for title, what in (("Refused", "refused"), ("Failed", "fails")):
-        said = [
-            f"- {n}, {step}: {f['says']}"
-            for n, row in sorted(tried.items())
-            for step, f in row["steps"].items()
-            if f["is"] == what
-        ]
+        alike: dict[str, list[tuple[str, str]]] = {}
+        for name, row in sorted(tried.items()):
+            for step, fact in row["steps"].items():
+                if fact["is"] == what:
+                    alike.setdefault(_pattern(step, fact["says"]), []).append((name, f"{step}: {fact['says']}"))
+        said = [f"- {', '.join(dict.fromkeys(n for n, _ in found))}: {found[0][1]}" for found in alike.values()]
         lines += ["", f"## {title}", "", *(said or ["Nothing."])]
     late = [
         f"- {name}: {row.get('late') or row.get('died')}"
@@ -395,6 +397,12 @@ def markdown(found: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _pattern(step: str, says: str) -> str:
+    """What is the same in sentences about different models."""
+    kind = step.removeprefix(next((recipe for recipe in RECIPES if step.startswith(recipe)), ""))
+    return kind + re.sub(r"/\S+|'[^']*'|\b[A-Z]\w*|\d+", "", says)
 
 
 def _result(row: dict[str, Any], recipe: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 import lowbit
+from lowbit.errors import SourceError
 from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.opening import open_source
 from lowbit.pipeline.effort import no_text_for
@@ -99,3 +101,13 @@ def test_a_model_that_also_sees_is_calibrated_unasked(tmp_path: Path) -> None:
     assert made.report.calibration is not None and made.plan.notes == (note,)
     unread = [layer for layer in made.report.layers if "not used while" in layer.note]
     assert len(unread) == 8 and not any(layer.output for layer in unread)
+
+
+def test_what_reads_no_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    vit = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "float")
+    with pytest.raises(SourceError, match=r"ViTModel reads pixel_values, not text$"):
+        lowbit.quantize(tmp_path / "float", "gptq@int4:g16", tmp_path / "out", calibration=list(IDS))
+    assert [p.name for p in tmp_path.iterdir()] == ["float"]

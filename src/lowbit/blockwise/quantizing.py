@@ -26,7 +26,6 @@ from lowbit.blockwise.scaling import Scaled, scale_inputs
 from lowbit.blockwise.token_weights import TokenWeights
 from lowbit.blockwise.walk import Block, BlockWalk
 from lowbit.calibration.data import Calibration
-from lowbit.errors import RecipeError
 from lowbit.formats import QTensor
 from lowbit.interchange.files.safetensors_reader import bytes_of
 from lowbit.interchange.source import Source
@@ -56,7 +55,6 @@ class BlockwiseQuantizer:
         self.walk = BlockWalk(plan, source, calibration.ids, folder, dtype, weight_dtype)
         self.tensors = self.walk.tensors
         self._unread = frozenset(self.walk.unread)
-        _check_ranges(plan, self._unread)
         self.rewriter = Rewriter.of(source, plan.recipe)
         self.tuner = BlockTuner.of(plan, folder, len(self.walk.batches), dtype)
         self.float_inputs = FloatInputs.of(plan.recipe, folder, self.tuner)
@@ -186,16 +184,6 @@ def _tuned(
     block.forget_results()
     tuner.remove()
     return found
-
-
-def _check_ranges(plan: Plan, unread: frozenset[str]) -> None:
-    """RecipeError where the recipe wants the range of an input that no text comes to."""
-    static = [t.name for t in plan.tensors if t.name in unread and t.inputs is not None and t.inputs.static]
-    if static:
-        raise RecipeError(
-            f"text does not come to {static[0]!r}{f' and {len(static) - 1} more' if static[1:] else ''}, so that the ranges of their "
-            f"inputs cannot be found beforehand; let them be found while running, as in a=int8:token"
-        )
 
 
 def _digest(weight: Tensor) -> str:

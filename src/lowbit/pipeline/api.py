@@ -33,7 +33,7 @@ from lowbit.pipeline.effort import AUTO
 from lowbit.pipeline.in_memory import packed_copy, solve_in_memory
 from lowbit.pipeline.loading import load
 from lowbit.pipeline.options import OnLayer, Options
-from lowbit.pipeline.reach import with_reach
+from lowbit.pipeline.reach import with_reach, with_text
 from lowbit.pipeline.report import Report, make_report, solved_facts
 from lowbit.planning.plan import MAX_SHARD, Plan, make_plan
 from lowbit.planning.used import check_used, uses_text
@@ -168,7 +168,7 @@ def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | 
     if not any(t.format is not None for t in plan.tensors):
         raise RecipeError(f"nothing in {source.label} can be quantized by {wanted}: every tensor is kept")
     text = None if options.calibration is None else _text(given, source, plan, options)
-    plan = plan if text is None else with_reach(plan, source)
+    plan = plan if text is None else with_text(plan, source)
     key = fingerprint(plan, source, options.device, text)
     if text is not None and may_fall_back(plan):
         plan = _surveyed(plan, source, text, key, None if out is None else head_of(out), options.progress)
