@@ -95,7 +95,7 @@ class StoredWalk(BlockWalk):
         self.stored, self._copying = stored, copying
         self.module = self._skeleton.module
         self.module.config.dtype = torch.float32
-        self._passed: Iterator[Block] | None = None
+        self._going: Iterator[Block] | None = None
         self._head: Block | None = None
         for part in self.module.modules():
             # A model takes its own type and device from its first parameter, which may be packed or without memory.
@@ -137,8 +137,8 @@ class StoredWalk(BlockWalk):
     def run_blocks(self, on_block: Callable[[], None] = lambda: None, only: frozenset[int] | None = None) -> None:
         """All blocks, one after another; `on_block` is called after each. Then `logits` can be asked for."""
         self.place_outside()
-        self._passed = self.blocks(only)
-        for block in self._passed:
+        self._going = self.blocks(only)
+        for block in self._going:
             if not block.returns:
                 self._head = block
                 return
@@ -171,7 +171,7 @@ class StoredWalk(BlockWalk):
 
     def end(self) -> None:
         """Remove what is kept on the disk."""
-        if self._passed is not None:
-            for _ in self._passed:  # behind its last block the walk clears up
+        if self._going is not None:
+            for _ in self._going:  # behind its last block the walk clears up
                 pass
-            self._passed = self._head = None
+            self._going = self._head = None
