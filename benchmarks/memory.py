@@ -115,6 +115,7 @@ def main() -> None:
         "--make", type=Path, metavar="FOLDER", help="write a checkpoint there, unless it is there, and measure it too"
     )
     parser.add_argument("--layers", type=int, default=35)
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what ran beside")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     models = list(arguments.models)
@@ -125,7 +126,7 @@ def main() -> None:
     here = environment()
     about = (
         f"On {here.machine}; torch {here.torch}, transformers {transformers.__version__}, Python {platform.python_version()}, "
-        f"lowbit {here.lowbit}."
+        f"lowbit {here.lowbit}. {arguments.note}".rstrip()
     )
     before = json.loads(arguments.out.read_text())["rows"] if arguments.out and arguments.out.exists() else []
     rows = {(row["model"], row["recipe"], *row["options"]): row for row in before}

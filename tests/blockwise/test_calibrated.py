@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lowbit
-from lowbit.blockwise.block_runner import BlockPlace, blocks_of
 from lowbit.blockwise.groups import Group
+from lowbit.blockwise.places import BlockPlace, blocks_of
 from lowbit.blockwise.quantizing import BlockwiseQuantizer
 from lowbit.blockwise.walk import BlockWalk, micro_batches
 from lowbit.calibration.data import load_calibration

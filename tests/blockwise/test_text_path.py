@@ -11,9 +11,10 @@ from torch import Tensor
 
 import lowbit
 from lowbit.blockwise import quantizing
+from lowbit.blockwise.places import TextPath
 from lowbit.blockwise.quantizing import BlockwiseQuantizer
 from lowbit.blockwise.skeleton import Skeleton
-from lowbit.blockwise.text_path import TextPath, text_path
+from lowbit.blockwise.text_path import text_path
 from lowbit.blockwise.walk import FLOAT, BlockWalk
 from lowbit.calibration.data import load_calibration
 from lowbit.errors import RecipeError, SourceError

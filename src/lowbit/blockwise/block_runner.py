@@ -11,17 +11,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lowbit.blockwise.places import BlockPlace, TextPath
 from lowbit.errors import SourceError
-
-if TYPE_CHECKING:
-    from lowbit.blockwise.text_path import TextPath
 
 
 class LeaveForward(BaseException):
@@ -30,37 +27,6 @@ class LeaveForward(BaseException):
     def __init__(self, value: Any = None) -> None:
         super().__init__()
         self.value = value
-
-
-@dataclass(frozen=True)
-class BlockPlace:
-    """Block `index` of the chain `chain` (the name of its ModuleList), with the name of the block itself.
-
-    Where nothing repeats, or blocks cannot be told apart, the whole model that reads the text is the one block of an empty chain.
-    """
-
-    chain: str
-    index: int
-    name: str
-
-    def owns(self, tensor: str) -> bool:
-        """Whether a tensor lies in this block."""
-        return not self.name or tensor.startswith(self.name + ".")
-
-
-def blocks_of(model: nn.Module) -> list[BlockPlace]:
-    """The blocks of every outermost ModuleList that holds matrices, in order; else the model as one. Lists of lists are looked into."""
-    found: list[BlockPlace] = []
-    taken: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(t + ".") for t in taken):
-            continue
-        if any(isinstance(block, nn.ModuleList) for block in module):
-            continue
-        if len(module) and all(any(p.dim() >= 2 for p in block.parameters()) for block in module):
-            taken.append(name)
-            found += [BlockPlace(name, i, f"{name}.{i}") for i in range(len(module))]
-    return found or [BlockPlace("", 0, "")]
 
 
 class Saved:

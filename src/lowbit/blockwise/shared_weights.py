@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowbit.blockwise.block_runner import BlockPlace
+from lowbit.blockwise.places import BlockPlace
 from lowbit.interchange.files.atomic import sync
 
 Place = Callable[[str, "Tensor | None"], None]

@@ -9,9 +9,9 @@ model that reads images too), and that a model cannot be run over text at all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,54 +19,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lowbit.blockwise.block_runner import BlockPlace, blocks_of, forwards_replaced, model_inputs
+from lowbit.blockwise.block_runner import forwards_replaced, model_inputs
 from lowbit.blockwise.capture import PRODUCTS
+from lowbit.blockwise.places import BlockPlace, TextPath, blocks_of
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.text_config import text_config
-
-if TYPE_CHECKING:
-    from lowbit.interchange.tensors import TensorPlan
 
 TOKENS = 16  # that are read; some models pool or chunk a few of them
 _NOTHING: frozenset[int] = frozenset()
 _TABLE = -1  # stands for an embedding among the numbers of blocks
 _SKIPPED = {*PRODUCTS, F.embedding, torch.einsum}
-
-
-@dataclass(frozen=True)
-class TextPath:
-    """How a model reads text.
-
-    reader     the module whose forward is called, by its name; empty for the model itself
-    places     the blocks in the order in which they are called; one of an empty chain, the whole reader, where blocks cannot be told apart
-    needed     by the number of a block, and last of the reader's own output: the blocks before it whose outputs are still to be read
-    handed     arguments of blocks, by place or name, that are containers into which a block puts what later blocks read
-    putting    the blocks that do so
-    used       names of the parameters and buffers that an operation read
-    looking_up the blocks, by number, that read an embedding other than through the blocks before them
-    """
-
-    reader: str
-    places: tuple[BlockPlace, ...]
-    needed: tuple[frozenset[int], ...]
-    handed: frozenset[int | str] = frozenset()
-    putting: frozenset[int] = frozenset()
-    used: frozenset[str] = frozenset()
-    looking_up: frozenset[int] = frozenset({0})
-
-    @property
-    def looked_up(self) -> int:
-        """The number of the block from which on no embedding is read, nor by the reader itself."""
-        return 1 + max(self.looking_up, default=-1)
-
-    def misses(self, tensors: Iterable[TensorPlan], tied: Mapping[str, str]) -> list[str]:
-        """Weights that are multiplied with something, but never with what comes of text: those of what sees or hears."""
-        read = {tied.get(name, name) for name in self.used}
-        return [
-            t.name
-            for t in tensors
-            if t.is_multiplied and t.name not in read and not any(place.owns(t.name) for place in self.places)
-        ]
 
 
 def text_path(model: nn.Module, ids: Tensor) -> TextPath:

@@ -23,15 +23,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowbit.blockwise.block_runner import BlockPlace, BlockRunner, LeaveForward, model_inputs
+from lowbit.blockwise.block_runner import BlockRunner, LeaveForward, model_inputs
 from lowbit.blockwise.capture import InputCapture, OnInput
 from lowbit.blockwise.groups import Pass, find_passes, role_in
 from lowbit.blockwise.hidden_states import HiddenStates
+from lowbit.blockwise.places import BlockPlace, TextPath
 from lowbit.blockwise.precision import products_in
 from lowbit.blockwise.result_cache import ResultCache
 from lowbit.blockwise.shared_weights import SharedWeights
 from lowbit.blockwise.skeleton import Skeleton
-from lowbit.blockwise.text_path import TOKENS, TextPath, made_up_ids, text_path
+from lowbit.blockwise.text_path import TOKENS, made_up_ids, text_path
 from lowbit.errors import LowbitError, SourceError
 from lowbit.formats import QTensor
 from lowbit.interchange.hf.calls import one_line

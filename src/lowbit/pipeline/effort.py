@@ -7,6 +7,7 @@ the one before and loses less. Where nobody chooses, a forecast of the time on t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,7 +159,7 @@ def no_text_for(source: Source) -> str:
     if source.config is None:
         return "the model has no config, so it is quantized without text"
     kind = model_class(source.config)
-    if kind.main_input_name != "input_ids" and not kind.can_generate():
+    if "input_ids" not in inspect.signature(kind.forward).parameters:
         return "the model does not read text, so it is quantized without any"
     try:
         source.tokenizer()
