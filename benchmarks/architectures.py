@@ -351,6 +351,15 @@ def in_a_child(work: Callable[[Row], None], seconds: float) -> dict[str, Any]:
     return row
 
 
+def as_json(found: dict[str, Any]) -> str:
+    """A line for each model."""
+    about = {key: value for key, value in found.items() if key != "rows"}
+    rows = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(row, sort_keys=True)}" for name, row in sorted(found["rows"].items())
+    )
+    return json.dumps(about, sort_keys=True)[:-1] + f',\n"rows": {{\n{rows}\n}}}}\n'
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The table, with what was refused or failed below it."""
     about, rows = found["environment"], found["rows"]
@@ -464,7 +473,7 @@ def main() -> None:
             f"{name:28} {kind:6} {row.get('late') or row.get('died') or ''} {'; '.join(bad)[:230] or 'ok'}", flush=True
         )
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        given.out.write_text(as_json(found))
         given.out.with_suffix(".md").write_text(markdown(found))
 
 
