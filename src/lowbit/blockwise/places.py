@@ -52,6 +52,7 @@ class TextPath:
     putting    the blocks that do so
     used       names of the parameters and buffers that an operation read
     looking_up the blocks, by number, that read an embedding other than through the blocks before them
+    directly   those of `used` that are read by other operations than a look-up of rows
     """
 
     reader: str
@@ -61,6 +62,7 @@ class TextPath:
     putting: frozenset[int] = frozenset()
     used: frozenset[str] = frozenset()
     looking_up: frozenset[int] = frozenset({0})
+    directly: frozenset[str] = frozenset()
 
     @property
     def looked_up(self) -> int:

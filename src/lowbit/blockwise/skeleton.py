@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,10 @@ class Skeleton:
         except AttributeError:
             return None
 
-    def drop_embeddings(self) -> None:
-        """From now on embeddings look up zeros, and their memory is free."""
-        for module in self._embeddings():
+    def drop_embeddings(self, kept: Container[str] = ()) -> None:
+        """From now on embeddings look up zeros, and their memory is free; those whose weights are `kept` by name stay."""
+        names = {id(m): f"{path}.weight" for path, m in self.module.named_modules()}
+        for module in (m for m in self._embeddings() if names.get(id(m)) not in kept):
             module.forward = _zeros_of(module)  # type: ignore[method-assign]
             module.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
         self._packed.clear()

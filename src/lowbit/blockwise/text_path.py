@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, treespec_dumps
 
 from lowbit.blockwise.block_runner import forwards_replaced, model_inputs
 from lowbit.blockwise.capture import PRODUCTS
@@ -76,7 +76,8 @@ def _followed(model: nn.Module, name: str, inputs: Mapping[str, Tensor]) -> Text
         return TextPath(name, (BlockPlace("", 0, name),), (_NOTHING, _NOTHING), used=frozenset(trace.used))
     looking_up = frozenset(j for j, read in enumerate(trace.reads) if _TABLE in read)
     return TextPath(
-        name, tuple(trace.called), _needed(trace), frozenset(trace.handed), frozenset(trace.putting), frozenset(trace.used), looking_up
+        name, tuple(trace.called), _needed(trace), frozenset(trace.handed), frozenset(trace.putting), frozenset(trace.used), looking_up,
+        frozenset(trace.directly),
     )  # fmt: skip
 
 
@@ -137,6 +138,7 @@ class _Trace(TorchFunctionMode):
     handed: set[int | str] = field(default_factory=set)
     putting: set[int] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    directly: set[str] = field(default_factory=set)
     tangled: bool = False
     inside: int | None = None
 
@@ -158,6 +160,7 @@ class _Trace(TorchFunctionMode):
             self.shapes.append(None)
             found = forward(*args, **kwargs)
             self.inside = None
+            self.tangled = self.tangled or not _can_be_kept(found)
             given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             containers = [(key, value) for key, value in given if is_container(value)]
             for key, value in containers:
@@ -192,6 +195,8 @@ class _Trace(TorchFunctionMode):
         made_of = frozenset().union(*map(_source, operands))
         if func is F.embedding:
             made_of |= {_TABLE}
+        elif made:
+            self.directly.update(name for t in operands if (name := getattr(t, "lowbit_name", None)))
         if made:
             places = {where for t in operands if (where := getattr(t, "lowbit_in", None)) is not None}
             self.tangled = self.tangled or bool(places - {self.inside})
@@ -200,6 +205,15 @@ class _Trace(TorchFunctionMode):
         for t in made:
             t.lowbit_from, t.lowbit_in = made_of, self.inside
         return found
+
+
+def _can_be_kept(returned: Any) -> bool:
+    """Whether what a block returned has a structure that can be written to the disk."""
+    try:
+        treespec_dumps(tree_flatten(returned)[1])
+    except NotImplementedError:
+        return False
+    return True
 
 
 def is_container(value: Any) -> bool:

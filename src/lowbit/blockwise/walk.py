@@ -206,7 +206,7 @@ class BlockWalk:
                 and only is None
                 and not self._skeleton.embeddings_dropped
             ):
-                self._skeleton.drop_embeddings()
+                self._skeleton.drop_embeddings(self.path.directly)
             yield block
             self.results.forget()
             self.end_shared(i)
