@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, treespec_dumps, treespec_loads
@@ -79,13 +79,12 @@ class HiddenStates:
     def load(self, block: int, stream: str, batch: int) -> Any:
         """What `save` kept of a block that was committed, in fresh memory."""
         name = f"{stream}-{batch:04d}.safetensors"
-        try:
-            return _loaded(self._final(block) / name)
-        except FileNotFoundError:
+        if not self.has(block):
             try:
                 return _loaded(self._fresh(block) / name)
-            except FileNotFoundError:  # it got its name in between
-                return _loaded(self._final(block) / name)
+            except (OSError, RuntimeError, SafetensorError):
+                self.wait()  # it got its name in between, or while it was read, which opens the file twice
+        return _loaded(self._final(block) / name)
 
     def clear(self) -> None:
         """Remove all of it."""
