@@ -221,7 +221,7 @@ def test_a_head_that_the_folder_has_not_is_random_and_transformers_says_so(
     folders: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), caplog.at_level(logging.WARNING, logger="transformers"):
         found = transformers.AutoModelForSequenceClassification.from_pretrained(folders("llama")[0], num_labels=3)
     assert "score.weight" in caplog.text and "MISSING" in caplog.text
     assert found.score.weight.shape == (3, 32) and found.score.weight.abs().sum() > 0
