@@ -1,6 +1,7 @@
 """Peak memory of making and measuring a model, beside what the plan says.
 
-    python benchmarks/memory.py MODEL... [--recipe w4] [--options=--data-free] [--windows 2] [--work FOLDER] [--out FILE.json]
+    python benchmarks/memory.py MODEL... [--recipe w4] [--options=--data-free] [--windows 2] [--no-compare] [--work FOLDER]
+        [--out FILE.json]
 
 Checkpoints of 2.1 and 13.8 GB come from `synthetic_llama.py`.
 
@@ -31,7 +32,7 @@ the plan's figures stand beside it. `evaluate --against` and `compare` with the 
 """
 
 
-def measured(model: str, recipe: str, options: list[str], windows: int, work: Path) -> dict[str, Any]:
+def measured(model: str, recipe: str, options: list[str], windows: int, work: Path, comparing: bool) -> dict[str, Any]:
     """One row of the table."""
     plan = lowbit.plan(model, recipe)
     out = str(work / "out")
@@ -44,7 +45,9 @@ def measured(model: str, recipe: str, options: list[str], windows: int, work: Pa
     few = ["--windows", str(windows)]
     made = run("quantize", model, recipe, *options, "-o", out, "--overwrite")
     evaluated = run("evaluate", out, "--against", model, *few)
-    compared = run("compare", model, recipe, *options, *few, "--keep", str(work / "rows.json"))
+    done = {"quantize": made, "evaluate": evaluated}
+    if comparing:
+        done["compare"] = run("compare", model, recipe, *options, *few, "--keep", str(work / "rows.json"))
     with_text = "--data-free" not in options and plan.calibrated_peak_bytes is not None
     planned = plan.calibrated_peak_bytes if with_text else plan.peak_bytes
     card = plan.card_peak_bytes or 0
@@ -52,8 +55,7 @@ def measured(model: str, recipe: str, options: list[str], windows: int, work: Pa
         "model": Path(model).name, "parameters": plan.parameters, "file_bytes": plan.source_bytes, "recipe": recipe,
         "options": options, "windows": windows,
         "planned": {"quantizing": planned, "card": card, "command": max(planned or 0, card)},
-        "peak": {"quantize": made.bytes, "evaluate": evaluated.bytes, "compare": compared.bytes},
-        "seconds": {"quantize": made.seconds, "evaluate": evaluated.seconds, "compare": compared.seconds},
+        "peak": {name: each.bytes for name, each in done.items()}, "seconds": {name: each.seconds for name, each in done.items()},
     }  # fmt: skip
 
 
@@ -69,11 +71,11 @@ def markdown(rows: list[dict[str, Any]], about: str) -> str:
     ]
     for row in rows:
         peak, planned = row["peak"], row["planned"]["command"]
-        seconds = " + ".join(f"{row['seconds'][name]:.0f}" for name in ("quantize", "evaluate", "compare"))
+        seconds = " + ".join(f"{row['seconds'][name]:.0f}" for name in row["seconds"])
         command = f"`{' '.join([row['recipe'], *row['options']])}`"
         lines.append(
             f"| {row['model']}, {row['parameters'] / 1e6:,.0f} M | {mb(row['file_bytes'])} | {command} | {mb(peak['quantize'])} | {mb(planned)} "
-            f"| {peak['quantize'] / planned:.2f} | {mb(peak['evaluate'])} | {mb(peak['compare'])} | {row['windows']} | {seconds} |"
+            f"| {peak['quantize'] / planned:.2f} | {mb(peak['evaluate'])} | {mb(peak['compare']) if 'compare' in peak else ''} | {row['windows']} | {seconds} |"
         )
     return HEAD + "\n" + "\n".join(lines) + f"\n\n{about}\nMade by `benchmarks/memory.py`.\n"
 
@@ -84,6 +86,9 @@ def main() -> None:
     parser.add_argument("--recipe", default="w4")
     parser.add_argument("--options", default="--data-free", help="of quantize and compare, separated by spaces")
     parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument(
+        "--no-compare", dest="comparing", action="store_false", help="leave `compare` out, for models that take long"
+    )
     parser.add_argument("--work", type=Path, help="where results are written; a temporary folder when it is left out")
     parser.add_argument("--note", default="", help="a sentence for the page, such as what ran beside")
     parser.add_argument("--out", type=Path)
@@ -97,7 +102,9 @@ def main() -> None:
     rows = {(row["model"], row["recipe"], *row["options"]): row for row in before}
     for model in arguments.models:
         with temporary_folder(place=arguments.work) as work:
-            row = measured(model, arguments.recipe, arguments.options.split(), arguments.windows, work)
+            row = measured(
+                model, arguments.recipe, arguments.options.split(), arguments.windows, work, arguments.comparing
+            )
         rows[row["model"], row["recipe"], *row["options"]] = row
         found = sorted(rows.values(), key=lambda each: each["file_bytes"])
         if arguments.out:

@@ -115,6 +115,9 @@ class StoredWalk(BlockWalk):
     def read(self, name: str) -> Any:
         return self.stored.read(name)
 
+    def behind_blocks(self) -> list[str]:
+        return []  # they stand in their places, and nobody else looks at them
+
     def end_shared(self, block: int) -> None:
         self._shared.end(block, None)  # every block reads them as they are stored
 
@@ -173,8 +176,9 @@ class StoredWalk(BlockWalk):
         return "labels" not in self.inputs(0)  # the loss wants all of them
 
     def end(self) -> None:
-        """Remove what is kept on the disk."""
+        """Remove what is kept on the disk, and the weights."""
         if self._underway is not None:
             for _ in self._underway:  # behind its last block the walk clears up
                 pass
             self._underway = self._head = None
+        self.release()

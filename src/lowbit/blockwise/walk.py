@@ -214,7 +214,7 @@ class BlockWalk:
                 self._states.commit(i, [] if only is not None else self._passed(i))
             block.weights = {}  # a visitor may still hold the block while the next one is read
         if self._whole and places[0].chain:
-            yield Block(self, len(places), None, self.projections)
+            yield Block(self, len(places), None, self.behind_blocks())
         self.results.remove()
         self._states.clear()
 
@@ -223,6 +223,15 @@ class BlockWalk:
         last = {place.chain: k for k, place in enumerate(self.path.places[: i + 1])}
         kept = self.path.needed[i + 1] | set(last.values())
         return [k for k in range(i) if k not in kept]
+
+    def behind_blocks(self) -> list[str]:
+        """The weights that a visitor of what lies outside the blocks is shown."""
+        return self.projections
+
+    def release(self) -> None:
+        """Take the weights outside the blocks away. The walk itself lies in circles of references, which the garbage collector may find late."""
+        for name in self._outside:
+            self._skeleton.place(name, None)
 
     def close(self) -> None:
         """Wait until the blocks that are finished are on the disk."""

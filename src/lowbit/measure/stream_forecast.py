@@ -76,6 +76,7 @@ def _one(model: Streamed, walk: StoredWalk, tokens: int, clock: Clock) -> tuple[
         fixed += share * (read - start + max(0.0, (first - read) - (second - first)))
         token += share * (second - first) / tokens
         start = clock()
+    walk.release()
     heads = max((t.count for t in model.stored.tensors if t.kind in _HEADS), default=0)
     return fixed, token * (1 + heads / max(1, sum(chains.values())))
 
