@@ -104,6 +104,8 @@ class Collector:
         key = (name, expert)
         if key not in self.builders:
             self.builders[key] = StatsBuilder(x.shape[-1], compare is not None, self.half)
+        elif x.shape[-1] != len(self.builders[key].absmax):
+            return  # the same weight the other way round, as in a head that is tied to a projection
         self.builders[key].add(x, compare, self.token_weights.get(name) if expert is None else None)
         self.calls += 1
         if expert is None and self.calls == self.enough:
