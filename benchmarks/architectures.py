@@ -294,7 +294,9 @@ def output(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def distance(right: Tensor, found: Tensor) -> float:
-    """|found - right| / |right|; ValueError where it is no number."""
+    """|found - right| / |right|; 1 where a model decides for itself how long its output is (speech), ValueError where it is no number."""
+    if found.shape != right.shape and found.dim() == right.dim():
+        return 1.0
     error = float((found - right).norm() / right.norm().clamp_min(1e-30))
     if error != error:
         raise ValueError("the outputs are no numbers")
