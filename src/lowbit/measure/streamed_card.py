@@ -26,9 +26,10 @@ from lowbit.measure.stream_forecast import Forecast, forecast
 from lowbit.measure.streamed import PROGRAM, stream_figures
 from lowbit.measure.time_notes import time_notes
 from lowbit.measure.windows import Tokens, Windows
-from lowbit.planning.measuring import ROOM
+from lowbit.planning.measuring import OWN, ROOM
 
 _QUICK = SpeedSettings(prompt=16, new=16, prefill=128, batch=0, repeats=1)
+_QUICK_OWN = f"a quick card opens models of up to {OWN / 1e9:.1f} GB"
 _QUICK_ROOM = f"a quick card keeps to {ROOM / 1e9:.2f} GB"
 _ANSWER, _QUICK_ANSWER = 60, 24  # tokens at most
 _REST = 4.0  # seconds in which a fresh process imports what it needs
@@ -93,7 +94,7 @@ def quick_streamed_card(
             count = more
         notes = () if windows is not None else time_notes(quality, every.count, tokens, length, seconds)
         mark = replace(TextMark.of(every), windows=quality.windows, notes=(*every.notes, *notes))
-        own = _Own(files, why_no_runs(files, ROOM, _QUICK_ROOM), say)
+        own = _Own(files, why_no_runs(files, OWN, _QUICK_OWN), say)
         if own.skipped is None and budget.left < rates.opening:
             own.skipped = "there was no time for it; `lowbit quantize --card full` measures it"
         sample = own.sample(prompt, _QUICK_ANSWER, kept)
