@@ -368,7 +368,7 @@ def markdown(found: dict[str, Any]) -> str:
     tried = {name: row for name, row in rows.items() if row["steps"].get("build", {}).get("is") == "ok"}
     lines = [
         "# Architectures", "",
-        f"Tiny random models of transformers {found['transformers']}, on {about['machine']}; errors are relative, of logits or hidden states. "
+        f"Tiny random models of transformers {found['transformers']}, on {about['machine']}; errors are relative, of logits or hidden states (100 %: of another length, which some models of speech choose themselves). "
         "A row that has numbers in all columns works as its float model does; `-`: the float model does not do it either, or not on text alone.",
         "", f"{len(tried)} architectures of {len(rows)} were built.", "",
         "| architecture | kind | w8 | w4 | gptq | text does not reach | as AutoModel | generates |", "|---|---|--:|--:|--:|--:|---|---|",

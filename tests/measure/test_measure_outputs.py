@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import SourceError, TextError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.measure.card import Card
-from lowbit.measure.outputs import measure_outputs, predicts_tokens
+from lowbit.measure.outputs import measure_outputs
 from lowbit.report.panel import card_lines
 from tiny import tiny_tokenizer
 

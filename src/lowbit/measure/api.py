@@ -16,6 +16,7 @@ from torch import nn
 from lowbit.calibration.data import SAMPLES, SELF, load_calibration
 from lowbit.calibration.text import load_text
 from lowbit.errors import LowbitError, RecipeError, SourceError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import TEXT, OnStep, Step, heard
@@ -30,7 +31,6 @@ from lowbit.measure.files import Files
 from lowbit.measure.interleave import STANDARD, SpeedSettings
 from lowbit.measure.kept import KEPT_NOWHERE, Keeping
 from lowbit.measure.output_card import card_of_outputs, folders_of, makes_embeddings, refuse_inputs, refuse_outputs
-from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import Progress, measure_quality
 from lowbit.measure.quick import LENGTH, quick_card
 from lowbit.measure.row_file import FLOAT, RowFile

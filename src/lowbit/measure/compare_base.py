@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.readers.module import ModuleSource
@@ -21,7 +22,6 @@ from lowbit.measure.card import CardParts
 from lowbit.measure.files import Files, count_of
 from lowbit.measure.float_model import baseline_of
 from lowbit.measure.interleave import STANDARD, SpeedSettings
-from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.own_program import memory_now, open_runs, why_no_base, why_no_runs
 from lowbit.measure.size import count_parameters, module_bytes
 from lowbit.measure.streamed import Streamed

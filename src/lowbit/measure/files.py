@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowbit.errors import LowbitError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.opening import open_source
@@ -21,7 +22,6 @@ from lowbit.interchange.source import Source
 from lowbit.measure.card import CardParts
 from lowbit.measure.card_file import fingerprints
 from lowbit.measure.environment import environment
-from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.size import disk_size
 from lowbit.measure.streamed import Streamed
 from lowbit.measure.subject import folder_of, folder_parts, parts_of

@@ -14,13 +14,14 @@ from torch import nn
 from lowbit.calibration.text import load_text
 from lowbit.calibration.windows import Frame
 from lowbit.errors import SourceError, TextError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.pooling import Pooling, pooling_of
 from lowbit.interchange.source import Source
 from lowbit.measure.card import Card, CardParts, TextMark
 from lowbit.measure.environment import environment
 from lowbit.measure.given_inputs import given_inputs
 from lowbit.measure.inputs import takes
-from lowbit.measure.outputs import measure_outputs, predicts_tokens, takes_text
+from lowbit.measure.outputs import measure_outputs, takes_text
 from lowbit.measure.quality import Progress
 from lowbit.measure.subject import open_subject
 from lowbit.measure.windows import Tokens, Windows

@@ -58,17 +58,6 @@ class Outputs:
         return self.figure("cosine")
 
 
-def predicts_tokens(model: nn.Module | type[nn.Module]) -> bool:
-    """Whether a model, or models of a class, have logits for every token of a text, so that `measure_quality` fits them. Modules of no
-    library do."""
-    able = getattr(model, "can_generate", None)
-    if not callable(able):
-        return True
-    names = [cls.__name__ for cls in (model if isinstance(model, type) else type(model)).__mro__]
-    reads = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    return reads and (bool(able()) or any("MaskedLM" in name for name in names))
-
-
 def takes_text(model: nn.Module) -> bool:
     """Whether a model of transformers can be called with token ids."""
     return takes(model, "input_ids")

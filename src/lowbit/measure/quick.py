@@ -18,6 +18,7 @@ from torch import nn
 
 from lowbit.calibration.text import load_text
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.pace import Clock
@@ -30,7 +31,6 @@ from lowbit.measure.environment import environment
 from lowbit.measure.interleave import SpeedSettings
 from lowbit.measure.kept import KEPT_NOWHERE, Keeping, Kept
 from lowbit.measure.output_card import card_of_embeddings, card_of_outputs, folders_of, refuse_inputs
-from lowbit.measure.outputs import predicts_tokens
 from lowbit.measure.quality import HowMany, Progress, compare_logits, measure_quality
 from lowbit.measure.runs import Runs, both_by_engine, by_transformers
 from lowbit.measure.sample import Sample, kept_sample

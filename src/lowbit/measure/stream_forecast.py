@@ -14,6 +14,7 @@ from lowbit.measure.files import Files
 from lowbit.measure.quality import compare_logits
 from lowbit.measure.streamed import Streamed
 from lowbit.measure.windows import Tokens
+from lowbit.planning.measuring import vocabulary_of
 
 _TOKENS = 128
 _ROWS = 16  # of logits that are compared
@@ -42,7 +43,7 @@ def forecast(files: Files, tokens: Tokens, clock: Clock) -> Forecast:
             with temporary_folder() as folder:
                 found.append(_one(model, model.walk(cut, folder), cut.length, clock))
             trim()
-    rows = torch.zeros(_ROWS, _vocabulary(files.model))
+    rows = torch.zeros(_ROWS, vocabulary_of(files.model.module.config) or 1 << 15)
     start = clock()
     compare_logits(rows, torch.zeros(_ROWS, dtype=torch.int64), rows if len(found) > 1 else None)
     compared = (clock() - start) / _ROWS
@@ -79,8 +80,3 @@ def _one(model: Streamed, walk: StoredWalk, tokens: int, clock: Clock) -> tuple[
     walk.release()
     heads = max((t.count for t in model.stored.tensors if t.kind in _HEADS), default=0)
     return fixed, token * (1 + heads / max(1, sum(chains.values())))
-
-
-def _vocabulary(model: Streamed) -> int:
-    config = model.module.config
-    return int(getattr(config.get_text_config(), "vocab_size", None) or 1 << 15)  # type: ignore[operator, union-attr]

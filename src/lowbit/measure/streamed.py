@@ -27,7 +27,7 @@ from lowbit.measure.kept import NOTHING_KEPT, Figures, Kept
 from lowbit.measure.quality import Progress, Quality, check_base, compare_logits, quality_of
 from lowbit.measure.scoring import kind_of, scored
 from lowbit.measure.windows import Windows
-from lowbit.planning.measuring import LOGITS
+from lowbit.planning.measuring import LOGITS, vocabulary_of
 
 PROGRAM = "transformers, float32, block by block"
 
@@ -174,7 +174,7 @@ def _compared(
 def _slices(every: range, walk: StoredWalk, together: int) -> Iterator[range]:
     """Rows of which the logits of so many windows take no more than LOGITS; all of them where the model gives them only so."""
     config = walk.module.config
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 1 << 17
+    vocabulary = vocabulary_of(config) or 1 << 17
     step = max(1, LOGITS // (4 * int(vocabulary) * together)) if walk.slices_logits else len(every)
     return (every[start : start + step] for start in range(0, len(every), step))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.errors import SourceError
+from lowbit.interchange.hf.heads import predicts_tokens
 from lowbit.interchange.hf.models import model_class
 from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.tensors import TensorPlan
@@ -20,9 +21,7 @@ ROOM = 1_250_000_000  # bytes
 OWN = 400_000_000  # bytes of a quantized model that a quick card opens by itself; while it is opened it takes about twice as much
 WINDOW = 1024  # tokens of a window, where nothing else is asked for
 SLICE = 1 << 24  # elements of a weight of 16 bits that are in float32 at a time
-LOGITS = (
-    32 << 20
-)  # bytes of the logits of one model that are in memory at a time, where models are measured block by block
+LOGITS = 32 << 20  # bytes of one model's logits in memory at a time, where models are measured block by block
 _TOKEN = 1000  # bytes that a tokenizer takes for each token that it knows (measured: 50 MB for 49 thousand)
 _LIVE_WIDTHS = 4  # activations of the widest layer that a block holds at once in float32, roughly
 
@@ -61,7 +60,7 @@ def card_bytes(tensors: Sequence[TensorPlan], config: Any, by_engine: bool) -> i
     """
     floats = [t for t in tensors if t.dtype.is_floating_point]
     parameters, stored = sum(t.count for t in floats), sum(t.bytes_after for t in tensors)
-    if not _predicts_tokens(config):
+    if not _scores_tokens(config):
         return 4 * parameters + 2 * stored + text_bytes(config)
     if block_by_block(parameters, stored, config):
         return text_bytes(config) + max(streamed_bytes(tensors), _running(stored) if stored <= OWN else 0)
@@ -90,14 +89,12 @@ def streamed_bytes(tensors: Sequence[TensorPlan]) -> int:
     return held + max(at_block, at_head)
 
 
-def _predicts_tokens(config: Any) -> bool:
-    """Whether models of this config have logits for every token of a text; others are compared whole, whatever their size."""
+def _scores_tokens(config: Any) -> bool:
+    """Whether models of this config predict tokens; others are compared whole, whatever their size."""
     try:
-        kind = model_class(config)
+        return predicts_tokens(model_class(config))
     except SourceError:
         return False
-    masked = any("MaskedLM" in each.__name__ for each in kind.__mro__)
-    return kind.main_input_name == "input_ids" and (masked or bool(kind.can_generate()))
 
 
 def _running(stored: int) -> int:

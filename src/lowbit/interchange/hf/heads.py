@@ -1,4 +1,4 @@
-"""What a model is for, asked of the automatic classes of transformers."""
+"""What a model is for, asked of its own class and of the automatic classes of transformers."""
 
 from __future__ import annotations
 
@@ -44,3 +44,14 @@ def auto_class(architecture: str) -> str | None:
         if any(architecture in ((name,) if isinstance(name, str) else name) for name in names):
             return auto
     return None
+
+
+def predicts_tokens(model: nn.Module | type[nn.Module]) -> bool:
+    """Whether a model, or models of a class, have logits for every token of a text, by which quality is measured. Modules of no
+    library do."""
+    able = getattr(model, "can_generate", None)
+    if not callable(able):
+        return True
+    names = [cls.__name__ for cls in (model if isinstance(model, type) else type(model)).__mro__]
+    reads = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return reads and (bool(able()) or any("MaskedLM" in name for name in names))
