@@ -27,6 +27,7 @@ ROOMS = (
     "interchange",
     "transforms",
     "tuning",
+    "kv",
     "recipes",
     "planning",
     "engine",

@@ -15,7 +15,7 @@ from typing import Any
 
 from lowbit.errors import RecipeError
 from lowbit.formats.inputs import FLOAT, Inputs, parse_inputs
-from lowbit.recipes.calls import call_parts
+from lowbit.solvers.calls import call_parts
 from lowbit.solvers.ranges.estimator import RangeMethod
 
 NEVER = "never"

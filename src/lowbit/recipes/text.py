@@ -11,11 +11,11 @@ from typing import Any
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
 from lowbit.recipes.activation_rules import parse_fallback, parse_rule
-from lowbit.recipes.calls import call_parts
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import EMBED, KEEP, Recipe, format_text
 from lowbit.recipes.spelling import accepted, instead
 from lowbit.solvers import Call
+from lowbit.solvers.calls import call_parts
 from lowbit.solvers.registry import methods
 
 _OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
