@@ -33,7 +33,7 @@ def test_text_to_value_and_back(keys: str, values: str, layers: list[tuple[str, 
         ("uint4", "both signs"),
         ("uint4:32x32:asym", "several tokens and channels"),
         ("int16:sinks=4", "unknown grid"),
-        ("rotate+rotate@int4", "transform for weights"),
+        ("rotate+rotate@int4", "'rotate'"),
         ("", "unknown grid"),
     ],
 )
