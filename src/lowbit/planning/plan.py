@@ -66,7 +66,9 @@ class Plan(Displayed):
     config: Any = field(default=None, repr=False, compare=False)
 
     def _brief(self) -> str:
-        return f"{self.label}, {self.recipe.called or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
+        return (
+            f"{self.label}, {self.recipe.called or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
+        )
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
