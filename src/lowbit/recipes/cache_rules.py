@@ -1,7 +1,7 @@
 """How recipes say what becomes of the KV cache, beside the weights: `CacheFormat`, or that a check of the result chooses one.
 
 kv=int8                       keys and values alike; k= and v= apart, kv:GLOB=, k:GLOB= and v:GLOB= for layers by number
-kv=rotate+int4:g32:recent=64  the whole grammar of `kv/side.py`
+kv=rotate@int4:g32:recent=64  the whole grammar of `kv/side.py`
 kv=turboquant4                a published method by its name, see `kv/named.py`
 kv=auto                       once the weights are written, `lowbit check-kv` finds the fewest bits within a limit
 kv=auto(kl=0.03)              that limit: the mean KL divergence, in nats a token, against the cache that is kept as it is
