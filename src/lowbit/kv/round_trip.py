@@ -33,7 +33,9 @@ def round_trip(x: Tensor, side: CacheSide, tables: Tables | None = None) -> Tens
     if tables is not None:
         check_tables(tables, side, heads, width)
     elif side.calibrated:
-        raise RecipeError(f"{side} has numbers that are found on calibration text; give the tables of lowbit.kv.calibrate")
+        raise RecipeError(
+            f"{side} has numbers that are found on calibration text; give the tables of lowbit.kv.calibrate"
+        )
     found = tables or Tables()
     channels = found.channels
     if side.outliers and channels is None:
