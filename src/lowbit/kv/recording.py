@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 from lowbit.kv.learning import Observed
 from lowbit.kv.side import CacheSide
 
+_CACHES = ("cache", "past_key_values")  # how forwards call it in transformers 5.24, and before
 Seen = dict[tuple[int, str], tuple[CacheSide, list[Observed]]]
 
 
@@ -45,6 +47,8 @@ def record(
     """What each layer gave to the cache, for sides that `side_of` names; sinks left out. The model is as it was afterwards."""
     seen: Seen = {}
     device = next(iter(model.parameters())).device
+    takes = inspect.signature(model.forward).parameters
+    name = next((name for name in _CACHES if name in takes), _CACHES[0])
     training = model.training
     model.eval()
     try:
@@ -52,7 +56,7 @@ def record(
             ids = torch.atleast_2d(window).to(device)
             recorder = Recorder(model.config, gradients)
             with torch.set_grad_enabled(gradients):
-                logits = model(input_ids=ids, past_key_values=recorder, use_cache=True).logits
+                logits = model(input_ids=ids, use_cache=True, **{name: recorder}).logits
             _keep(recorder, _gradients(recorder, logits, ids) if gradients else {}, side_of, seen)
     finally:
         model.train(training)
