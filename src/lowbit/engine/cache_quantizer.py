@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.engine.folder_cache import sizes_of, use_cache_format
 from lowbit.interchange.hf.quantizer import LowbitQuantizer
 from lowbit.kv import CacheFormat
@@ -26,8 +28,9 @@ class CacheQuantizer(LowbitQuantizer):
         super()._process_model_before_weight_loading(model, checkpoint_files, stored, **kwargs)
         self._cache = parsed(self.quantization_config.kv, "config.json")
         if self._cache is not None and checkpoint_files:
-            config = model.config
-            self._tables = read_cache_tables(Path(checkpoint_files[0]).parent, self._cache, sizes_of(kv_cache(config)))
+            sizes = sizes_of(kv_cache(model.config))
+            with torch.device("cpu"):  # the model is built without memory here
+                self._tables = read_cache_tables(Path(checkpoint_files[0]).parent, self._cache, sizes)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
