@@ -75,7 +75,9 @@ class CacheSide(Displayed):
                 f"{fmt} has one scale for several tokens and channels; use {fmt.grid}:g32, or {fmt.grid}:32x1"
             )
         if fmt.codebook is not None and (fmt.scale is None or fmt.codebook != TENSOR):
-            raise FormatError(f"the learned levels of {fmt} serve all tokens of a layer and need a scale; write ':cb=tensor'")
+            raise FormatError(
+                f"the learned levels of {fmt} serve all tokens of a layer and need a scale; write ':cb=tensor'"
+            )
         if fmt.exponent:
             raise FormatError(f"{fmt}: an exponent is for weights")
         if self.fit is not None and (reason := self.fit.method.declines(fmt)) is not None:

@@ -125,7 +125,9 @@ def tables_from_tensors(
     return tables
 
 
-def tables_for(tables: Mapping[tuple[int, str], Tables] | None, side: CacheSide, layer: int, which: str) -> Tables | None:
+def tables_for(
+    tables: Mapping[tuple[int, str], Tables] | None, side: CacheSide, layer: int, which: str
+) -> Tables | None:
     """The tables of this side, None where it needs none. RecipeError where it needs some that are not there."""
     found = (tables or {}).get((layer, which))
     if found is None and side.calibrated:
