@@ -32,9 +32,9 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.measure.api import evaluate as evaluate
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
+    from lowbit.measure.quantizing import quantize as quantize
     from lowbit.pipeline.api import Quantized as Quantized
     from lowbit.pipeline.api import plan as plan
-    from lowbit.pipeline.api import quantize as quantize
     from lowbit.pipeline.api import quantize_tensor as quantize_tensor
     from lowbit.pipeline.loading import dequantize as dequantize
     from lowbit.pipeline.loading import load as load
@@ -83,7 +83,7 @@ _HOMES = {
     "load_into": "lowbit.pipeline.loading",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
-    "quantize": "lowbit.pipeline.api",
+    "quantize": "lowbit.measure.quantizing",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",
     "recommend": "lowbit.report.recommend",

@@ -65,7 +65,8 @@ def packed_copy(
         from lowbit.interchange.hf.quantizer import attach
 
         attach(made, quantization_config(plan, facts))
-        use_cache_format(made, plan.kv.format)
+        found = plan.kv.format
+        use_cache_format(made, None if found is None or found.calibrated else found)
     return made
 
 
