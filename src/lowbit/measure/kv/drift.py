@@ -27,11 +27,15 @@ class Drift:
     @property
     def kl(self) -> Estimate:
         """Mean KL(float || quantized) in nats per token."""
-        return mean_estimate(self.figures["kl"])
+        return self.mean("kl")
+
+    def mean(self, name: str) -> Estimate:
+        """The mean of a figure, such as "top1"."""
+        return mean_estimate(self.figures[name])
 
     def perplexity(self, name: str = "nll") -> Estimate:
         """Perplexity; of the float cache where name is "base_nll". Its standard error by the delta method."""
-        mean = mean_estimate(self.figures[name])
+        mean = self.mean(name)
         value = float(np.exp(np.minimum(mean.value, 700.0)))
         return Estimate(value, None if mean.stderr is None else value * mean.stderr)
 

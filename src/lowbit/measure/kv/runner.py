@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import check_vocabulary, device_of, evaluating
 from lowbit.kv import CacheFormat
+from lowbit.kv.cache_format import Which
 from lowbit.measure.kv.attention import Seen, Unreadable, attending
 from lowbit.measure.kv.stored import Cache, FormatCache
 from lowbit.measure.scoring import kind_of
@@ -68,6 +69,19 @@ class Runner:
                 return State(logits=self._whole(ids))
             with evaluating(self.model):
                 return State(hidden=self._base(ids.to(self.device)[None], **self._options))  # type: ignore[misc]
+
+    def shapes(self, ids: Tensor) -> tuple[dict[int, int], dict[tuple[int, Which], int]]:
+        """kv heads by layer, and channels of a head by layer and side."""
+        heads: dict[int, int] = {}
+        widths: dict[tuple[int, Which], int] = {}
+        if self.parallel:
+
+            def seen(layer: int, _: Tensor, key: Tensor, value: Tensor, __: object) -> None:
+                heads[layer] = key.shape[0]
+                widths[layer, "k"], widths[layer, "v"] = key.shape[-1], value.shape[-1]
+
+            self.run(ids, None, seen)
+        return heads, widths
 
     def logits(self, state: State, rows: slice) -> Tensor:
         """Logits [rows, vocabulary] of a part of the positions."""
