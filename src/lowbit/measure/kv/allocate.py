@@ -96,5 +96,24 @@ def cache_format(picks: Mapping[Place, str]) -> CacheFormat:
         counted = Counter(c for (_, side), c in picks.items() if side == which)
         most = max(counted, key=lambda c: (counted[c], c))
         common[which] = parse_side(most)
-        rules += [(str(i), which, parse_side(c)) for (i, side), c in sorted(picks.items()) if side == which and c != most]
+        for other in sorted(set(counted) - {most}):
+            layers = [i for (i, side), c in picks.items() if side == which and c == other]
+            rules += [(glob, which, parse_side(other)) for glob in globs(layers)]
     return CacheFormat(common["k"], common["v"], tuple(rules))
+
+
+def globs(numbers: list[int]) -> list[str]:
+    """Globs that match these numbers and no others, one for each ten: [0, 1, 2, 15, 17] is ['[012]', '1[57]'].
+
+    >>> from lowbit.measure.kv.allocate import globs
+    >>> globs([0, 1, 2, 15])
+    ['[012]', '15']
+    """
+    tens: dict[int, list[int]] = {}
+    for number in sorted(numbers):
+        tens.setdefault(number // 10, []).append(number % 10)
+    lead = {ten: str(ten) if ten else "" for ten in tens}
+    return [
+        f"{lead[ten]}{ends[0]}" if len(ends) == 1 else f"{lead[ten]}[{''.join(map(str, ends))}]"
+        for ten, ends in tens.items()
+    ]

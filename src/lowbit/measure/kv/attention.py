@@ -24,7 +24,7 @@ from lowbit.errors import SourceError
 from lowbit.measure.kv.stored import Cache, StoredSide
 
 _NAME = "lowbit-stored-cache"
-_SCORES = 1 << 25  # numbers of a chunk of scores at most: 128 MiB of float32
+_SCORES = 1 << 21  # numbers of a chunk of scores at most: they stay near the processor
 Seen = Callable[[int, Tensor, Tensor, Tensor, Callable[[StoredSide, StoredSide], Tensor]], None]
 
 

@@ -37,6 +37,7 @@ FORMATS = ("int8", "int4", "int4:g32", "rotate+search@int4:g32", "kivi2")
 _SHORT, _FEW = 512, 2  # tokens and windows of the measurement of each layer
 _REPEATED = 256  # tokens
 _SHORTEST = 32  # tokens of a context
+RECOMMENDED = "recommended"
 
 
 def check_kv(
@@ -88,7 +89,7 @@ def check_kv(
     cut = _windows(tokens, context, windows)
     bench = Bench(Runner(subject.module), cut, tokens, tok, say, move)
     notes = [*cut.notes, *bench.notes]
-    rows = bench.rows([bench.cache(fmt) for fmt in formats])
+    rows = bench.rows(formats, [str(one) for one in asked])
     recommended = sensitivity = None
     if recommend and not bench.runner.parallel:
         notes.append("its layers attend in their own way, so they cannot be told apart, and nothing is recommended")
@@ -96,7 +97,13 @@ def check_kv(
         sensitivity = bench.sensitivity(candidates)
         recommended = bench.recommend(sensitivity, kl)
     return CacheCheck(
-        subject.parts.model, TextMark.of(cut), bench.base_perplexity(), tuple(rows), recommended, sensitivity, tuple(notes)
+        subject.parts.model,
+        TextMark.of(cut),
+        bench.base_perplexity(),
+        tuple(rows),
+        recommended,
+        sensitivity,
+        tuple(notes),
     )
 
 
@@ -154,10 +161,10 @@ class Bench:
         """The cache of a format, with its calibrated tables."""
         return FormatCache(fmt, tables_of(self.runner, fmt, self._spare()) if fmt.calibrated else {})
 
-    def rows(self, caches: Sequence[FormatCache]) -> list[CacheFigures]:
-        """All figures of each format."""
-        known = self.measure(caches)
-        return [self._figures(cache.format, *one) for cache, one in zip(caches, known, strict=True)]
+    def rows(self, formats: Sequence[CacheFormat], names: Sequence[str]) -> list[CacheFigures]:
+        """All figures of each format, by the name it was asked for."""
+        known = self.measure([self.cache(fmt) for fmt in formats])
+        return [self._figures(name, fmt, *one) for name, fmt, one in zip(names, formats, known, strict=True)]
 
     def measure(self, caches: Sequence[Cache]) -> list[tuple[Drift, tuple[Depth, ...], Repetition | None]]:
         """Drift, facts and repetition of any caches."""
@@ -234,11 +241,11 @@ class Bench:
         drift, facts, again = known[str(chosen.format)]
         if (repeated := self.repeated()) is not None:
             (again,) = repetition(self.runner, *repeated, 2, [FormatCache(chosen.format)], self.windows.frame)
-        figures = self._figures(chosen.format, drift, facts, again)
+        figures = self._figures(RECOMMENDED, chosen.format, drift, facts, again)
         return Recommended(str(chosen.format), limit, len(trials), figures)
 
     def _figures(
-        self, fmt: CacheFormat, drift: Drift, facts: tuple[Depth, ...], again: Repetition | None
+        self, name: str, fmt: CacheFormat, drift: Drift, facts: tuple[Depth, ...], again: Repetition | None
     ) -> CacheFigures:
         context = self.windows.length
         heads, widths = self._shapes()
@@ -247,7 +254,7 @@ class Bench:
         total, numbers = (sum(pair[i] for pair in sizes.values()) for i in (0, 1))
         top1 = drift.mean("top1")
         return CacheFigures(
-            str(fmt), 8 * total / max(1, numbers), bits["k"], bits["v"], total / context, drift.perplexity(), drift.kl, top1,
+            name, str(fmt), 8 * total / max(1, numbers), bits["k"], bits["v"], total / context, drift.perplexity(), drift.kl, top1,
             drift.deciles(), facts, again,
         )  # fmt: skip
 

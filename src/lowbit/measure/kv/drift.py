@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -45,7 +46,7 @@ class Drift:
         edges = np.linspace(0, count, min(DECILES, count) + 1).round().astype(int)
         return tuple(
             Decile(int(a), int(b), *(mean_estimate(self.figures[name][:, a:b]) for name in ("kl", "top1")))
-            for a, b in zip(edges[:-1], edges[1:], strict=True)
+            for a, b in pairwise(edges)
         )
 
 

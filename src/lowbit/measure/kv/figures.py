@@ -46,9 +46,10 @@ class Repetition:
 class CacheFigures:
     """One cache format, measured beside the float cache.
 
-    bits: of a number on average at the context, all that is kept exactly included; k_bits, v_bits: of keys and of values.
+    name: as it was asked for. bits: of a number on average at the context, all that is kept exactly included; k_bits, v_bits: of keys and of values.
     """
 
+    name: str
     format: str
     bits: float
     k_bits: float

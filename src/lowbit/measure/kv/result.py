@@ -78,7 +78,12 @@ class CacheCheck(Displayed):
             }  # fmt: skip
         if self.sensitivity is not None:
             data["sensitivity"] = [
-                {"layer": layer, "side": which, "measured": dict([self.sensitivity.alone[layer, which]]), "kl": dict(kl)}
+                {
+                    "layer": layer,
+                    "side": which,
+                    "measured": dict([self.sensitivity.alone[layer, which]]),
+                    "kl": dict(kl),
+                }
                 for (layer, which), kl in sorted(self.sensitivity.kl.items())
             ]
         found: dict[str, Any] = json_ready(data)

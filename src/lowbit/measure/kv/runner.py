@@ -53,7 +53,9 @@ class Runner:
             with evaluating(model), attending(model, _FLOAT) as layers:
                 again = model(probe.to(self.device)[None], **self._options).logits[0]
             self.layers = max(layers, default=-1) + 1
-            self.parallel = bool(layers) and torch.allclose(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+            self.parallel = bool(layers) and torch.allclose(
+                again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())
+            )
         except (Unreadable, ValueError, TypeError):
             self.parallel = False
         if not self.parallel:

@@ -25,7 +25,9 @@ from lowbit.measure.kv.stored import EXACT, OneSide, StoredSide, stored_side
 from lowbit.measure.quality import compare_logits
 
 SIDES: tuple[Which, ...] = ("k", "v")
-_TYPICAL = 0.01  # relative squared error of the candidate that is measured: far above rounding of float32, and still small
+_TYPICAL = (
+    0.01  # relative squared error of the candidate that is measured: far above rounding of float32, and still small
+)
 Place = tuple[int, Which]
 
 

@@ -19,6 +19,7 @@ from lowbit.measure.quality import mean_estimate
 _NAMES = ("Anna", "Boris", "Clara", "David", "Emma", "Felix", "Greta", "Henry", "Irene", "Jonas")
 _FACT = " The secret number of {name} is"
 _SEED = 20261128
+_NO_FRAME = Frame()
 FACTS = 5  # of a context, at 10, 30, 50, 70 and 90 % of it
 
 
@@ -99,7 +100,7 @@ def _answer(runner: Runner, state: State, ids: Tensor, positions: slice) -> tupl
 
 
 def repetition(
-    runner: Runner, length: int, vocabulary: int, count: int, caches: Sequence[Cache], frame: Frame = Frame(),
+    runner: Runner, length: int, vocabulary: int, count: int, caches: Sequence[Cache], frame: Frame = _NO_FRAME,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Repetition]:  # fmt: skip
     """`count` sequences of `length` random tokens, each twice in a row: the loss on the second time, of each cache."""
