@@ -81,7 +81,7 @@ def test_all_positions_at_once_read_what_decoding_reads(model: Any, text: str) -
     expected = stepwise(model, ids, fmt)
     exact = runner.logits(runner.run(ids), slice(0, TOKENS))
     changed = (expected - exact).norm() / exact.norm()
-    assert (found - expected).norm() / exact.norm() < 1e-6
+    assert (found - expected).norm() / exact.norm() < 1e-4
     assert changed > 1e-3  # it tells formats apart
 
 
