@@ -85,7 +85,6 @@ def test_embeddings_get_another_fit_only_where_the_recipe_s_own_cannot_serve() -
         ("rtn+rtn@int4:g32", "one solver"),
         ("int4:g32,foo=int8", "unknown option 'foo'"),
         ("int4:g32,embed", "is not KEY=VALUE"),
-        ("int4:g32,kv=int8", "no KV-cache formats"),
         ("int4:g32,*.x=int9", "unknown grid 'int9'"),
         ("int4:g32:asm", "position 10"),
     ],

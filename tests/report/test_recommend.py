@@ -22,7 +22,7 @@ from lowbit.cli.main import app
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.interchange.hub import hub
 from lowbit.measure.expected_loss import MEASURED, MIXES, expected_of_format
-from lowbit.planning.kv_cache import KVCache
+from lowbit.planning.kv_cache import CacheLayer, KVCache
 from lowbit.report.choices import AS_IT_IS, active_experts
 from lowbit.report.recommendation import ACCEPTABLE, Recommendation, about
 from tiers import mostly_nightly
@@ -155,7 +155,7 @@ def test_a_bound_is_never_below_what_more_bits_lose() -> None:
 
 
 def test_nothing_fits_says_what_does(tiny_folder: Float) -> None:
-    kv = KVCache(1000)
+    kv = KVCache((CacheLayer(0, 1, 250, 250),))  # 1000 bytes a token
     memory = OVERHEAD + 5_000 + 7 * 1000 + 999
     most = longest_context(memory, 5_000, kv, 100)
     assert most == 7 and running_memory(5_000, kv, 7).total <= memory < running_memory(5_000, kv, 8).total

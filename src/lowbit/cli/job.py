@@ -188,7 +188,7 @@ def default_file(model: str, recipe: str, kind: Exporter, target: str = "") -> P
 
 def default_folder(model: str, recipe: Recipe, target: str = "") -> Path:
     """`<model's own name>-<recipe>[-<target>]` in the current folder."""
-    return Path(f"{own_name(model)}-{_as_name(recipe.name or str(recipe), target)}")
+    return Path(f"{own_name(model)}-{_as_name(recipe.called or str(recipe), target)}")
 
 
 def _as_name(recipe: str, target: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from lowbit.interchange.hf.section import CACHE_TABLES
 from lowbit.interchange.model_card import BASE_README, README, is_marked, text_of
 
 _MOST_FILES, _DEEPEST, _LARGEST = 10_000, 8, 256 << 20
@@ -31,6 +32,7 @@ _ANEW = (
     "config.json",
     "model.safetensors.index.json",
     "lowbit.json",
+    CACHE_TABLES,
     "card.json",
     "journal.jsonl",
     "journal.jsonl.new",

@@ -90,7 +90,7 @@ class Quantized(Displayed):
 
     def _brief(self) -> str:
         bits = f"{self.plan.bits_per_weight:.3f} bits per weight"
-        return f"{self.plan.label}, {self.plan.recipe.name or self.plan.recipe}, {bits}"
+        return f"{self.plan.label}, {self.plan.recipe.called or self.plan.recipe}, {bits}"
 
 
 def quantize(

@@ -78,7 +78,7 @@ def origin(plan: Plan, source: Source, calibration: Calibration | None = None) -
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,
-            "recipe": {"name": plan.recipe.name, "text": str(plan.recipe)},
+            "recipe": {"name": plan.recipe.called, "text": str(plan.recipe)},
             "source": source.identity(),
             "coverage": plan.coverage,
             "bits_per_weight": plan.bits_per_weight,

@@ -23,6 +23,7 @@ from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.kernels.core import core
 from lowbit.planning.advice import advice
+from lowbit.planning.cache_fit import cache_notes, fitted_cache
 from lowbit.planning.kv_cache import KVCache, kv_cache
 from lowbit.planning.measuring import card_bytes, text_bytes
 from lowbit.planning.memory import calibrated_working_bytes
@@ -66,7 +67,9 @@ class Plan(Displayed):
     config: Any = field(default=None, repr=False, compare=False)
 
     def _brief(self) -> str:
-        return f"{self.label}, {self.recipe.name or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
+        return (
+            f"{self.label}, {self.recipe.called or self.recipe}, {self.bytes_before:,} -> {self.output_bytes:,} bytes"
+        )
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -170,8 +173,18 @@ class Plan(Displayed):
 
     @property
     def kv_bytes(self) -> int:
-        """KV cache of one sequence of `context` tokens."""
+        """KV cache of one sequence of `context` tokens, in the recipe's format."""
         return self.kv.bytes_at(self.context)
+
+    @property
+    def kv_bytes_before(self) -> int:
+        """The same with 16 bits a number."""
+        return self.kv.stored(None).bytes_at(self.context)
+
+    @property
+    def about_cache(self) -> tuple[str, ...]:
+        """What the recipe's cache format leaves as it is, a sentence each."""
+        return cache_notes(self.kv, self.recipe.cache)
 
     def kept(self) -> dict[str, tuple[int, int]]:
         """Reason -> (tensors, parameters) of what is not quantized."""
@@ -213,14 +226,15 @@ class Plan(Displayed):
         """Everything above, as JSON values."""
         keys = (
             "label", "parameters", "source_bytes", "bytes_before", "bytes_after", "output_bytes", "bits_per_weight",
-            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "card_peak_bytes", "kv_bytes_per_token", "kv_bytes", "context",
+            "linear_bits_per_weight", "coverage", "peak_bytes", "calibrated_peak_bytes", "card_peak_bytes", "kv_bytes_per_token", "kv_bytes", "kv_bytes_before", "context",
         )  # fmt: skip
         out: dict[str, Any] = {key: getattr(self, key) for key in keys}
         out["recipe"] = str(self.recipe)
+        out["kv_format"] = None if self.kv.format is None else str(self.kv.format)
         out["files"] = {s.file: s.file_bytes for s in self.shards}
         out["tied"] = dict(self.tied)
         out["inputs"] = self.input_counts()
-        out["notes"] = [*self.notes, *self.about_source]
+        out["notes"] = [*self.notes, *self.about_source, *self.about_cache]
         out["advice"] = list(self.advice)
         if self.survey is not None:
             out["ranges"] = self.survey.to_json()
@@ -261,8 +275,9 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
             what = "has no quantized linear layer" if matched else "matches no tensor"
             raise RecipeError(f"a:{pattern}={rule} {what} of {source.label}; names look like {_example(tensors)!r}")
     check_used(recipe, tensors, recipe.needs_calibration is not None)
+    kv = fitted_cache(kv_cache(source.config), recipe.cache, source.label)
     return Plan(
-        source.label, recipe, tensors, dict(source.inventory.tied), kv_cache(source.config), context, max_shard_bytes,
+        source.label, recipe, tensors, dict(source.inventory.tied), kv, context, max_shard_bytes,
         source.disk_bytes(), notes=notes_on(source), config=source.config,
     )  # fmt: skip
 

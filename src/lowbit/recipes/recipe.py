@@ -14,6 +14,7 @@ hqq+rtn@uint4:g64:zero=fp16         both
 int4:g32                            a format alone: the best data-free fit and solver for it
 search@int4:g32,embed=int6:g64      embeddings and heads in another format (int8:channel otherwise)
 search@int4:g32,*.down_proj=int8:channel,*.layers.0.*=keep      per layer, the last match wins
+w4,kv=int4:g32                      and the KV cache of the result, k= and v= apart: see `cache_rules.py`
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Format, parse_format
 from lowbit.formats.inputs import Inputs
 from lowbit.recipes.activation_rules import FALLBACK, NEVER, Fallback, InputRule
+from lowbit.recipes.cache_rules import RecipeCache, cache_settings
 from lowbit.recipes.presets import PRESETS
 from lowbit.solvers import Call
 from lowbit.solvers.ranges.estimator import RangeMethod
@@ -53,6 +55,8 @@ class Recipe(Displayed):
     `inputs` (`a=`) are those of linear layers; static ones take their range from the estimator `range`.
     `layer_inputs` (`a:GLOB=`) are those of single layers, the last match wins. `fallback`: what static inputs of `a=`
     become where their range explodes on the calibration text, None for never.
+    `cache` (`kv=`) is how the result stores its KV cache where nobody says otherwise, None where the recipe says nothing of it.
+    It changes no weight, so a preset with it keeps its name.
     """
 
     format: Format
@@ -68,6 +72,7 @@ class Recipe(Displayed):
     weighting: Call | None = None
     layer_inputs: tuple[tuple[str, InputRule], ...] = ()
     fallback: Fallback | None = FALLBACK
+    cache: RecipeCache | None = None
 
     def _brief(self) -> str:
         return repr(self.title)
@@ -180,7 +185,7 @@ class Recipe(Displayed):
         preset = PRESETS.get(self.name or "")
         if preset is None or preset.calibrated is None:
             return self
-        return replace(Recipe.parse(preset.calibrated), name=self.name)
+        return replace(Recipe.parse(preset.calibrated), name=self.name, cache=self.cache)
 
     def __str__(self) -> str:
         """The full text; `Recipe.parse(str(r)) == r` but for the name."""
@@ -200,12 +205,17 @@ class Recipe(Displayed):
             text += f",a:{pattern}={rule}"
         for pattern, fmt in self.layers:
             text += f",{pattern}={format_text(fmt)}"
-        return text
+        return ",".join([text, *cache_settings(self.cache)])
+
+    @property
+    def called(self) -> str | None:
+        """The name of a preset, with what is said of the cache beside it: `w4,kv=int8`. None for a recipe without a name."""
+        return None if self.name is None else ",".join([self.name, *cache_settings(self.cache)])
 
     @property
     def title(self) -> str:
         """`name = text` for a preset, the text otherwise."""
-        return f"{self.name} = {self}" if self.name else str(self)
+        return f"{self.called} = {self}" if self.name else str(self)
 
     @staticmethod
     def parse(text: str) -> Recipe:

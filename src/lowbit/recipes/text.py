@@ -11,6 +11,7 @@ from typing import Any
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats import Format, parse_format
 from lowbit.recipes.activation_rules import parse_fallback, parse_rule
+from lowbit.recipes.cache_rules import CACHE_KEYS, cache_settings, is_cache_key, parse_cache
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import EMBED, KEEP, Recipe, format_text
 from lowbit.recipes.spelling import accepted, instead
@@ -20,8 +21,7 @@ from lowbit.solvers.registry import methods
 
 _OF_INPUTS = ("a", "fallback")  # keys of the text form for the inputs of linear layers
 _TABLES = ("layers", "inputs")  # of the TOML form, by glob
-# Keys of the text form that are known but stand for something this version does not do.
-_LATER = {"kv": "KV-cache formats"}
+_CACHE = "cache"  # a table of the TOML form, or a text
 
 
 def parse_recipe(text: str) -> Recipe:
@@ -32,7 +32,9 @@ def parse_recipe(text: str) -> Recipe:
     head = accepted(head)
     if head in PRESETS:
         recipe = replace(parse_recipe(PRESETS[head].text), name=head)
-        return replace(_with_settings(recipe, settings, text), name=None if settings else head)
+        # What is said of the cache leaves the weights as the name has them.
+        named = all(is_cache_key(setting.strip().partition("=")[0]) for setting in settings)
+        return replace(_with_settings(recipe, settings, text), name=head if named else None)
     try:
         recipe = _composed(head)
     except LowbitError:
@@ -101,26 +103,29 @@ def _with_steps(recipe: Recipe, steps: list[str]) -> Recipe:
 
 
 def _with_settings(recipe: Recipe, settings: list[str], whole: str) -> Recipe:
+    cache = list[str]()
     # A fallback is for the static inputs that another setting names, wherever that stands.
     for setting in sorted(settings, key=lambda s: s.strip().startswith("fallback=")):
         key, equals, value = setting.strip().partition("=")
         if not equals or not value:
             raise RecipeError(f"{setting!r} in recipe {whole!r} is not KEY=VALUE, such as embed=int8:channel")
-        if key in _LATER:
-            raise RecipeError(f"{setting!r}: this version of lowbit has no {_LATER[key]}; leave it out")
+        if is_cache_key(key):
+            cache.append(setting.strip())
+            continue
         if key.partition(":")[0] in _OF_INPUTS:
             recipe = _with_inputs(recipe, key, value, whole)
             continue
         is_glob = any(char in key for char in "*?[.") or key == "lm_head" or (value == KEEP and key != "embed")
         if key != "embed" and not is_glob:
             raise RecipeError(
-                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', *_OF_INPUTS])} "
+                f"unknown option {key!r} in recipe {whole!r}{nearest(key, ['embed', *_OF_INPUTS, *CACHE_KEYS])} "
                 "(known: embed=FORMAT, a=FORMAT for the inputs of linear layers, a:*.down_proj=FORMAT for those of some, "
-                "fallback=FORMAT, and layer globs such as *.down_proj=FORMAT or lm_head=keep)"
+                "fallback=FORMAT, kv=FORMAT for the KV cache, k=FORMAT and v=FORMAT for its keys and values apart, and layer globs "
+                "such as *.down_proj=FORMAT or lm_head=keep)"
             )
         fmt = _layer_format(value)
         recipe = replace(recipe, layers=(*recipe.layers, (key, fmt))) if is_glob else replace(recipe, embed=fmt)
-    return recipe
+    return replace(recipe, cache=parse_cache(cache)) if cache else recipe
 
 
 def _with_inputs(recipe: Recipe, key: str, value: str, whole: str) -> Recipe:
@@ -138,14 +143,14 @@ def _with_inputs(recipe: Recipe, key: str, value: str, whole: str) -> Recipe:
 
 def _from_toml(path: Path) -> Recipe:
     """recipe = "search@int4:g32", and optionally embed = "...", [layers] with "glob" = "format or keep", [inputs] with
-    "glob" = "inputs or float"."""
+    "glob" = "inputs or float", [cache] with kv = "int8" or k, v and "kv:GLOB", or cache = "int8"."""
     try:
         table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe file {str(path)!r} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe file {str(path)!r} is not TOML: {error}") from None
-    allowed = ("recipe", "embed", *_TABLES)
+    allowed = ("recipe", "embed", *_TABLES, _CACHE)
     for key in table:
         if key not in allowed:
             raise RecipeError(f"recipe file {str(path)!r} has an unknown key {key!r}{nearest(key, allowed)}")
@@ -166,13 +171,30 @@ def _from_toml(path: Path) -> Recipe:
     if inputs:
         rules = tuple((g, parse_rule(v)) for g, v in inputs.items())
         recipe = replace(recipe, layer_inputs=(*recipe.layer_inputs, *rules), name=None)
-    return recipe
+    return recipe if _CACHE not in table else _with_cache(recipe, table[_CACHE], str(path))
+
+
+def _with_cache(recipe: Recipe, said: Any, path: str) -> Recipe:
+    """What a TOML file says of the cache, as text or as a table."""
+    if recipe.cache is not None:
+        raise RecipeError(f"recipe file {path!r} says twice how the cache is stored, in recipe and in cache; keep one")
+    if isinstance(said, str):
+        key, equals, _ = said.partition("=")
+        return replace(recipe, cache=parse_cache(_split(said if equals and is_cache_key(key) else f"kv={said}", ",")))
+    if not isinstance(said, dict) or not said or not all(isinstance(v, str) for v in said.values()):
+        raise RecipeError(f'[cache] in {path!r} is a table such as kv = "int8", with k, v and "kv:GLOB" as in recipes')
+    for key in said:
+        if not is_cache_key(key):
+            raise RecipeError(f"[cache] in {path!r} has an unknown key {key!r}{nearest(key, CACHE_KEYS)}")
+    return replace(recipe, cache=parse_cache([f"{key}={value}" for key, value in said.items()]))
 
 
 def to_toml(recipe: Recipe) -> str:
     """The TOML form; reading it gives the recipe back."""
-    plain = replace(recipe, embed=EMBED, layers=(), layer_inputs=())
+    plain = replace(recipe, embed=EMBED, layers=(), layer_inputs=(), cache=None)
     lines = [f'recipe = "{plain}"', f'embed = "{format_text(recipe.embed)}"']
+    if recipe.cache is not None:
+        lines.append(f"{_CACHE} = {json.dumps(','.join(cache_settings(recipe.cache)))}")
     if recipe.layers:
         lines += ["", "[layers]", *(f'{json.dumps(pattern)} = "{format_text(fmt)}"' for pattern, fmt in recipe.layers)]
     if recipe.layer_inputs:

@@ -8,6 +8,7 @@ from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.planning.plan import Plan
 from lowbit.recipes.activation_rules import inputs_text
+from lowbit.recipes.cache_rules import cache_settings
 from lowbit.report.layout import headline, named_lines, table_or_list
 from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 
@@ -69,16 +70,17 @@ def _cache(plan: Plan) -> list[tuple[str, str]]:
     each, whole = bytes_text(kv.bytes_per_token), bytes_text(plan.kv_bytes)
     if not kv.bytes_per_token:
         return [("state", f"{whole} in 16 bits, whatever the length of the text")] if plan.kv_bytes else []
+    bits = " in 16 bits" if kv.format is None else ""
+    less = "" if kv.format is None else f"; in 16 bits it would be {bytes_text(plan.kv_bytes_before)}"
+    stored = [("" if i else "stored as", setting) for i, setting in enumerate(cache_settings(kv.format))]
     if kv.read:
-        read = bytes_text(kv.read)
+        tokens = f"{each} a token written and {bytes_text(kv.read)} a token read"
         return [
-            (
-                "KV cache",
-                f"{each} a token written and {read} a token read, in 16 bits; {whole} at {plan.context:,} of each",
-            )
+            ("KV cache", f"{tokens},{bits}{';' if bits else ''} {whole} at {plan.context:,} of each{less}"),
+            *stored,
         ]
     fixed = f", {bytes_text(kv.fixed)} of it whatever the length" if kv.fixed else ""
-    return [("KV cache", f"{each} a token in 16 bits, {whole} at {plan.context:,} tokens{fixed}")]
+    return [("KV cache", f"{each} a token{bits}, {whole} at {plan.context:,} tokens{fixed}{less}"), *stored]
 
 
 def _totals(plan: Plan) -> list[tuple[str, str]]:
@@ -101,4 +103,4 @@ def _totals(plan: Plan) -> list[tuple[str, str]]:
         lines.append(("inputs", inputs_text(counts, None) + falls))
     lines += [("tied", f"{alias} is {name}") for alias, name in plan.tied.items()]
     lines += _cache(plan)
-    return lines + [("note", note) for note in (*plan.notes, *plan.about_source, *plan.advice)]
+    return lines + [("note", note) for note in (*plan.notes, *plan.about_source, *plan.about_cache, *plan.advice)]

@@ -8,6 +8,7 @@ from lowbit.budget.allocation import Allocation, formats_of
 from lowbit.convert.dequantizing import Dequantized
 from lowbit.convert.exporting import Exported
 from lowbit.formats import Format
+from lowbit.recipes.cache_rules import cache_settings
 from lowbit.recipes.recipe import Recipe, format_text
 from lowbit.report.catalogue_view import render_catalogue, render_entries
 from lowbit.report.layout import Lines, named_lines, wrapped
@@ -78,7 +79,8 @@ def render_recipe(recipe: Recipe, *, width: int = 1000) -> RenderableType:
     if len(recipe.layers) > _LAYERS:
         lines.append(("", f"and {len(recipe.layers) - _LAYERS} more; str() of the recipe has all"))
     lines += [(f"inputs of {pattern}", str(rule)) for pattern, rule in recipe.layer_inputs[:_LAYERS]]
-    head = recipe.title if len(recipe.title) <= 4 * width else f"{recipe.name or recipe.format} with single layers"
+    lines += [("KV cache", setting) for setting in cache_settings(recipe.cache)]
+    head = recipe.title if len(recipe.title) <= 4 * width else f"{recipe.called or recipe.format} with single layers"
     return Group(Lines(wrapped(head, width)), named_lines(lines))
 
 

@@ -25,6 +25,7 @@ SECTION: Mapping[str, Rule] = {
     "tied": map_of(TEXT) | NULL,
     "recipe": TEXT | NULL,
     "version": TEXT | NULL,
+    "kv": TEXT | NULL,
 }
 ENTRY: Mapping[str, Rule] = {
     "format": TEXT,
@@ -64,12 +65,16 @@ class Packed:
 
 @dataclass(frozen=True)
 class Section:
-    """What a folder says of its packed tensors. tied: alias -> the name of the tensor that it shares."""
+    """What a folder says of its packed tensors. tied: alias -> the name of the tensor that it shares.
+
+    kv: the text of the format of its KV cache (see `kv/folder.py`), empty where it says none.
+    """
 
     tensors: Mapping[str, Packed]
     tied: Mapping[str, str]
     recipe: str = ""
     version: str = ""
+    kv: str = ""
 
 
 def read_section(section: Any, where: str) -> Section:
@@ -89,7 +94,7 @@ def read_section(section: Any, where: str) -> Section:
             raise SourceError(
                 f"{where}: {_NAME}.tied says that {alias!r} is {name!r}, and it is another one's; {_AGAIN}"
             )
-    return Section(tensors, tied, section.get("recipe") or "", section.get("version") or "")
+    return Section(tensors, tied, section.get("recipe") or "", section.get("version") or "", section.get("kv") or "")
 
 
 def check_parts(section: Section, stored: Parts, where: str) -> None:

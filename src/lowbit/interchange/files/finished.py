@@ -31,7 +31,7 @@ def recorded(folder: Path, shards: tuple[Shard, ...], origin: Mapping[str, Any])
     try:
         found = json.loads((folder / MANIFEST).read_text("utf-8"))
         tensors = found.pop("tensors")
-        if found != json.loads(json.dumps(origin)):
+        if _without_cache(found) != _without_cache(json.loads(json.dumps(origin))):
             return None
         journal = {name: {"tensor": name, **entry} for name, entry in tensors.items()}
         if not all(_same_header(folder / shard.file, shard) for shard in shards):
@@ -42,6 +42,14 @@ def recorded(folder: Path, shards: tuple[Shard, ...], origin: Mapping[str, Any])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, LowbitError):
         return None
     return journal
+
+
+def _without_cache(said: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says but for the cache format, which may be written anew into a finished folder."""
+    section = said.get("quantization")
+    if not isinstance(section, dict):
+        return said
+    return {**said, "quantization": {key: value for key, value in section.items() if key != "kv"}}
 
 
 def check_written(folder: Path, shards: tuple[Shard, ...], journal: Mapping[str, Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ _NOTHING: dict[str, Any] = {}
 
 
 class LowbitConfig(QuantizationConfigMixin):
-    """`quantization_config` of a saved model: every packed tensor with its format, and what is tied to it.
+    """`quantization_config` of a saved model: every packed tensor with its format, what is tied to it, and how the KV cache is stored.
 
     `part_of`: that of a config inside another one, for which what the outer one says holds; it says nothing itself.
     """
@@ -44,11 +44,12 @@ class LowbitConfig(QuantizationConfigMixin):
         recipe: str = "",
         version: str = "",
         part_of: str = "",
+        kv: str = "",
         **others: Any,
     ) -> None:
         self.quant_method, self.part_of = "lowbit", part_of  # type: ignore[assignment]
         found = read_section(
-            {"tensors": tensors, "tied": tied, "recipe": recipe, "version": version, **others}, "config.json"
+            {"tensors": tensors, "tied": tied, "recipe": recipe, "version": version, "kv": kv, **others}, "config.json"
         )
         self.tensors, self.tied, self.recipe, self.version = (
             dict(tensors),
@@ -56,13 +57,13 @@ class LowbitConfig(QuantizationConfigMixin):
             found.recipe,
             found.version,
         )
-        self._packed = found.tensors
+        self.kv, self._packed = found.kv, found.tensors
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         if self.part_of:
             return dict(PART)
-        names = ("quant_method", "tensors", "tied", "recipe", "version")
+        names = ("quant_method", "tensors", "tied", "recipe", "version", *(["kv"] if self.kv else []))
         return copy.deepcopy({name: getattr(self, name) for name in names})
 
     def packed(self, name: str, dtype: torch.dtype) -> PackedWeight:
@@ -84,7 +85,7 @@ class LowbitConfig(QuantizationConfigMixin):
         tensors = {name: self.tensors[folder] for name, folder in found.packed.items()}
         if tensors == self.tensors and found.tied == self.tied:
             return self
-        return LowbitConfig(tensors, dict(found.tied), self.recipe, self.version)
+        return LowbitConfig(tensors, dict(found.tied), self.recipe, self.version, kv=self.kv)
 
     def packed_aliases(self) -> dict[str, str]:
         """Alias -> name of every packed weight that stands in several places."""
@@ -240,8 +241,8 @@ class Cast:
 CASTS = {"half": torch.float16, "float": torch.float32}
 
 
-def register() -> None:
+def register(quantizer: type[LowbitQuantizer] = LowbitQuantizer) -> None:
     """Tell transformers; a second call does nothing."""
     if "lowbit" not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config("lowbit")(LowbitConfig)
-        register_quantizer("lowbit")(LowbitQuantizer)
+        register_quantizer("lowbit")(quantizer)

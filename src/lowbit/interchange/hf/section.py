@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+CACHE_TABLES = "kv_cache.safetensors"  # what calibration found for the cache format of a folder of lowbit; no weights
 SECTIONS = ("quantization_config", "compression_config")  # where config.json says how a model is quantized
 # Where transformers does not know a quant_method it warns, and gives a model of random weights. This field names the file
 # of weights, and with words in it every version raises an error that shows them; our quantizer takes it out first.

@@ -20,7 +20,7 @@ from lowbit.interchange.files.weights import SINGLE
 from lowbit.interchange.hf.conversion import plan_conversion
 from lowbit.interchange.hf.loading import load_config, load_tokenizer
 from lowbit.interchange.hf.models import meta_model
-from lowbit.interchange.hf.section import as_float
+from lowbit.interchange.hf.section import CACHE_TABLES, as_float
 from lowbit.interchange.hub.failures import explained, without_their_words
 from lowbit.interchange.inventory import inventory_of
 from lowbit.interchange.readers.folder import FolderSource, described
@@ -31,7 +31,7 @@ from lowbit.interchange.tensors import TensorSpec
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = ("config.json", ADAPTER, MODULES, *READ_BY_TRANSFORMERS)
-_WEIGHTS = (SINGLE, INDEX, "model-*.safetensors")
+_WEIGHTS = (SINGLE, INDEX, "model-*.safetensors", CACHE_TABLES)
 _NEVER = ("*.bin", "*.py", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.interchange.files.adapter import refuse_adapter
+from lowbit.interchange.hf.section import CACHE_TABLES
 from lowbit.interchange.hf.text_config import text_config
 
 _SHOWN = 3
@@ -91,6 +92,7 @@ def unread_weights(folder: Path, read: Collection[Path], shards: Collection[str]
     chosen = {file.name for file in read}
     names = sorted(file.name for file in folder.iterdir())
     others = [n for n in names if n.endswith(".safetensors") and n not in chosen and not n.startswith("adapter_")]
+    others = [n for n in others if n != CACHE_TABLES]  # read when the model is run
     remarks = []
     if set(shards) - chosen and (second := [n for n in others if n in shards]):
         remarks.append(
