@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
     from lowbit.measure.quantizing import quantize as quantize
+    from lowbit.measure.kv.check import check_kv as check_kv
+    from lowbit.measure.kv.result import CacheCheck as CacheCheck
     from lowbit.pipeline.api import Quantized as Quantized
     from lowbit.pipeline.api import plan as plan
     from lowbit.pipeline.api import quantize_tensor as quantize_tensor
@@ -54,6 +56,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
     "Allocation": "lowbit.budget.allocation",
+    "CacheCheck": "lowbit.measure.kv.result",
     "Card": "lowbit.measure.card",
     "Comparison": "lowbit.report.comparison",
     "Engine": "lowbit.engine.engine",
@@ -68,6 +71,7 @@ _HOMES = {
     "card": "lowbit.report.card",
     "catalogue": "lowbit.report.look",
     "chat": "lowbit.engine.asking",
+    "check_kv": "lowbit.measure.kv.check",
     "compare": "lowbit.report.api",
     "dequantize": "lowbit.pipeline.loading",
     "dequantize_model": "lowbit.convert.dequantizing",
@@ -93,6 +97,7 @@ _HOMES = {
 _WATCHED = {
     "allocate": ("measuring sensitivity", "steps"),
     "bench": ("measuring", "runs"),
+    "check_kv": ("checking the cache", ""),
     "compare": ("comparing", ""),
     "dequantize_model": ("writing", "bytes"),
     "evaluate": ("measuring", "windows"),

@@ -11,6 +11,7 @@ from lowbit.cli import (
     bench,
     card,
     chat,
+    check_kv,
     compare,
     console,
     dequantize,
@@ -61,7 +62,7 @@ def _lowbit(
 
 
 for command in (
-    quantize, recommend, plan, evaluate, card, compare, generate, chat, bench, importing, dequantize, export, inspect, explain,
+    quantize, recommend, plan, evaluate, card, compare, check_kv, generate, chat, bench, importing, dequantize, export, inspect, explain,
     doctor, recipes,
 ):  # fmt: skip
     command.register(app)

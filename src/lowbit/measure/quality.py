@@ -211,23 +211,23 @@ def quality_of(kind: str, windows: Windows, parts: Sequence[Figures]) -> Quality
     """What the figures of some windows, in order, say together."""
     figures = {name: np.stack([part[name] for part in parts]) for name in parts[0]}  # [windows, tokens of a window]
     nll = figures["nll"]
-    perplexity = _exponential(_mean(nll))
+    perplexity = _exponential(mean_estimate(nll))
     shape = (kind, nll.shape[0], windows.length, nll.size)
     if "kl" not in figures:
         return Quality(*shape, perplexity)
     return Quality(
         *shape,
         perplexity,
-        base_perplexity=_exponential(_mean(figures["base_nll"])),
+        base_perplexity=_exponential(mean_estimate(figures["base_nll"])),
         # From the differences: what both models find hard cancels, and the error is far smaller.
-        ratio=_exponential(_mean(nll - figures["base_nll"])),
-        kl_mean=_mean(figures["kl"]),
+        ratio=_exponential(mean_estimate(nll - figures["base_nll"])),
+        kl_mean=mean_estimate(figures["kl"]),
         kl_p99=_quantile(figures["kl"], 0.99),
-        top1=_mean(figures["top1"]),
+        top1=mean_estimate(figures["top1"]),
     )
 
 
-def _mean(values: np.ndarray) -> Estimate:
+def mean_estimate(values: np.ndarray) -> Estimate:
     """Mean of [windows, tokens], with the standard error of the mean: over windows, and of few windows over blocks of tokens too."""
     means = values.mean(axis=1)
     errors = [_error(means)]
@@ -260,7 +260,7 @@ def _quantile(values: np.ndarray, level: float) -> Estimate:
     if not np.isfinite(values).all():
         return Estimate(math.nan)
     quantile = float(np.quantile(values, level))
-    share = _mean((values <= quantile).astype(np.float64))
+    share = mean_estimate((values <= quantile).astype(np.float64))
     if share.stderr is None:
         return Estimate(quantile)
     low, high = np.quantile(values, np.clip([level - share.stderr, level + share.stderr], 0.0, 1.0))

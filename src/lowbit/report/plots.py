@@ -70,7 +70,7 @@ def draw_weights(panels: Sequence[WeightPanel], *, note: str = "") -> Figure:
     recipes = list(dict.fromkeys(panel.recipe for panel in panels))
     columns = min(_COLUMNS, len(recipes))
     rows = -(-len(recipes) // columns)
-    figure = _figure(_WIDTH, len(layers) * (1.75 * rows + 0.35) + 1.1)
+    figure = empty_figure(_WIDTH, len(layers) * (1.75 * rows + 0.35) + 1.1)
     strips = figure.subfigures(len(layers), 1, squeeze=False)[:, 0]
     for layer, strip in zip(layers, strips, strict=True):
         strip.suptitle(layer.removesuffix(".weight"), x=0.01, ha="left", fontsize=10, fontweight="bold")
@@ -155,7 +155,7 @@ def draw_frontier(points: Sequence[FrontierPoint], *, size: str = "bits", title:
     """Mean KL (log scale) against size (from 0), each recipe labelled, the line of those that none beats, and behind them what such a KL means."""
     if not points:
         raise LowbitError("no recipe has both a size and a KL, so there is nothing to draw")
-    figure = _figure(_WIDTH, 5.6)
+    figure = empty_figure(_WIDTH, 5.6)
     axes = figure.subplots()
     best = pareto(points)
     beaten = [point for point in points if point not in best]
@@ -169,8 +169,8 @@ def draw_frontier(points: Sequence[FrontierPoint], *, size: str = "bits", title:
     axes.set_ylim(low / spread, high * spread)
     # From nothing, so that a distance on the page is a share of the size.
     axes.set_xlim(0, 1.12 * max(p.size for p in points))
-    _number_kl(axes)
-    _draw_verdicts(axes)
+    number_kl(axes)
+    draw_verdicts(axes)
     axes.set_xlabel(
         "bits per weight: the weight files over all parameters" if size == "bits" else "MiB, all files", fontsize=10
     )
@@ -185,7 +185,7 @@ def draw_frontier(points: Sequence[FrontierPoint], *, size: str = "bits", title:
     return figure
 
 
-def _number_kl(axes: Axes) -> None:
+def number_kl(axes: Axes) -> None:
     """Plain numbers on the log axis: 0.1, 0.2, 0.5, 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -194,7 +194,7 @@ def _number_kl(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_verdicts(axes: Axes) -> None:
+def draw_verdicts(axes: Axes) -> None:
     """Light bands of what a KL means, as `measure.verdict` has it, with their words on the right."""
     low, high = axes.get_ylim()
     places, words, bottom = [], [], 0.0
@@ -236,7 +236,7 @@ def _draw_points(axes: Axes, points: list[FrontierPoint], colour: str, marker: s
 
 def require() -> None:
     """LowbitError when there is no matplotlib."""
-    _figure(1, 1)
+    empty_figure(1, 1)
 
 
 def save_figure(figure: Figure, path: Path | str) -> Path:
@@ -256,7 +256,7 @@ def save_figure(figure: Figure, path: Path | str) -> Path:
     return path
 
 
-def _figure(width: float, height: float) -> Any:
+def empty_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -17,6 +17,7 @@ VIEWS = {
     "formats.format.Format": "report.results_view.render_format",
     "measure.bench.Bench": "report.bench_view.render_bench",
     "measure.card.Card": "report.panel.render_card",
+    "measure.kv.result.CacheCheck": "report.cache_view.render_cache_check",
     "pipeline.api.Quantized": "report.report_view.render_quantized",
     "pipeline.report.Report": "report.report_view.render_report",
     "planning.plan.Plan": "report.plan_view.render_plan",
