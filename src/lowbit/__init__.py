@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.formats import QTensor as QTensor
     from lowbit.formats import parse_format as parse_format
     from lowbit.kernels.integer import integer_matmul as integer_matmul
+    from lowbit.kv import CacheFormat as CacheFormat
+    from lowbit.kv.quantized_cache import QuantizedCache as QuantizedCache
     from lowbit.measure.api import evaluate as evaluate
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
@@ -54,6 +56,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
     "Allocation": "lowbit.budget.allocation",
+    "CacheFormat": "lowbit.kv",
     "Card": "lowbit.measure.card",
     "Comparison": "lowbit.report.comparison",
     "Engine": "lowbit.engine.engine",
@@ -62,6 +65,7 @@ _HOMES = {
     "Plan": "lowbit.planning.plan",
     "QTensor": "lowbit.formats",
     "Quantized": "lowbit.pipeline.api",
+    "QuantizedCache": "lowbit.kv.quantized_cache",
     "Recipe": "lowbit.recipes.recipe",
     "allocate": "lowbit.budget.allocate",
     "bench": "lowbit.measure.bench",

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from lowbit.errors import RecipeError
 from lowbit.formats import QTensor, encode
 from lowbit.kv.side import CacheSide
+from lowbit.kv.storing import Storing, largest_channels
+from lowbit.kv.storing import rotated as rotated
+from lowbit.kv.tables import Tables, check_tables
 from lowbit.solvers import fit_blocks
-from lowbit.transforms.hadamard import has_hadamard, multiply
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """What calibration found for one side of one layer.
-
-    levels: float32 [cardinality], learned levels on the normalised axis, for all heads. scale, offset: float32 [heads, width], of formats
-    whose scales serve all tokens. channels: int64 [heads, outliers], those that are stored as float16.
-    """
-
-    levels: Tensor | None = None
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-    channels: Tensor | None = None
-
-
-def rotated(x: Tensor, inverse: bool = False) -> Tensor:
-    """x H / sqrt(width), or back: [..., width] of an order for which `transforms.hadamard` has a matrix.
-
-    RecipeError for other widths. Scores do not change where queries are rotated as keys are: (q H)(k H)' = n q k'.
-    """
-    width = x.shape[-1]
-    if not has_hadamard(width):
-        raise RecipeError(
-            f"heads of {width} channels cannot be rotated: no Hadamard matrix of that order is known here; leave rotate out"
-        )
-    return multiply(x, transposed=inverse) / math.sqrt(width)
 
 
 def store(x: Tensor, side: CacheSide) -> QTensor:
@@ -51,11 +23,22 @@ def store(x: Tensor, side: CacheSide) -> QTensor:
 def round_trip(x: Tensor, side: CacheSide, tables: Tables | None = None) -> Tensor:
     """x [heads, tokens, width] float32 as it is read back when every token is stored, recent ones and sinks included.
 
-    tables: what calibration found, for sides that need it.
+    tables: what calibration found, for sides that need it: RecipeError without, SourceError where they are of another
+    side or shape. Outlier channels are those of the tables; where there are none, `largest_channels` chooses them by the
+    first tokens of x. A group of tokens that is not complete shares scales as if it were one.
     """
-    if side.exact:
+    if side.exact or not x.numel():
         return x
-    if side.calibrated or side.outliers:
-        raise NotImplementedError
-    y = store(rotated(x) if side.rotate else x, side).dequantize()
-    return rotated(y, inverse=True) if side.rotate else y
+    heads, _, width = x.shape
+    if tables is not None:
+        check_tables(tables, side, heads, width)
+    elif side.calibrated:
+        raise RecipeError(
+            f"{side} has numbers that are found on calibration text; give the tables of lowbit.kv.calibrate"
+        )
+    found = tables or Tables()
+    channels = found.channels
+    if side.outliers and channels is None:
+        channels = largest_channels(x, side)
+    storing = Storing(side, width, found)
+    return storing.decode(storing.encode(x, channels), channels)

@@ -6,7 +6,8 @@ The format is an ordinary one, read over the matrix [tokens, width] of one head:
 for each token and 32 channels, `uint2:32x1:min=fp16` one for each channel and 32 tokens (per channel, as KIVI stores keys), and
 `kmeans3:*x1:cb=tensor` one for each channel that was found on calibration text, and learned levels.
 
-    rotate        vectors are multiplied by a Hadamard matrix of the width of a head first, and by its inverse when read
+    rotate        vectors are multiplied by a Hadamard matrix of the width of a head first, and by its inverse when read;
+                  outliers are taken out before
     FIT           what finds the scale: absmax, minmax, search, norm, ...; absmax or minmax when left out
     recent=N      the N newest tokens, the one that asks included, are read exactly
     sinks=N       the first N tokens are read exactly (attention sinks, Xiao et al. 2024)
@@ -19,7 +20,9 @@ from dataclasses import dataclass, replace
 
 from lowbit.display import Displayed
 from lowbit.errors import FormatError, RecipeError, nearest
-from lowbit.formats import Format, parse_format
+from lowbit.formats import TENSOR, Format, parse_format
+from lowbit.formats.packing import packed_bytes
+from lowbit.formats.stores import store_bytes
 from lowbit.solvers import Call
 from lowbit.solvers.calls import call_parts
 
@@ -71,8 +74,10 @@ class CacheSide(Displayed):
             raise FormatError(
                 f"{fmt} has one scale for several tokens and channels; use {fmt.grid}:g32, or {fmt.grid}:32x1"
             )
-        if fmt.codebook is not None and fmt.scale is None:
-            raise FormatError(f"the learned levels of {fmt} need a scale to serve every token; add ':cb=tensor'")
+        if fmt.codebook is not None and (fmt.scale is None or fmt.codebook != TENSOR):
+            raise FormatError(
+                f"the learned levels of {fmt} serve all tokens of a layer and need a scale; write ':cb=tensor'"
+            )
         if fmt.exponent:
             raise FormatError(f"{fmt}: an exponent is for weights")
         if self.fit is not None and (reason := self.fit.method.declines(fmt)) is not None:
@@ -89,9 +94,14 @@ class CacheSide(Displayed):
         return 1 if self.format is None else max(1, self.format.block.rows)
 
     @property
+    def static(self) -> bool:
+        """Whether one set of scales, found on calibration text, serves all tokens."""
+        return self.format is not None and self.format.block.rows == -1
+
+    @property
     def calibrated(self) -> bool:
         """Whether something of it is found on calibration text: scales for all tokens, or levels."""
-        return self.format is not None and (self.format.block.rows == -1 or self.format.codebook is not None)
+        return self.static or (self.format is not None and self.format.codebook is not None)
 
     @property
     def fit_used(self) -> Call:
@@ -109,10 +119,23 @@ class CacheSide(Displayed):
         return max(0, first)
 
     def nbytes(self, tokens: int, width: int) -> int:
-        """Bytes of `tokens` stored vectors of one head of `width` channels, without those that are kept exactly beside."""
-        if self.format is None:
+        """Bytes of `tokens` stored vectors of one head of `width` channels, without those that are kept exactly beside.
+
+        Every vector begins at a byte. Tables from calibration, of which a model has one set however many tokens there are, do
+        not count.
+        """
+        fmt = self.format
+        if fmt is None:
             return 2 * tokens * width
-        return self.format.nbytes((tokens, width)) + 2 * tokens * min(self.outliers, width)
+        size = packed_bytes(width, fmt.grid.cardinality) + 2 * min(self.outliers, width)
+        if self.static:
+            return tokens * size
+        _, _, per_row = fmt.block.counts((1, width))
+        scales = per_row * store_bytes(str(fmt.scale))
+        if fmt.offset is not None:
+            store = str(fmt.offset.store)
+            scales += packed_bytes(per_row, fmt.grid.cardinality) if store == "grid" else per_row * store_bytes(store)
+        return tokens * size + -(-tokens // self.group) * scales
 
     def exact_tokens(self, context: int) -> int:
         """How many of `context` tokens are kept exactly as well: sinks, the newest, and those whose group is not complete."""
