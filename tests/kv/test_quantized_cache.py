@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from cache_models import cache_model
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 import lowbit
-from kv.cache_models import cache_model
 from lowbit.errors import RecipeError
 from lowbit.kv import CacheFormat, calibrate, round_trip
 from tiny import VOCAB, save_tiny
