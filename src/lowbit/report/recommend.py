@@ -15,7 +15,6 @@ from lowbit.calibration.data import SAMPLES
 from lowbit.calibration.package_text import BUILTIN
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
-from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.opening import open_headers
 from lowbit.interchange.progress import heard
 from lowbit.interchange.source import Source
@@ -23,7 +22,7 @@ from lowbit.measure import api
 from lowbit.measure.environment import free_memory
 from lowbit.measure.expected_loss import measuring_seconds
 from lowbit.measure.quality import Progress
-from lowbit.planning.kv_cache import kv_cache
+from lowbit.planning.kv_cache import kv_cache, longest_context
 from lowbit.report.choices import OWN, Choice, active_experts, choices
 from lowbit.report.recommendation import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
@@ -70,7 +69,7 @@ def recommend(
     if context is not None and context < 1:
         raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
     source, (room, given) = open_headers(model), _memory(memory)
-    longest = _longest(source.config)
+    longest = longest_context(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
     kv = kv_cache(source.config)
@@ -111,16 +110,6 @@ def _memory(memory: int | str | None) -> tuple[int, str | None]:
     if not free:
         raise RecipeError("this system does not say how much memory is free; give --memory, such as --memory 8GB")
     return free, None
-
-
-def _longest(config: Any) -> int | None:
-    """The most tokens that a model takes, as its config has it."""
-    text = text_config(config, decoder=True)
-    values = (
-        getattr(text, n, None)
-        for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
-    )
-    return next((v for v in values if isinstance(v, int) and v > 0), None)
 
 
 def _kind(source: Source) -> tuple[bool, bool]:
