@@ -28,7 +28,7 @@ from lowbit.kv.folder import read_cache_format
 from lowbit.measure.card import json_ready
 from lowbit.planning.cache_words import CacheFacts, facts_of_folder
 from lowbit.report.layout import Lines, table_or_list, wrapped
-from lowbit.report.panel import cache_lines
+from lowbit.report.panel import cache_bytes
 from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
@@ -222,8 +222,10 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     head = [line] if line.cell_len <= width else [Text(found.label, "bold"), *wrapped(f"  {sizes}", width)]
     if found.quantized is not None:
         head += wrapped(Text.assemble(("recipe  ", "cyan"), found.quantized or "not noted"), width)
-    for name, value in cache_lines(found.cache):
-        head += wrapped(Text.assemble((f"{name}  ", "cyan"), value), width)
+    if found.cache is not None:
+        head += wrapped(
+            Text.assemble(("KV cache  ", "cyan"), f"{found.cache.format}; {cache_bytes(found.cache)}"), width
+        )
     if found.storage != "float" and found.source_bytes is not None:
         said = (
             f"stored as {found.storage}, {bytes_text(found.source_bytes)}; types and sizes here are of its float values"

@@ -76,13 +76,18 @@ def cache_lines(cache: CacheFacts | None) -> list[tuple[str, str]]:
     """How the KV cache is stored, in two lines; none where nothing says so."""
     if cache is None:
         return []
-    whole = f"{bytes_text(cache.bytes)} at {cache.context:,} tokens; in 16 bits it would be {bytes_text(cache.exact)}"
     cost = "`lowbit check-kv` measures it over long contexts"
     return [
         ("KV cache", cache.format),
-        ("  takes", f"{bytes_text(cache.per_token)} a token, {whole}"),
+        ("  takes", cache_bytes(cache)),
         ("  its cost", cost),
     ]
+
+
+def cache_bytes(cache: CacheFacts) -> str:
+    """Bytes of a token, and of all of them at the model's longest context, beside those in 16 bits."""
+    whole = f"{bytes_text(cache.bytes)} at {cache.context:,} tokens; in 16 bits it would be {bytes_text(cache.exact)}"
+    return f"{bytes_text(cache.per_token)} a token, {whole}"
 
 
 def _windows(text: TextMark) -> str:

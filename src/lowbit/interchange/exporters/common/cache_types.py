@@ -41,7 +41,7 @@ class CacheTypes:
 LLAMA_CPP = CacheTypes(
     "llama.cpp",
     (
-        CacheType("q4_0", 4, 4.5), CacheType("iq4_nl", 4, 4.5), CacheType("q4_1", 5, 5.0), CacheType("q5_0", 5, 5.5), CacheType("q5_1", 6, 6.0),
+        CacheType("q4_0", 4, 4.5), CacheType("iq4_nl", 4, 4.5), CacheType("q4_1", 4, 5.0), CacheType("q5_0", 5, 5.5), CacheType("q5_1", 5, 6.0),
         CacheType("q8_0", 8, 8.5), CacheType("f16", 16, 16.0),
     ),
     "-ctk {k} -ctv {v} -fa on",
