@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.formats import QTensor as QTensor
     from lowbit.formats import parse_format as parse_format
     from lowbit.kernels.integer import integer_matmul as integer_matmul
+    from lowbit.kv import CacheFormat as CacheFormat
+    from lowbit.kv.quantized_cache import QuantizedCache as QuantizedCache
     from lowbit.measure.api import evaluate as evaluate
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
 _HOMES = {
     "Allocation": "lowbit.budget.allocation",
     "CacheCheck": "lowbit.measure.kv.result",
+    "CacheFormat": "lowbit.kv",
     "Card": "lowbit.measure.card",
     "Comparison": "lowbit.report.comparison",
     "Engine": "lowbit.engine.engine",
@@ -65,6 +68,7 @@ _HOMES = {
     "Plan": "lowbit.planning.plan",
     "QTensor": "lowbit.formats",
     "Quantized": "lowbit.pipeline.api",
+    "QuantizedCache": "lowbit.kv.quantized_cache",
     "Recipe": "lowbit.recipes.recipe",
     "allocate": "lowbit.budget.allocate",
     "bench": "lowbit.measure.bench",
