@@ -129,4 +129,8 @@ def check_kv(
 
 def _write(folder: Path, fmt: str) -> None:
     """The recommended format into a folder."""
-    raise NotImplementedError
+    from lowbit.kv import CacheFormat
+    from lowbit.kv.folder import write_cache_format
+
+    write_cache_format(folder, CacheFormat.of(fmt))
+    console.dim(f"{folder} now carries this cache format, and is run with it where nothing else is said")

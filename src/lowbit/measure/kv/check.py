@@ -15,6 +15,7 @@ from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.progress import heard
 from lowbit.kv import CacheFormat
+from lowbit.kv.calibrating import calibrate
 from lowbit.measure.card import TextMark
 from lowbit.measure.kv.allocate import CANDIDATES, best, search
 from lowbit.measure.kv.drift import Drift, drifts
@@ -24,7 +25,6 @@ from lowbit.measure.kv.runner import Runner
 from lowbit.measure.kv.sensitivity import Sensitivity, measure_sensitivity
 from lowbit.measure.kv.size import cache_bytes
 from lowbit.measure.kv.stored import Cache, FormatCache
-from lowbit.measure.kv.tables import tables_of
 from lowbit.measure.kv.tasks import Questions, questions, repetition, retrieval
 from lowbit.measure.quality import Progress
 from lowbit.measure.subject import open_subject, type_of
@@ -35,6 +35,7 @@ from lowbit.pipeline.loading import as_dtype
 CONTEXT, WINDOWS, LIMIT = 4096, 2, 0.01
 FORMATS = ("int8", "int4", "int4:g32", "rotate+search@int4:g32", "kivi2")
 _SHORT, _FEW = 512, 2  # tokens and windows of the measurement of each layer
+_CALIBRATED = 8  # such windows for formats that are calibrated
 _REPEATED = 256  # tokens
 _SHORTEST = 32  # tokens of a context
 RECOMMENDED = "recommended"
@@ -159,7 +160,10 @@ class Bench:
 
     def cache(self, fmt: CacheFormat) -> FormatCache:
         """The cache of a format, with its calibrated tables."""
-        return FormatCache(fmt, tables_of(self.runner, fmt, self._spare()) if fmt.calibrated else {})
+        if not any(side.calibrated or side.outliers for side in fmt.sides):
+            return FormatCache(fmt)
+        self.say(f"calibrating {fmt}")
+        return FormatCache(fmt, calibrate(self.runner.model, list(self._spare(_CALIBRATED)), fmt))
 
     def rows(self, formats: Sequence[CacheFormat], names: Sequence[str]) -> list[CacheFigures]:
         """All figures of each format, by the name it was asked for."""
@@ -264,12 +268,12 @@ class Bench:
             self._sizes = self.runner.shapes(self.windows.ids[0][:8])
         return self._sizes
 
-    def _spare(self) -> Tensor:
-        """Short windows for what is chosen, of text that the others leave where there is some."""
+    def _spare(self, count: int = _FEW) -> Tensor:
+        """`count` short windows for what is chosen, of text that the others leave where there is some."""
         length = min(_SHORT, self.windows.length)
         after = self.tokens.ids[self.windows.count * self.windows.length :]
-        ids = after if len(after) >= _FEW * length else self.tokens.ids
-        found = self.windows.frame.windows(ids, length)[:_FEW]
+        ids = after if len(after) >= count * length else self.tokens.ids
+        found = self.windows.frame.windows(ids, length)[:count]
         return torch.stack(found)
 
     def _steps(self, total: int) -> Callable[[], None]:

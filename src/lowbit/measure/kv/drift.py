@@ -60,7 +60,7 @@ def drifts(
     """
     parts: list[list[Figures]] = [[] for _ in caches]
     for ids in windows:
-        states = [runner.run(ids)]
+        states = [runner.base(ids)]
         progress()
         for cache in caches:
             states.append(runner.run(ids, cache))

@@ -16,11 +16,14 @@ from lowbit.errors import SourceError
 from lowbit.interchange.hf.running import check_vocabulary, device_of, evaluating
 from lowbit.kv import CacheFormat
 from lowbit.kv.cache_format import Which
+from lowbit.kv.quantized_cache import QuantizedCache
 from lowbit.measure.kv.attention import Seen, Unreadable, attending
 from lowbit.measure.kv.stored import Cache, FormatCache
 from lowbit.measure.scoring import kind_of
+from lowbit.planning.kv_cache import kv_cache
 
 _PROBE = 8  # tokens
+_KEPT = 1 << 28  # bytes of hidden states of the float cache that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +61,10 @@ class Runner:
             )
         except (Unreadable, ValueError, TypeError):
             self.parallel = False
+        self._known: dict[bytes, State] = {}
         if not self.parallel:
+            if not kv_cache(getattr(model, "config", None)).bytes_per_token:
+                raise SourceError(f"{type(model).__name__} keeps no keys and values, so there is no cache to check")
             self.layers = int(getattr(getattr(model, "config", None), "num_hidden_layers", 0))
 
     def run(self, ids: Tensor, cache: Cache | None = None, seen: Seen | None = None) -> State:
@@ -71,6 +77,17 @@ class Runner:
                 return State(logits=self._whole(ids))
             with evaluating(self.model):
                 return State(hidden=self._base(ids.to(self.device)[None], **self._options))  # type: ignore[misc]
+
+    def base(self, ids: Tensor) -> State:
+        """The same with the float cache, kept where it is small, as the next format is measured beside it too."""
+        key = ids.numpy().tobytes()
+        if key not in self._known:
+            state = self.run(ids)
+            size = 0 if state.hidden is None else state.hidden.last_hidden_state.nbytes
+            if not size or size * (len(self._known) + 1) > _KEPT:
+                return state
+            self._known[key] = state
+        return self._known[key]
 
     def shapes(self, ids: Tensor) -> tuple[dict[int, int], dict[tuple[int, Which], int]]:
         """kv heads by layer, and channels of a head by layer and side."""
@@ -130,16 +147,14 @@ class Runner:
 
     def _stepwise(self, ids: Tensor, cache: Cache) -> Tensor:
         """Logits [tokens, vocabulary], token by token through a cache of transformers."""
-        from lowbit.kv import QuantizedCache  # type: ignore[attr-defined]
-
         if not isinstance(cache, FormatCache):
             raise SourceError(f"{type(self.model).__name__} attends in its own way, so that sides cannot be told apart")
-        store = QuantizedCache(cache.format, config=self.model.config)
+        store = QuantizedCache(cache.format, self.model, cache.tables)
         rows = []
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         with evaluating(self.model):
             for token in ids.to(self.device):
-                out = self.model(token[None, None], past_key_values=store, use_cache=True)
-                rows.append(out.logits[0])
+                rows.append(self.model(token[None, None], use_cache=True, **{name: store}).logits[0])
         return torch.cat(rows)
 
 

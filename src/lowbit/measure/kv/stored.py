@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowbit.kv import CacheFormat, CacheSide
 from lowbit.kv.cache_format import Which
-from lowbit.kv.round_trip import Tables, round_trip
+from lowbit.kv.round_trip import round_trip
+from lowbit.kv.tables import Tables, TablesOfLayers
 
 Read = Callable[[Tensor], Tensor]
 """Keys or values [heads, tokens, width] float32 as they are read back when all of them are stored."""
@@ -47,7 +48,7 @@ class FormatCache:
     """A cache in a format. tables: what calibration found, by (layer, "k" or "v")."""
 
     format: CacheFormat
-    tables: Mapping[tuple[int, Which], Tables] = field(default_factory=dict)
+    tables: TablesOfLayers = field(default_factory=dict)
 
     def side(self, layer: int, which: Which) -> StoredSide:
         """As of `Cache`."""

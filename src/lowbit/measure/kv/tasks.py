@@ -74,7 +74,7 @@ def retrieval(
     found = np.zeros((len(caches) + 1, len(asked), FACTS, 2))  # [.., (first choice, log-probability)]
     for number, question in enumerate(asked):
         for which, cache in enumerate([None, *caches]):
-            state = runner.run(question.ids, cache)
+            state = runner.base(question.ids) if cache is None else runner.run(question.ids, cache)
             for place, (_, positions) in enumerate(question.answers):
                 found[which, number, place] = _answer(runner, state, question.ids, positions)
             progress()
@@ -110,7 +110,8 @@ def repetition(
         ids = torch.cat([torch.tensor(frame.before, dtype=torch.int64), *[torch.from_numpy(drawn)] * 2])
         rows = slice(len(ids) - length - 1, len(ids) - 1)
         for which, cache in enumerate([None, *caches]):
-            logits = runner.logits(runner.run(ids, cache), rows).double().cpu()
+            state = runner.base(ids) if cache is None else runner.run(ids, cache)
+            logits = runner.logits(state, rows).double().cpu()
             nll = -logits.log_softmax(-1).gather(1, ids[-length:, None])[:, 0]
             losses[which, number] = nll.numpy()
             progress()
