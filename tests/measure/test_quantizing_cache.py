@@ -87,10 +87,10 @@ def test_tables_are_found_and_kept(source: Path, tmp_path: Path, in_memory: bool
 
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source) if in_memory else source
 
+    words = transformers.AutoTokenizer.from_pretrained(source)
     made = lowbit.quantize(
-        model, "int8:channel,kv=kvquant3", None if in_memory else tmp_path / "q", calibration=None, effort="none"
+        model, "int8:channel,kv=kvquant3", None if in_memory else tmp_path / "q", tokenizer=words, effort="none"
     )
-
     place = made.save(tmp_path / "q")
     loaded = lowbit.load(place)
     assert str(cache_format_of(loaded)) == str(CacheFormat.of("kvquant3")) == str(read_cache_format(place))
