@@ -161,7 +161,7 @@ def test_norm_is_the_least_squares_of_its_levels() -> None:
         error = (fmt.grid.round(x / scale[:, None]) * scale[:, None] - x).norm() / x.norm()
         best = Call("search", (("emphasis", 0.0),))(x, fmt)
         least = (fmt.grid.round(x / best[:, None]) * best[:, None] - x).norm() / x.norm()
-        assert least <= error < 1.15 * least
+        assert least <= error < 1.25 * least
     assert Call("norm")(torch.zeros(1, 64), parse_format("normal4:g64")).tolist() == [0.0]
     with pytest.raises(RecipeError, match="symmetric"):
         Call("norm")(x, parse_format("uint4:g64:min=fp16"))

@@ -12,6 +12,9 @@ were rotated by their position, where the paper takes them before. Outliers are 
 they are. Values of a token are not centred. s_c and o_c start from deviation and mean of a channel, not from its range, and
 end as the least squares for the levels; levels are whole numbers within +-127.
 
+The scale of the range is the paper's; on SmolLM2-135M at 3 bits one by `search` (v=search@kmeans3:cb=tensor:sinks=1) brought the KL of values in
+few bits from 0.057 to 0.044.
+
 Bits of a head of 64 channels: 3 and 16/64 for keys, another 16/64 for values.
 """
 
