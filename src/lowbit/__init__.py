@@ -34,9 +34,9 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.measure.api import evaluate as evaluate
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
-    from lowbit.measure.quantizing import quantize as quantize
     from lowbit.measure.kv.check import check_kv as check_kv
     from lowbit.measure.kv.result import CacheCheck as CacheCheck
+    from lowbit.measure.quantizing import quantize as quantize
     from lowbit.pipeline.api import Quantized as Quantized
     from lowbit.pipeline.api import plan as plan
     from lowbit.pipeline.api import quantize_tensor as quantize_tensor

@@ -98,7 +98,9 @@ def test_a_cache_format_is_for_transformers_too(other: Path, folder: Path) -> No
     assert found.exit_code == 0 and "its KV cache is stored as int4:g8" in " ".join(found.stderr.split())
     found = run("generate", other, "the cat", "--cache", "kvquant3", "--max-new-tokens", 3)
     assert found.exit_code == 2 and "quantize the model with kv=" in " ".join(found.stderr.split())
-    found = run("generate", other, "the cat", "--cache", "int8", "--threads", 1)  # and what is the engine's alone stays an error
+    found = run(
+        "generate", other, "the cat", "--cache", "int8", "--threads", 1
+    )  # and what is the engine's alone stays an error
     assert found.exit_code == 2 and "without --threads" in found.stderr and "--cache" not in found.stderr
 
 

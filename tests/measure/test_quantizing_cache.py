@@ -45,7 +45,11 @@ def test_auto_is_chosen_once_and_written(source: Path, tmp_path: Path, chosen: l
     out = tmp_path / "q"
     for _ in range(2):
         made = lowbit.quantize(
-            source, "int8:channel,kv=auto(kl=0.03)", out, effort="none", progress=lambda name, done, total: seen.append(name)
+            source,
+            "int8:channel,kv=auto(kl=0.03)",
+            out,
+            effort="none",
+            progress=lambda name, done, total: seen.append(name),
         )
         assert str(made.cache) == "k=int8,v=int4:g8" and made.plan.kv_bytes < made.plan.kv_bytes_before
     assert chosen == [(str(out), 0.03)]  # the second run finds it
@@ -63,7 +67,9 @@ def test_auto_of_a_model_in_memory(source: Path, tmp_path: Path, chosen: list[An
     assert str(read_cache_format(tmp_path / "saved")) == "k=int8,v=int4:g8"
 
 
-def test_a_check_that_fails_leaves_the_result_whole(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_fails_leaves_the_result_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lowbit.measure.kv.check as check
 
     def fails(*_: Any, **__: Any) -> Any:
@@ -78,11 +84,13 @@ def test_a_check_that_fails_leaves_the_result_whole(source: Path, tmp_path: Path
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_tables_are_found_and_kept(source: Path, tmp_path: Path, in_memory: bool) -> None:
-    text = [" ".join(["the cat sat on a mat"] * 400)]
+
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(source) if in_memory else source
-    ids = [torch.randint(3, 100, (64,), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    made = lowbit.quantize(model, "int8:channel,kv=kvquant3", None if in_memory else tmp_path / "q", calibration=None, effort="none")
-    del text, ids
+
+    words = transformers.AutoTokenizer.from_pretrained(source)
+    made = lowbit.quantize(
+        model, "int8:channel,kv=kvquant3", None if in_memory else tmp_path / "q", tokenizer=words, effort="none"
+    )
     place = made.save(tmp_path / "q")
     loaded = lowbit.load(place)
     assert str(cache_format_of(loaded)) == str(CacheFormat.of("kvquant3")) == str(read_cache_format(place))
