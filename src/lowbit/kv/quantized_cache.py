@@ -40,7 +40,9 @@ class QuantizedCache(DynamicCache):
     ) -> None:
         config = getattr(model, "config", model)
         if not hasattr(config, "get_text_config"):
-            raise RecipeError(f"a QuantizedCache takes a model of transformers or its config, not {type(model).__name__}")
+            raise RecipeError(
+                f"a QuantizedCache takes a model of transformers or its config, not {type(model).__name__}"
+            )
         super().__init__(config=config)
         self.format = CacheFormat.of(cache)
         self.layers = [self._stored(i, layer, tables) for i, layer in enumerate(self.layers)]
