@@ -15,7 +15,7 @@ struct ReadyBlock {
     float *scale = nullptr, *offset = nullptr, *raw = nullptr;
     std::int8_t* memory = nullptr;
     int groups = 1, width = 0;  // of channels
-    bool floats = false;
+    bool floats = false, poisoned = false;  // whether some vector is float16, or no number
 
     // Takes its memory from `at`.
     ReadyBlock(const KVSide& s, int head_dim, float*& at) {
@@ -36,20 +36,24 @@ struct ReadyBlock {
         const int count = s.scales(head_dim);
         const F unit = Simd::all(s.unit), shift = Simd::all(static_cast<float>(s.shift())), minus = Simd::all(-1.0f);
         floats = false;
+        F nothing = Simd::zero();
         if (s.guarded()) {
             F least = Simd::zero();
             for (int i = 0; i < count; i += kTile) {
                 const F given = Simd::load_f16(scales + i);
                 Simd::store(raw + i, given);
+                nothing = Simd::fma(given, Simd::zero(), nothing);
                 least = Simd::min(given, least);  // second: a scale that is no number is passed over
                 Simd::store(scale + i, Simd::max(Simd::zero(), given));
             }
             floats = Simd::largest(Simd::multiply(least, minus)) > 0;
+            poisoned = Simd::sum(nothing) != 0;
             return;
         }
         for (int i = 0; i < count; i += kTile) {
             const F given = Simd::load_f16(scales + i);
             Simd::store(scale + i, Simd::multiply(given, unit));
+            nothing = Simd::fma(given, Simd::zero(), nothing);
             if (s.offset == KVOffset::none) continue;
             const F more = Simd::load_f16(scales + count + i);
             if (s.offset == KVOffset::minimum) {
@@ -58,6 +62,7 @@ struct ReadyBlock {
                 Simd::store(offset + i, Simd::multiply(given, Simd::fma(more, minus, shift)));
             }
         }
+        poisoned = Simd::sum(nothing) != 0;  // no number is equal to none
     }
 };
 
@@ -131,14 +136,15 @@ LOWBIT_INLINE void score_packed(const AttentionShape& a, const ReadyBlock& keys,
 }
 
 // Of kR rows: probabilities times the scales of one group as integers, what one of these stands for, and the sum of probabilities
-// times offsets. parts of positions [begin, end); scale, offset: of positions, or null where they belong to channels.
+// times offsets, of positions [begin, end). scale, offset: of positions, or null where they belong to channels; poisoned: whether some
+// scale is no number.
 struct Weighed {
     alignas(64) float step[kTile], more[kTile];
 };
 
 template <int kR, bool kMasked>
-LOWBIT_INLINE void weigh(const float* scale, const float* offset, int position, const int* first, const int* last, int begin, int end,
-                         const float* e, std::int16_t* p, Weighed& found) {
+LOWBIT_INLINE void weigh(const float* scale, const float* offset, bool poisoned, int position, const int* first, const int* last, int begin,
+                         int end, const float* e, std::int16_t* p, Weighed& found) {
     const auto seen = [&](F v, int r, int t) {
         if constexpr (!kMasked) return v;
         return Simd::within(v, first[r] - position - t, last[r] - position - t, Simd::zero());
@@ -149,15 +155,15 @@ LOWBIT_INLINE void weigh(const float* scale, const float* offset, int position, 
             const F v = Simd::load(e + r * kKeys + t);
             const F weighed = scale == nullptr ? v : seen(Simd::multiply(v, Simd::load(scale + t)), r, t);
             peak = Simd::max(peak, Simd::abs(weighed));
-            nothing = Simd::fma(weighed, Simd::zero(), nothing);
+            if (poisoned) nothing = Simd::fma(weighed, Simd::zero(), nothing);
             if (scale == nullptr) {
                 more = Simd::add(more, v);
             } else if (offset != nullptr) {
                 more = Simd::add(more, seen(Simd::multiply(v, Simd::load(offset + t)), r, t));
             }
         }
-        const float most = Simd::largest(peak), none = Simd::sum(nothing);
-        found.more[r] = Simd::sum(more);
+        const float most = Simd::largest(peak), none = poisoned ? Simd::sum(nothing) : 0;
+        found.more[r] = scale == nullptr || offset != nullptr ? Simd::sum(more) : 0;
         found.step[r] = none == 0 ? most * (1 / kLargest) : none;
         const F inverse = Simd::all(none == 0 && most > 1e-30f ? kLargest / most : 0.0f);
         for (int t = begin; t < end; t += kTile) {
@@ -228,7 +234,7 @@ LOWBIT_INLINE void gather_block(const AttentionShape& a, const ReadyBlock& value
         const int pairs = (least(end, kKeys) + 1) / 2;
         for (int g = 0; g < values.groups; ++g) {
             const float* offset = s.offset == KVOffset::none ? nullptr : values.offset + g * kKeys;
-            weigh<kR, kMasked>(values.scale + g * kKeys, offset, position, first, last, 0, kKeys, e, p, w);
+            weigh<kR, kMasked>(values.scale + g * kKeys, offset, values.poisoned, position, first, last, 0, kKeys, e, p, w);
             scaled();
             gather_channels<kR>(a, values.levels, 0, pairs, p, old, w, nullptr, nullptr, g * values.width, (g + 1) * values.width, out);
         }
@@ -241,7 +247,7 @@ LOWBIT_INLINE void gather_block(const AttentionShape& a, const ReadyBlock& value
     for (int part = 0; part < kKeys / s.tokens; ++part) {
         const int begin = part * s.tokens, pairs = s.tokens / 2;
         const float *scale = values.scale + part * a.head_dim, *offset = s.offset == KVOffset::none ? nullptr : values.offset + part * a.head_dim;
-        weigh<kR, kMasked>(nullptr, nullptr, position, first, last, begin, begin + s.tokens, e, p, w);
+        weigh<kR, kMasked>(nullptr, nullptr, false, position, first, last, begin, begin + s.tokens, e, p, w);
         bool all = true;
         for (int r = 0; r < kR; ++r) all = all && w.more[r] > 0;
         scaled();

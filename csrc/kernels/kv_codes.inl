@@ -80,19 +80,22 @@ LOWBIT_INLINE F level_of(const KVSide& s, F v) {
     return level;
 }
 
-LOWBIT_INLINE float sum_of_squares(const float* x, int n) {
-    F sum = Simd::zero();
-    for (int i = 0; i < n; i += kTile) sum = Simd::fma(Simd::load(x + i), Simd::load(x + i), sum);
-    return Simd::sum(sum);
+// The scale of least squares for the levels that n numbers go to with the scale 1 / inverse.
+LOWBIT_INLINE float scale_of_levels(const KVSide& s, const float* x, int n, float inverse, float otherwise) {
+    F squares = Simd::zero(), products = Simd::zero();
+    for (int i = 0; i < n; i += kTile) {
+        const F v = Simd::load(x + i), level = level_of(s, Simd::multiply(v, Simd::all(inverse)));
+        squares = Simd::fma(level, level, squares);
+        products = Simd::fma(v, level, products);
+    }
+    const float all = Simd::sum(squares);
+    return all > 0 ? Simd::sum(products) / all : otherwise;
 }
 
-LOWBIT_INLINE float squares_of_levels(const KVSide& s, const float* x, int n, float inverse) {
+LOWBIT_INLINE float root_mean_square(const float* x, int n) {
     F sum = Simd::zero();
-    for (int i = 0; i < n; i += kTile) {
-        const F level = level_of(s, Simd::multiply(Simd::load(x + i), Simd::all(inverse)));
-        sum = Simd::fma(level, level, sum);
-    }
-    return Simd::sum(sum);
+    for (int i = 0; i < n; i += kTile) sum = Simd::fma(Simd::load(x + i), Simd::load(x + i), sum);
+    return sqrtf(Simd::sum(sum) / static_cast<float>(n));
 }
 
 // The scale and the offset of n numbers of a group.
@@ -122,13 +125,13 @@ LOWBIT_INLINE Fitted fit_group(const KVSide& s, const float* x, int n) {
         f.more = f.offset.value;
         return f;
     }
-    f.scale = as_half(largest_magnitude(x, n) / s.reach);
-    f.inverse = inverse_of(f.scale.value);
-    if (s.fit == KVFit::norm && f.inverse > 0) {
-        const float levels = squares_of_levels(s, x, n, f.inverse);
-        if (levels > 0) f.scale = as_half(sqrtf(sum_of_squares(x, n) / levels));
-        f.inverse = inverse_of(f.scale.value);
+    if (s.fit == KVFit::norm) {
+        const float first = root_mean_square(x, n) / s.reach;
+        f.scale = as_half(scale_of_levels(s, x, n, inverse_of(first), first));
+    } else {
+        f.scale = as_half(largest_magnitude(x, n) / s.reach);
     }
+    f.inverse = inverse_of(f.scale.value);
     return f;
 }
 

@@ -10,8 +10,8 @@ constexpr int kCacheBlock = 64;  // positions that attention reads at a time; co
 
 // What finds the scale of a group.
 //   absmax: the largest magnitude / reach         minmax: (highest - lowest) / (high - low), with an offset
-//   norm: such that the group keeps its length     search: the best of several by squared error
-enum class KVFit : std::uint8_t { absmax, minmax, norm, search };
+//   norm: the root of the mean square / reach, then the scale of least squares for the levels that numbers go to with it
+enum class KVFit : std::uint8_t { absmax, minmax, norm };
 
 // x = scale * level, scale * level + offset, or scale * (level - offset)
 enum class KVOffset : std::uint8_t { none, minimum, zero };
@@ -30,7 +30,7 @@ struct KVSide {
     bool rotate = false;         // vectors are multiplied by a Hadamard matrix first
     bool uniform = true;         // whether levels are low, low + 1, ..., low + count - 1
     int low = 0, count = 0;
-    float reach = 1;             // what the largest magnitude becomes; in levels, as bounds
+    float reach = 1;             // what the largest magnitude becomes, or with norm the root of the mean square; in levels, as bounds
     float unit = 1;
     alignas(16) std::int8_t levels[16] = {};
     float bounds[16] = {};       // the largest number that goes to each level but the last, where they are not uniform

@@ -15,6 +15,7 @@ from lowbit.errors import RecipeError
 from lowbit.formats import Format
 from lowbit.formats.grids import IntGrid, TableGrid
 from lowbit.kv import CacheFormat, CacheSide
+from lowbit.solvers.fits.norm import normal_scale
 
 GROUPS = (32, 64)
 """Tokens that may share the scales of channels."""
@@ -161,7 +162,7 @@ def _side(core: Any, side: CacheSide, width: int) -> Any:
 
 _REACH: dict[str, Callable[[Any], float]] = {
     "absmax": lambda grid: float(grid.reach),
-    "norm": lambda grid: float(grid.reach),
+    "norm": lambda grid: 1 / normal_scale(grid),
     "minmax": lambda grid: 1.0,
     "symmetric": lambda grid: float(grid.hi - grid.lo) / 2,
 }
