@@ -1,6 +1,6 @@
 """Write a model whose keys have channels of large magnitude, and which computes the same.
 
-    python benchmarks/key_outliers.py MODEL OUT [--channels 2] [--factor 64]
+    python benchmarks/key_outliers.py MODEL OUT [--channels 2] [--factor 16]
 
 In each head of keys, both members of a few rotary pairs are multiplied by a factor in `k_proj`, and divided by it in `q_proj` of all queries that
 read that head. A rotary embedding turns a pair by an angle, so both keep their factor, every score q k' is what it was, and the function
@@ -22,7 +22,7 @@ SEED = 20261128
 
 
 @torch.no_grad()
-def widen_keys(model: Any, channels: int = 2, factor: float = 64.0, seed: int = SEED) -> None:
+def widen_keys(model: Any, channels: int = 2, factor: float = 16.0, seed: int = SEED) -> None:
     """Multiply `channels` rotary pairs of every key head by `factor`, and divide the queries by it, in place."""
     config, generator = model.config, torch.Generator().manual_seed(seed)
     heads, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("--channels", type=int, default=2)
-    parser.add_argument("--factor", type=float, default=64.0)
+    parser.add_argument("--factor", type=float, default=16.0)
     arguments = parser.parse_args()
     source = open_source(arguments.model)
     model = source.load_float(torch.float32)

@@ -191,12 +191,26 @@ def main() -> None:
         begin, cpu = time.time(), time.process_time()
         row = {**mark, "name": name, "program": program, **measure()}
         row |= {"seconds": round(time.time() - begin, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
-        known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}  # others may have written
-        told = {"environment": asdict(environment()), "rows": [r for r in known["rows"] if not same(r, name, program)] + [row]}
+        known = (
+            json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": []}
+        )  # others may have written
+        told = {
+            "environment": asdict(environment()),
+            "rows": [r for r in known["rows"] if not same(r, name, program)] + [row],
+        }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(told, indent=1, default=str) + "\n")
         said = f"KL {row['kl']:.5f}" if "kl" in row else row["error"]
-        print(time.strftime("%H:%M:%S"), name, program, f"{row['bits']:.2f} bits", said, f"{row['cpu_seconds']} s", file=sys.stderr, flush=True)
+        print(
+            time.strftime("%H:%M:%S"),
+            name,
+            program,
+            f"{row['bits']:.2f} bits",
+            said,
+            f"{row['cpu_seconds']} s",
+            file=sys.stderr,
+            flush=True,
+        )
     table = markdown(told["rows"])
     page = arguments.out.with_suffix(".md")
     if page.exists() and (found := re.search(r"(?s)<!-- rows -->.*", page.read_text())):

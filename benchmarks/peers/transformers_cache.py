@@ -52,7 +52,9 @@ class BackendCache:
             layer: Any = QuantoQuantizedLayer(nbits=self.bits, q_group_size=GROUP, residual_length=RESIDUAL)
             axis = 0
         else:
-            layer = HQQQuantizedLayer(nbits=self.bits, axis_key=1, axis_value=1, q_group_size=GROUP, residual_length=RESIDUAL)
+            layer = HQQQuantizedLayer(
+                nbits=self.bits, axis_key=1, axis_value=1, q_group_size=GROUP, residual_length=RESIDUAL
+            )
             layer.keys, axis = torch.empty(0, dtype=x.dtype), 1
         found: Tensor = layer._dequantize(layer._quantize(x[None].contiguous(), axis=axis))
         return found.reshape(x.shape).to(x.dtype)
