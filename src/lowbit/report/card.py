@@ -142,7 +142,10 @@ def keep_cache(folder: str | Path) -> tuple[str, ...]:
         return ()
     card = _with_cache(saved.card, place)
     save(place, replace(saved, card=card))
-    return keep_readme(card, place, Made(facts_of_folder(place), saved.target, saved.base, saved.command))
+    facts = facts_of_folder(place)
+    if note := _make_room(place, replace(facts, readme=""), False):  # whatever is there now came with no base model
+        return (note,)
+    return keep_readme(card, place, Made(facts, saved.target, saved.base, saved.command))
 
 
 def _with_cache(card: Card, folder: Path) -> Card:
