@@ -29,14 +29,16 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.formats import QTensor as QTensor
     from lowbit.formats import parse_format as parse_format
     from lowbit.kernels.integer import integer_matmul as integer_matmul
+    from lowbit.kv import CacheFormat as CacheFormat
+    from lowbit.kv.quantized_cache import QuantizedCache as QuantizedCache
     from lowbit.measure.api import evaluate as evaluate
     from lowbit.measure.bench import bench as bench
     from lowbit.measure.card import Card as Card
     from lowbit.measure.kv.check import check_kv as check_kv
     from lowbit.measure.kv.result import CacheCheck as CacheCheck
+    from lowbit.measure.quantizing import quantize as quantize
     from lowbit.pipeline.api import Quantized as Quantized
     from lowbit.pipeline.api import plan as plan
-    from lowbit.pipeline.api import quantize as quantize
     from lowbit.pipeline.api import quantize_tensor as quantize_tensor
     from lowbit.pipeline.loading import dequantize as dequantize
     from lowbit.pipeline.loading import load as load
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
 _HOMES = {
     "Allocation": "lowbit.budget.allocation",
     "CacheCheck": "lowbit.measure.kv.result",
+    "CacheFormat": "lowbit.kv",
     "Card": "lowbit.measure.card",
     "Comparison": "lowbit.report.comparison",
     "Engine": "lowbit.engine.engine",
@@ -65,6 +68,7 @@ _HOMES = {
     "Plan": "lowbit.planning.plan",
     "QTensor": "lowbit.formats",
     "Quantized": "lowbit.pipeline.api",
+    "QuantizedCache": "lowbit.kv.quantized_cache",
     "Recipe": "lowbit.recipes.recipe",
     "allocate": "lowbit.budget.allocate",
     "bench": "lowbit.measure.bench",
@@ -87,7 +91,7 @@ _HOMES = {
     "load_into": "lowbit.pipeline.loading",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
-    "quantize": "lowbit.pipeline.api",
+    "quantize": "lowbit.measure.quantizing",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",
     "recommend": "lowbit.report.recommend",

@@ -30,9 +30,7 @@ class _Register(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        from lowbit.interchange.hf.quantizer import register
-
-        register()
+        _register()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -48,11 +46,17 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def _register() -> None:
+    """Packed weights, and generating with the cache format that a folder carries."""
+    from lowbit.engine.cache_quantizer import CacheQuantizer
+    from lowbit.interchange.hf.quantizer import register
+
+    register(CacheQuantizer)
+
+
 def install() -> None:
     """Register now if transformers is already there, else when it comes."""
     if _TABLE in sys.modules:
-        from lowbit.interchange.hf.quantizer import register
-
-        register()
+        _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -87,10 +87,21 @@ def test_other_models_go_to_transformers_which_is_said(other: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("option", [("--cache", "int8"), ("--activations", "int8"), ("--threads", "1")])
+@pytest.mark.parametrize("option", [("--activations", "int8"), ("--threads", "1")])
 def test_options_of_the_engine_are_errors_without_it(option: tuple[str, str], other: Path) -> None:
     found = run("generate", other, "the cat", *option)
     assert found.exit_code == 2 and f"without {option[0]}" in found.stderr and not found.stdout
+
+
+def test_a_cache_format_is_for_transformers_too(other: Path, folder: Path) -> None:
+    found = run("generate", other, "the cat", "--cache", "int4:g8", "--max-new-tokens", 3)
+    assert found.exit_code == 0 and "its KV cache is stored as int4:g8" in " ".join(found.stderr.split())
+    found = run("generate", other, "the cat", "--cache", "kvquant3", "--max-new-tokens", 3)
+    assert found.exit_code == 2 and "quantize the model with kv=" in " ".join(found.stderr.split())
+    found = run(
+        "generate", other, "the cat", "--cache", "int8", "--threads", 1
+    )  # and what is the engine's alone stays an error
+    assert found.exit_code == 2 and "without --threads" in found.stderr and "--cache" not in found.stderr
 
 
 def test_stop_strings_may_be_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +167,7 @@ def test_an_error_in_a_talk_ends_it_only_where_nobody_listens(monkeypatch: pytes
     assert said == ["too long; begin anew with /reset"]
 
 
-@pytest.mark.parametrize("option", [("--cache", "fp8"), ("--activations", "int4"), ("--top-p", "0")])
+@pytest.mark.parametrize("option", [("--cache", "fp9"), ("--activations", "int4"), ("--top-p", "0")])
 def test_wrong_values_are_errors(option: tuple[str, str], folder: Path) -> None:
     found = run("generate", folder, "the cat", *option)
     assert found.exit_code == 2 and "error: " in found.stderr and "transformers" not in found.stderr

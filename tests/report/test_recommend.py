@@ -292,3 +292,18 @@ def test_a_giant_from_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_times_are_said_roughly(seconds: float, said: str) -> None:
     assert about(seconds) == said
+
+
+def test_a_cache_format_makes_room_and_goes_into_the_command(tiny_folder: Float, tmp_path: Path) -> None:
+    folder, context = tiny_folder("llama"), 128
+    plain = lowbit.recommend(folder, PLENTY, context)
+    small = lowbit.recommend(folder, PLENTY, context, cache="int4:g8")
+    assert plain.best is not None and small.best is not None and plain.best.name == small.best.name
+    assert small.best.memory.cache < plain.best.memory.cache and small.best.memory.weights == plain.best.memory.weights
+    assert f"{small.best.name},kv=int4:g8" in small.best.command and "kv=" not in plain.best.command
+    assert "its KV cache stored as int4:g8" in " ".join(small.text().split())
+    lowbit.quantize(folder, "int8:channel,kv=int8", tmp_path / "q", effort="none")
+    as_it_is = [c for c in lowbit.recommend(tmp_path / "q", PLENTY, context).choices if c.name == "as it is"]
+    assert as_it_is[0].memory.cache == lowbit.plan(folder, "int8:channel,kv=int8", context=context).kv_bytes
+    with pytest.raises(lowbit.LowbitError, match="would be ignored by gguf"):
+        lowbit.recommend(folder, PLENTY, target="gguf", cache="int8")

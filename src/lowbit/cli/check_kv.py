@@ -131,6 +131,9 @@ def _write(folder: Path, fmt: str) -> None:
     """The recommended format into a folder."""
     from lowbit.kv import CacheFormat
     from lowbit.kv.folder import write_cache_format
+    from lowbit.report.card import keep_cache
 
     write_cache_format(folder, CacheFormat.of(fmt))
+    for line in keep_cache(folder):
+        console.dim(line)
     console.dim(f"{folder} now carries this cache format, and is run with it where nothing else is said")

@@ -226,8 +226,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="End an answ
 CacheType = Annotated[
     str | None,
     typer.Option(
-        "--cache", metavar="TYPE", help="Keep keys and values as int16, or as int8, which takes half the memory.",
-        show_default="int16", rich_help_panel=ENGINE,
+        "--cache", metavar="FORMAT",
+        help="Store keys and values in this format, such as int8, int4:g32, k=int8,v=int4:g32 or kivi2, or as they are with int16.",
+        show_default="what the model's folder says, else int16", rich_help_panel=ENGINE,
     ),
 ]  # fmt: skip
 Threads = Annotated[

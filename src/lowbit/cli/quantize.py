@@ -114,7 +114,7 @@ def quantize(
     """
     from lowbit.calibration.package_text import BUILTIN
     from lowbit.errors import RecipeError
-    from lowbit.report.effort_view import decision_lines, peak_line
+    from lowbit.report.effort_view import cache_line, decision_lines, peak_line
     from lowbit.report.layout import headline
 
     typed = recipe_of(recipe, bits, group_size)
@@ -146,6 +146,8 @@ def quantize(
     peak = None if target else job.peak(measures is not HowMuch.none)
     if peak is not None:
         console.say(screen, peak_line(peak, measures is not HowMuch.none), style="dim")
+    if (later := cache_line(job.recipe)) is not None:
+        console.say(screen, later, style="dim")
     kept = None
     if target:
         if told and sensitivity is None:
@@ -283,9 +285,11 @@ def _written(made: Outcome, out: Path) -> str:
         speed = f"; checked in {made.seconds:.1f} s"
     counts, ranges = plan.input_counts(), made.quantized.report.ranges
     inputs = f"\ninputs: {inputs_text(counts, ranges)}" if counts else ""
+    cache = made.quantized.cache
+    stored = "" if cache is None else f"\nKV cache: {cache}, {bytes_text(plan.kv_bytes_per_token)} a token"
     return (
         f"{out}: {bytes_text(plan.bytes_before)} became {bytes_text(plan.output_bytes)}{speed}\n"
-        f"bits per weight: {bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{said}"
+        f"bits per weight: {bits_text(plan.linear_bits_per_weight, plan.bits_per_weight, plan.embed_bits_per_weight)}{inputs}{stored}{said}"
     )
 
 

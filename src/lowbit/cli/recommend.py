@@ -49,6 +49,15 @@ def recommend(
             "--for", metavar="PROGRAM", help="Recommend for lowbit, gguf (llama.cpp and Ollama), vllm, gptq or awq."
         ),
     ] = "lowbit",
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            "--cache",
+            metavar="FORMAT",
+            help="Count the KV cache in this format, such as int8, and recommend recipes that say so; 16 bits when it is left out.",
+            show_default=False,
+        ),
+    ] = None,
     speed: Annotated[
         bool,
         typer.Option("--speed", help="Take the fastest of the recipes that lose little, not the one that loses least."),
@@ -93,7 +102,7 @@ def recommend(
 
     def asked(**watching: Any) -> Recommendation:
         return report.recommend(
-            model, memory, context, target, speed=speed, measure=measure, calibration=calibration, samples=samples, text=text,
+            model, memory, context, target, cache=cache, speed=speed, measure=measure, calibration=calibration, samples=samples, text=text,
             windows=windows or report.WINDOWS, **watching,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit.convert.cache_handover import handover
 from lowbit.convert.conversions import Conversion, conversions, converted, sentences
 from lowbit.convert.instead import command_for_folder
 from lowbit.convert.read_back import compared
@@ -100,7 +101,7 @@ def written(
     """`export` of what was checked, onto an output that nobody else writes."""
     as_written = converted(kind, folder)
     check_free(out, kind, overwrite, as_written.contents)
-    cost = []
+    cost = handover(kind, folder) if kv is None else []
     if kv is not None:
         from lowbit.convert.kv_ranges import with_kv
 

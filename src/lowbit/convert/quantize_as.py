@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.calibration.data import SELF, load_calibration
+from lowbit.convert.cache_handover import check_cache
 from lowbit.convert.exporting import Exported, check_free, refuse_folder, written
 from lowbit.convert.instead import MODEL, base_of, command
 from lowbit.convert.preparing import Prepared, contents_of, planned
@@ -38,12 +39,14 @@ def prepare(
     """
     kind, source = exporter_named(target), open_source(model, tokenizer=tokenizer)
     try:
-        return planned(kind, source, recipe, calibrated, kv)
+        ready = planned(kind, source, recipe, calibrated, kv)
     except ExportError as error:
         name, base = base_of(recipe)
         named = str(model) if isinstance(model, (str, Path)) else MODEL
         instead = command(kind, source, named, name, base, calibrated) if kv is None else ""
         raise (ExportError(f"{error}; this works: {instead}") if instead else error) from None
+    check_cache(kind, ready.recipe.cache)
+    return ready
 
 
 def prepare_for(

@@ -48,7 +48,7 @@ class Engine:
     def open(
         model: str | Path | nn.Module | Source,
         activations: str | ActivationFormat = "exact",
-        cache: str | CacheFormat = "int16",
+        cache: str | CacheFormat | None = None,
         threads: int | None = None,
         isa: str = "",
         tokenizer: Any = None,
@@ -56,16 +56,20 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes or opened already, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, "int16"
-        or "int8" (see `CacheFormat`), with a scale for each position and head; int16 is finer than float16.
+        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, as
+        the folder says where it is None and says it, otherwise "int16" or "int8" (see `CacheFormat`), with a scale for each position and head; int16 is finer than float16.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 
         EngineError with the reason for a model that the engine does not compute; transformers does.
         """
+        from lowbit.engine.folder_cache import wanted
         from lowbit.engine.opening import opened
 
-        activations, cache = ActivationFormat.of(activations), CacheFormat.of(cache)  # before anything large is read
+        activations, cache = (
+            ActivationFormat.of(activations),
+            CacheFormat.of(wanted(model, cache)),
+        )  # before anything large is read
         weights, words, eos = opened(model, tokenizer)
         return Engine(weights, words, eos, activations, cache, threads, isa)
 

@@ -13,13 +13,17 @@ from lowbit.engine.arguments import sampling_of, split_prompts, stop_strings, to
 from lowbit.engine.batch import Running
 from lowbit.engine.conversation import PlainConversation
 from lowbit.engine.detokenizer import AnswerText
+from lowbit.engine.folder_cache import cache_format_of, cache_tables_of, use_cache_format
 from lowbit.engine.generation import Generated, OnText, Sampling
 from lowbit.engine.tokenizer import AnyTokenizer, TextTokenizer
 from lowbit.engine.transformers_loop import generate_tokens
-from lowbit.errors import EngineError, SourceError
+from lowbit.errors import EngineError, RecipeError, SourceError
 from lowbit.interchange.end_tokens import end_tokens
 from lowbit.interchange.hf.calls import asking
 from lowbit.interchange.hf.running import fast_dtype, max_positions
+from lowbit.kv import CacheFormat
+from lowbit.planning.cache_fit import fitted_cache
+from lowbit.planning.kv_cache import kv_cache
 
 
 class Transformers:
@@ -35,8 +39,8 @@ class Transformers:
         self.ends = end_tokens(generation.to_dict() if generation is not None else {}, model.config, tokenizer)
 
     @staticmethod
-    def open(model: str, reason: str) -> Transformers:
-        """A folder that lowbit wrote, or a float model by any name that lowbit takes."""
+    def open(model: str, reason: str, cache: str | None = None) -> Transformers:
+        """A folder that lowbit wrote, or a float model by any name that lowbit takes. cache: as of `with_cache`."""
         from pathlib import Path
 
         from lowbit.interchange.files.settings import is_ours
@@ -47,12 +51,14 @@ class Transformers:
         path = Path(model)
         if is_ours(path):
             built = load_packed(path, dtype=answering_type(load_config(path)))
-            return Transformers(built, AnyTokenizer(load_tokenizer(path, model)), reason, model)
+            return Transformers(with_cache(built, cache), AnyTokenizer(load_tokenizer(path, model)), reason, model)
         source = open_source(model)
-        return Transformers(source.load_float(), AnyTokenizer(source.tokenizer()), reason, model)
+        return Transformers(with_cache(source.load_float(), cache), AnyTokenizer(source.tokenizer()), reason, model)
 
     def __str__(self) -> str:
-        return f"transformers, not the engine: {self.reason}"
+        found = cache_format_of(self.model)
+        said = "" if found is None else f"; its KV cache is stored as {found}"
+        return f"transformers, not the engine: {self.reason}{said}"
 
     def generate(
         self,
@@ -119,6 +125,24 @@ class Transformers:
     def _pad(self) -> Any:
         found = getattr(getattr(self.model, "generation_config", None), "pad_token_id", None)
         return min(self.ends, default=None) if found is None else found
+
+
+def with_cache(model: nn.Module, cache: str | None) -> nn.Module:
+    """The model, whose answers store the KV cache in this format; None leaves it as its folder says, or as its class does.
+
+    RecipeError where the format cannot be used, such as one whose tables calibration has not found for this model.
+    """
+    if cache is None:
+        return model
+    found = CacheFormat.of(cache)
+    tables = cache_tables_of(model) if found == cache_format_of(model) else {}
+    fitted_cache(kv_cache(model.config), found, f"a {type(model).__name__}")
+    if found.calibrated and not tables:
+        raise RecipeError(
+            f"the cache format {found} has tables that are found on calibration text; quantize the model with kv={found} first"
+        )
+    use_cache_format(model, found, tables)
+    return model
 
 
 def answering_type(config: Any) -> torch.dtype:

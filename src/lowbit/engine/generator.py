@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ from torch import nn
 
 from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
-from lowbit.errors import EngineError
+from lowbit.engine.runtime_formats import ActivationFormat
+from lowbit.errors import EngineError, RecipeError
 from lowbit.interchange.source import Source
+from lowbit.kv import CacheFormat
 
 
 class Choice(NamedTuple):
@@ -23,21 +25,22 @@ class Choice(NamedTuple):
 
 def choose(
     model: str | Path | nn.Module | Source, options: Mapping[str, Any], tokenizer: Any = None, threads: int | None = None,
-    spelled: str = "{}",
+    spelled: str = "{}", either: Collection[str] = (),
 ) -> Choice:  # fmt: skip
-    """The engine where it computes `model`.
+    """The engine where it computes `model` with the cache format that is asked for, or that its folder carries.
 
-    options: of `Engine.open`, that only the engine has: EngineError where transformers would ignore one that is not None, with its name
-    `spelled` as the user knows it.
+    options: of `Engine.open`: EngineError where transformers would ignore one that is not None, with its name `spelled` as the user
+    knows it. either: those that the caller gives transformers too. RecipeError and FormatError for what no program takes.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    ActivationFormat.of(given.get("activations", "exact"))
+    if "cache" in given:
+        CacheFormat.of(given["cache"])
     try:
         return Choice(Engine.open(model, tokenizer=tokenizer, **{"threads": threads, **given}))
-    except EngineError as error:
-        if given:
-            raise EngineError(
-                f"{error}; transformers runs it, without {' and '.join(map(spelled.format, given))}"
-            ) from None
+    except (EngineError, RecipeError) as error:  # a RecipeError is about the cache, as all else was checked
+        if ignored := [spelled.format(name) for name in given if name not in either]:
+            raise EngineError(f"{error}; transformers runs it, without {' and '.join(ignored)}") from None
         return Choice(None, str(error))
 
 
@@ -51,8 +54,8 @@ def open_generator(
 
     options, spelled: as for `choose`. before_transformers: called where it is not the engine, before transformers is imported.
     """
-    engine, reason = choose(model, options, spelled=spelled)
+    engine, reason = choose(model, options, spelled=spelled, either=("cache",))
     if engine is not None:
         return engine
     before_transformers()
-    return Transformers.open(model, reason)
+    return Transformers.open(model, reason, options.get("cache"))

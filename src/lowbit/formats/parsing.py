@@ -3,6 +3,7 @@
     GRID[:BLOCK][:OPTION...]
 
     GRID     int1..int8, uint1..uint8, ternary, binary, e4m3 (fp8), e5m2, e2m1 (fp4), nf4, bnb_fp4, iq4nl,
+             normal1..normal7 (levels of least error for normal numbers, Max 1960),
              kmeans1..kmeans8, or a named format: mxfp4, nvfp4, mxfp8, nf4-dq, and ggml's block types (q4_0, q4_1, q5_0,
              q5_1, q8_0, iq4_nl, iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k)
     BLOCK    tensor, channel, token, g64 (64 weights of a row), 128x128, *x128 (128 columns of all rows);

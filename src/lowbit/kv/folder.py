@@ -105,6 +105,7 @@ def write_cache_format(folder: str | Path, cache: CacheFormat | None, tables: Ta
     if cache is not None and cache.calibrated and not tables:
         raise RecipeError(f"the cache format {cache} has tables that calibration finds, and none are given")
     tensors = tables_to_tensors(tables) if cache is not None and tables else {}
+    tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}  # a file shares no memory
     try:
         with locked(place):
             if tensors:

@@ -53,15 +53,19 @@ class PackedStates:
         """[batch, heads, length - start, width] as a query at this position reads them, in the type that was given."""
         assert self.tail is not None
         start = max(start, self.first)
-        exact = max(self._first_exact(query), self._tail_start)
-        stored = self._decoded(start, min(exact, self.packed))
-        pieces = [stored, self.tail[..., max(start, exact) - self._tail_start :, :]]
-        if exact > self.packed:  # only where nothing is stored: the tail has all that is not
-            pieces[1] = self.tail[..., max(start, self.packed) - self._tail_start :, :]
-        found = torch.cat(pieces, dim=-2) if stored.shape[-2] else pieces[1]
-        if self.sinks is not None and start < self.sinks.shape[-2]:
-            found = found.clone() if found is pieces[1] else found
-            found[..., : self.sinks.shape[-2] - start, :] = self.sinks[..., start:, :]
+        border = min(max(self._first_exact(query), self._tail_start), self.packed)
+        stored = self._decoded(start, border)
+        newest = self.tail[..., max(start, border) - self._tail_start :, :]
+        found = torch.cat([stored, newest], dim=-2) if stored.shape[-2] else newest
+        sinks = min(self.side.sinks, self.length) - start
+        if sinks > 0 and stored.shape[-2]:
+            if self.sinks is not None:
+                found[..., : self.sinks.shape[-2] - start, :] = self.sinks[..., start:, :]
+            held = max(start, self._tail_start)  # first tokens that are still in the tail
+            if held - start < sinks:
+                found[..., held - start : sinks, :] = self.tail[..., held - self._tail_start :, :][
+                    ..., : sinks - held + start, :
+                ]
         return found
 
     def _take(self, x: Tensor) -> None:

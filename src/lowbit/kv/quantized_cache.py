@@ -35,6 +35,8 @@ class QuantizedCache(DynamicCache):
     attention, and a QuantizedCache alone stores that of the decoder to itself.
     """
 
+    layers: list[Any]
+
     def __init__(
         self, cache: str | CacheFormat, model: Any, tables: Mapping[tuple[int, str], Tables] | None = None
     ) -> None:

@@ -27,7 +27,7 @@ def round_trip(x: Tensor, side: CacheSide, tables: Tables | None = None) -> Tens
     side or shape. Outlier channels are those of the tables; where there are none, `largest_channels` chooses them by the
     first tokens of x. A group of tokens that is not complete shares scales as if it were one.
     """
-    if side.exact:
+    if side.exact or not x.numel():
         return x
     heads, _, width = x.shape
     if tables is not None:

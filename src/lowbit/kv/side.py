@@ -168,6 +168,9 @@ def parse_side(text: str) -> CacheSide:
     head, at, tail = text.strip().rpartition("@")
     if not at and tail.lower() in _EXACT_NAMES:
         return CacheSide()
+    if not at and "+" in tail:
+        steps, _, named = tail.rpartition("+")
+        raise RecipeError(f"cache {text!r}: write an '@' before the format, as in {steps}@{named}")
     words, counts = [], dict[str, int]()
     for word in tail.split(":"):
         key, equals, value = word.partition("=")

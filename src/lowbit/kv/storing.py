@@ -114,7 +114,7 @@ class Storing:
             parts["codes"] = _packed(self._static_codes(y, fmt), fmt)
             return parts
         y = y.contiguous()
-        matrices = y.view(-1, *y.shape[-2:])
+        matrices = y.view(math.prod(y.shape[:-2]), *y.shape[-2:])
         q = encode(matrices, fmt, *run_fit(matrices, fmt, self.side.fit_used))
         aligned = q.codes.dim() == 3
         parts["codes"] = (q.codes if aligned else _packed(q.unpacked(), fmt)).view(*y.shape[:-1], -1)

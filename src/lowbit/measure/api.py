@@ -42,6 +42,7 @@ from lowbit.measure.windows import Tokens, Windows, make_windows
 from lowbit.pipeline.api import Quantized, quantize
 from lowbit.pipeline.effort import AUTO, NONE
 from lowbit.pipeline.loading import as_dtype
+from lowbit.recipes.cache_rules import cache_settings
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 
@@ -294,11 +295,22 @@ def _facts(
 
 def _names(recipes: Sequence[str] | None, calibrated: bool) -> list[str]:
     """The recipes to compare: those given, else every preset that can do with the text that there is."""
-    if isinstance(recipes, str):
-        return [recipes]
     if recipes:
-        return [str(recipe) for recipe in recipes]
+        return [_of_weights(str(one)) for one in ([recipes] if isinstance(recipes, str) else recipes)]
     return [name for name in PRESETS if calibrated or Recipe.parse(name).needs_calibration is None]
+
+
+def _of_weights(recipe: str) -> str:
+    """The recipe as it is. RecipeError where it says something of the cache, which a comparison of weights would ignore."""
+    try:
+        said = cache_settings(Recipe.parse(recipe).cache)
+    except LowbitError:
+        return recipe  # the row of it says so
+    if said:
+        raise RecipeError(
+            f"compare measures what the weights lose, and {','.join(said)} would be ignored; leave it out, and measure caches with `lowbit check-kv`"
+        )
+    return recipe
 
 
 def _settings(speed: bool | SpeedSettings) -> SpeedSettings | None:

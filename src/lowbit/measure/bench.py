@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lowbit.display import Displayed
+from lowbit.engine.fallback import with_cache
 from lowbit.engine.generator import choose
 from lowbit.engine.runtime_formats import ACTIVATIONS
 from lowbit.errors import RecipeError
@@ -201,21 +202,22 @@ def _row(each: Backend, values: dict[str, list[float]], settings: SpeedSettings,
 
 def _engine_or_transformers(model: Model, options: dict[str, Any], threads: int, dtype: str) -> Backend:
     """options: of the engine, None for those that were not given."""
-    engine, reason = choose(model, options, threads=threads)
+    engine, reason = choose(model, options, threads=threads, either=("cache",))
     if engine is None:
-        return _in_transformers(model, dtype, f"transformers, not the engine: {reason}")
+        return _in_transformers(model, dtype, f"transformers, not the engine: {reason}", options.get("cache"))
     options = {name: value for name, value in options.items() if value is not None}
     again = None if isinstance(model, nn.Module) else {"model": str(model), "threads": threads, **options}
     name = ", ".join([f"lowbit {_label(model)}", *(f"{value} {key}" for key, value in options.items())])
     return of_engine(engine, name, again)
 
 
-def _in_transformers(model: Model, dtype: str, note: str = "") -> Backend:
+def _in_transformers(model: Model, dtype: str, note: str = "", cache: str | None = None) -> Backend:
+    stored = "" if cache is None else f", {cache} cache"
     if isinstance(model, nn.Module):
         own = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return of_module(model, f"transformers {_label(model)}, {own}", None, note)
-    again = {"model": str(model), "dtype": dtype}
-    return of_module(load_module(**again), f"transformers {_label(model)}, {dtype}", again, note)
+        return of_module(with_cache(model, cache), f"transformers {_label(model)}, {own}{stored}", None, note)
+    again = {"model": str(model), "dtype": dtype} | ({} if cache is None else {"cache": cache})
+    return of_module(load_module(**again), f"transformers {_label(model)}, {dtype}{stored}", again, note)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from lowbit.measure.sample import Sample
 from lowbit.measure.size import bits_per_weight
 from lowbit.measure.speed import Speed
 from lowbit.measure.windows import Windows
+from lowbit.planning.cache_words import CacheFacts
 
 T = TypeVar("T")
 
@@ -47,6 +48,7 @@ class CardParts:
     the weight files after quantizing. `linear_bits` is bits per weight in the linear layers, scales and
     offsets included. `quantize_peak` is the peak resident bytes while quantizing. `calibrated`: whether text was looked at
     while quantizing; None where that is not known. `embed_bits`: bits per weight of embeddings and output heads.
+    `cache`: how the folder says that the KV cache is stored, None where it says nothing.
     """
 
     model: str
@@ -62,6 +64,7 @@ class CardParts:
     notes: tuple[str, ...] = ()
     calibrated: bool | None = None
     embed_bits: float | None = None
+    cache: CacheFacts | None = None
 
     @property
     def bits(self) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from lowbit.engine.fallback import with_cache
 from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.opening import open_source
 from lowbit.measure.memory import in_fresh_process
@@ -66,10 +67,13 @@ def startup(what: str, arguments: Mapping[str, Any]) -> Startup:
     return Startup(now - begin, before, after, max(after, done.bytes))
 
 
-def load_module(model: str, dtype: str = "float32") -> nn.Module:
-    """A folder that lowbit wrote or a float model by any of its names, in transformers, computing in `dtype`."""
+def load_module(model: str, dtype: str = "float32", cache: str | None = None) -> nn.Module:
+    """A folder that lowbit wrote or a float model by any of its names, in transformers, computing in `dtype`.
+
+    cache: the format of its KV cache, in place of what the folder says.
+    """
     if is_ours(model):
-        return load(model, dtype=dtype)
+        return with_cache(load(model, dtype=dtype), cache)
     found = as_dtype(dtype)
     assert found is not None
-    return open_source(model).load_float(found)
+    return with_cache(open_source(model).load_float(found), cache)

@@ -21,10 +21,12 @@ from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.interchange.readers.module import ModuleSource
 from lowbit.interchange.tensors import TensorPlan
+from lowbit.kv.folder import read_cache_format
 from lowbit.measure.card import CardParts, Coverage
 from lowbit.measure.size import count_parameters, disk_size, module_bytes
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.loading import load
+from lowbit.planning.cache_words import cache_facts, facts_of_folder
 from lowbit.planning.plan import Plan
 from lowbit.recipes.activation_rules import inputs_text
 
@@ -101,7 +103,7 @@ def plan_parts(plan: Plan) -> CardParts:
     return CardParts(
         plan.label, plan.recipe.title, plan.parameters, Coverage(quantized, plan.parameters, kept),
         bytes_before=plan.bytes_before, weight_bytes=plan.output_bytes, linear_bits=plan.linear_bits_per_weight,
-        notes=notes, embed_bits=plan.embed_bits_per_weight,
+        notes=notes, embed_bits=plan.embed_bits_per_weight, cache=cache_facts(plan.kv, plan.config),
     )  # fmt: skip
 
 
@@ -135,6 +137,7 @@ def folder_parts(folder: Path, stored: LowbitFolder | None = None) -> CardParts:
         bytes_after=size.total, weight_bytes=size.weights, linear_bits=manifest.get("linear_bits_per_weight"),
         notes=(*_inputs_note(dict(counts.most_common()), manifest.get("ranges")), *map(str, said)),
         calibrated="calibration" in manifest if manifest else None, embed_bits=_embed_bits(stored),
+        cache=facts_of_folder(stored.config, read_cache_format(folder)),
     )  # fmt: skip
 
 

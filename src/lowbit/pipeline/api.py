@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with_survey
 from lowbit.calibration.data import Calibration, load_calibration
 from lowbit.display import Displayed
+from lowbit.engine.folder_cache import use_cache_format
 from lowbit.errors import OutputError, RecipeError, SourceError, WeightError
 from lowbit.formats import Format, QTensor
 from lowbit.interchange.files.folder_writer import head_of
@@ -27,6 +28,9 @@ from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.opening import open_headers, open_source
 from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
+from lowbit.kv import CacheFormat
+from lowbit.kv.folder import write_cache_format
+from lowbit.kv.tables import TablesOfLayers
 from lowbit.pipeline.choosing import decided
 from lowbit.pipeline.driver import fingerprint, write_folder
 from lowbit.pipeline.effort import AUTO
@@ -51,6 +55,7 @@ class Quantized(Displayed):
         self.plan, self.report, self.source, self.folder = plan, report, source, folder
         self._model: nn.Module | None = None
         self._solved: list[tuple[Solved, str]] = []
+        self._tables: TablesOfLayers | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -59,12 +64,30 @@ class Quantized(Displayed):
             self._model = load(_required(self.folder))
         return self._model
 
+    @property
+    def cache(self) -> CacheFormat | None:
+        """The format in which the result stores its KV cache; None where nothing says any."""
+        return self.plan.kv.format
+
+    def store_cache(self, cache: CacheFormat, tables: TablesOfLayers | None = None) -> None:
+        """Let the result store its KV cache in this format, with what calibration found for it, and its folder carry it."""
+        self.plan, self._tables = self.plan.with_cache(cache), tables
+        if self.folder is not None:
+            write_cache_format(self.folder, cache, tables)
+        if self._model is not None:
+            use_cache_format(self._model, cache, tables)
+            section: Any = getattr(getattr(self._model, "config", None), "quantization_config", None)
+            if section is not None:
+                section.kv = str(cache)
+
     def save(self, out: str | Path, *, overwrite: bool = False) -> Path:
         """Write the model folder `out`. OutputError when it is not empty and `overwrite` is not set."""
         if self._solved:
             with locked(out):
                 options = Options(overwrite=overwrite)
                 write_folder(self.plan, self.source, out, options, solved=iter(self._solved), again=False)
+            if self._tables:
+                write_cache_format(out, self.cache, self._tables)
             return Path(out)
         folder, out = _required(self.folder), Path(out)
         if out.resolve() == folder.resolve():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowbit.blockwise.model_tuner import tune_solved
 from lowbit.calibration.data import Calibration
+from lowbit.engine.folder_cache import use_cache_format
 from lowbit.interchange.files.undisturbed import temporary_folder
 from lowbit.interchange.hf.running import fast_dtype
 from lowbit.interchange.source import Source
@@ -64,6 +65,8 @@ def packed_copy(
         from lowbit.interchange.hf.quantizer import attach
 
         attach(made, quantization_config(plan, facts))
+        found = plan.kv.format
+        use_cache_format(made, None if found is None or found.calibrated else found)
     return made
 
 

@@ -43,7 +43,13 @@ def quantization_config(plan: Plan, facts: Mapping[str, Mapping[str, Any]]) -> d
     return {
         "quant_method": "lowbit", "version": __version__, "recipe": str(plan.recipe),
         "tied": dict(plan.tied), "tensors": tensors,
-    }  # fmt: skip
+    } | _cache(plan)  # fmt: skip
+
+
+def _cache(plan: Plan) -> dict[str, str]:
+    """The format of the KV cache; one with calibrated tables is written when there are some (`kv/folder.py`)."""
+    found = plan.kv.format
+    return {} if found is None or found.calibrated else {"kv": str(found)}
 
 
 def write_config(plan: Plan, source: Source, folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -165,6 +165,16 @@ def kv_cache(config: Any, itemsize: int = 2) -> KVCache:
     return KVCache(tuple(found), states * state_numbers(first) * itemsize if states else 0, itemsize)
 
 
+def longest_context(config: Any) -> int | None:
+    """The most tokens that a model takes, as its config has it; None where it does not say."""
+    text = text_config(config, decoder=True)
+    values = (
+        getattr(text, n, None)
+        for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
+    )
+    return next((v for v in values if isinstance(v, int) and v > 0), None)
+
+
 def _mixed(text: Any, itemsize: int) -> KVCache:
     """Of a decoder whose layers differ in size, as in Gemma 4; layers that read keys and values of earlier ones keep none."""
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers

@@ -22,6 +22,7 @@ from lowbit.interchange.inventory import Inventory, kept_words
 from lowbit.interchange.source import Source
 from lowbit.interchange.tensors import MULTIPLIED, TensorPlan, TensorSpec
 from lowbit.kernels.core import core
+from lowbit.kv import CacheFormat
 from lowbit.planning.advice import advice
 from lowbit.planning.cache_fit import cache_notes, fitted_cache
 from lowbit.planning.kv_cache import KVCache, kv_cache
@@ -181,10 +182,14 @@ class Plan(Displayed):
         """The same with 16 bits a number."""
         return self.kv.stored(None).bytes_at(self.context)
 
+    def with_cache(self, cache: CacheFormat | None) -> Plan:
+        """The same with the KV cache in this format, whatever its recipe says. RecipeError where it does not fit the model."""
+        return replace(self, kv=fitted_cache(self.kv.stored(None), cache, self.label))
+
     @property
     def about_cache(self) -> tuple[str, ...]:
         """What the recipe's cache format leaves as it is, a sentence each."""
-        return cache_notes(self.kv, self.recipe.cache)
+        return cache_notes(self.kv, self.recipe.cache if self.kv.format is None else self.kv.format)
 
     def kept(self) -> dict[str, tuple[int, int]]:
         """Reason -> (tensors, parameters) of what is not quantized."""

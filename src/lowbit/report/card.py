@@ -13,6 +13,7 @@ from lowbit.errors import LowbitError, OutputError, SourceError
 from lowbit.interchange.companions import MODULES
 from lowbit.interchange.files.atomic import replace_file
 from lowbit.interchange.files.finished import MANIFEST
+from lowbit.interchange.hf.loading import load_config
 from lowbit.interchange.model_card import (
     BASE_README,
     README,
@@ -24,9 +25,11 @@ from lowbit.interchange.model_card import (
     text_of,
 )  # fmt: skip
 from lowbit.interchange.opening import open_source
+from lowbit.kv.folder import read_cache_format
 from lowbit.measure.card import Card, CardParts
 from lowbit.measure.card_file import OWN, SavedCard, digest_of, fingerprints, load, portable, save, write_text
 from lowbit.measure.size import disk_size
+from lowbit.planning.cache_words import facts_of_folder as facts_of_folder_cache
 from lowbit.report.readme import readme
 
 
@@ -129,6 +132,26 @@ def keep_readme(card: Card, folder: Path, made: Made, *, rewrite: bool = False) 
     facts = replace(made.facts, base_model=base, readme=readme_is_there)
     write_text(folder / README, sealed(_text(card, folder, replace(made, facts=facts))))
     return ()
+
+
+def keep_cache(folder: str | Path) -> tuple[str, ...]:
+    """After the cache format of a folder has changed: its card and README.md say the new one. Returns what a person should know."""
+    place = Path(folder)
+    saved = load(place)
+    if saved is None:
+        return ()
+    card = _with_cache(saved.card, place)
+    save(place, replace(saved, card=card))
+    facts = facts_of_folder(place)
+    if note := _make_room(place, replace(facts, readme=""), False):  # whatever is there now came with no base model
+        return (note,)
+    return keep_readme(card, place, Made(facts, saved.target, saved.base, saved.command))
+
+
+def _with_cache(card: Card, folder: Path) -> Card:
+    """The card with the cache format that the folder carries now."""
+    found = facts_of_folder_cache(load_config(folder), read_cache_format(folder))
+    return replace(card, parts=replace(card.parts, cache=found))
 
 
 def text(saved: SavedCard, folder: Path) -> str:

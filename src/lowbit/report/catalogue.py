@@ -10,7 +10,10 @@ from typing import Any
 
 from lowbit.errors import LowbitError, RecipeError, nearest
 from lowbit.formats.parsing import NAMED
+from lowbit.kv import CacheFormat
+from lowbit.kv.named import about, published
 from lowbit.recipes.activation_rules import FALLBACK
+from lowbit.recipes.cache_rules import cache_settings
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe  # which also announces transforms and tuners
 from lowbit.solvers.ranges.estimator import estimators, options_of
@@ -26,6 +29,7 @@ KINDS = {
     "tuner": ("trains what is stored, after rounding", "METHOD+{name}@FORMAT"),
     "range": ("finds the fixed range of inputs that are rounded too", "RECIPE,a={name}@int8:tensor"),
     "format": ("how numbers are stored", "METHOD@{name}"),
+    "cache": ("a published way to store the KV cache", "RECIPE,kv={name}"),
 }
 _FUNCTION = re.compile(r"\s\(see `\w+`\)")
 _CALLERS = re.compile(
@@ -61,7 +65,7 @@ def catalogue() -> list[Entry]:
     for name, text in NAMED.items():
         facts = [("stands for", text), ("written as", KINDS["format"][1].format(name=name))]
         found.append(Entry(name, "format", f"The usual name of {text}.", tuple(facts)))
-    return found
+    return [*found, *map(_cache, published())]
 
 
 def matching(entries: Sequence[Entry], what: str) -> tuple[list[Entry], list[str]]:
@@ -75,7 +79,8 @@ def matching(entries: Sequence[Entry], what: str) -> tuple[list[Entry], list[str
         return [e for e in entries if e.kind in METHODS], []
     if kind in KINDS:
         return [e for e in entries if e.kind == kind], []
-    exact = [e for e in entries if e.name == word]
+    bare = word.rstrip("12345678")  # kivi2 is kivi with 2 bits
+    exact = [e for e in entries if e.name == word or (e.kind == "cache" and e.name == bare)]
     partly = [e for e in entries if word and word in e.name and e not in exact]
     if exact:
         return exact, list(dict.fromkeys(e.name for e in partly if e.name != word))
@@ -113,6 +118,7 @@ def to_json(entries: Sequence[Entry]) -> dict[str, Any]:
             for e in by_kind[kind].values()
         },
         "formats": {name: NAMED[name] for name in by_kind["format"]},
+        "caches": {name: cache_text(name) for name in by_kind["cache"]},
         "ranges": {name: options_of(estimators()[name]) for name in by_kind["range"]},
         "fallback": fallback(),
     }
@@ -164,6 +170,21 @@ def _rest(found: re.Match[str]) -> str:
     """What stands behind a semicolon becomes a sentence."""
     following = found["next"] or ""
     return following.upper() if found["end"] == ";" and re.fullmatch(r"[a-z]", following) else following
+
+
+def cache_text(name: str) -> str:
+    """The settings that a published cache stands for, with its usual bits."""
+    return ",".join(cache_settings(CacheFormat.of(name)))
+
+
+def _cache(name: str) -> Entry:
+    method = published()[name]
+    summary, _, details = about(name).partition("\n")
+    facts = [
+        ("stands for", cache_text(name)), ("bits", f"{method.bits[0]} to {method.bits[-1]}, {method.usual} unless given"),
+        ("written as", KINDS["cache"][1].format(name=f"{name}{method.usual}")),
+    ]  # fmt: skip
+    return Entry(name, "cache", summary, tuple(facts), details.strip())
 
 
 def _steps(text: str) -> set[str]:

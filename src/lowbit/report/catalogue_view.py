@@ -39,9 +39,11 @@ def render_catalogue(entries: Sequence[Entry], width: int) -> RenderableType:
             [(f"  {kind}", f"{KINDS[kind][0]}: {', '.join(_names(entries, kind))}") for kind in METHODS], column
         )
     )
-    elements.append(Text("\nFormats with a name, and estimators of ranges of inputs", "bold"))
     elements.append(
-        named_lines([(f"  {kind}", ", ".join(_names(entries, kind))) for kind in ("format", "range")], column)
+        Text("\nFormats with a name, estimators of ranges of inputs, KV caches", "bold")
+    )
+    elements.append(
+        named_lines([(f"  {kind}", ", ".join(_names(entries, kind))) for kind in ("format", "range", "cache")], column)
     )
     elements += [Text("\nHow a recipe is written", "bold"), Lines(_grammar(width))]
     more = [
@@ -71,6 +73,8 @@ def _grammar(width: int) -> list[Text]:
         "model runs (int8:g64), or once from text by an estimator (minmax@int8:tensor). Layers whose inputs have far too large a range "
         f"for that still find their scales while the model runs; fallback= says how ({fallback()} unless given):",
         "    smooth+search@int8:channel,a=minmax@int8:tensor,a:*.down_proj=int8:g64",
+        "  kv= says how the result stores its KV cache, k= and v= for keys and values apart; kv=auto lets a check of the result choose:",
+        "    w4,kv=int8    w4,k=int8,v=int4:g32    w4,kv=auto",
     ]
     return [line for text in said for line in _indented(text, width)]
 

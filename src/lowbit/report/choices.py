@@ -17,10 +17,12 @@ from lowbit.interchange.exporters.exporter import Exporter, exporter_named, expo
 from lowbit.interchange.files.settings import is_ours
 from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.source import Source
+from lowbit.kv.folder import read_cache_format
 from lowbit.measure.expected_loss import ExpectedLoss, expected_loss, quantizing_seconds
 from lowbit.measure.quality import Estimate
 from lowbit.planning.kv_cache import KVCache
 from lowbit.planning.plan import Plan, make_plan
+from lowbit.recipes.cache_rules import cache_settings
 from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
@@ -166,7 +168,7 @@ def _choice(
         return None
     seconds = quantizing_seconds(plan.parameters, pays, SAMPLES if samples is None else samples, loss)
     return Choice(
-        name, str(plan.recipe), _command(model, name, kind, text if pays else None, samples),
+        name, str(plan.recipe), _command(model, ",".join([name, *cache_settings(kv.format)]), kind, text if pays else None, samples),
         running_memory(weights, kv, context, working=OVERHEAD if kind is None else 0),  # what others take is not known
         read_bytes(plan, source.config), plan.linear_bits_per_weight, loss, text if pays else None, seconds,
         plan.peak_bytes, replaced=replaced, means=kind is not None and name in PRESETS and name in kind.recipes,
@@ -196,7 +198,7 @@ def _command(model: Any, name: str, kind: Exporter | None, text: str | None, sam
     words += [] if kind is None else ["--as", kind.name]
     if text is not None:
         words += ["--calibration", text]
-    elif Recipe.parse(name).has_calibrated_form if name in PRESETS else kind is not None:
+    elif Recipe.parse(name).has_calibrated_form if name.partition(",")[0] in PRESETS else kind is not None:
         words += ["--data-free"]  # what it would do with text is another choice
     words += [] if text is None or samples is None else ["--samples", str(samples)]
     return shlex.join(words)
@@ -211,7 +213,8 @@ def _as_it_is(source: Source, model: Any, context: int, kv: KVCache) -> Choice:
         ["lowbit", "chat" if kv.bytes_at(1) else "inspect", str(model)] if ours else ["lowbit", "import", str(model)]
     )
     read = int(weights * read_share(plan.tensors, source.config))
-    memory = running_memory(weights, kv, context)
+    own = read_cache_format(Path(str(model))) if ours else None  # what was asked for is of a new folder
+    memory = running_memory(weights, kv.stored(own), context)
     return Choice(AS_IT_IS, "", shlex.join(command), memory, read, 8 * weights / max(1, plan.parameters))
 
 

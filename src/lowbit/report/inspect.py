@@ -20,11 +20,15 @@ from lowbit.interchange.checks.section import check_parts, read_section
 from lowbit.interchange.checks.tensors import check_layers
 from lowbit.interchange.files.settings import read_config
 from lowbit.interchange.files.weights import entries_of, remarks_on
+from lowbit.interchange.hf.loading import load_config
 from lowbit.interchange.inventory import kept_words
 from lowbit.interchange.progress import Progress
 from lowbit.interchange.source import Source, say_remarks
+from lowbit.kv.folder import read_cache_format
 from lowbit.measure.card import json_ready
+from lowbit.planning.cache_words import CacheFacts, facts_of_folder
 from lowbit.report.layout import Lines, table_or_list, wrapped
+from lowbit.report.panel import cache_bytes
 from lowbit.report.wording import bytes_text, count_text, grouped, pattern_of, shape_text, span_text
 from lowbit.report.wording import number_text as num
 
@@ -75,7 +79,7 @@ class Inspection(Displayed):
     """All tensors of a model; `quantized` is the recipe of a quantized one, "" when not known.
 
     storage, source_bytes: how a float model's source stores its weights, "float" or what a quantized one says of itself, and in how
-    many bytes.
+    many bytes. cache: how a folder says that its KV cache is stored, None where it says nothing.
     """
 
     label: str
@@ -85,6 +89,7 @@ class Inspection(Displayed):
     quantized: str | None = None
     storage: str = "float"
     source_bytes: int | None = None
+    cache: CacheFacts | None = None
 
     def _brief(self) -> str:
         return f"{self.label}, {self.model_class}, {len(self.tensors)} tensors, {self.nbytes:,} bytes"
@@ -189,7 +194,10 @@ def inspect_quantized(folder: Path) -> Inspection:
             shape, dtype = kept[name]
             facts.append(TensorFacts(name, shape, "kept", dtype, nbytes, nbytes / total))
     architecture = (config.get("architectures") or ["model"])[0]
-    return Inspection(str(folder), architecture, tuple(facts), {}, quantized=section.recipe)
+    return Inspection(
+        str(folder), architecture, tuple(facts), {}, quantized=section.recipe,
+        cache=facts_of_folder(load_config(folder) if section.kv else None, read_cache_format(folder)),
+    )  # fmt: skip
 
 
 def _prefixes(name: str) -> list[str]:
@@ -214,6 +222,10 @@ def render_inspection(found: Inspection, *, every: bool = False, width: int = 10
     head = [line] if line.cell_len <= width else [Text(found.label, "bold"), *wrapped(f"  {sizes}", width)]
     if found.quantized is not None:
         head += wrapped(Text.assemble(("recipe  ", "cyan"), found.quantized or "not noted"), width)
+    if found.cache is not None:
+        head += wrapped(
+            Text.assemble(("KV cache  ", "cyan"), f"{found.cache.format}; {cache_bytes(found.cache)}"), width
+        )
     if found.storage != "float" and found.source_bytes is not None:
         said = (
             f"stored as {found.storage}, {bytes_text(found.source_bytes)}; types and sizes here are of its float values"

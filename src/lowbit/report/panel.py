@@ -12,6 +12,7 @@ from lowbit.measure.quality import Estimate
 from lowbit.measure.scoring import MEANING
 from lowbit.measure.tasks.task import kind_named
 from lowbit.measure.verdict import THRESHOLDS, also, slower, verdict_of
+from lowbit.planning.cache_words import CacheFacts
 from lowbit.report.boxed import Boxed
 from lowbit.report.layout import named_lines
 from lowbit.report.wording import bits_text, bytes_text, count_text
@@ -57,6 +58,7 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
         if parts.coverage.kept:
             lines.append(("  kept", ", ".join(parts.coverage.kept)))
     lines += _size_lines(card) + _quality_lines(card) + _speed_lines(card)
+    lines += cache_lines(parts.cache)
     if parts.quantize_seconds is not None:
         lines.append(("quantizing took", f"{parts.quantize_seconds:.1f} s"))
     peaks = (("quantizing", parts.quantize_peak), ("running", card.run_peak))
@@ -68,6 +70,24 @@ def card_lines(card: Card) -> list[tuple[str, str]]:
         lines += [("  note", note) for note in card.text.notes]
     lines += [("note", note) for note in parts.notes]
     return lines
+
+
+def cache_lines(cache: CacheFacts | None) -> list[tuple[str, str]]:
+    """How the KV cache is stored, in two lines; none where nothing says so."""
+    if cache is None:
+        return []
+    cost = "`lowbit check-kv` measures it over long contexts"
+    return [
+        ("KV cache", cache.format),
+        ("  takes", cache_bytes(cache)),
+        ("  its cost", cost),
+    ]
+
+
+def cache_bytes(cache: CacheFacts) -> str:
+    """Bytes of a token, and of all of them at the model's longest context, beside those in 16 bits."""
+    whole = f"{bytes_text(cache.bytes)} at {cache.context:,} tokens; in 16 bits it would be {bytes_text(cache.exact)}"
+    return f"{bytes_text(cache.per_token)} a token, {whole}"
 
 
 def _windows(text: TextMark) -> str:

@@ -15,15 +15,16 @@ from lowbit.calibration.data import SAMPLES
 from lowbit.calibration.package_text import BUILTIN
 from lowbit.errors import RecipeError, SourceError
 from lowbit.interchange.hf.models import model_class
-from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.opening import open_headers
 from lowbit.interchange.progress import heard
 from lowbit.interchange.source import Source
+from lowbit.kv import CacheFormat
 from lowbit.measure import api
 from lowbit.measure.environment import free_memory
 from lowbit.measure.expected_loss import measuring_seconds
 from lowbit.measure.quality import Progress
-from lowbit.planning.kv_cache import kv_cache
+from lowbit.planning.cache_fit import fitted_cache
+from lowbit.planning.kv_cache import kv_cache, longest_context
 from lowbit.report.choices import OWN, Choice, active_experts, choices
 from lowbit.report.recommendation import ACCEPTABLE, OWN_TEXT, Recommendation, about
 from lowbit.report.wording import bytes_text
@@ -39,6 +40,7 @@ def recommend(
     context: int | None = None,
     target: str = OWN,
     *,
+    cache: str | CacheFormat | None = None,
     speed: bool = False,
     measure: bool = False,
     calibration: Any = None,
@@ -53,7 +55,8 @@ def recommend(
 
     memory: bytes or text such as "8GB" for weights, the KV cache of `context` tokens and the program; None for what this
     machine has free. context: None for 4096 tokens, or the model's maximum where that is less. target: the program that the
-    result is for, `lowbit`, or an exporter such as `gguf` or `vllm`. `speed`: the fewest bytes read for each token, among losses of at most
+    result is for, `lowbit`, or an exporter such as `gguf` or `vllm`. cache: the format of the KV cache, which counts it smaller and goes into the
+    recommended recipes as `kv=`; only lowbit has it. `speed`: the fewest bytes read for each token, among losses of at most
     0.05 nats per token. What a recipe is expected to cost are measurements of the same formats on another model.
 
     With `measure` the best three are made of this model and measured: on `windows` of `length` tokens of `text`, as by `compare`,
@@ -70,10 +73,15 @@ def recommend(
     if context is not None and context < 1:
         raise RecipeError(f"a context of {context} tokens holds nothing; give 1 or more")
     source, (room, given) = open_headers(model), _memory(memory)
-    longest = _longest(source.config)
+    longest = longest_context(source.config)
     tokens = context if context is not None else min(CONTEXT, longest or CONTEXT)
     generates, reads = _kind(source)
-    kv = kv_cache(source.config)
+    if cache is not None and target != OWN:
+        raise RecipeError(
+            f"a cache format is lowbit's own and would be ignored by {target}; leave --cache out, or leave --for out"
+        )
+    form = None if cache is None else CacheFormat.of(cache)
+    kv = fitted_cache(kv_cache(source.config), form, source.label)
     named = _calibration(calibration, reads, measure)
     found = choices(source, model, target, tokens, kv, text=named, samples=samples)
     before = sum(spec.nbytes for spec in source.tensors.values())
@@ -111,16 +119,6 @@ def _memory(memory: int | str | None) -> tuple[int, str | None]:
     if not free:
         raise RecipeError("this system does not say how much memory is free; give --memory, such as --memory 8GB")
     return free, None
-
-
-def _longest(config: Any) -> int | None:
-    """The most tokens that a model takes, as its config has it."""
-    text = text_config(config, decoder=True)
-    values = (
-        getattr(text, n, None)
-        for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
-    )
-    return next((v for v in values if isinstance(v, int) and v > 0), None)
 
 
 def _kind(source: Source) -> tuple[bool, bool]:

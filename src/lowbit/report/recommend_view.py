@@ -59,12 +59,13 @@ def _asked(found: Recommendation) -> str:
     room = f" ({bytes_text(found.memory)})"
     if not found.kv.bytes_at(1):
         return f"{found.label} in {where}{room}{for_whom}; it keeps no KV cache."
+    stored = "" if found.kv.format is None else f", its KV cache stored as {found.kv.format}"
     longest = ""
     if found.longest is not None:
         longest = f" of the {found.longest:,} that the model takes"
         if found.context > found.longest:
             longest = f", more than the {found.longest:,} that the model was made for"
-    return f"{found.label} in {where}{room}{for_whom}, with a context of {found.context:,} tokens{longest}."
+    return f"{found.label} in {where}{room}{for_whom}, with a context of {found.context:,} tokens{longest}{stored}."
 
 
 def _reasons(found: Recommendation, best: Choice) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.cache_types import VLLM
 from lowbit.interchange.exporters.common.folder_exporter import (
     FolderExporter,
     float_modules,
@@ -47,6 +48,7 @@ class Awq(FolderExporter):
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained('{folder}')"
     )
+    caches = VLLM
     reader = "AWQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {"w4": ("search@uint4:g32:asym", "qronos@uint4:g32:asym")}
     experts_note = "for vLLM: transformers does not load experts in this layout and runs the model without them"

@@ -18,6 +18,7 @@ import torch
 from lowbit.discovery import modules_of
 from lowbit.errors import ExportError, nearest
 from lowbit.formats import Format
+from lowbit.interchange.exporters.common.cache_types import CacheTypes
 from lowbit.interchange.exporters.common.kv_ranges import KVRanges
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.progress import Progress
@@ -81,6 +82,7 @@ class Exporter(ABC):
     tags        what the hub calls such models, in the README of a folder
     loading     lines of code that load the folder `{folder}`, for its README; none where one file is written
     kv          what keys and values of the running model may be kept in with scales that the exporter holds, as `fp8`
+    caches      how the program stores a KV cache when it is asked to; None where that is not known
     """
 
     name: ClassVar[str]
@@ -95,6 +97,7 @@ class Exporter(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     loading: ClassVar[str] = ""
     kv: ClassVar[tuple[str, ...]] = ()
+    caches: ClassVar[CacheTypes | None] = None
 
     @abstractmethod
     def check(self, model: Contents) -> list[Problem]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.cache_types import VLLM
 from lowbit.interchange.exporters.common.exponents import held
 from lowbit.interchange.exporters.common.folder_exporter import (
     FolderExporter,
@@ -55,6 +56,7 @@ class Gptq(FolderExporter):
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained('{folder}')"
     )
+    caches = VLLM
     reader = "GPTQ's readers"
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "w8": ("search@int8:channel", "search@int8:channel"),

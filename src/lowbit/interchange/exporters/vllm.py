@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lowbit.formats import QTensor
+from lowbit.interchange.exporters.common.cache_types import VLLM
 from lowbit.interchange.exporters.common.folder_exporter import (
     FolderExporter,
     float_modules,
@@ -45,6 +46,7 @@ class Vllm(FolderExporter):
         "model = AutoModelForCausalLM.from_pretrained('{folder}')"
     )
     reader = "vLLM"
+    caches = VLLM
     recipes: ClassVar[Mapping[str, tuple[str, str]]] = {
         "w8": ("search@int8:channel", "search@int8:channel"),
         "w8a8": ("search@int8:channel,a=int8:token", "search@int8:channel,a=int8:token"),

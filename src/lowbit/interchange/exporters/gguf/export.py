@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from lowbit.errors import OutputError, SourceError
+from lowbit.interchange.exporters.common.cache_types import LLAMA_CPP, CacheTypes
 from lowbit.interchange.exporters.common.published_experts import published
 from lowbit.interchange.exporters.exporter import Becomes, Exporter, Mix, Problem, exporter
 from lowbit.interchange.exporters.gguf import metadata, rope, vocabulary
@@ -37,6 +38,7 @@ class Gguf(Exporter):
     also = ("llama.cpp", "ollama")
     summary: ClassVar[str] = "one file for llama.cpp, Ollama and others built on ggml"
     reader: ClassVar[str] = "llama.cpp"
+    caches: ClassVar[CacheTypes] = LLAMA_CPP
     suffix: ClassVar[str] = ".gguf"
     embed: ClassVar[str] = "q8_0"
     recipes: ClassVar[dict[str, tuple[str, str]]] = {
