@@ -13,6 +13,7 @@ from lowbit.engine.cache_layout import checked, layers_of
 from lowbit.kernels.core import core
 from lowbit.kv import CacheFormat
 from lowbit.kv.round_trip import round_trip
+from lowbit.kv.storing import rotated
 
 pytestmark = pytest.mark.skipif(core() is None, reason="lowbit._core is not built")
 lowbit_core: Any = core()
@@ -83,11 +84,13 @@ def pieces(size: int, tokens: int = TOKENS) -> list[range]:
     return [range(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
-def in_16_bits(x: torch.Tensor, keys: bool) -> torch.Tensor:
-    """Integers with a scale for each vector, of keys also by its norm, so that no product overflows."""
+def in_16_bits(x: torch.Tensor, keys: bool, turned: bool) -> torch.Tensor:
+    """Integers with a scale for each vector, of keys also by its norm, so that no product overflows. turned: rotated before, and back."""
+    x = rotated(x) if turned else x
     scale = x.abs().amax(-1, keepdim=True) / 32767
     scale = torch.maximum(scale, x.norm(dim=-1, keepdim=True) / 46000) if keys else scale
-    return (x / scale).round() * scale
+    found = (x / scale).round() * scale
+    return rotated(found, inverse=True) if turned else found
 
 
 def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any:
@@ -98,7 +101,7 @@ def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any
     )
     sides = cache.side(0, "k"), cache.side(0, "v")
     # Groups of tokens are stored once they are complete, of what is kept of them in 16 bits.
-    given = [in_16_bits(t, i == 0) if side.group > 1 else t for i, (t, side) in enumerate(zip((k, v), sides, strict=True))]
+    given = [in_16_bits(t, i == 0, side.rotate) if side.group > 1 else t for i, (t, side) in enumerate(zip((k, v), sides, strict=True))]
     stored = [round_trip(t.contiguous(), side).double() for t, side in zip(given, sides, strict=True)]
     out = torch.zeros(len(x), HEADS, head_dim, dtype=torch.float64)
     for i in range(len(x)):
