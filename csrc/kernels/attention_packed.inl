@@ -159,7 +159,8 @@ LOWBIT_INLINE void weigh(const float* scale, const float* offset, bool poisoned,
             if (scale == nullptr) {
                 more = Simd::add(more, v);
             } else if (offset != nullptr) {
-                more = Simd::add(more, seen(Simd::multiply(v, Simd::load(offset + t)), r, t));
+                // One rounding, masked or not; a compiler might join a product and a sum in one of the two alone.
+                more = Simd::fma(v, seen(Simd::load(offset + t), r, t), more);
             }
         }
         const float most = Simd::largest(peak), none = poisoned ? Simd::sum(nothing) : 0;
@@ -195,12 +196,13 @@ LOWBIT_INLINE void gather_packed(const AttentionShape& a, const std::int8_t* lev
             float* at = out + r * a.head_dim + t * kTile;
             F v = Simd::to_float(sum[r][t]);
             if (scale != nullptr) v = Simd::multiply(v, Simd::load(scale + t * kTile));
-            F before = Simd::multiply(Simd::load(at), Simd::all(old[r]));
+            F before = Simd::zero();
             if (offset != nullptr) {
-                before = Simd::fma(Simd::all(w.more[r]), Simd::load(offset + t * kTile), before);
+                before = Simd::multiply(Simd::all(w.more[r]), Simd::load(offset + t * kTile));
             } else if (scale == nullptr) {
-                before = Simd::add(before, Simd::all(w.more[r]));
+                before = Simd::all(w.more[r]);
             }
+            before = Simd::fma(Simd::load(at), Simd::all(old[r]), before);
             Simd::store(at, Simd::fma(v, Simd::all(w.step[r]), before));
         }
     }

@@ -13,6 +13,7 @@ from lowbit.engine.cache_layout import checked, layers_of
 from lowbit.kernels.core import core
 from lowbit.kv import CacheFormat
 from lowbit.kv.round_trip import round_trip
+from lowbit.kv.storing import rotated
 
 pytestmark = pytest.mark.skipif(core() is None, reason="lowbit._core is not built")
 lowbit_core: Any = core()
@@ -61,7 +62,7 @@ def numbers(head_dim: int, seed: int = 0, tokens: int = TOKENS) -> Any:
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(tokens, (HEADS + 2 * KEY_HEADS) * head_dim)).astype(np.float32)
     keys = x[:, HEADS * head_dim : (HEADS + KEY_HEADS) * head_dim]
-    keys[:, 3::head_dim] *= 5
+    keys[:, 3::head_dim] *= 3
     return x
 
 
@@ -83,6 +84,15 @@ def pieces(size: int, tokens: int = TOKENS) -> list[range]:
     return [range(first, min(first + size, tokens)) for first in range(0, tokens, size)]
 
 
+def in_16_bits(x: torch.Tensor, keys: bool, turned: bool) -> torch.Tensor:
+    """Integers with a scale for each vector, of keys also by its norm, so that no product overflows. turned: rotated before, and back."""
+    x = rotated(x) if turned else x
+    scale = x.abs().amax(-1, keepdim=True) / 32767
+    scale = torch.maximum(scale, x.norm(dim=-1, keepdim=True) / 46000) if keys else scale
+    found = (x / scale).round() * scale
+    return rotated(found, inverse=True) if turned else found
+
+
 def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any:
     """The same in float64, over what is read back."""
     q, k, v = (
@@ -90,7 +100,9 @@ def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any
         for part in np.split(x, [HEADS * head_dim, (HEADS + KEY_HEADS) * head_dim], axis=1)
     )
     sides = cache.side(0, "k"), cache.side(0, "v")
-    stored = [round_trip(t.contiguous(), side).double() for t, side in zip((k, v), sides, strict=True)]
+    # Groups of tokens are stored once they are complete, of what is kept of them in 16 bits.
+    given = [in_16_bits(t, i == 0, side.rotate) if side.group > 1 else t for i, (t, side) in enumerate(zip((k, v), sides, strict=True))]
+    stored = [round_trip(t.contiguous(), side).double() for t, side in zip(given, sides, strict=True)]
     out = torch.zeros(len(x), HEADS, head_dim, dtype=torch.float64)
     for i in range(len(x)):
         first = max(0, i + 1 - window) if window else 0
@@ -117,3 +129,41 @@ def test_attention_is_that_over_what_the_reference_reads_back(text: str, head_di
         error = np.linalg.norm(found - right, axis=1) / np.linalg.norm(right, axis=1)
         assert error.max() < 2e-3, (isa, error.max(), error.argmax())
         assert np.median(error) < 4e-4, (isa, np.median(error))
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g32", "uint3:min=fp16", "kivi4", "simquant", "rotate@int4:recent=40:sinks=5"])
+@pytest.mark.parametrize("window", [0, 50])
+def test_attention_depends_neither_on_threads_nor_on_how_a_text_is_cut(text: str, window: int) -> None:
+    x = numbers(64, tokens=600)
+    right = None
+    for threads, size in ((1, 256), (1, 600), (2, 100), (3, 1)):
+        if size == 600 and checked(text).keys.group + checked(text).keys.recent > 1:
+            continue  # more than a piece
+        found = attended(text, x, 64, pieces(size, 600), threads=threads, window=window)
+        right = found if right is None else right
+        assert (found == right).all(), (threads, size)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g32", "uint2:32x1:min=fp16", "k=int8,v=uint4:g32:min=fp16", "simquant", "rotate@int4:recent=8"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [6 * 64 + 5, 8 * 64 + 70])
+def test_what_is_no_number_stays_so_for_those_who_see_it_and_for_no_others(text: str, bad: float, where: int) -> None:
+    """where: a channel of the first head's keys, or of the second one's values."""
+    x = numbers(64)
+    x[100, where] = bad
+    head = 0 if where < 8 * 64 else 1
+    for isa in lowbit_core.isas():
+        found = attended(text, x, 64, pieces(64), isa)[100:].reshape(-1, HEADS, 64)
+        seen = found[:, head * 3 : head * 3 + 3]
+        assert np.isnan(seen).all(2).all() if bad != bad else not np.isfinite(seen).all(2).any()
+        assert np.isfinite(attended(text, x, 64, pieces(64), isa)[:100]).all()
+
+
+def test_bytes_per_position_are_those_of_the_format() -> None:
+    for text in FORMATS:
+        if "int16" in text:
+            continue
+        cache = CacheFormat.of(text)
+        kept = lowbit_core.KVCache(attention_alone(numbers(64), 64), 1, 64, layers_of(lowbit_core, checked(text), 1, 64))
+        right = sum(cache.side(0, which).nbytes(64, 64) for which in "kv") * KEY_HEADS  # type: ignore[arg-type]
+        assert kept.bytes_per_position == -(-right // 64), text
