@@ -16,5 +16,6 @@ void bind_solvers(nb::module_ &m);
 void bind_moments(nb::module_ &m);
 void bind_causal(nb::module_ &m);
 void bind_fits(nb::module_ &m);
+void bind_kv_cache(nb::module_ &m);
 
 } // namespace lowbit

@@ -45,11 +45,6 @@ class Signals {
     std::optional<nb::python_error> error_;
 };
 
-KVFormat format_of(const std::string& name) {
-    require(name == "int16" || name == "int8", "no cache of " + name + "; there are int16 and int8");
-    return name == "int8" ? KVFormat::int8 : KVFormat::int16;
-}
-
 using Ids = Array<std::int32_t, 1>;
 
 void forward(Decoder& self, KVCache& cache, const Ids& ids, const Ids& sequence, const Ids& position, const Ids& wanted,
@@ -63,6 +58,19 @@ void forward(Decoder& self, KVCache& cache, const Ids& ids, const Ids& sequence,
         require(ids.data()[i] >= 0 && ids.data()[i] < self.model().vocabulary, "a token outside of the vocabulary");
         require(sequence.data()[i] >= 0 && sequence.data()[i] < cache.sequences(), "a sequence that the cache does not hold");
         require(position.data()[i] >= 0 && position.data()[i] < cache.capacity(), "a position beyond the cache");
+    }
+    for (int first = 0, i = 1; i <= count; ++i) {
+        if (i < count && sequence.data()[i] == sequence.data()[first]) continue;
+        require(!cache.in_pieces() || i - first <= KVCache::kPiece, "more tokens of a sequence than `piece`");
+        require(cache.can_go_on(sequence.data()[first], position.data()[first]),
+                "a position before which tokens are read exactly that the cache has no more; begin at position 0");
+        first = i;
+    }
+    require(cache.layers() == static_cast<int>(self.model().layers.size()), "a cache of another model");
+    for (int first = 0, i = 1; i <= count; ++i) {
+        if (i < count && sequence.data()[i] == sequence.data()[first]) continue;
+        cache.note(sequence.data()[first], position.data()[first], position.data()[i - 1] + 1);
+        first = i;
     }
     for (std::size_t i = 0; i < wanted.shape(0); ++i)
         require(wanted.data()[i] >= 0 && wanted.data()[i] < count, "a wanted token that is not there");
@@ -86,16 +94,26 @@ void forward(Decoder& self, KVCache& cache, const Ids& ids, const Ids& sequence,
 void bind_decoder(nb::module_& m) {
     nb::class_<KVCache>(m, "KVCache", "Keys and values of several sequences.")
         .def("__init__",
-             [](KVCache* self, const Decoder& decoder, int sequences, int capacity, const std::string& format) {
+             [](KVCache* self, const Decoder& decoder, int sequences, int capacity, const std::vector<KVLayer>& layers) {
                  const ModelSpec& model = decoder.model();
-                 new (self) KVCache(static_cast<int>(model.layers.size()), model.key_heads, model.head_dim, sequences, capacity,
-                                    format_of(format));
+                 std::vector<KVLayer> all = layers.empty() ? std::vector<KVLayer>(model.layers.size()) : layers;
+                 require(all.size() == model.layers.size(), "a KVLayer for each layer of the model");
+                 for (const KVLayer& layer : all) check(layer, model.head_dim);
+                 new (self) KVCache(std::move(all), model.key_heads, model.head_dim, sequences, capacity);
              },
-             nb::arg("decoder"), nb::arg("sequences"), nb::arg("capacity"), nb::arg("format") = "int16",
-             "capacity: positions of each sequence, rounded up to whole blocks. format: 'int16' or 'int8'.")
+             nb::arg("decoder"), nb::arg("sequences"), nb::arg("capacity"), nb::arg("layers") = std::vector<KVLayer>(),
+             "capacity: positions of each sequence, rounded up to whole blocks. layers: how each is stored; all in 16 bits where empty.")
         .def_prop_ro("sequences", &KVCache::sequences)
         .def_prop_ro("capacity", &KVCache::capacity)
-        .def_prop_ro("bytes_per_position", &KVCache::bytes_per_position);
+        .def_prop_ro("bytes_per_position", &KVCache::bytes_per_position, "Of one sequence, as it is stored.")
+        .def_prop_ro("exact_bytes", &KVCache::exact_bytes, "Of what one sequence keeps in 16 bits beside what is stored.")
+        .def_prop_ro("piece", [](const KVCache& c) { return c.in_pieces() ? KVCache::kPiece : 0; },
+                     "The most tokens of one sequence that a forward takes; 0: any number.")
+        .def("can_go_on", [](const KVCache& c, int sequence, int position) {
+                 require(sequence >= 0 && sequence < c.sequences(), "a sequence that the cache does not hold");
+                 return position >= 0 && position < c.capacity() && c.can_go_on(sequence, position);
+             }, nb::arg("sequence"), nb::arg("position"),
+             "Whether a text of this sequence can go on from this position: what its tokens read exactly is still there.");
     nb::class_<Decoder>(m, "Decoder", "A model of the Llama family. One forward at a time.")
         .def("__init__",
              [](Decoder* self, std::shared_ptr<ModelSpec> model, const std::vector<RopeSpec>& ropes, std::shared_ptr<ThreadPool> pool,

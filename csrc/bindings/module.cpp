@@ -6,6 +6,7 @@ NB_MODULE(_core, m) {
     lowbit::bind_features(m);
     lowbit::bind_weights(m);
     lowbit::bind_model(m);
+    lowbit::bind_kv_cache(m);
     lowbit::bind_decoder(m);
     lowbit::bind_limits(m);
     lowbit::bind_solvers(m);

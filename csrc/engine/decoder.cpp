@@ -41,9 +41,9 @@ Decoder::Decoder(std::shared_ptr<const ModelSpec> model, std::vector<RopeSpec> r
     threads_.resize(pool_->threads());
     for (PerThread& own : threads_) {
         own.row = Buffer<float>(2 * hidden_);
-        own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 3 * m.head_dim);
+        own.queries = Buffer<float>(static_cast<std::size_t>(query_rows_) * 4 * m.head_dim);
         own.scores = Buffer<float>(attention_memory(query_rows_, m.head_dim));
-        own.extremes = Buffer<float>(4 * query_rows_);
+        own.extremes = Buffer<float>(6 * query_rows_);
         own.first.resize(query_rows_);
         own.last.resize(query_rows_);
     }
@@ -201,7 +201,8 @@ void Decoder::attention_and_after(const Span& span, int index, const Tokens& tok
 
     attend(span, index, tokens, cache);
     const bool plain = at_once(layer.attention_post_norm);
-    project(span, layer.output, [&](int i, float* out) { return attended(span, i, out); }, plain ? x : span.scratch.added.data(),
+    const bool rotated = cache.layer(index).values.rotate;
+    project(span, layer.output, [&](int i, float* out) { return attended(span, i, rotated, out); }, plain ? x : span.scratch.added.data(),
              stride, Gate::none, plain ? x : nullptr, layer.mlp ? &layer.mlp->gate_up : &layer.experts->router);
     if (!plain) add_normed(span, layer.attention_post_norm);
 
@@ -245,6 +246,7 @@ void Decoder::run(Worker& worker, const Tokens& tokens, KVCache& cache, float* l
     for (int i = 0; i <= layers; ++i) {
         if (spans_.empty()) {
             stage({worker, shared_, 0, tokens.count, 0, static_cast<int>(query_blocks_.size())}, i);
+            if (i < layers) complete_groups(worker, i, tokens, cache);
             continue;
         }
         worker.share(kSpans, static_cast<std::int64_t>(spans_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
@@ -255,6 +257,7 @@ void Decoder::run(Worker& worker, const Tokens& tokens, KVCache& cache, float* l
             }
         });
         worker.barrier();
+        if (i < layers) complete_groups(worker, i, tokens, cache);
     }
     read_head(worker, tokens, logits);
 }

@@ -66,6 +66,14 @@ class Decoder {
         Buffer<float> split_out, split_max, split_sum;
     };
 
+    // What a thread needs for itself.
+    struct PerThread {
+        Buffer<float> row, queries, scores, extremes;
+        std::vector<ActivationsBuffer> activations;
+        std::vector<int> first, last;
+        Scratch scratch;
+    };
+
     // Tokens that go through a layer together: all tokens with all threads, or some tokens with one thread.
     struct Span {
         Worker& worker;
@@ -102,7 +110,11 @@ class Decoder {
     void norm_together(const Span& span, const LayerSpec& layer);
     void rotate_and_append(const Span& span, int index, const Tokens& tokens, KVCache& cache);
     void attend(const Span& span, int index, const Tokens& tokens, KVCache& cache);
-    const float* attended(const Span& span, int row, float* out) const;
+    void attend_split(const QueryBlock& block, int key_head, int split, int index, const Tokens& tokens, KVCache& cache,
+                      PerThread& own, float* out, float* maximum, float* sum);
+    void complete_groups(Worker& worker, int index, const Tokens& tokens, KVCache& cache);
+    AttentionShape shape_of(int index, const KVSide& keys, const KVSide& values) const;
+    const float* attended(const Span& span, int row, bool rotated, float* out) const;
     const float* normed(const Buffer<float>& norm, std::int64_t row, float* out) const;
     void add_normed(const Span& span, const Buffer<float>& norm);
     void rotate(const RopeSpec& rope, const float* angles, float* head) const;
@@ -127,12 +139,6 @@ class Decoder {
     };
     std::vector<SpanRange> spans_;  // that one thread takes by itself; none: all threads take all tokens
     Scratch shared_;
-    struct PerThread {
-        Buffer<float> row, queries, scores, extremes;
-        std::vector<ActivationsBuffer> activations;
-        std::vector<int> first, last;
-        Scratch scratch;
-    };
     std::vector<PerThread> threads_;
 };
 

@@ -7,8 +7,8 @@ namespace lowbit {
 namespace {
 
 // scores[r][16 t ..] = q[r] . K for kR rows and kT tiles of keys
-template <bool kInt8, int kR, int kT>
-LOWBIT_INLINE void score(const AttentionShape& a, const KeyValues& kv, std::int64_t tile, const std::int16_t* q,
+template <int kR, int kT>
+LOWBIT_INLINE void score(const AttentionShape& a, const CachedSide& keys, std::int64_t tile, const std::int16_t* q,
                          const float* scale, float* scores) {
     I sum[kR][kT];
     for (int r = 0; r < kR; ++r)
@@ -16,14 +16,14 @@ LOWBIT_INLINE void score(const AttentionShape& a, const KeyValues& kv, std::int6
     const int pairs = a.head_dim / 2;
     for (int d = 0; d < pairs; ++d) {
         B key[kT];
-        for (int t = 0; t < kT; ++t) key[t] = load_cached<kInt8>(kv.keys, ((tile + t) * pairs + d) * 2 * kTile);
+        for (int t = 0; t < kT; ++t) key[t] = load_cached<false>(keys.data, ((tile + t) * pairs + d) * 2 * kTile);
         for (int r = 0; r < kR; ++r) {
             const B value = two_shorts(q + r * a.head_dim + 2 * d);
             for (int t = 0; t < kT; ++t) sum[r][t] = Simd::dot_pairs(sum[r][t], key[t], value);
         }
     }
     for (int t = 0; t < kT; ++t) {
-        const F given = Simd::max(Simd::load(kv.key_scale + (tile + t) * kTile), Simd::zero());
+        const F given = Simd::max(Simd::load(keys.scale + (tile + t) * kTile), Simd::zero());
         const F key_scale = Simd::multiply(given, Simd::all(a.scale));
         for (int r = 0; r < kR; ++r) {
             const F factor = Simd::multiply(key_scale, Simd::all(scale[r]));
@@ -45,19 +45,20 @@ LOWBIT_INLINE void unpair(const void* base, std::int64_t at, F& first, F& second
     second = one(pairs);
 }
 
-// Adds what keys kept as floats give to the scores of kR rows, in a block of 64.
+// Adds what keys kept as floats give to the scores of kR rows, in a block of 64 from `position`; scales: of the block.
 template <int kR>
-[[gnu::noinline]] void score_floats(const AttentionShape& a, const KeyValues& kv, std::int64_t position, const float* q, float* scores) {
+[[gnu::noinline]] void score_floats(const AttentionShape& a, const void* halves, const float* scales, std::int64_t position, const float* q,
+                                    float* scores) {
     const int pairs = a.head_dim / 2;
     for (int t = 0; t < kKeys; t += kTile) {
         const std::int64_t tile = (position + t) / kTile;
-        const F scale = Simd::max(Simd::multiply(Simd::load(kv.key_scale + position + t), Simd::all(-1.0f)), Simd::zero());
+        const F scale = Simd::max(Simd::multiply(Simd::load(scales + t), Simd::all(-1.0f)), Simd::zero());
         if (!(Simd::largest(scale) > 0)) continue;
         F sum[kR];
         for (int r = 0; r < kR; ++r) sum[r] = Simd::zero();
         for (int d = 0; d < pairs; ++d) {
             F even, odd;
-            unpair(kv.key_halves, (tile * pairs + d) * 2 * kTile, even, odd);
+            unpair(halves, (tile * pairs + d) * 2 * kTile, even, odd);
             for (int r = 0; r < kR; ++r) {
                 sum[r] = Simd::fma(even, Simd::all(q[r * a.head_dim + 2 * d]), sum[r]);
                 sum[r] = Simd::fma(odd, Simd::all(q[r * a.head_dim + 2 * d + 1]), sum[r]);
@@ -100,7 +101,7 @@ LOWBIT_INLINE bool has_floats(const float* scale) {
 }
 
 // out[r][16 t ..] = old[r] out[r] + more[r] (p[r] . V) for kR rows and kT tiles of channels
-template <bool kInt8, int kR, int kT>
+template <int kR, int kT>
 LOWBIT_INLINE void gather(const AttentionShape& a, const void* values, std::int64_t position, int pairs,
                           const std::int16_t* p, const float* old, const float* more, float* out) {
     I sum[kR][kT];
@@ -109,7 +110,7 @@ LOWBIT_INLINE void gather(const AttentionShape& a, const void* values, std::int6
     for (int k = 0; k < pairs; ++k) {
         B value[kT];
         for (int t = 0; t < kT; ++t)
-            value[t] = load_cached<kInt8>(values, (position + 2 * k) * a.head_dim + 2 * t * kTile);
+            value[t] = load_cached<false>(values, (position + 2 * k) * a.head_dim + 2 * t * kTile);
         for (int r = 0; r < kR; ++r) {
             const B two = two_shorts(p + r * kKeys + 2 * k);
             for (int t = 0; t < kT; ++t) sum[r][t] = Simd::dot_pairs(sum[r][t], value[t], two);
@@ -131,9 +132,9 @@ struct Softmax {
 };
 
 // Scores of kR rows [kR, 64] to probabilities times the scales of values, as floats in place and as integers. apart: those of
-// values that are kept as floats, which have none of the integers; null where there are none.
+// values that are kept as floats, which have none of the integers; null where there are none. kPacked: to probabilities alone.
 // kMasked: some row sees only a part of the block. Stage by stage, so that rows hide each other's latencies.
-template <int kR, bool kMasked>
+template <int kR, bool kMasked, bool kPacked>
 LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, int position, const int* first,
                            const int* last, float* scores, float* apart, std::int16_t* p, Softmax& found) {
     const auto seen = [&](F v, int r, int t, F other) {
@@ -160,6 +161,8 @@ LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, in
             float* at = scores + r * kKeys + t;
             const F e = seen(exponential(Simd::add(Simd::load(at), minus)), r, t, Simd::zero());
             sum = Simd::add(sum, e);
+            if constexpr (kPacked) Simd::store(at, e);
+            if (kPacked && apart == nullptr) continue;
             const F scale = Simd::load(value_scale + t);
             // The larger one second: a scale that is no number stays none.
             const F more = seen(Simd::multiply(e, Simd::max(Simd::zero(), scale)), r, t, Simd::zero());
@@ -167,12 +170,14 @@ LOWBIT_INLINE void softmax(const AttentionShape& a, const float* value_scale, in
                 const F other = Simd::max(Simd::multiply(scale, Simd::all(-1.0f)), Simd::zero());
                 Simd::store(apart + r * kKeys + t, seen(Simd::multiply(e, other), r, t, Simd::zero()));
             }
+            if constexpr (kPacked) continue;
             weighted = Simd::add(weighted, more);
             Simd::store(at, more);
         }
         found.total[r] = Simd::sum(sum);
         found.weighted[r] = Simd::sum(weighted);
     }
+    if constexpr (kPacked) return;
     float inverse[kTile];
     Simd::store(inverse, Simd::divide(Simd::all(kLargest), Simd::max(Simd::load(found.weighted), Simd::all(1e-30f))));
     for (int r = 0; r < kR; ++r) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/activations.h"
+#include "kernels/kv_format.h"
 #include "kernels/packed_weight.h"
 
 namespace lowbit {
@@ -19,35 +20,38 @@ struct Epilogue {
     Gate gate = Gate::none;           // of a paired weight: act(first) * second, half as wide
 };
 
-// How keys and values are stored: integers with a scale for each vector.
-enum class KVFormat : std::uint8_t { int16, int8 };
-
 struct AttentionShape {
     int head_dim = 0;
     int group = 1;  // query heads that share a key head
     float scale = 1;
     float soft_cap = 0;  // 0: none
-    KVFormat format = KVFormat::int16;
+    KVSide keys, values;
 };
 
-// The keys and values of one sequence and one key head, int16 or int8 with a scale for each position. What is multiplied in
-// pairs lies in pairs: keys in tiles of 16 positions, [tile][head_dim / 2][16][2], values as [position / 2][head_dim][2].
-// A scale below zero: this vector has channels far above its others, and is float16 times -scale, in the same order and in
-// the place of int16, or in memory of its own where the cache is int8.
+// The keys or the values of one sequence and one key head. What is multiplied in pairs lies in pairs: in each block of 64
+// positions keys in tiles of 16 positions, [tile][head_dim / 2][16][2], values as [position / 2][head_dim][2]; of codes of fewer
+// than 8 bits see kv_codes.inl.
+//
+// A scale below zero in a side that is `guarded`: this vector has channels far above its others, and is float16 times -scale, in
+// the same order and in the place of int16, or in memory of its own where the side is packed.
+struct CachedSide {
+    void* data = nullptr;      // int16, or blocks
+    void* halves = nullptr;    // where float16 is: `data` of int16, else null until it is needed
+    float* scale = nullptr;    // of int16
+};
+
 struct KeyValues {
-    void* keys = nullptr;
-    void* values = nullptr;
-    void* key_halves = nullptr;  // where float16 is: as keys and values where these are int16, else null until it is needed
-    void* value_halves = nullptr;
-    float* key_scale = nullptr;
-    float* value_scale = nullptr;
+    CachedSide keys, values;
 };
 
-// Floats of memory that attention over `rows` queries needs: scores, probabilities and those of floats of six, the queries
-// as integers.
+// Floats of memory that attention over `rows` queries needs.
 inline std::size_t attention_memory(int rows, int head_dim) {
+    const std::size_t width = head_dim;
     const std::size_t padded = (static_cast<std::size_t>(rows) + kTile - 1) / kTile * kTile;
-    return 2 * 6 * 64 + padded + 6 * 32 + padded * head_dim / 2;
+    const std::size_t integers = 2 * 6 * kCacheBlock + padded + 6 * kCacheBlock / 2 + padded * width / 2;
+    // One block unpacked, its scales and offsets, of keys and of values; sums of queries by groups; two foldings of them.
+    const std::size_t block = width * kCacheBlock / 4 + 2 * width / kTile * kCacheBlock + 2 * width + kCacheBlock;
+    return integers + 2 * block + padded * width / kTile + 2 * (padded * width / 2 + 2 * padded) + width;
 }
 
 struct Kernels {
@@ -67,8 +71,14 @@ struct Kernels {
     // Softmax attention of `rows` queries that share one key head; see attention.inl.
     void (*attend)(const AttentionShape&, const KeyValues&, const float* q, int rows, const int* first, const int* last,
                    float* out, float* maximum, float* denominator, float* memory);
-    // False, and nothing is done, where memory for float16 is needed and there is none.
+    // Stores a key and a value that have been rotated already. False, and nothing is done, where memory for float16 is needed and
+    // there is none. Sides whose tokens share scales are left out: see `complete`.
     bool (*append)(const AttentionShape&, const KeyValues&, const float* key, const float* value, int position);
+    // Stores the `tokens` positions from `position` of the sides whose tokens share scales, from what is kept of them in 16 bits:
+    // exact's position `from`.
+    void (*complete)(const AttentionShape&, const KeyValues&, const KeyValues& exact, int from, int position);
+    // x H / sqrt(n) in place; n a power of two from 16.
+    void (*hadamard)(float* x, int n);
     // Row r of an 8-bit, 4-bit or float weight.
     void (*unpack_row)(const PackedWeight&, int row, float* out);
     // What this processor could do at best: see limits.inl.

@@ -9,7 +9,7 @@
 namespace lowbit {
 namespace {
 
-constexpr int kKeys = 64;  // positions a block; a cache holds whole blocks
+constexpr int kKeys = kCacheBlock;  // positions a block; a cache holds whole blocks
 constexpr float kNever = -1e30f;
 constexpr float kLargest = 32767, kLongest = 46000;  // of an element, and of a vector's norm before it is rounded
 constexpr float kLargestHalf = 32768;                // of an element in float16

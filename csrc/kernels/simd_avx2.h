@@ -67,6 +67,13 @@ struct Simd {
 
     LOWBIT_INLINE I as_ints(B v) { return v; }
     LOWBIT_INLINE I as_ints(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+    LOWBIT_INLINE B as_bytes(I v) { return v; }
+    LOWBIT_INLINE B all_bytes(std::int8_t v) { return pair(_mm256_set1_epi8(v)); }
+    LOWBIT_INLINE B add_bytes(B x, B y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+    LOWBIT_INLINE void store_all_bytes(std::int8_t* p, B v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v.a);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v.b);
+    }
     LOWBIT_INLINE F as_floats(I v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
     LOWBIT_INLINE I both(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
     LOWBIT_INLINE I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }

@@ -60,6 +60,10 @@ struct Simd {
 
     LOWBIT_INLINE I as_ints(B v) { return v; }
     LOWBIT_INLINE I as_ints(F v) { return _mm512_castps_si512(v); }
+    LOWBIT_INLINE B as_bytes(I v) { return v; }
+    LOWBIT_INLINE B all_bytes(std::int8_t v) { return _mm512_set1_epi8(v); }
+    LOWBIT_INLINE B add_bytes(B a, B b) { return _mm512_add_epi8(a, b); }
+    LOWBIT_INLINE void store_all_bytes(std::int8_t* p, B v) { _mm512_storeu_si512(p, v); }
     LOWBIT_INLINE F as_floats(I v) { return _mm512_castsi512_ps(v); }
     LOWBIT_INLINE I both(I a, I b) { return _mm512_and_si512(a, b); }
     LOWBIT_INLINE I either(I a, I b) { return _mm512_or_si512(a, b); }

@@ -95,6 +95,21 @@ struct Simd {
         std::memcpy(out.v, bits.v, 64);
         return out;
     }
+    LOWBIT_INLINE B as_bytes(const I& v) {
+        B out;
+        std::memcpy(out.v, v.v, 64);
+        return out;
+    }
+    LOWBIT_INLINE B all_bytes(std::int8_t v) {
+        B out;
+        std::memset(out.v, v, 64);
+        return out;
+    }
+    LOWBIT_INLINE B add_bytes(B a, const B& b) {
+        for (int i = 0; i < 64; ++i) a.v[i] = static_cast<std::uint8_t>(a.v[i] + b.v[i]);
+        return a;
+    }
+    LOWBIT_INLINE void store_all_bytes(std::int8_t* p, const B& b) { std::memcpy(p, b.v, 64); }
     LOWBIT_INLINE F as_floats(const I& v) {
         F out;
         std::memcpy(out.v, v.v, 64);

@@ -3,6 +3,7 @@
 
 #include "kernels/attention.inl"
 #include "kernels/gates.inl"
+#include "kernels/hadamard.inl"
 #include "kernels/kernels.h"
 #include "kernels/kv_append.inl"
 #include "kernels/limits.inl"
@@ -13,7 +14,7 @@
 namespace lowbit {
 namespace {
 constexpr Kernels table_of(const char* name) {
-    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, unpack_row, peak, read};
+    return {name, quantize, linear, rms_norm, gate, rotate, attend, append, complete, hadamard, unpack_row, peak, read};
 }
 }  // namespace
 }  // namespace lowbit

@@ -166,7 +166,7 @@ def test_long_contexts_are_shared_by_threads(name: str, packed_folder: Folder) -
         assert apart(torch.from_numpy(last), right[-1:]) < EXACT
 
 
-@pytest.mark.parametrize("cache", ["int16", "int8"])
+@pytest.mark.parametrize("cache", ["int16", "int8", "int4:g16:recent=20:sinks=2", "kivi4"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "llama-wide", "qwen3_moe"])
 def test_logits_depend_on_the_sequence_alone(name: str, cache: str, packed_folder: Folder) -> None:
     """Bit for bit: not on what runs beside it, nor on how it is cut, nor on the number of threads, at any length."""
@@ -279,7 +279,7 @@ def test_wrong_options_say_what_there_is(packed_folder: Folder) -> None:
     folder = packed_folder("llama", "int4:g32")
     for options, reason in (
         ({"activations": "int4"}, "exact, int8"),
-        ({"cache": "fp8"}, "int16, int8"),
+        ({"cache": "fp8"}, "use int8"),
         ({"threads": 0}, "1 or more"),
         ({"isa": "sse"}, "portable"),
     ):

@@ -80,6 +80,8 @@ class CachedConversation(Conversation):
         running = self._engine.running(0, ids, limit, stop, self._sampling)
         running.slot = 0
         running.done, running.long = _shared(self._known, ids[:-1]), self._long  # the last is read for its logits
+        if not cache.can_go_on(0, running.done):
+            running.done = 0  # what was kept exactly of the text before is no more
         running.become(self._engine.shape.is_long(len(ids)))
         self.read = len(ids) - running.done
         try:

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from lowbit.engine.arguments import sampling_of, split_prompts, stop_strings, token_ids, whole_number
 from lowbit.engine.batch import CHUNK, Batch, Running, marks
+from lowbit.engine.cache_layout import checked
 from lowbit.engine.conversation import CachedConversation
 from lowbit.engine.detokenizer import AnswerText
 from lowbit.engine.generation import Generated, OnText, Prompt, Sampling
 from lowbit.engine.runner import Chunk, Description, KVCache, Lengths, Runner
-from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
+from lowbit.engine.runtime_formats import ActivationFormat
 from lowbit.engine.shape import Shape
 from lowbit.engine.tokenizer import TextTokenizer
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.interchange.source import Source
+from lowbit.kv import CacheFormat
 
 
 class Engine:
@@ -41,7 +43,7 @@ class Engine:
         threads: int | None = None,
         isa: str = "",
     ) -> None:
-        self._runner = Runner(weights, ActivationFormat.of(activations), CacheFormat.of(cache), threads, isa)
+        self._runner = Runner(weights, ActivationFormat.of(activations), checked(cache), threads, isa)
         self._tokenizer, self._eos = tokenizer, eos
 
     @staticmethod
@@ -56,20 +58,20 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes or opened already, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, as
-        the folder says where it is None and says it, otherwise "int16" or "int8" (see `CacheFormat`), with a scale for each position and head; int16 is finer than float16.
+        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored: "int16", which is
+        finer than float16, or any `lowbit.kv.CacheFormat` that the engine computes, such as "int8", "int4:g32" or "kivi2"; None
+        for what the folder carries, and int16 where it carries none.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 
-        EngineError with the reason for a model that the engine does not compute; transformers does.
+        EngineError with the reason for a model that the engine does not compute; transformers does. RecipeError for a cache format
+        that it does not compute, with the nearest that it does.
         """
         from lowbit.engine.folder_cache import wanted
         from lowbit.engine.opening import opened
 
-        activations, cache = (
-            ActivationFormat.of(activations),
-            CacheFormat.of(wanted(model, cache)),
-        )  # before anything large is read
+        # before anything large is read
+        activations, cache = ActivationFormat.of(activations), checked(wanted(model, cache))
         weights, words, eos = opened(model, tokenizer)
         return Engine(weights, words, eos, activations, cache, threads, isa)
 

@@ -14,12 +14,14 @@ import torch
 
 from lowbit.engine.arguments import one_of, whole_number
 from lowbit.engine.build import Builder
-from lowbit.engine.runtime_formats import ActivationFormat, CacheFormat
+from lowbit.engine.cache_layout import layers_of
+from lowbit.engine.runtime_formats import ActivationFormat
 from lowbit.engine.shape import shape_of
 from lowbit.engine.weights import Weights
 from lowbit.errors import EngineError
 from lowbit.kernels.core import core, why_absent
 from lowbit.kernels.heap import trim
+from lowbit.kv import CacheFormat
 
 MOST_THREADS = 1024
 
@@ -48,13 +50,18 @@ class KVCache:
     def sequences(self) -> int:
         return int(self.core.sequences)
 
+    def can_go_on(self, slot: int, position: int) -> bool:
+        """Whether the text of a slot can be written anew from this position: what tokens there read exactly is still kept."""
+        return bool(self.core.can_go_on(slot, position))
+
 
 @dataclass(frozen=True)
 class Description:
     """Of an engine: how it runs and what it takes.
 
     packed_bytes: of all weights; bytes_per_token: of those that one token reads, which are all but an embedding that is
-    not the head as well and the experts that it does not take. cache_bytes_per_token: what its keys and values add. expanded: weights that no kernel holds
+    not the head as well and the experts that it does not take. cache_bytes_per_token: what its keys and values add;
+    cache_exact_bytes: what a sequence keeps exactly beside these, in the formats that have such tokens. expanded: weights that no kernel holds
     packed, with the reason; they are float16. rounded: weights whose levels had to be rounded to fit a table, which only
     happens with activations "int8".
     """
@@ -67,6 +74,7 @@ class Description:
     packed_bytes: int
     bytes_per_token: int
     cache_bytes_per_token: int
+    cache_exact_bytes: int
     positions: int
     expanded: dict[str, str] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
@@ -107,6 +115,7 @@ class Runner:
         self.shape = shape_of(weights.config)
         self._config, self._isa = weights.config, isa or module.isas()[0]
         self._activations, self._cache = activations, cache
+        self._layers = layers_of(module, cache, self.shape.layers, self.shape.head_dim)
         self._threads = threads or int(module.features()["cores"])
         self._processes = {os.getpid(): _Process(module, self._threads)}
         with _one_torch_thread():
@@ -116,10 +125,11 @@ class Runner:
     def describe(self) -> Description:
         """How it runs and what it takes."""
         program = self._program
-        per_token = self._new_cache(1, 1).bytes_per_position
+        one = self._new_cache(1, min(self.shape.positions, 1 << 11))
         return Description(
             str(self._config["model_type"]), self._isa, self._threads, str(self._activations), str(self._cache),
-            program.nbytes, program.nbytes - program.lookup_bytes - program.idle_bytes, per_token, self.shape.positions,
+            program.nbytes, program.nbytes - program.lookup_bytes - program.idle_bytes, one.bytes_per_position, one.exact_bytes,
+            self.shape.positions,
             dict(program.expanded), list(program.rounded),
         )  # fmt: skip
 
@@ -136,7 +146,7 @@ class Runner:
         except MemoryError:
             raise EngineError(
                 f"no memory for keys and values of {sequences} x {positions} tokens; lower max_new_tokens or batch, or use "
-                "cache='int8'"
+                "cache='int8' or cache='int4:g32'"
             ) from None
 
     def forward(self, cache: KVCache, chunks: Sequence[Chunk], wanted: Sequence[int], lengths: Lengths = None) -> Any:
@@ -154,10 +164,33 @@ class Runner:
     ) -> None:
         """The same after any token of the chunks, counted through, into `rows` float32 [len(wanted), vocabulary]."""
         lengths = [first + len(ids) for _, ids, first in chunks] if lengths is None else lengths
+        most = max(len(ids) for _, ids, _ in chunks)
+        piece = cache.core.piece or most
+        starts = np.cumsum([0, *(len(ids) for _, ids, _ in chunks)])
+        for begin in range(
+            0, most, piece
+        ):  # a cache that keeps the newest tokens exactly takes so many of a text at a time
+            here = [i for i, (_, ids, _) in enumerate(chunks) if len(ids) > begin]
+            parts = [
+                (slot, ids[begin : begin + piece], first + begin) for slot, ids, first in (chunks[i] for i in here)
+            ]
+            tokens: Any = np.concatenate(
+                [starts[i] + begin + np.arange(len(p[1])) for i, p in zip(here, parts, strict=True)]
+            )
+            asked = (
+                [i for i, token in enumerate(wanted) if token in tokens] if piece < most else list(range(len(wanted)))
+            )
+            at = np.searchsorted(tokens, [wanted[i] for i in asked])
+            self._forward_piece(cache, parts, at, rows, asked, [lengths[i] for i in here])
+
+    def _forward_piece(
+        self, cache: KVCache, chunks: Sequence[Chunk], wanted: Any, rows: Any, at: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Logits of the tokens `wanted` of these chunks into the rows `at`."""
         owners: Any = np.repeat(np.arange(len(chunks)), [len(ids) for _, ids, _ in chunks])
         for long in (False, True):
             chosen = [i for i, length in enumerate(lengths) if self.shape.is_long(length) == long]
-            if len(chosen) == len(chunks):
+            if len(chosen) == len(chunks) and len(at) == len(rows):
                 self._run(long, cache, chunks, wanted, rows)
             elif chosen:
                 tokens = np.flatnonzero(np.isin(owners, chosen))
@@ -165,7 +198,7 @@ class Runner:
                 part: Any = np.empty((len(here), rows.shape[1]), dtype=np.float32)
                 ours = np.searchsorted(tokens, [wanted[i] for i in here])
                 self._run(long, cache, [chunks[i] for i in chosen], ours, part)
-                rows[here] = part
+                rows[[at[i] for i in here]] = part
 
     def _run(self, long: bool, cache: KVCache, chunks: Sequence[Chunk], wanted: Any, rows: Any) -> None:
         ids = np.concatenate([np.asarray(part, dtype=np.int32) for _, part, _ in chunks])
@@ -182,7 +215,7 @@ class Runner:
                 ) from None
 
     def _new_cache(self, sequences: int, positions: int) -> Any:
-        return self.core.KVCache(self._decoder(1), sequences, positions, **self._cache.core_arguments())
+        return self.core.KVCache(self._decoder(1), sequences, positions, self._layers)
 
     def _process(self) -> _Process:
         """This process's own; the others' are kept, as they cannot be taken apart here."""
