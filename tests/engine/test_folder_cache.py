@@ -23,6 +23,9 @@ from lowbit.planning.kv_cache import kv_cache
 from tiny import save_tiny
 
 
+LEARNED = "k=kmeans3:*x1:cb=tensor:sinks=1,v=kmeans3:cb=tensor:sinks=1"
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cache") / "m"
@@ -96,7 +99,7 @@ def tables_of(folder: Path, cache: CacheFormat) -> dict[tuple[int, str], Tables]
 def test_calibrated_tables_are_kept_beside_the_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = CacheFormat.of("kvquant3")
+    cache = CacheFormat.of(LEARNED)
     with pytest.raises(RecipeError, match="tables"):
         write_cache_format(folder, cache)
     tables = tables_of(folder, cache)
@@ -131,7 +134,7 @@ def test_what_is_no_format_is_refused_by_name(said: Any, folder: Path) -> None:
 
 
 def test_damaged_tables_are_refused(folder: Path) -> None:
-    cache = CacheFormat.of("kvquant3")
+    cache = CacheFormat.of(LEARNED)
     tables = tables_of(folder, cache)
     write_cache_format(folder, cache, tables)
     whole = (folder / "kv_cache.safetensors").read_bytes()
