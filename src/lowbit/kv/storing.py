@@ -135,13 +135,13 @@ class Storing:
             if self.tables.offset is not None:
                 y.add_(self.tables.offset[:, None])
         else:
-            scale = self._spread(stores.from_store(parts["scale"], str(fmt.scale)), y)
-            offset = self._spread(self._offset(parts, fmt), y) if fmt.offset is not None else None
+            blocks, scale = self._facing(y, stores.from_store(parts["scale"], str(fmt.scale)))
+            offset = None if fmt.offset is None else self._facing(y, self._offset(parts, fmt))[1]
             if offset is not None and fmt.offset_kind != "min":
-                y.sub_(offset)
-            y.mul_(scale)
+                blocks.sub_(offset)
+            blocks.mul_(scale)
             if offset is not None and fmt.offset_kind == "min":
-                y.add_(offset)
+                blocks.add_(offset)
         if self.side.rotate:
             y = rotated(y, inverse=True)
         if channels is not None:
@@ -168,12 +168,18 @@ class Storing:
             return fmt.grid.decode(_unpacked(parts["offset"], parts["scale"].shape[-1], fmt))
         return stores.from_store(parts["offset"], str(fmt.offset.store))
 
-    def _spread(self, per_block: Tensor, y: Tensor) -> Tensor:
-        """[..., groups, column blocks], broadcastable to y [..., tokens, width]."""
+    def _facing(self, y: Tensor, per_block: Tensor) -> tuple[Tensor, Tensor]:
+        """A view of y [..., tokens, width], and per_block [..., groups, column blocks] so that it broadcasts to it."""
         rows, cols = self.side.group, self.format.block.cols
         if per_block.shape[-1] not in (1, self.width):
+            if self.width % cols == 0:
+                return y.unflatten(-1, (-1, cols)), per_block.unsqueeze(-1)
             per_block = per_block.repeat_interleave(cols, -1)[..., : self.width]
-        return per_block.repeat_interleave(rows, -2)[..., : y.shape[-2], :] if rows > 1 else per_block
+        if rows == 1:
+            return y, per_block
+        if y.shape[-2] % rows == 0:
+            return y.unflatten(-2, (-1, rows)), per_block.unsqueeze(-2)
+        return y, per_block.repeat_interleave(rows, -2)[..., : y.shape[-2], :]
 
 
 def _at(channels: Tensor, x: Tensor) -> Tensor:

@@ -179,34 +179,55 @@ class StoredIndexedLayer(DynamicIndexedLayer, StoredLayer):
     """The same for attention that chooses keys by an index, which stays as it is."""
 
 
-class StoredHybridLayer(LinearAttentionAndFullAttentionLayer, StoredLayer):
-    """Keys and values stored, and the state of linear attention as it is."""
+class _WithLinearState(StoredLayer):
+    """What a layer does that also has a state of linear attention, which stays as it is. `part` is the other of its two halves."""
+
+    part: type[StoredLayer]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        (StoredLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+        # states of keys and values come by position, those of linear attention by name
+        (self.part if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         self.record_past = True
 
     def offload(self) -> None:
-        StoredLayer.offload(self)
+        self.part.offload(self)
         LinearAttentionLayer.offload(self)
 
     def prefetch(self) -> None:
-        StoredLayer.prefetch(self)
+        self.part.prefetch(self)
         LinearAttentionLayer.prefetch(self)
 
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
-        StoredLayer.reset(self)
+        self.part.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         LinearAttentionLayer.reorder_cache(self, beam_idx)
-        StoredLayer.reorder_cache(self, beam_idx)
+        self.part.reorder_cache(self, beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(self, tokens_to_remove)
-        StoredLayer.crop(self, tokens_to_remove)
+        self.part.crop(self, tokens_to_remove)
+
+
+class StoredHybridLayer(_WithLinearState, LinearAttentionAndFullAttentionLayer):
+    """Full attention whose keys and values are stored, beside linear attention."""
+
+    part = StoredLayer
+
+
+class StoredHybridSlidingLayer(_WithLinearState, LinearAttentionAndSlidingWindowAttentionLayer, StoredSlidingLayer):
+    """The same with a sliding window."""
+
+    part = StoredSlidingLayer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return StoredSlidingLayer.update(self, key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
 
 
 _INSTEAD: dict[type, type[StoredLayer]] = {
@@ -214,6 +235,7 @@ _INSTEAD: dict[type, type[StoredLayer]] = {
     DynamicSlidingWindowLayer: StoredSlidingLayer,
     DynamicIndexedLayer: StoredIndexedLayer,
     LinearAttentionAndFullAttentionLayer: StoredHybridLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer: StoredHybridSlidingLayer,
 }
 _WITHOUT_KEYS = (DummyLayer, LinearAttentionLayer)
 

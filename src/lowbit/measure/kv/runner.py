@@ -150,12 +150,10 @@ class Runner:
         if not isinstance(cache, FormatCache):
             raise SourceError(f"{type(self.model).__name__} attends in its own way, so that sides cannot be told apart")
         store = QuantizedCache(cache.format, self.model, cache.tables)
-        rows = []
         name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         with evaluating(self.model):
-            for token in ids.to(self.device):
-                rows.append(self.model(token[None, None], use_cache=True, **{name: store}).logits[0])
-        return torch.cat(rows)
+            tokens = ids.to(self.device)[:, None, None]
+            return torch.cat([self.model(token, use_cache=True, **{name: store}).logits[0] for token in tokens])
 
 
 _FLOAT = FormatCache(CacheFormat())
