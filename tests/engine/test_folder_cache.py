@@ -22,7 +22,6 @@ from lowbit.kv.quantized_cache import QuantizedCache
 from lowbit.planning.kv_cache import kv_cache
 from tiny import save_tiny
 
-
 LEARNED = "k=kmeans3:*x1:cb=tensor:sinks=1,v=kmeans3:cb=tensor:sinks=1"
 
 

@@ -68,6 +68,9 @@ def check_kv(
     most `kl`; `candidates` are tried for each. All positions are computed at once, and equal what decoding token by token reads
     (`measure/kv/attention.py`); models with attention of their own go token by token, which a note says.
 
+    tokenizer: in place of the model's own. dtype: what is computed in, float32 when None. `progress(done, in all)` counts windows, and
+    `told` hears what is being done.
+
     SourceError for models that do not predict the next token, TextError for too little text, RecipeError and FormatError for
     formats that there are not.
 
