@@ -216,3 +216,10 @@ def test_the_plan_s_bytes_are_those_of_the_cache_that_is_filled(source: Path, tm
             for i in range(21):
                 model(torch.tensor([[3 + i]]), past_key_values=cache, use_cache=True)
         assert cache.nbytes == kv_cache(model.config).stored(CacheFormat.of(text)).bytes_at(21), text
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g16", "k=int8,v=int4:g16", "turboquant4", "kv=int8,v:0=int4:g16"])
+def test_bytes_of_a_token_in_the_engine_are_the_plan_s(text: str, float_folder: Any) -> None:
+    folder = float_folder("llama")
+    planned = kv_cache(transformers.AutoConfig.from_pretrained(folder)).stored(CacheFormat.of(text))
+    assert Engine.open(folder, threads=1, cache=text).describe().cache_bytes_per_token == planned.bytes_per_token
