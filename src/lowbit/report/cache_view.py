@@ -164,7 +164,7 @@ def _recommended(check: CacheCheck) -> list[Text]:
         head,
         *uses,
         Text(),
-        Text(f"kv={found.format}" if "=" not in found.format else found.format, "bold"),
+        Text(found.format, "bold"),
     ]
 
 
