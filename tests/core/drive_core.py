@@ -351,6 +351,8 @@ def decoder(core: Any) -> None:
         built, ropes = model(core, kind, heads, key_heads, head_dim, odd)
         lengths, found = (70, 1, 530 if heads == 4 else 129, 17), {}
         for isa, threads, stored in itertools.product(core.isas(), (1, 3), STORED):
+            if threads == 1 and stored not in ("int16", "int8"):
+                continue
             one = core.Decoder(core.ModelSpec(**built), ropes, core.ThreadPool(threads), isa)
             if head_dim == 48 and stored == "rotated":
                 refused(core.KVCache, one, 1, 64, kept(core, stored))
