@@ -64,7 +64,7 @@ def figures(drift: Drift) -> dict[str, Any]:
 def ours(bench: Bench, text: str) -> dict[str, Any]:
     """A cache format of lowbit."""
     fmt = CacheFormat.of(text)
-    (row,) = bench.rows([fmt], [text])
+    (row,) = bench.rows({text: bench.cache(fmt)})
     return from_row(row)
 
 

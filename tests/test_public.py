@@ -223,6 +223,7 @@ SPELLED = {
     "recommend": ("recommend", {}),
     "evaluate": ("evaluate", {"save": "`save_card`"}),
     "card": ("card", {"markdown": "README.md in the folder", "rewrite": "`save_card`"}),
+    "check-kv": ("check_kv", {"plot": COMMAND_LINE, "write": "`lowbit.kv.folder.write_cache_format`"}),
     "compare": ("compare", {"markdown": "`to_markdown` of the result", "data_free": "effort='none'"}),
     "generate": ("generate", {}),
     "chat": ("chat", {"max_new_tokens": "of `ask`, for each answer", "stop": "of `ask`, for each answer"}),

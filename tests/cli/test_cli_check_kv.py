@@ -57,6 +57,8 @@ def test_what_is_recommended_is_written_into_a_folder(room: Path) -> None:
     chosen = json.loads(done.stdout)["recommended"]["format"]
     assert chosen in (room / "packed" / "config.json").read_text("utf-8")
     lowbit.load(room / "packed")
+    again = json.loads(run("packed", "--no-recommend", "--json", *SHORT).stdout)
+    assert [row["format"] for row in again["rows"] if row["name"] == "its own"] == [chosen]
 
 
 @pytest.mark.parametrize(

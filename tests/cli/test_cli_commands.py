@@ -20,7 +20,7 @@ from lowbit.recipes.presets import PRESETS
 from lowbit.recipes.recipe import Recipe
 from tiny import save_tiny
 
-COMMANDS = ("quantize", "recommend", "plan", "evaluate", "card", "compare", "generate", "chat", "import", "dequantize", "export", "bench",
+COMMANDS = ("quantize", "recommend", "plan", "evaluate", "card", "compare", "check-kv", "generate", "chat", "import", "dequantize", "export", "bench",
             "inspect", "explain", "doctor", "recipes")  # fmt: skip
 
 

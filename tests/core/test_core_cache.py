@@ -30,7 +30,9 @@ FORMATS = [
 
 def projection(weight: Any) -> Any:
     weight = np.ascontiguousarray(weight, np.float32)
-    part = lowbit_core.PartSpec(weight=lowbit_core.pack_floats("f32", [weight]), activations=lowbit_core.ActivationSpec())
+    part = lowbit_core.PartSpec(
+        weight=lowbit_core.pack_floats("f32", [weight]), activations=lowbit_core.ActivationSpec()
+    )
     return lowbit_core.ProjectionSpec(cols=weight.shape[1], width=len(weight), parts=[part])
 
 
@@ -66,7 +68,9 @@ def numbers(head_dim: int, seed: int = 0, tokens: int = TOKENS) -> Any:
     return x
 
 
-def attended(cache: str, x: Any, head_dim: int, parts: Iterable[Sequence[int]], isa: str = "", threads: int = 1, window: int = 0) -> Any:
+def attended(
+    cache: str, x: Any, head_dim: int, parts: Iterable[Sequence[int]], isa: str = "", threads: int = 1, window: int = 0
+) -> Any:
     """float32 [tokens, HEADS * head_dim], read in these parts."""
     decoder = attention_alone(x, head_dim, threads, isa, window)
     kept = lowbit_core.KVCache(decoder, 1, len(x), layers_of(lowbit_core, checked(cache), 1, head_dim))
@@ -101,7 +105,10 @@ def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any
     )
     sides = cache.side(0, "k"), cache.side(0, "v")
     # Groups of tokens are stored once they are complete, of what is kept of them in 16 bits.
-    given = [in_16_bits(t, i == 0, side.rotate) if side.group > 1 else t for i, (t, side) in enumerate(zip((k, v), sides, strict=True))]
+    given = [
+        in_16_bits(t, i == 0, side.rotate) if side.group > 1 else t
+        for i, (t, side) in enumerate(zip((k, v), sides, strict=True))
+    ]
     stored = [round_trip(t.contiguous(), side).double() for t, side in zip(given, sides, strict=True)]
     out = torch.zeros(len(x), HEADS, head_dim, dtype=torch.float64)
     for i in range(len(x)):
@@ -131,7 +138,9 @@ def test_attention_is_that_over_what_the_reference_reads_back(text: str, head_di
         assert np.median(error) < 4e-4, (isa, np.median(error))
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:g32", "uint3:min=fp16", "kivi4", "simquant", "rotate@int4:recent=40:sinks=5"])
+@pytest.mark.parametrize(
+    "text", ["int8", "int4:g32", "uint3:min=fp16", "kivi4", "simquant", "rotate@int4:recent=40:sinks=5"]
+)
 @pytest.mark.parametrize("window", [0, 50])
 def test_attention_depends_neither_on_threads_nor_on_how_a_text_is_cut(text: str, window: int) -> None:
     x = numbers(64, tokens=600)
@@ -144,7 +153,10 @@ def test_attention_depends_neither_on_threads_nor_on_how_a_text_is_cut(text: str
         assert (found == right).all(), (threads, size)
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:g32", "uint2:32x1:min=fp16", "k=int8,v=uint4:g32:min=fp16", "simquant", "rotate@int4:recent=8"])
+@pytest.mark.parametrize(
+    "text",
+    ["int8", "int4:g32", "uint2:32x1:min=fp16", "k=int8,v=uint4:g32:min=fp16", "simquant", "rotate@int4:recent=8"],
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [6 * 64 + 5, 8 * 64 + 70])
 def test_what_is_no_number_stays_so_for_those_who_see_it_and_for_no_others(text: str, bad: float, where: int) -> None:
@@ -164,6 +176,8 @@ def test_bytes_per_position_are_those_of_the_format() -> None:
         if "int16" in text:
             continue
         cache = CacheFormat.of(text)
-        kept = lowbit_core.KVCache(attention_alone(numbers(64), 64), 1, 64, layers_of(lowbit_core, checked(text), 1, 64))
+        kept = lowbit_core.KVCache(
+            attention_alone(numbers(64), 64), 1, 64, layers_of(lowbit_core, checked(text), 1, 64)
+        )
         right = sum(cache.side(0, which).nbytes(64, 64) for which in "kv") * KEY_HEADS  # type: ignore[arg-type]
         assert kept.bytes_per_position == -(-right // 64), text

@@ -269,7 +269,9 @@ def test_a_cache_format_that_heads_of_this_width_do_not_take(text: str, width: i
         layers_of(core(), checked(text), 2, width)
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:g16", "uint2:32x1:min=fp16", "k=int8,v=int4", "kv=int8,k:0=int16,v:1=int4:g16"])
+@pytest.mark.parametrize(
+    "text", ["int8", "int4:g16", "uint2:32x1:min=fp16", "k=int8,v=int4", "kv=int8,k:0=int16,v:1=int4:g16"]
+)
 def test_bytes_of_a_token_are_those_of_the_format(text: str, packed_folder: Folder) -> None:
     engine, cache = Engine.open(packed_folder("llama", "int4:g32"), threads=1, cache=text), CacheFormat.of(text)
     shape, total = engine.shape, 0

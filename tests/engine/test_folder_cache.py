@@ -22,6 +22,8 @@ from lowbit.kv.quantized_cache import QuantizedCache
 from lowbit.planning.kv_cache import kv_cache
 from tiny import save_tiny
 
+LEARNED = "k=kmeans3:*x1:cb=tensor:sinks=1,v=kmeans3:cb=tensor:sinks=1"
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,7 +98,7 @@ def tables_of(folder: Path, cache: CacheFormat) -> dict[tuple[int, str], Tables]
 def test_calibrated_tables_are_kept_beside_the_weights(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = CacheFormat.of("kvquant3")
+    cache = CacheFormat.of(LEARNED)
     with pytest.raises(RecipeError, match="tables"):
         write_cache_format(folder, cache)
     tables = tables_of(folder, cache)
@@ -131,7 +133,7 @@ def test_what_is_no_format_is_refused_by_name(said: Any, folder: Path) -> None:
 
 
 def test_damaged_tables_are_refused(folder: Path) -> None:
-    cache = CacheFormat.of("kvquant3")
+    cache = CacheFormat.of(LEARNED)
     tables = tables_of(folder, cache)
     write_cache_format(folder, cache, tables)
     whole = (folder / "kv_cache.safetensors").read_bytes()
@@ -214,3 +216,10 @@ def test_the_plan_s_bytes_are_those_of_the_cache_that_is_filled(source: Path, tm
             for i in range(21):
                 model(torch.tensor([[3 + i]]), past_key_values=cache, use_cache=True)
         assert cache.nbytes == kv_cache(model.config).stored(CacheFormat.of(text)).bytes_at(21), text
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g16", "k=int8,v=int4:g16", "turboquant4", "kv=int8,v:0=int4:g16"])
+def test_bytes_of_a_token_in_the_engine_are_the_plan_s(text: str, float_folder: Any) -> None:
+    folder = float_folder("llama")
+    planned = kv_cache(transformers.AutoConfig.from_pretrained(folder)).stored(CacheFormat.of(text))
+    assert Engine.open(folder, threads=1, cache=text).describe().cache_bytes_per_token == planned.bytes_per_token

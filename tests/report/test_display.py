@@ -12,6 +12,7 @@ import pytest
 
 import lowbit
 from lowbit.display import Displayed, as_text, visible
+from lowbit.kv import CacheFormat
 from lowbit.measure.speed import SpeedSettings
 from lowbit.report.views import VIEWS
 from tiny import save_tiny
@@ -34,6 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         lowbit.compare(root / "m", ["w8", "w4", "none such"], text=TEXT, windows=1, length=64),
         lowbit.evaluate(made, text=TEXT, windows=1, length=64), lowbit.bench(root / "q", rounds=1, settings=FEW),
         lowbit.allocate(root / "m", target_bits=5, calibration=TEXT, samples=4, length=128),
+        lowbit.check_kv(root / "q", ["int8"], TEXT, context=64, windows=1, recommend=False),
+        CacheFormat.of("k=int8,v=int4:g32,k:0=int16"), CacheFormat.of("rotate+search@int4:recent=32").keys,
     ]  # fmt: skip
     return {f"{type(each).__module__}.{type(each).__name__}".removeprefix("lowbit."): each for each in found}
 
@@ -73,7 +76,8 @@ def test_a_result_is_one_short_line_and_a_table_within_80_columns(
     paths = [word for word in text.split() if len(word) > 40]  # of folders of this test, which no line may break
     assert all(len(line) <= 80 or any(path in line for path in paths) for line in text.splitlines())
     assert "\x1b" not in text and text.strip() and text == text.strip("\n")
-    if name not in ("recipes.recipe.Recipe", "formats.format.Format"):  # whose text is what recipes are written as
+    as_written = ("recipes.recipe.Recipe", "formats.format.Format", "kv.cache_format.CacheFormat", "kv.side.CacheSide")
+    if name not in as_written:  # whose text is what recipes are written as
         assert str(result) == text
 
 

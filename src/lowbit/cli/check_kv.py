@@ -16,8 +16,8 @@ def register(app: typer.Typer) -> None:
     app.command(
         "check-kv",
         rich_help_panel="Measure",
-        short_help="Measure what a KV cache in few bits costs, and find the smallest that is safe.",
-        epilog="Examples:\nlowbit check-kv smollm2-w4\nlowbit check-kv smollm2 --kv int8 --kv int4:g32 --context 8192 --plot drift.png\n"
+        short_help="Measure what a KV cache in few bits costs, and find a safe one.",
+        epilog="Examples:\nlowbit check-kv smollm2-w4\nlowbit check-kv smollm2 --kv int4:g32 --context 8192 --plot drift.png\n"
         "lowbit check-kv smollm2-w4 --kl 0.03 --write",
     )(check_kv)
 

@@ -34,7 +34,9 @@ def checked(cache: str | CacheFormat) -> CacheFormat:
             if reason:
                 raise RecipeError(f"cache={str(cache)!r}: {reason}")
         if not keys.exact and not values.exact and _border(keys) != _border(values):
-            recent = max(keys.recent, values.recent, keys.group if keys.group > 1 else 0, values.group if values.group > 1 else 0)
+            recent = max(
+                keys.recent, values.recent, keys.group if keys.group > 1 else 0, values.group if values.group > 1 else 0
+            )
             sinks = max(keys.sinks, values.sinks)
             both = [replace(side, recent=recent, sinks=sinks) for side in (keys, values)]
             raise RecipeError(
@@ -175,4 +177,11 @@ def _levels(grid: Any) -> dict[str, Any]:
     assert unit is not None
     levels, bounds, _ = grid.by_bounds()
     whole = [round(level / unit) for level in levels]
-    return {"bits": grid.bits, "low": whole[0], "count": len(whole), "levels": whole, "bounds": bounds[:-1], "unit": float(unit)}
+    return {
+        "bits": grid.bits,
+        "low": whole[0],
+        "count": len(whole),
+        "levels": whole,
+        "bounds": bounds[:-1],
+        "unit": float(unit),
+    }

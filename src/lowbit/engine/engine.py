@@ -58,9 +58,9 @@ class Engine:
         """An engine for a folder that lowbit wrote, a float model by any name that lowbit takes or opened already, or a live model.
 
         activations: "exact" rounds them to 15 bits, which is as good as not at all; "int8" is faster. Weights whose
-        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored, as the folder says where
-        it is None and the folder says it, else "int16", which is finer than float16; or any `lowbit.CacheFormat` that the engine
-        computes, such as "int8", "int4:g32" or "kivi2".
+        recipe says how their inputs are rounded get that in either case. cache: how keys and values are stored: "int16", which is
+        finer than float16, or any `lowbit.kv.CacheFormat` that the engine computes, such as "int8", "int4:g32" or "kivi2"; None
+        for what the folder carries, and int16 where it carries none.
         threads: all cores when None. isa: a set of kernels (see `lowbit doctor`), the best when empty. tokenizer: of
         transformers, in place of the model's own.
 
@@ -70,7 +70,8 @@ class Engine:
         from lowbit.engine.folder_cache import wanted
         from lowbit.engine.opening import opened
 
-        activations, cache = ActivationFormat.of(activations), checked(wanted(model, cache))  # before anything large is read
+        # before anything large is read
+        activations, cache = ActivationFormat.of(activations), checked(wanted(model, cache))
         weights, words, eos = opened(model, tokenizer)
         return Engine(weights, words, eos, activations, cache, threads, isa)
 

@@ -167,11 +167,19 @@ class Runner:
         most = max(len(ids) for _, ids, _ in chunks)
         piece = cache.core.piece or most
         starts = np.cumsum([0, *(len(ids) for _, ids, _ in chunks)])
-        for begin in range(0, most, piece):  # a cache that keeps the newest tokens exactly takes so many of a text at a time
+        for begin in range(
+            0, most, piece
+        ):  # a cache that keeps the newest tokens exactly takes so many of a text at a time
             here = [i for i, (_, ids, _) in enumerate(chunks) if len(ids) > begin]
-            parts = [(slot, ids[begin : begin + piece], first + begin) for slot, ids, first in (chunks[i] for i in here)]
-            tokens: Any = np.concatenate([starts[i] + begin + np.arange(len(p[1])) for i, p in zip(here, parts, strict=True)])
-            asked = [i for i, token in enumerate(wanted) if token in tokens] if piece < most else list(range(len(wanted)))
+            parts = [
+                (slot, ids[begin : begin + piece], first + begin) for slot, ids, first in (chunks[i] for i in here)
+            ]
+            tokens: Any = np.concatenate(
+                [starts[i] + begin + np.arange(len(p[1])) for i, p in zip(here, parts, strict=True)]
+            )
+            asked = (
+                [i for i, token in enumerate(wanted) if token in tokens] if piece < most else list(range(len(wanted)))
+            )
             at = np.searchsorted(tokens, [wanted[i] for i in asked])
             self._forward_piece(cache, parts, at, rows, asked, [lengths[i] for i in here])
 

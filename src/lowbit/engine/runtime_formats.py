@@ -7,6 +7,7 @@ where the kernels' arguments are made of it. That of the KV cache is `lowbit.kv.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from lowbit.engine.arguments import one_of
 
 ACTIVATIONS = ("exact", "int8")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lowbit.kv import CacheFormat
+from lowbit.kv import CacheFormat, CacheSide
 from lowbit.measure.kv.figures import CacheFigures
 from lowbit.measure.kv.result import CacheCheck
 from lowbit.measure.kv.sensitivity import Sensitivity
+from lowbit.measure.kv.size import side_bits
 from lowbit.measure.kv.words import judged
-from lowbit.report.layout import Lines, columns_shown, headline, table_or_list, wrapped
+from lowbit.report.layout import Lines, columns_shown, headline, named_lines, table_or_list, wrapped
 from lowbit.report.panel import VERDICT_COLOURS, estimate_text
 from lowbit.report.wording import sparkline
 
@@ -59,6 +60,23 @@ def render_cache_check(check: CacheCheck, *, width: int = 1000) -> RenderableTyp
     measured = f"measured on {check.text.name}, {count} window{'' if count == 1 else 's'} of {check.text.length} tokens; perplexity with the float cache {estimate_text(check.base_perplexity)}"
     parts += [_below(Text(line, "dim"), width) for line in ["", measured, *(f"note: {note}" for note in check.notes)]]
     return Group(*parts)
+
+
+def render_cache_format(fmt: CacheFormat) -> RenderableType:
+    """How keys and values are stored, and layers that differ."""
+    words = {"k": "keys", "v": "values"}
+    rules = [(f"{words[which]} of layer {glob}", str(side)) for glob, which, side in fmt.layers]
+    return named_lines([("keys", str(fmt.keys)), ("values", str(fmt.values)), *rules])
+
+
+def render_cache_side(side: CacheSide) -> RenderableType:
+    """What a side stores, and its bits at heads of 128 channels."""
+    context = 4096
+    lines = [
+        ("stored as", str(side)),
+        ("bits", f"{side_bits(side, context, 128):.2f} of a number, at heads of 128 channels and {context} tokens"),
+    ]
+    return named_lines(lines)
 
 
 def _below(line: Text, width: int) -> Lines:
@@ -146,7 +164,7 @@ def _recommended(check: CacheCheck) -> list[Text]:
         head,
         *uses,
         Text(),
-        Text(f"kv={found.format}" if "=" not in found.format else found.format, "bold"),
+        Text(found.format, "bold"),
     ]
 
 

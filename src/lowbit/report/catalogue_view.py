@@ -39,9 +39,7 @@ def render_catalogue(entries: Sequence[Entry], width: int) -> RenderableType:
             [(f"  {kind}", f"{KINDS[kind][0]}: {', '.join(_names(entries, kind))}") for kind in METHODS], column
         )
     )
-    elements.append(
-        Text("\nFormats with a name, estimators of ranges of inputs, KV caches", "bold")
-    )
+    elements.append(Text("\nFormats with a name, estimators of ranges of inputs, KV caches", "bold"))
     elements.append(
         named_lines([(f"  {kind}", ", ".join(_names(entries, kind))) for kind in ("format", "range", "cache")], column)
     )

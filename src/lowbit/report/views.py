@@ -15,6 +15,8 @@ VIEWS = {
     "convert.dequantizing.Dequantized": "report.results_view.render_dequantized",
     "convert.exporting.Exported": "report.results_view.render_exported",
     "formats.format.Format": "report.results_view.render_format",
+    "kv.cache_format.CacheFormat": "report.cache_view.render_cache_format",
+    "kv.side.CacheSide": "report.cache_view.render_cache_side",
     "measure.bench.Bench": "report.bench_view.render_bench",
     "measure.card.Card": "report.panel.render_card",
     "measure.kv.result.CacheCheck": "report.cache_view.render_cache_check",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lowbit.interchange.hf.text_config import text_config
 from lowbit.interchange.progress import heard
 from lowbit.kv import CacheFormat
 from lowbit.kv.calibrating import calibrate
+from lowbit.kv.folder import read_cache_format, read_cache_tables
 from lowbit.measure.card import TextMark
 from lowbit.measure.kv.allocate import CANDIDATES, best, search
 from lowbit.measure.kv.drift import Drift, drifts
@@ -27,7 +28,7 @@ from lowbit.measure.kv.size import cache_bytes
 from lowbit.measure.kv.stored import Cache, FormatCache
 from lowbit.measure.kv.tasks import Questions, questions, repetition, retrieval
 from lowbit.measure.quality import Progress
-from lowbit.measure.subject import open_subject, type_of
+from lowbit.measure.subject import folder_of, open_subject, type_of
 from lowbit.measure.windows import Tokens, Windows
 from lowbit.pipeline.api import Quantized
 from lowbit.pipeline.loading import as_dtype
@@ -38,7 +39,7 @@ _SHORT, _FEW = 512, 2  # tokens and windows of the measurement of each layer
 _CALIBRATED = 8  # such windows for formats that are calibrated
 _REPEATED = 256  # tokens
 _SHORTEST = 32  # tokens of a context
-RECOMMENDED = "recommended"
+RECOMMENDED, OWN = "recommended", "its own"
 
 
 def check_kv(
@@ -59,7 +60,7 @@ def check_kv(
     """What storing keys and values in few bits costs a model over a long context, beside its float cache.
 
     model: any name of a model, a folder that lowbit wrote, a module of transformers, or what `quantize` returned. kv: cache formats to
-    measure; some usual ones when None. text: a file, strings, a dataset id; None is the offline default. context: tokens of a window,
+    measure; some usual ones, and what a folder is run with, when None. text: a file, strings, a dataset id; None is the offline default. context: tokens of a window,
     4096 or what the model and the text have where that is less; windows: how many of them.
 
     Of each format: perplexity, KL(float cache || this one) in nats per token and agreement of the first choice by tenths of the
@@ -67,6 +68,9 @@ def check_kv(
     recommend: also measure what each layer loses by its keys and by its values, and find the fewest bits whose KL, measured as a whole, is at
     most `kl`; `candidates` are tried for each. All positions are computed at once, and equal what decoding token by token reads
     (`measure/kv/attention.py`); models with attention of their own go token by token, which a note says.
+
+    tokenizer: in place of the model's own. dtype: what is computed in, float32 when None. `progress(done, in all)` counts windows, and
+    `told` hears what is being done.
 
     SourceError for models that do not predict the next token, TextError for too little text, RecipeError and FormatError for
     formats that there are not.
@@ -76,7 +80,7 @@ def check_kv(
     True
     """
     asked = [kv] if isinstance(kv, (str, CacheFormat)) else FORMATS if kv is None else kv
-    formats = [CacheFormat.of(one) for one in asked]
+    formats = {str(one): CacheFormat.of(one) for one in asked}
     _check_numbers(context, windows, kl)
     say, move = told or (lambda what: None), heard(progress) or (lambda done, total: None)
     say("loading the model")
@@ -90,7 +94,10 @@ def check_kv(
     cut = _windows(tokens, context, windows)
     bench = Bench(Runner(subject.module), cut, tokens, tok, say, move)
     notes = [*cut.notes, *bench.notes]
-    rows = bench.rows(formats, [str(one) for one in asked])
+    caches = {name: bench.cache(fmt) for name, fmt in formats.items()}
+    if kv is None and (folder := folder_of(model)) is not None:
+        caches |= bench.carried(Path(folder))
+    rows = bench.rows(caches)
     recommended = sensitivity = None
     if recommend and not bench.runner.parallel:
         notes.append("its layers attend in their own way, so they cannot be told apart, and nothing is recommended")
@@ -165,10 +172,19 @@ class Bench:
         self.say(f"calibrating {fmt}")
         return FormatCache(fmt, calibrate(self.runner.model, list(self._spare(_CALIBRATED)), fmt))
 
-    def rows(self, formats: Sequence[CacheFormat], names: Sequence[str]) -> list[CacheFigures]:
+    def carried(self, folder: Path) -> dict[str, FormatCache]:
+        """The cache that a folder says it is run with, under a name for it; nothing where it says none."""
+        fmt = read_cache_format(folder)
+        if fmt is None or not self.runner.parallel:
+            return {}
+        heads, widths = self._shapes()
+        sizes = {layer: (n, widths[layer, "k"], widths[layer, "v"]) for layer, n in heads.items()}
+        return {OWN: FormatCache(fmt, read_cache_tables(folder, fmt, sizes))}
+
+    def rows(self, caches: Mapping[str, FormatCache]) -> list[CacheFigures]:
         """All figures of each format, by the name it was asked for."""
-        known = self.measure([self.cache(fmt) for fmt in formats])
-        return [self._figures(name, fmt, *one) for name, fmt, one in zip(names, formats, known, strict=True)]
+        known = self.measure(list(caches.values()))
+        return [self._figures(name, c.format, *one) for (name, c), one in zip(caches.items(), known, strict=True)]
 
     def measure(self, caches: Sequence[Cache]) -> list[tuple[Drift, tuple[Depth, ...], Repetition | None]]:
         """Drift, facts and repetition of any caches."""
