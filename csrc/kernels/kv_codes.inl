@@ -6,6 +6,9 @@
 #pragma once
 
 #include <string.h>
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#endif
 
 #include "kernels/kv_vectors.inl"
 
