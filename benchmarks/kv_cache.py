@@ -42,9 +42,10 @@ from lowbit.measure.kv.runner import Runner
 from lowbit.measure.windows import Tokens
 
 OURS = (
-    "int8", "int8:g32", "simquant8", "rotate@int6", "rotate+search@int5:g32", "rotate+search@int5", "int4", "int4:g32", "rotate+search@int4:g32",
+    "int8", "int8:g32", "int8:recent=32", "simquant8", "rotate@int6", "rotate+search@int5:g32", "rotate+search@int5", "int4", "int4:g32", "rotate+search@int4:g32",
     "rotate+search@int4", "search@int4:32x1", "kivi4", "kvquant4", "turboquant4", "rotate+search@int3:g32", "kvquant3", "turboquant3",
-    "rotate+search@int5:recent=32", "rotate+search@int4:recent=32", "rotate+search@int3:recent=32", "rotate+search@int2:g32:recent=64",
+    "rotate+search@int5:recent=32", "rotate+search@int4:recent=32", "rotate+norm@normal4:recent=32",
+    "rotate+search@int3:recent=32", "rotate+search@int2:g32:recent=64",
     "rotate+search@int2:g32", "kivi2", "kvquant2", "turboquant2",
 )  # fmt: skip
 THEIRS = (("fp8", 8), ("hqq", 8), ("quanto", 4), ("hqq", 4), ("quanto", 2), ("hqq", 2))

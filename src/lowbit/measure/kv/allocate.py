@@ -13,13 +13,13 @@ from lowbit.kv.side import parse_side
 from lowbit.measure.kv.sensitivity import SIDES, Place, Sensitivity
 from lowbit.measure.kv.size import side_bytes
 
-# 8 to 2 bits; what keeps outliers of channels apart (rotation, groups of tokens) and what does not. The newest tokens are attended to most:
-# keeping 32 of them exactly costs a quarter of a bit at a context of 2048, and less at longer ones.
+# 8 to 2 bits; what keeps outliers of channels apart (rotation, groups of tokens) and what does not. All keep the newest 32 tokens
+# exactly, which costs little in a long context, so that any of keys goes with any of values in the engine, which computes them all.
 CANDIDATES = (
-    "int8", "int6:32x1", "rotate@int6", "rotate+search@int5", "rotate+search@int5:recent=32", "search@int5:32x1:recent=32",
-    "rotate+search@int4", "rotate+search@int4:recent=32", "rotate+search@int4:g32:recent=32", "uint4:32x1:min=fp16:recent=32",
-    "rotate+search@int3:recent=32", "rotate+search@int3:g32:recent=32", "uint3:32x1:min=fp16:recent=32", "uint2:32x1:min=fp16:recent=32",
-    "rotate+search@int2:g32:recent=32",
+    "int8:recent=32", "rotate+norm@int6:recent=32", "rotate+norm@int5:recent=32", "uint4:32x1:min=fp16:recent=32",
+    "uint4:g32:min=fp16:recent=32", "rotate+norm@normal4:g32:recent=32", "rotate+norm@normal4:recent=32", "uint3:32x1:min=fp16:recent=32",
+    "uint3:g32:min=fp16:recent=32", "rotate+norm@normal3:g32:recent=32", "rotate+norm@normal3:recent=32", "uint2:32x1:min=fp16:recent=32",
+    "rotate+norm@normal2:g32:recent=32",
 )  # fmt: skip
 _TRIES = 5
 _MARGIN = 0.95  # of the limit is aimed at, once it is known how predictions and measurements go together
