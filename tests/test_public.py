@@ -29,6 +29,7 @@ ROOMS = (
     "tuning",
     "kv",
     "recipes",
+    "adapters",
     "planning",
     "engine",
     "calibration",
