@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.adapters.config import AdapterConfig, read_adapter_config
+from lowbit.adapters.config import AdapterConfig, check_patterns, read_adapter_config
 from lowbit.errors import SourceError, WeightError
+from lowbit.interchange.companions import READ_BY_TRANSFORMERS
 from lowbit.interchange.files.adapter import ADAPTER
 from lowbit.interchange.files.safetensors_reader import Entry, Header, read_header, read_tensor, sampled
+from lowbit.interchange.hub import hub
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -99,8 +101,11 @@ class Adapter:
 
 
 def open_adapter(folder: str | Path) -> Adapter:
-    """Read the settings and the header of an adapter; no value. SourceError for what is no adapter, or none that lowbit computes."""
+    """Read the settings and the header of an adapter, a folder or an id on the hub; no value. SourceError for what is no adapter, or none that lowbit
+    computes."""
     path, label = Path(folder), str(folder)
+    if hub.claims(folder):
+        path = hub.snapshot(label, (ADAPTER, WEIGHTS, *READ_BY_TRANSFORMERS))
     if not path.is_dir():
         raise SourceError(
             f"there is no folder {label!r}; an adapter is a folder with {ADAPTER} and {WEIGHTS}, as save_pretrained of peft writes"
@@ -146,6 +151,7 @@ def _sorted(
             if _FOREIGN.search(plain):
                 raise SourceError(f"{label}: lowbit does not know what the tensor {key!r} of an adapter does; {_MERGE}")
             _put(replaced, plain, entry, label)
+    check_patterns(config, factors, label)
     return {module: _product(module, parts, config, label) for module, parts in factors.items()}, replaced
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ _NOT_COMPUTED = {
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _KNOWN = {*FIELDS, *_OF_TRAINING, *_NOT_COMPUTED}
-_MOST_PATTERNS, _LONGEST = 4096, 256
+_MOST_PATTERNS, _LONGEST, _MOST_STEPS = 4096, 256, 1e10
 
 
 @dataclass(frozen=True)
@@ -154,21 +154,32 @@ def _patterns(found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if len(found) > _MOST_PATTERNS:
         raise SourceError(f"{where} has {len(found)} patterns, and no more than {_MOST_PATTERNS} are read; give fewer")
     for pattern in found:
-        quick = (
-            len(pattern) <= _LONGEST
-            and len(re.findall(r"[*+?{]", pattern)) <= 4
-            and not re.search(r"\)[*+?{]", pattern)
-        )
+        quick = len(pattern) <= _LONGEST and _repetitions(pattern) <= 2 and not re.search(r"\)[*+?{]", pattern)
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError):
             quick = False
         if not quick:
             raise SourceError(
-                f"{where} has {shown(pattern)}, which is not read as a pattern of names: it may have 256 characters and four repetitions, "
+                f"{where} has {shown(pattern)}, which is not read as a pattern of names: it may have 256 characters and two repetitions, "
                 "none of a group; write out the names"
             )
     return found
+
+
+def _repetitions(pattern: str) -> int:
+    return len(re.findall(r"[*+?{]", pattern))
+
+
+def check_patterns(config: AdapterConfig, modules: Collection[str], label: str) -> None:
+    """SourceError where matching all names with all patterns could take minutes: the steps of a match grow with the length of a name to the power of one more
+    than the repetitions."""
+    longest = max(map(len, modules), default=0)
+    steps = sum(len(modules) * longest ** (1 + _repetitions(pattern)) for pattern in (*config.ranks, *config.alphas))
+    if steps > _MOST_STEPS:
+        raise SourceError(
+            f"{label}: the patterns of ranks and alphas would take too long on {len(modules)} names of up to {longest} characters; write out the names"
+        )
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:

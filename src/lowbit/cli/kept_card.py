@@ -28,10 +28,12 @@ def words_of(
 
 
 def merge_words(
-    base: str, adapter: str, recipe: str | None, dtype: str | None, effort: str, calibration: str | None, samples: int | None, chat: bool
+    base: str, adapter: str, recipe: str | None, dtype: str | None, effort: str, calibration: str | None, samples: int | None, chat: bool,
+    out: str,
 ) -> str:  # fmt: skip
     """`lowbit merge` with these options, to be read by others."""
     options = {
+        "out": out,
         "dtype": dtype, "effort": None if effort == "auto" else effort, "calibration": calibration, "samples": samples, "chat": chat,
     }  # fmt: skip
     named = [_named(each) for each in (base, adapter, recipe) if each is not None]

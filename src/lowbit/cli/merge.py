@@ -109,7 +109,7 @@ def merge(
         if measures is not HowMuch.none:
             with whole():
                 found = measured_after(done, None, None, measures)
-        command = merge_words(model, adapter, recipe, dtype, effort, calibration, samples, chat)
+        command = merge_words(model, adapter, recipe, dtype, effort, calibration, samples, chat, str(out))
         for line in keep_card(done, out, None, model, command, found):
             console.dim(line)
         if found is not None:
