@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
 
 import lowbit
 from lowbit.errors import SourceError
+from tiny import tiny_model
 
 peft = pytest.importorskip("peft")
 IDS = torch.tensor([[1, 5, 9, 20, 3], [7, 7, 2, 90, 11]])
@@ -26,7 +26,7 @@ def trained(arch: str, **settings: Any) -> Any:
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
-                param += torch.randn(param.shape, generator=generator) * 0.05
+                param += torch.randn(param.shape, generator=generator) * 0.2
     return model.eval()
 
 

@@ -28,6 +28,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _KEPT = re.compile(r"(.+?)\.(?:base_layer|modules_to_save(?:\.default)?)\.(.+)")
+_PACKED = re.compile(r".+\.base_layer\.weight\..+")
 _FOREIGN = re.compile(r"lora_|\.(?:token_adapter|original_module|base_layer|modules_to_save)\b|_adapter\.")
 
 
@@ -132,6 +133,8 @@ def _sorted(
     factors: dict[str, dict[str, Entry]] = {}
     replaced: dict[str, Entry] = {}
     for key, entry in entries.items():
+        if _PACKED.fullmatch(key.removeprefix(_PREFIX)):
+            continue  # the frozen weight of the base, which peft saves beside an adapter of an embedding
         if entry.dtype not in _FLOATS:
             raise SourceError(
                 f"{label}: tensor {key!r} is {entry.dtype}, and adapters are floats; save the adapter again"
