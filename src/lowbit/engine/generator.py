@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -12,6 +12,11 @@ from lowbit.engine.engine import Engine
 from lowbit.engine.fallback import Transformers
 from lowbit.errors import EngineError
 from lowbit.interchange.source import Source
+
+if TYPE_CHECKING:
+    from lowbit.adapters.adapter import Adapter
+
+BESIDE = "the engine does not compute adapters beside the weights yet; `lowbit merge BASE ADAPTER -o OUT` makes a model that it runs"
 
 
 class Choice(NamedTuple):
@@ -23,15 +28,17 @@ class Choice(NamedTuple):
 
 def choose(
     model: str | Path | nn.Module | Source, options: Mapping[str, Any], tokenizer: Any = None, threads: int | None = None,
-    spelled: str = "{}",
+    spelled: str = "{}", adapters: Mapping[str, Adapter] | None = None,
 ) -> Choice:  # fmt: skip
-    """The engine where it computes `model`.
+    """The engine where it computes `model`, with these adapters beside its weights, which it does not do yet.
 
     options: of `Engine.open`, that only the engine has: EngineError where transformers would ignore one that is not None, with its name
     `spelled` as the user knows it.
     """
     given = {name: value for name, value in options.items() if value is not None}
     try:
+        if adapters:
+            raise EngineError(BESIDE)
         return Choice(Engine.open(model, tokenizer=tokenizer, **{"threads": threads, **given}))
     except EngineError as error:
         if given:
@@ -46,13 +53,16 @@ def open_generator(
     options: Mapping[str, Any],
     before_transformers: Callable[[], object] = lambda: None,
     spelled: str = "{}",
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> Engine | Transformers:
     """What generates text with a folder that lowbit wrote, or a float model by any name that lowbit takes.
 
+    adapters: those that are to stand beside the weights, by name.
+
     options, spelled: as for `choose`. before_transformers: called where it is not the engine, before transformers is imported.
     """
-    engine, reason = choose(model, options, spelled=spelled)
+    engine, reason = choose(model, options, spelled=spelled, adapters=adapters)
     if engine is not None:
         return engine
     before_transformers()
-    return Transformers.open(model, reason)
+    return Transformers.open(model, reason, adapters)
