@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import factors, llama_factors, write
 from typer.testing import CliRunner
 
 import lowbit
+from handmade_adapters import factors, llama_factors, write
 from lowbit.adapters.beside import Beside
 from lowbit.adapters.named import named_adapters
 from lowbit.cli.main import app

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import LLAMA, SETTINGS, factors, llama_factors, write
 
 import lowbit
+from handmade_adapters import LLAMA, SETTINGS, factors, llama_factors, write
 from lowbit.adapters.adapter import open_adapter
 from lowbit.errors import LowbitError, SourceError, WeightError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import factors, llama_factors, write
 from safetensors.torch import load_file
 
 import lowbit
+from handmade_adapters import factors, llama_factors, write
 from lowbit.adapters import changes
 from lowbit.adapters.source import AdaptedSource
 from lowbit.convert.dequantizing import Dequantized

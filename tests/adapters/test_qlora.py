@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from handmade import llama_factors, write
 from torch import Tensor, nn
 
 import lowbit
+from handmade_adapters import llama_factors, write
 from lowbit.errors import WeightError
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights

@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    model: Annotated[
+    base: Annotated[
         str,
         typer.Argument(
             metavar="BASE",
@@ -90,7 +90,7 @@ def merge(
     start = time.perf_counter()
     with console.layers_bar("merging") as (progress, on_layer):
         made = lowbit.merge(
-            model, adapter, out, recipe, dtype=dtype, effort=rung, calibration=calibration, samples=samples, chat=chat, progress=progress,
+            base, adapter, out, recipe, dtype=dtype, effort=rung, calibration=calibration, samples=samples, chat=chat, progress=progress,
             on_layer=on_layer, overwrite=overwrite,
         )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -109,8 +109,8 @@ def merge(
         if measures is not HowMuch.none:
             with whole():
                 found = measured_after(done, None, None, measures)
-        command = merge_words(model, adapter, recipe, dtype, effort, calibration, samples, chat, str(out))
-        for line in keep_card(done, out, None, model, command, found):
+        command = merge_words(base, adapter, recipe, dtype, effort, calibration, samples, chat, str(out))
+        for line in keep_card(done, out, None, base, command, found):
             console.dim(line)
         if found is not None:
             facts["card"] = found.to_dict()
