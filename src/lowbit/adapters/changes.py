@@ -13,7 +13,7 @@ from lowbit.errors import SourceError, nearest
 from lowbit.interchange.files.safetensors_reader import Entry
 from lowbit.interchange.inventory import Param
 
-CHUNK = 1 << 22  # elements that are in float64 at a time
+CHUNK = 1 << 20  # elements that are in float64 at a time
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lowbit.interchange.source import Source
 if TYPE_CHECKING:
     from lowbit.adapters.adapter import Adapter
 
-BESIDE = "the engine does not compute adapters beside the weights yet; `lowbit merge BASE ADAPTER -o OUT` makes a model that it runs"
+BESIDE = "the engine does not compute adapters beside the weights yet (`lowbit merge BASE ADAPTER -o OUT` puts one into them)"
 
 
 class Choice(NamedTuple):
