@@ -17,6 +17,7 @@ from handmade_adapters import llama_factors, write
 from lowbit.errors import WeightError
 from lowbit.nn.packed import PackedWeight
 from lowbit.nn.swap import packed_weights
+from tiny import TINY, save_tiny
 
 FORMATS = ("int4:g32", "int8:channel", "nf4:g64", "mxfp4", "uint4:g64:zero=fp16", "int3:g32")
 IDS = torch.tensor([[1, 5, 9, 20, 3, 7]])
@@ -198,3 +199,26 @@ def test_the_trainer_of_transformers(packed_folder: Packed, tmp_path: Path) -> N
     trainer = Trainer(model, TrainingArguments(str(tmp_path / "runs"), max_steps=4, **how), train_dataset=data)
     trainer.train(resume_from_checkpoint=str(tmp_path / "runs" / "checkpoint-2"))
     assert all(torch.equal(value, whole[name]) for name, value in model.state_dict().items() if "lora_" in name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_text_of_a_loaded_model_is_that_of_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an engine was made of the weights before the adapter was put on them."""
+    make = TINY["llama"]
+
+    def wide() -> Any:
+        config = make()
+        config.hidden_size, config.head_dim = 64, 16
+        return config
+
+    monkeypatch.setitem(TINY, "llama", wide)
+    save_tiny("llama", tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "packed")
+    model = lowbit.load(tmp_path / "packed")
+    before = model.generate("the hen", max_new_tokens=6).tokens
+    tuned = attached(model, target_modules="all-linear", init_lora_weights=False, lora_alpha=400).eval()
+    ids = model.generate.generator().tokenizer.encode("the hen")
+    with torch.no_grad():
+        wanted = tuned.generate(input_ids=torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :]
+    after = model.generate("the hen", max_new_tokens=6).tokens
+    assert list(after) == wanted.tolist() != list(before)
