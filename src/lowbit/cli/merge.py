@@ -25,8 +25,8 @@ def register(app: typer.Typer) -> None:
         cls=CommandWithCard,
         rich_help_panel="Make",
         short_help="Put a LoRA adapter into the weights of a model.",
-        epilog="Examples:\nlowbit merge smollm2-w4 my-adapter -o merged\nlowbit merge smollm2 my-adapter w4 -o merged\n"
-        "lowbit merge smollm2-w4 my-adapter -o merged --dtype bfloat16",
+        epilog="Examples:\nlowbit merge smollm2-w4 my-adapter -o merged\nlowbit merge smollm2 my-adapter w4 -o merged-w4\n"
+        "lowbit merge smollm2-w4 my-adapter -o merged-float --dtype bfloat16",
     )(merge)
 
 
