@@ -114,7 +114,7 @@ def test_text_is_that_of_the_merged_model(tmp_path: Path, tiny_folder: Callable[
     lowbit.merge(tiny_folder("llama"), folder, tmp_path / "merged")
     program = open_generator(str(tiny_folder("llama")), {}, adapters=named_adapters(folder, tiny_folder("llama")))
     assert isinstance(program, Transformers)
-    assert "the engine does not compute adapters beside the weights yet; `lowbit merge" in str(program)
+    assert "the engine does not compute adapters beside the weights yet (`lowbit merge" in str(program)
     merged = lowbit.generate(tmp_path / "merged", [5, 9, 20], max_new_tokens=8)
     assert program.generate([5, 9, 20], max_new_tokens=8).tokens == merged.tokens
 
