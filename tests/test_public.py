@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import lowbit
+from handmade_adapters import llama_factors, write
 from tiers import mostly_nightly
 from tiny import save_tiny
 
@@ -29,6 +30,7 @@ ROOMS = (
     "tuning",
     "kv",
     "recipes",
+    "adapters",
     "planning",
     "engine",
     "calibration",
@@ -221,7 +223,10 @@ SPELLED = {
     }),
     "plan": ("plan", {"every": COMMAND_LINE, "bits": "`recipe`, such as int4:g64", "group_size": "`recipe`"}),
     "recommend": ("recommend", {}),
-    "evaluate": ("evaluate", {"save": "`save_card`"}),
+    "evaluate": ("evaluate", {"save": "`save_card`", "adapter": "`against`, which takes what `with_adapter` gives"}),
+    "merge": ("merge", {
+        "data_free": "effort='none'", "card": "`evaluate` measures", "no_card": "`evaluate` measures",
+    }),
     "card": ("card", {"markdown": "README.md in the folder", "rewrite": "`save_card`"}),
     "check-kv": ("check_kv", {"plot": COMMAND_LINE, "write": "`lowbit.kv.folder.write_cache_format`"}),
     "compare": ("compare", {"markdown": "`to_markdown` of the result", "data_free": "effort='none'"}),
@@ -302,10 +307,11 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (root / "model" / "chat_template.jinja").write_text(template)
     lowbit.quantize(root / "model", "int4:g32", root / "quantized")
     lowbit.export(root / "quantized", "gptq", root / "gptq")
+    write(root / "adapter", llama_factors())
     text = ["The cat sat on the mat and looked at the moon. " * 60]
     few = SpeedSettings(prompt=4, new=4, prefill=8, batch=0, repeats=1)
     return {
-        "lowbit": lowbit, "torch": torch, "model": root / "model", "quantized": root / "quantized", "gptq": root / "gptq",
+        "lowbit": lowbit, "torch": torch, "model": root / "model", "quantized": root / "quantized", "gptq": root / "gptq", "adapter": root / "adapter",
         "folder": root, "text": text, "few": few,
     }  # fmt: skip
 

@@ -15,12 +15,14 @@ from lowbit import _hook
 from lowbit.version import __version__ as __version__
 
 if TYPE_CHECKING:  # for editors and type checkers: the same names, from the same modules
+    from lowbit.adapters.source import with_adapter as with_adapter
     from lowbit.budget.allocate import allocate as allocate
     from lowbit.budget.allocation import Allocation as Allocation
     from lowbit.convert.dequantizing import dequantize_model as dequantize_model
     from lowbit.convert.direct import quantize_as as quantize_as
     from lowbit.convert.exporting import export as export
     from lowbit.convert.importing import import_model as import_model
+    from lowbit.convert.merging import merge as merge
     from lowbit.engine.asking import chat as chat
     from lowbit.engine.asking import generate as generate
     from lowbit.engine.engine import Engine as Engine
@@ -89,6 +91,7 @@ _HOMES = {
     "integer_matmul": "lowbit.kernels.integer",
     "load": "lowbit.pipeline.loading",
     "load_into": "lowbit.pipeline.loading",
+    "merge": "lowbit.convert.merging",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
     "quantize": "lowbit.measure.quantizing",
@@ -96,6 +99,7 @@ _HOMES = {
     "quantize_tensor": "lowbit.pipeline.api",
     "recommend": "lowbit.report.recommend",
     "save_card": "lowbit.report.card",
+    "with_adapter": "lowbit.adapters.source",
 }
 # Of these, the calls that take long -> what they do, and what they count: people who watch see a bar (`report/watching.py`).
 _WATCHED = {
@@ -108,6 +112,7 @@ _WATCHED = {
     "export": ("exporting", "bytes"),
     "import_model": ("importing", "bytes"),
     "inspect": ("reading", "bytes"),
+    "merge": ("merging", "bytes"),
     "quantize": ("quantizing", "bytes"),
     "quantize_as": ("quantizing", "bytes"),
     "recommend": ("recommending", "windows"),

@@ -23,6 +23,7 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 import lowbit
+from handmade_adapters import factors, write
 from lowbit.calibration import text
 from lowbit.cli.main import app
 from quantized_folders import gptq_layer, save_quantized
@@ -109,6 +110,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(place)
         patch.setenv("COLUMNS", "80")
         patch.setattr(text, "_python_reference", small_text)
+        write(place / "my-adapter", factors({"model.layers.0.self_attn.q_proj": (64, 64)}))
         done = run("lowbit quantize smollm2 --windows 1")
         assert done.exit_code == 0, done.output
         yield place

@@ -55,7 +55,7 @@ def test_every_command_says_what_to_do(command: str, tmp_path: Path, monkeypatch
     line = result.stderr.strip().split("\n")[-1]
     assert result.exit_code == 2, (result.output, result.exception)
     assert line.startswith("error: my-lora is a LoRA adapter for the base model 'HuggingFaceTB/SmolLM2-135M'"), line
-    assert "merge_and_unload" in line and line.endswith("lowbit quantize my-lora-merged")
+    assert line.endswith(f"lowbit quantize {BASE} --adapter my-lora")
     assert [p.name for p in tmp_path.iterdir()] == ["my-lora"]
 
 
@@ -68,11 +68,12 @@ def the_program(message: str) -> str:
 
 
 def test_the_command_is_one_that_runs(tmp_path: Path) -> None:
-    program = the_program(said_of(adapter(tmp_path / "lora")))
+    loha = {"peft_type": "LOHA", "base_model_name_or_path": BASE}
+    program = the_program(said_of(adapter(tmp_path / "loha", loha)))
     merged = re.search(r'save_pretrained\("([^"]+)"\)', program)
-    assert merged is not None and merged[1] == "lora-merged"
+    assert merged is not None and merged[1] == "loha-merged"
     assert f'AutoTokenizer.from_pretrained("{BASE}")' in program
-    own = the_program(said_of(adapter(tmp_path / "with words", tokenizer=True)))
+    own = the_program(said_of(adapter(tmp_path / "with words", loha, tokenizer=True)))
     assert f'AutoTokenizer.from_pretrained("{tmp_path}/with words")' in own
 
 
@@ -109,6 +110,12 @@ def test_hostile_settings_are_a_line_and_a_command_that_runs_none_of_them(conten
     text = said_of(adapter(tmp_path / "a", content))
     assert text.isprintable()
     assert "is a" in text and "adapter" in text
+    if "--adapter" in text:
+        words = shlex.split(text[text.index("lowbit quantize") :])
+        base = content["base_model_name_or_path"]
+        named = base if base.strip() and len(base) < 100 else "BASE"
+        assert words == ["lowbit", "quantize", named, "--adapter", str(tmp_path / "a")]
+        return
     program = the_program(text)
     called = set(re.findall(r"\b(\w+)\(", re.sub(r'"(?:[^"\\]|\\.)*"', '""', program)))
     assert called <= {"from_pretrained", "merge_and_unload", "save_pretrained"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+from handmade_adapters import llama_factors, write
+from lowbit.adapters.source import with_adapter
 from lowbit.errors import SourceError
 from lowbit.interchange.files.safetensors_reader import DTYPES, read_header
 from lowbit.interchange.hub import failures, hub
@@ -250,3 +253,12 @@ def test_a_misspelt_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             open_source(typed)
     with pytest.raises(SourceError, match="a model can be a local folder"):
         open_source("nothing-like-it")
+
+
+def test_an_adapter_by_its_id_is_fetched_without_pickles(remote: Hub, tiny_folder: Callable[[str], Path]) -> None:
+    write(remote.repo, llama_factors())
+    for name in ("adapter_model.bin", "optimizer.pt", "training_args.bin", "model.safetensors", "evil.py"):
+        (remote.repo / name).write_bytes(b"large")
+    both = with_adapter(tiny_folder("llama"), "org/name")
+    assert sorted(remote.fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert any("the adapter name (LoRA, rank 4" in line for line in both.merged)

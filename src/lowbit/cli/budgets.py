@@ -40,7 +40,7 @@ def in_a_name(target: dict[str, Any]) -> str:
     return next((form.format(target[key]) for key, form in _NAMES.items() if key in target), "")
 
 
-def allocated(model: str, recipe: Any, target: dict[str, Any], sensitivity: Path, screen: Any, **text: Any) -> Any:
+def allocated(model: Any, recipe: Any, target: dict[str, Any], sensitivity: Path, screen: Any, **text: Any) -> Any:
     """The recipe for the target; what it found is printed."""
     import lowbit
     from lowbit.budget.allocation import formats_of

@@ -39,6 +39,13 @@ def chat(
     """
     sampling, stop = how.sampling(), how.stops()
     generator = how.generator(model)
+    names = how.adapter_names(generator)
+    if len(names) > 1:
+        from lowbit.errors import RecipeError
+
+        raise RecipeError(
+            f"a conversation has one adapter, and {' and '.join(names)} were given; leave out all but one"
+        )
     talk = generator.conversation(system, **sampling)
     if sys.stdin.isatty():
         console.dim(_HELP)

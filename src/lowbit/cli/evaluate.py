@@ -28,6 +28,14 @@ def evaluate(
             metavar="MODEL", help="Compare with this model, the float one that it was made from.", show_default=False
         ),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Put this LoRA adapter into the weights of the model after --against first: what a merged model is to be.",
+            show_default=False,
+        ),
+    ] = None,
     text: Text = None,
     windows: Windows = None,
     length: Annotated[
@@ -70,13 +78,17 @@ def evaluate(
     it is interrupted, the same command goes on from the windows and blocks that were finished.
     """
     import lowbit
+    from lowbit.errors import RecipeError
     from lowbit.measure.kept import place_of
 
+    if adapter is not None and against is None:
+        raise RecipeError("--adapter belongs to the model after --against and would be ignored; add --against MODEL")
     console.quiet()
+    held = against if against is None or adapter is None else lowbit.with_adapter(against, adapter)
     with console.steps() as (say, progress):
         card = lowbit.evaluate(
             model,
-            against,
+            held,
             text,
             windows=windows,
             length=length,
@@ -91,5 +103,5 @@ def evaluate(
 
     console.print_result(as_json, card.to_json, lambda width: render_card(card, advice(card, against)))
     if save and against is not None:
-        for line in keep_evaluated(card, model, against, text, windows, length, speed, inputs):
+        for line in keep_evaluated(card, model, against, text, windows, length, speed, inputs, adapter):
             console.dim(line)

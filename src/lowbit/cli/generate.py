@@ -39,8 +39,15 @@ def generate(
     sampling, stop = how.sampling(), how.stops()
     generator = how.generator(model)
     alone = len(prompt) == 1
-    results = generator.generate(
-        prompt, max_new_tokens=max_new_tokens, stop=stop, raw=raw,
-        stream=(lambda text, index: show(text)) if alone else None, **sampling,
-    )  # fmt: skip
-    sys.stdout.write("\n" if alone else "\n\n".join(r.text for r in results) + "\n")
+    names = how.adapter_names(generator)
+    for name in names or (None,):
+        if len(names) > 1:
+            show(f"{name}:\n")
+        chosen = {} if name is None else {"adapter": name}
+        results = generator.generate(
+            prompt, max_new_tokens=max_new_tokens, stop=stop, raw=raw,
+            stream=(lambda text, index: show(text)) if alone else None, **chosen, **sampling,
+        )  # fmt: skip
+        sys.stdout.write("\n" if alone else "\n\n".join(r.text for r in results) + "\n")
+        if len(names) > 1 and name != names[-1]:
+            sys.stdout.write("\n")

@@ -85,6 +85,14 @@ class Generation:
             show_default=False,
         ),
     ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Put this LoRA adapter beside the weights: a folder that peft wrote, or NAME=FOLDER. Given again, each adapter answers in turn.",
+            show_default=False,
+        ),
+    ] = None
     activations: Annotated[
         str | None,
         typer.Option(
@@ -102,17 +110,27 @@ class Generation:
         """What generates text with `model`; one dim line on stderr says what it is, and why where it is not the engine."""
         from lowbit.engine.generator import open_generator
 
+        adapters = None
+        if self.adapter:
+            from lowbit.adapters.named import named_adapters
+
+            console.quiet()
+            adapters = named_adapters(self.adapter, model)
         with console.stderr().status("loading"):
             options = {name: getattr(self, name) for name in _ENGINE}
-            found = open_generator(model, options, before_transformers=console.quiet, spelled="--{}")
+            found = open_generator(model, options, before_transformers=console.quiet, spelled="--{}", adapters=adapters)
         console.dim(f"{found}{_too_many(self.threads or 0)}")
         return found
+
+    def adapter_names(self, generator: Any) -> tuple[str, ...]:
+        """The names of the adapters that were given, in their order."""
+        return tuple(generator.adapters) if self.adapter else ()
 
     def sampling(self) -> dict[str, Any]:
         """Fields of `Sampling`. RecipeError for what they cannot be, before a model is loaded."""
         from lowbit.engine.arguments import sampling_of
 
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop")}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ENGINE, "stop", "adapter")}
         sampling_of(found)
         return found
 

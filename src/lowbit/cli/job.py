@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lowbit.convert.exporting import Exported
     from lowbit.convert.preparing import Prepared
     from lowbit.interchange.exporters.exporter import Exporter
+    from lowbit.interchange.source import Source
     from lowbit.pipeline.api import Quantized
     from lowbit.pipeline.effort import Decision
     from lowbit.recipes.recipe import Recipe
@@ -49,7 +50,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A model and the recipe for it. ready: what another program's format makes of the recipe, None for lowbit's own."""
+    """A model and the recipe for it. ready: what another program's format makes of the recipe, None for lowbit's own. given: the model as calls of
+    lowbit take it, with an adapter in it where there is one, and called `name` then in the names of files."""
 
     model: str
     typed: str  # the recipe in the user's words
@@ -57,11 +59,13 @@ class Job:
     ready: Prepared | None
     text: CalibrationText
     decision: Decision
+    given: str | Source
+    name: str
 
     @staticmethod
     def of(
         model: str, recipe: str, target_format: str | None, text: CalibrationText, kv: str | None = None,
-        effort: str = "auto", place: Path | None = None, forecast: bool = True, overwrite: bool = False,
+        effort: str = "auto", place: Path | None = None, forecast: bool = True, overwrite: bool = False, adapter: str | None = None,
     ) -> Job:  # fmt: skip
         """RecipeError for a recipe that there is not, and for text that it would ignore. place: where lowbit's folder goes, if that is
         known: a run that was killed there, or is done, is met with the effort that it had. forecast: whether its time is told, for which
@@ -72,14 +76,15 @@ class Job:
         from lowbit.recipes.recipe import Recipe
 
         options = Options(overwrite=overwrite, calibration=text.calibration, samples=text.samples, chat=text.chat)
+        given, name = _with_adapter(model, adapter)
         ready = None
         if target_format is None:
             wanted = Recipe.of(recipe)
             _check_text(wanted, effort, text)
-            decision = decided(model, wanted, effort, options, place or default_folder(model, wanted), told=forecast)
+            decision = decided(given, wanted, effort, options, place or default_folder(name, wanted), told=forecast)
             wanted = decision.recipe
         else:
-            ready, decision = prepare_for(model, recipe, target_format, effort, options, place, kv, told=forecast)
+            ready, decision = prepare_for(given, recipe, target_format, effort, options, place, kv, told=forecast)
             wanted = ready.recipe
             if kv is None:
                 _check_text(wanted, effort, text)
@@ -87,13 +92,13 @@ class Job:
             text = CalibrationText(
                 decision.calibration, decision.samples, text.chat and decision.calibration is not None
             )
-        return Job(model, recipe, wanted, ready, text, decision)
+        return Job(model, recipe, wanted, ready, text, decision, given, name)
 
     def default_out(self, target: str = "") -> Path:
         """The name of the result in the current folder, where none is given. target: what it is to meet, as a part of that name."""
         if self.ready is None:
-            return default_folder(self.model, self.recipe, target)
-        return default_file(self.model, self.typed, self.ready.exporter, target)
+            return default_folder(self.name, self.recipe, target)
+        return default_file(self.name, self.typed, self.ready.exporter, target)
 
     def advice(self) -> tuple[str, ...]:
         """What is unusual in how the recipe groups weights of this model, known from its headers."""
@@ -102,7 +107,7 @@ class Job:
 
         if self.ready is not None:
             return self.ready.plan.advice
-        return plan(self.model, self.recipe).advice if may_advise(self.recipe) else ()
+        return plan(self.given, self.recipe).advice if may_advise(self.recipe) else ()
 
     def peak(self, with_card: bool) -> int | None:
         """About how many bytes of memory the command takes at most; None where that is not known before the work, as with `--as`."""
@@ -110,7 +115,7 @@ class Job:
 
         if self.ready is not None:
             return None
-        made = plan(self.model, self.recipe)
+        made = plan(self.given, self.recipe)
         with_text = made.calibrated_peak_bytes if self.text.calibration is not None else None
         return max(with_text or made.peak_bytes, (made.card_peak_bytes or 0) if with_card else 0)
 
@@ -120,11 +125,11 @@ class Job:
         from lowbit.convert.quantize_as import prepare
 
         kind, kv = (None, None) if self.ready is None else (self.ready.exporter.name, self.ready.kv)
-        options = {**self.text.options(), **(candidates(kind, self.model) if kind else {})}
-        recipe = budgets.allocated(self.model, self.recipe, dict(target), sensitivity, screen, **options)
+        options = {**self.text.options(), **(candidates(kind, self.given) if kind else {})}
+        recipe = budgets.allocated(self.given, self.recipe, dict(target), sensitivity, screen, **options)
         # A recipe that looks at no text leaves it to the allocation.
         text = self.text if recipe.uses_calibration or kv is not None else CalibrationText(None, None, False)
-        ready = prepare(self.model, recipe, kind, kv=kv) if kind else None
+        ready = prepare(self.given, recipe, kind, kv=kv) if kind else None
         return replace(self, recipe=recipe, ready=ready, text=text)
 
     @property
@@ -149,12 +154,21 @@ class Job:
                 options = {"progress": progress, "on_layer": on_layer, "overwrite": overwrite, **self.text.options()}
                 if self.ready is None:
                     options["effort"] = self.rung
-                    quantized = lowbit.quantize(self.model, self.recipe, out, **options)
+                    quantized = lowbit.quantize(self.given, self.recipe, out, **options)
                 else:
-                    writing = quantized_as(self.model, self.ready, out, keep=keep, **options)
+                    writing = quantized_as(self.given, self.ready, out, keep=keep, **options)
                     quantized, exported = kept.enter_context(writing)
             checked = before is not None and _written_at(place) == before
             yield Outcome(quantized, exported, time.perf_counter() - start, peak_resident(), checked)
+
+
+def _with_adapter(model: str, adapter: str | None) -> tuple[str | Source, str]:
+    """The model as calls take it, and what files of it are called."""
+    if adapter is None:
+        return model, model
+    from lowbit.adapters.source import with_adapter
+
+    return with_adapter(model, adapter), f"{own_name(model)}-{own_name(adapter)}"
 
 
 def _check_text(recipe: Recipe, effort: str, text: CalibrationText) -> None:

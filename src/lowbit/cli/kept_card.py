@@ -17,14 +17,27 @@ if TYPE_CHECKING:
 
 def words_of(
     model: str, recipe: str, target_format: str | None, effort: str, calibration: str | None, samples: int | None, chat: bool,
-    target: Mapping[str, Any], text: str | None, windows: int | None, card: str | None,
+    target: Mapping[str, Any], text: str | None, windows: int | None, card: str | None, adapter: str | None = None,
 ) -> list[str]:  # fmt: skip
     """`lowbit quantize` with these options, to be read by others: files by their names alone."""
     options: dict[str, Any] = {
-        "as": target_format, "effort": None if effort == "auto" else effort, "calibration": calibration, "samples": samples, "chat": chat, **target, "text": text,
+        "adapter": adapter, "as": target_format, "effort": None if effort == "auto" else effort, "calibration": calibration, "samples": samples, "chat": chat, **target, "text": text,
         "windows": windows, "card": card,
     }  # fmt: skip
     return ["lowbit", "quantize", _named(model), _named(recipe), *_options(options)]
+
+
+def merge_words(
+    base: str, adapter: str, recipe: str | None, dtype: str | None, effort: str, calibration: str | None, samples: int | None, chat: bool,
+    out: str,
+) -> str:  # fmt: skip
+    """`lowbit merge` with these options, to be read by others."""
+    options = {
+        "out": out,
+        "dtype": dtype, "effort": None if effort == "auto" else effort, "calibration": calibration, "samples": samples, "chat": chat,
+    }  # fmt: skip
+    named = [_named(each) for each in (base, adapter, recipe) if each is not None]
+    return " ".join(["lowbit", "merge", *named, *_options(options)])
 
 
 def keep_card(made: Outcome, out: Path, keep: Path | None, model: str, command: str, card: Card | None) -> list[str]:
@@ -62,7 +75,7 @@ def keep_imported(made: Quantized, out: Path, model: str) -> list[str]:
 
 def keep_evaluated(
     card: Card, model: str, against: str, text: str | None, windows: int | None, length: int | None, speed: bool,
-    inputs: str | None = None,
+    inputs: str | None = None, adapter: str | None = None,
 ) -> list[str]:  # fmt: skip
     """After `evaluate` of a folder that lowbit wrote."""
     from lowbit.errors import LowbitError
@@ -75,6 +88,7 @@ def keep_evaluated(
         return []
     options = {
         "against": _named(against),
+        "adapter": adapter,
         "text": text,
         "windows": windows,
         "length": length,

@@ -22,6 +22,7 @@ from lowbit.cli import (
     generate,
     importing,
     inspect,
+    merge,
     plan,
     quantize,
     recipes,
@@ -62,7 +63,7 @@ def _lowbit(
 
 
 for command in (
-    quantize, recommend, plan, evaluate, card, compare, check_kv, generate, chat, bench, importing, dequantize, export, inspect, explain,
+    quantize, merge, recommend, plan, evaluate, card, compare, check_kv, generate, chat, bench, importing, dequantize, export, inspect, explain,
     doctor, recipes,
 ):  # fmt: skip
     command.register(app)

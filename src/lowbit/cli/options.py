@@ -123,6 +123,15 @@ Calibration = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="Put this LoRA adapter into the weights as they are read: a folder that peft wrote, trained on MODEL.",
+        show_default=False,
+    ),
+]
 Effort = Annotated[
     str,
     typer.Option(

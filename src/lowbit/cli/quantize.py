@@ -20,6 +20,7 @@ from lowbit.cli.job import CalibrationText, Job, Outcome
 from lowbit.cli.kept_card import keep_card, words_of
 from lowbit.cli.options import (
     KV,
+    Adapter,
     Bits,
     Calibration,
     CardWindows,
@@ -78,6 +79,7 @@ def quantize(
     ] = None,
     bits: Bits = None,
     group_size: GroupSize = None,
+    adapter: Adapter = None,
     target_format: QuantizeAs = None,
     keep: Annotated[
         Path | None,
@@ -129,8 +131,9 @@ def quantize(
     told = bool(target) and calibration is None
     text_of = CalibrationText(BUILTIN if told else calibration, samples, chat)
     job = Job.of(
-        model, typed, target_format, text_of, kv, effort, keep or out, forecast=not target, overwrite=overwrite
-    )
+        model, typed, target_format, text_of, kv, effort, keep or out, forecast=not target, overwrite=overwrite,
+        adapter=adapter,
+    )  # fmt: skip
     plain = out or job.default_out()  # its sensitivity serves every target
     out = out or job.default_out(budgets.in_a_name(target))
     if measures is not HowMuch.none and text is not None:
@@ -138,7 +141,7 @@ def quantize(
 
         load_text(text)  # a text that cannot be read is better known now than after the work
     screen = console.stderr() if as_json else console.stdout()
-    screen.print(headline(model, job.recipe.title, screen.width))
+    screen.print(headline(model if adapter is None else f"{model} with {adapter}", job.recipe.title, screen.width))
     for line in job.advice():
         screen.print(f"note: {line}", style="dim", markup=False, highlight=False)
     for line in decision_lines(job.decision):
@@ -159,7 +162,9 @@ def quantize(
         console.say(screen, f"{instead} ({count} tensors)", style="dim")
     how = measures.value if measures is HowMuch.full else None
     command = " ".join(
-        words_of(model, job.typed, target_format, effort, calibration, samples, chat, target, text, windows, how)
+        words_of(
+            model, job.typed, target_format, effort, calibration, samples, chat, target, text, windows, how, adapter
+        )
     )
     with _noted(kept), job.run(out, keep, overwrite) as made:
         console.say(screen, _written(made, out))
@@ -175,8 +180,8 @@ def quantize(
             if measured is not None:
                 console.say(screen, "measured before, on the same text; what the card in the folder says:", style="dim")
             else:
-                with _whole():
-                    measured = _measured(made, text, _asked(measures, windows, made), measures)
+                with whole():
+                    measured = measured_after(made, text, _asked(measures, windows, made), measures)
         said = keep_card(made, out, keep, model, command, measured)
     for line in said:
         console.dim(line)
@@ -188,7 +193,10 @@ def quantize(
         from lowbit.report.panel import render_card
 
         base = model if made.quantized.source.config is not None else None
-        screen.print(render_card(measured, advice(measured, base, job.ready.exporter.name if job.ready else "lowbit")))
+        more = advice(measured, base, job.ready.exporter.name if job.ready else "lowbit")
+        if adapter is not None:
+            more = tuple(replace(each, command=(*each.command, "--adapter", adapter)) for each in more)
+        screen.print(render_card(measured, more))
     if made.exported is None:
         screen.print(f"Try it:  {_trial(made.quantized, out)}", style="dim", markup=False, soft_wrap=True)
 
@@ -207,7 +215,7 @@ def _noted(sensitivity: Path | None) -> Iterator[None]:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def whole() -> Iterator[None]:
     """An interruption says that the result is there."""
     try:
         yield
@@ -224,7 +232,7 @@ def _asked(measures: HowMuch, windows: int | None, made: Outcome) -> int | None:
     return _WINDOWS if full else windows
 
 
-def _measured(made: Outcome, text: str | None, windows: int | None, measures: HowMuch) -> Card | None:
+def measured_after(made: Outcome, text: str | None, windows: int | None, measures: HowMuch) -> Card | None:
     """What the result cost, None where it cannot be measured: it is written and whole, whatever happens here."""
     import lowbit
     from lowbit.errors import LowbitError

@@ -23,12 +23,11 @@ from lowbit.display import Displayed
 from lowbit.errors import SourceError
 from lowbit.interchange.files.folder_writer import FolderWriter
 from lowbit.interchange.files.lock import locked
-from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.files.safetensors_writer import Shard, shards_of
 from lowbit.interchange.hf.configs import write_config
 from lowbit.interchange.hf.models import meta_model
 from lowbit.interchange.hf.published import Published, Together
-from lowbit.interchange.opening import open_source
+from lowbit.interchange.opening import check_output, open_source
 from lowbit.interchange.progress import Progress, heard
 from lowbit.interchange.readers.left_out import to_json
 from lowbit.interchange.source import Source
@@ -57,7 +56,7 @@ class Dequantized(Displayed):
 
 
 def dequantize_model(
-    model: str | Path,
+    model: str | Path | Source,
     out: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
@@ -74,7 +73,7 @@ def dequantize_model(
     >>> lowbit.dequantize_model(quantized, folder / "float", dtype="float32").error
     0.0
     """
-    check_apart(Path(model), Path(out))
+    check_output(model, out)
     source = open_source(model, tokenizer=tokenizer)
     if source.config is None:
         raise SourceError(f"{source.label} has no transformers config, without which there is no ordinary folder")
@@ -103,7 +102,7 @@ def dequantize_model(
         sum(len(f["sha256"]) for f in facts),
         sum(s.file_bytes for s in shards),
         errors / norms if norms else 0.0,
-        (*map(str, source.left_out), *source.left_files()),
+        (*source.merged, *map(str, source.left_out), *source.left_files()),
     )
 
 

@@ -16,8 +16,8 @@ from lowbit.errors import ExportError, LowbitError, OutputError
 from lowbit.interchange.exporters.exporter import exporter_named
 from lowbit.interchange.files.finished import MANIFEST
 from lowbit.interchange.files.lock import locked
-from lowbit.interchange.files.places import TakenError, check_apart, remove_folder
-from lowbit.interchange.opening import open_source
+from lowbit.interchange.files.places import TakenError, remove_folder
+from lowbit.interchange.opening import check_output, open_source
 from lowbit.interchange.progress import READ_BACK, Progress, heard
 from lowbit.interchange.readers.lowbit_folder import LowbitFolder
 from lowbit.pipeline.api import Quantized, quantize
@@ -75,8 +75,7 @@ def quantized_as(
     text serves a KV cache that was asked for too, and alone where the recipe does not look at it.
     """
     out = Path(out)
-    if isinstance(model, (str, Path)):
-        check_apart(Path(model), out)
+    check_output(model, out)
     folder = work_folder(out) if keep is None else Path(keep)
     if folder.resolve() == out.resolve():
         raise OutputError(f"--keep and --out (keep and out) both name {out}; give two names")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,24 +26,38 @@ from lowbit.kv import CacheFormat
 from lowbit.planning.cache_fit import fitted_cache
 from lowbit.planning.kv_cache import kv_cache
 
+if TYPE_CHECKING:
+    from lowbit.adapters.adapter import Adapter
+    from lowbit.adapters.beside import Beside
+
 
 class Transformers:
-    """A transformers model that generates text. reason: why it is not an `Engine`."""
+    """A transformers model that generates text. reason: why it is not an `Engine`. beside: its adapters, of which the first is in use where none is named."""
 
-    def __init__(self, model: nn.Module, tokenizer: TextTokenizer, reason: str, label: str = "this model") -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: TextTokenizer, reason: str, label: str = "this model", beside: Beside | None = None
+    ) -> None:  # fmt: skip
         if not model.can_generate():  # type: ignore[operator]
             raise SourceError(
                 f"{label}: a {type(model).__name__} does not generate text; name a causal or seq2seq model"
             )
         self.model, self.tokenizer, self.reason, self.label = model, tokenizer, reason, label
+        self.beside = beside
         generation = getattr(model, "generation_config", None)
         self.ends = end_tokens(generation.to_dict() if generation is not None else {}, model.config, tokenizer)
 
     @staticmethod
-    def open(model: str, reason: str, cache: str | None = None) -> Transformers:
-        """A folder that lowbit wrote, or a float model by any name that lowbit takes. cache: as of `with_cache`."""
+    def open(
+        model: str, reason: str, cache: str | None = None, adapters: Mapping[str, Adapter] | None = None
+    ) -> Transformers:  # fmt: skip
+        """A folder that lowbit wrote, or a float model by any name that lowbit takes, with adapters beside its weights.
+
+        cache: as of `with_cache`. The tokenizer of a single adapter takes the place of the model's: it has the chat template that the
+        adapter was trained with.
+        """
         from pathlib import Path
 
+        from lowbit.adapters.beside import Beside
         from lowbit.interchange.files.settings import is_ours
         from lowbit.interchange.hf.loading import load_config, load_tokenizer
         from lowbit.interchange.hf.packed_model import load_packed
@@ -50,10 +65,16 @@ class Transformers:
 
         path = Path(model)
         if is_ours(path):
-            built = load_packed(path, dtype=answering_type(load_config(path)))
-            return Transformers(with_cache(built, cache), AnyTokenizer(load_tokenizer(path, model)), reason, model)
-        source = open_source(model)
-        return Transformers(with_cache(source.load_float(), cache), AnyTokenizer(source.tokenizer()), reason, model)
+            built: nn.Module = load_packed(path, dtype=answering_type(load_config(path)))
+            words: Callable[[], Any] = partial(load_tokenizer, path, model)
+        else:
+            source = open_source(model)
+            built, words = source.load_float(), source.tokenizer
+        alone = next(iter(adapters.values())) if adapters and len(adapters) == 1 else None
+        if alone is not None and alone.has_tokenizer:
+            words = partial(load_tokenizer, alone.folder, alone.label)
+        beside = Beside(built, adapters, model) if adapters else None
+        return Transformers(with_cache(built, cache), AnyTokenizer(words()), reason, model, beside)
 
     def __str__(self) -> str:
         found = cache_format_of(self.model)
@@ -68,9 +89,12 @@ class Transformers:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         stream: OnText | None = None,
+        adapter: str | None = None,
         **sampling: Any,
     ) -> Any:
-        """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch."""
+        """As `Engine.generate`; prompts run one after another, and random numbers are those of PyTorch. adapter: the name of the one that answers,
+        by default the first."""
+        self.use(adapter)
         alone, every = split_prompts(prompts)
         limit, strings, how = (
             whole_number("max_new_tokens", max_new_tokens, 1),
@@ -80,6 +104,20 @@ class Transformers:
         given = [self._ids(p, raw, limit) for p in every]
         results = [self._one(i, ids, limit, strings, stream, how) for i, ids in enumerate(given)]
         return results[0] if alone else results
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of its adapters."""
+        return () if self.beside is None else self.beside.names
+
+    def use(self, adapter: str | None = None) -> None:
+        """Let the adapter of this name answer, or the first. RecipeError for one that there is not."""
+        if self.beside is not None:
+            self.beside.use(adapter or self.beside.names[0])
+        elif adapter is not None:
+            raise RecipeError(
+                f"there is no adapter {adapter!r}, as the model was opened without one; give adapter=FOLDER when it is opened"
+            )
 
     @property
     def positions(self) -> int | None:

@@ -30,6 +30,7 @@ class GenerateMethod:
         functools.update_wrapper(self, type(model).generate)  # type: ignore[attr-defined]  # what asks for its signature
         self._model, self._folder = model, folder
         self._generator: Engine | Transformers | None = None
+        self._modules = 0
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if args and _is_text(args[0]):
@@ -38,6 +39,11 @@ class GenerateMethod:
 
     def generator(self) -> Engine | Transformers:
         """What answers text: the engine, or transformers for a model that the engine does not compute, which is logged."""
+        modules = sum(1 for _ in self._model.modules())
+        if (
+            modules != self._modules
+        ):  # such as those of an adapter that was put on it, which an engine of before knows nothing of
+            self._generator, self._modules = None, modules
         if self._generator is None:
             tokenizer = tokenizer_of(Path(self._folder))
             engine, reason = choose(self._model, {}, tokenizer)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowbit.errors import SourceError
 from lowbit.interchange.files.adapter import refuse_adapter
+from lowbit.interchange.files.places import check_apart
 from lowbit.interchange.near import near_names
 from lowbit.interchange.source import Source, say_remarks
 
@@ -21,6 +22,7 @@ WHAT_A_MODEL_CAN_BE = (
 # Asked in this order; each module has `claims(model) -> bool` and `open_model(model, tokenizer) -> Source`.
 # A new kind of source is one file and its name here.
 OPENERS = (
+    "lowbit.interchange.readers.opened",
     "lowbit.interchange.readers.module",
     "lowbit.interchange.readers.gguf.file",
     "lowbit.interchange.readers.folder",
@@ -29,8 +31,8 @@ OPENERS = (
 )
 
 
-def open_source(model: str | Path | nn.Module, *, tokenizer: Any = None) -> Source:
-    """Open a folder, a .gguf file, a Hugging Face id, `smollm2` or a module. Weights are not read yet.
+def open_source(model: str | Path | nn.Module | Source, *, tokenizer: Any = None) -> Source:
+    """Open a folder, a .gguf file, a Hugging Face id, `smollm2` or a module; a source is open already. Weights are not read yet.
 
     `tokenizer` replaces the model's own one. SourceError when nothing claims the name; the network
     is used only for a name that looks like `org/name` and is no local path, and for `smollm2`.
@@ -44,15 +46,22 @@ def open_source(model: str | Path | nn.Module, *, tokenizer: Any = None) -> Sour
     raise SourceError(_not_found(model))
 
 
-def open_headers(model: str | Path | nn.Module) -> Source:
+def open_headers(model: str | Path | nn.Module | Source) -> Source:
     """Like `open_source`, but of a Hugging Face id only config and headers are fetched: enough for a plan."""
     from lowbit.interchange.hub import hub
 
     return hub.open_headers(str(model)) if hub.claims(model) else open_source(model)
 
 
+def check_output(model: str | Path | nn.Module | Source, out: str | Path) -> None:
+    """OutputError when writing `out` would replace what is read of `model`, or stand among its files."""
+    places = (Path(model),) if isinstance(model, (str, Path)) else model.places if isinstance(model, Source) else ()
+    for place in places:
+        check_apart(place, Path(out))
+
+
 def open_checked(
-    model: str | Path | nn.Module, check: Callable[[Source], None], *, tokenizer: Any = None
+    model: str | Path | nn.Module | Source, check: Callable[[Source], None], *, tokenizer: Any = None
 ) -> Source:  # fmt: skip
     """Like `open_source`, once `check` has seen config and headers: what it raises comes before an id's weights are fetched."""
     from lowbit.interchange.hub import hub

@@ -42,6 +42,8 @@ class Source(ABC):
     left_out   the same in short: how many of a kind, how large, and why
     remarks    what a user should know of how the source was read, such as which of two sets of weights; without paths
     storage    how the source stores its weights: "float", or what a quantized one says of itself
+    merged     what else is in the weights that it gives, such as an adapter, a sentence each; without paths
+    places     folders that it reads besides, which no output may replace
     """
 
     label: str
@@ -53,6 +55,8 @@ class Source(ABC):
     left_out: tuple[LeftOut, ...] = ()
     remarks: tuple[str, ...] = ()
     storage: str = "float"
+    merged: tuple[str, ...] = ()
+    places: tuple[Path, ...] = ()
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:

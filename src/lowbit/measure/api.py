@@ -48,8 +48,8 @@ from lowbit.recipes.recipe import Recipe
 
 
 def evaluate(
-    model: str | Path | nn.Module | Quantized,
-    against: str | Path | nn.Module | None = None,
+    model: str | Path | nn.Module | Quantized | Source,
+    against: str | Path | nn.Module | Source | None = None,
     text: str | Path | Sequence[str] | None = None,
     *,
     windows: int | None = None,

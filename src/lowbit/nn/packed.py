@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.errors import FormatError
+from lowbit.errors import FormatError, WeightError
 from lowbit.formats import Format, InputQuantizer, Inputs, QTensor
 from lowbit.kernels.dispatch import Dispatcher
 from lowbit.nn import ops
@@ -140,6 +140,7 @@ class PackedWeight(Parts):
         if torch.compiler.is_compiling():
             return ops.packed_linear(x, self._number, bias, self.stored_shape[0])
         if torch.is_grad_enabled() and x.requires_grad:
+            self._refuse_training()
             y: Tensor = Product.apply(x, self)
             # What a custom function returns may be a view that nobody may write to; models such as Falcon do.
             return y.clone() if bias is None else y + bias
@@ -149,8 +150,30 @@ class PackedWeight(Parts):
         """`weight[index]` for indices >= 0 into the first stored dimension, expanding only what is asked for."""
         if torch.compiler.is_compiling():
             return ops.packed_rows(index, self._number, list(self.shape[1:]), self._dtype)
+        self._refuse_training()
         found = self._undivided(lambda dtype: self.qtensor().index(index, dtype))
         return found.transpose(-1, -2) if self.transposed else found
+
+    def _refuse_training(self) -> None:
+        """WeightError where somebody asked for gradients of this weight, which would come to nothing."""
+        if self.training and torch.is_grad_enabled() and self._parameters[LIKE].requires_grad:  # type: ignore[union-attr]
+            raise WeightError(
+                f"a weight that is packed in {self.format} is not trained; train an adapter of it, or keep it in float when the model is quantized, "
+                "as `w4,lm_head=keep` does for the head"
+            )
+
+    @property
+    def data(self) -> Tensor:
+        """The dense weight, apart from what is stored."""
+        return self.dequantize().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        # As peft does when it merges an adapter: left alone, it would set an attribute and lose the adapter.
+        raise WeightError(
+            f"a weight that is packed in {self.format} takes no other values; `lowbit merge BASE ADAPTER -o OUT` merges an adapter, and model.dequantize() "
+            "makes float weights of packed ones"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.adapters.source import with_adapter
 from lowbit.blockwise.range_survey import may_fall_back, survey, survey_in, with_survey
 from lowbit.calibration.data import Calibration, load_calibration
 from lowbit.display import Displayed
@@ -25,7 +26,7 @@ from lowbit.interchange.files.lock import locked
 from lowbit.interchange.files.places import check_apart, replace_folder
 from lowbit.interchange.files.undisturbed import forget, temporary_folder, undisturbed
 from lowbit.interchange.hf.running import fast_dtype
-from lowbit.interchange.opening import open_headers, open_source
+from lowbit.interchange.opening import check_output, open_headers, open_source
 from lowbit.interchange.progress import TEXT, Progress, heard
 from lowbit.interchange.source import Source
 from lowbit.kv import CacheFormat
@@ -117,7 +118,7 @@ class Quantized(Displayed):
 
 
 def quantize(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Source,
     recipe: str | Format | Recipe = "w4",
     out: str | Path | None = None,
     *,
@@ -132,6 +133,7 @@ def quantize(
     chat: bool = False,
     effort: str = AUTO,
     on_layer: OnLayer | None = None,
+    adapter: str | Path | None = None,
 ) -> Quantized:
     """Quantize a model: a Hugging Face id, a folder, a .gguf file, `smollm2`, or a module in memory.
 
@@ -147,25 +149,28 @@ def quantize(
     `calibration`: the text: a file, a list of strings, a dataset id, token ids, a DataLoader, "builtin" for the text that comes with
     lowbit, which is taken where none is given, or "self" for text that the model writes itself. `samples` windows (32, or as many as the effort has) of
     `length` tokens (1024); `chat` wraps documents in the model's chat template. `on_layer(solved)` sees each tensor with its errors when it
-    is done. RecipeError for a text that the recipe does not look at, and for `samples`, `length` and `chat` without a text.
+    is done. `adapter`: the folder of a LoRA adapter, which is merged into each weight as it is read (`with_adapter`); the bytes are those of
+    merging first and quantizing then. RecipeError for a text that the recipe does not look at, and for `samples`, `length` and `chat` without a text.
 
     >>> q = lowbit.quantize(model, "w4")
     >>> q.plan.linear_bits_per_weight
     4.5
     """
+    if adapter is not None:
+        model, tokenizer = with_adapter(model, adapter, tokenizer=tokenizer), None
     options = Options(
         tokenizer, heard(progress), max_shard_bytes, overwrite, device, calibration, samples, length, chat, on_layer
     )
     wanted, options = _decided(Recipe.of(recipe), model, options, effort, out)
     _check_device(device)
-    if out is not None and not isinstance(model, nn.Module):
-        check_apart(Path(model), Path(out))
+    if out is not None:
+        check_output(model, out)
     with locked(out) if out is not None else nullcontext():
         return _quantized(model, wanted, out, options)
 
 
 def _decided(
-    recipe: Recipe, model: str | Path | nn.Module, options: Options, effort: str, out: str | Path | None
+    recipe: Recipe, model: str | Path | nn.Module | Source, options: Options, effort: str, out: str | Path | None
 ) -> tuple[Recipe, Options]:  # fmt: skip
     """The recipe in the form that is run, and the text for it. RecipeError for what would be ignored."""
     open_ = effort != AUTO or options.calibration is not None or recipe.has_calibrated_form
@@ -183,7 +188,9 @@ def _decided(
     return decision.recipe, replace(options, calibration=decision.calibration, samples=decision.samples, effort=rung)
 
 
-def _quantized(model: str | Path | nn.Module, wanted: Recipe, out: str | Path | None, options: Options) -> Quantized:
+def _quantized(
+    model: str | Path | nn.Module | Source, wanted: Recipe, out: str | Path | None, options: Options
+) -> Quantized:
     """`quantize` by a recipe that is ready, onto an output that nobody else writes."""
     given = open_source(model, tokenizer=options.tokenizer)
     source = rewritten(given, wanted)
@@ -283,7 +290,7 @@ def _has_ids(calibration: Any) -> bool:
 
 
 def plan(
-    model: str | Path | nn.Module, recipe: str | Format | Recipe = "w4", *, context: int = 4096,
+    model: str | Path | nn.Module | Source, recipe: str | Format | Recipe = "w4", *, context: int = 4096,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Plan:  # fmt: skip
     """What a recipe would make of a model, from its config and headers alone: no weight is read. Sizes are bytes, exact.

@@ -25,7 +25,7 @@ from lowbit.recipes.rewriting import rewritten
 
 
 def decided(
-    model: str | Path | nn.Module, recipe: Recipe, effort: str, options: Options, out: str | Path | None = None, *,
+    model: str | Path | nn.Module | Source, recipe: Recipe, effort: str, options: Options, out: str | Path | None = None, *,
     calibrated: Recipe | None = None, told: bool = False,
 ) -> Decision:  # fmt: skip
     """See `decide`. out: where the result goes, so that a run that was killed, or is done already, is met with the effort that it had.
@@ -56,7 +56,7 @@ class _Rehearsal:
     """The model opened, planned and rehearsed when it is first asked for."""
 
     def __init__(
-        self, model: str | Path | nn.Module, recipes: tuple[Recipe, ...], options: Options, out: str | Path | None, text: bool
+        self, model: str | Path | nn.Module | Source, recipes: tuple[Recipe, ...], options: Options, out: str | Path | None, text: bool
     ) -> None:  # fmt: skip
         """text: whether runs over text are to be forecast."""
         self.text = text

@@ -288,8 +288,8 @@ def make_plan(source: Source, recipe: Recipe, *, context: int = 4096, max_shard_
 
 
 def notes_on(source: Source) -> tuple[str, ...]:
-    """What of a source is not read, and what has no place in the model."""
-    return (*source.remarks, *map(str, source.left_out))
+    """What was put into the weights of a source, what of it is not read, and what has no place in the model."""
+    return (*source.merged, *source.remarks, *map(str, source.left_out))
 
 
 def _tensor(spec: TensorSpec, inventory: Inventory, recipe: Recipe, divided: bool) -> TensorPlan:

@@ -61,7 +61,7 @@ class TransformedSource(Source):
     ) -> None:
         self.inner, self.transform, self._edits = inner, transform, dict(edits)
         self.label, self.extra, self.dropped = inner.label, inner.extra, inner.dropped
-        self.left_out, self.remarks = inner.left_out, inner.remarks
+        self.left_out, self.remarks, self.merged = inner.left_out, inner.remarks, inner.merged
         self.online = {**getattr(inner, "online", {}), **(online or {})}
         self.notes = (*getattr(inner, "notes", ()), *notes)
         tied = dict(inner.inventory.tied)

@@ -18,7 +18,7 @@ _NOT_MERGED = ("PROMPT", "PREFIX", "P_TUNING", "CPT")
 
 
 def refuse_adapter(folder: Path, label: str, *, always: bool = False) -> None:
-    """SourceError when `folder` holds an adapter and no model: its base, and the command that merges the two.
+    """SourceError when `folder` holds an adapter and no model: its base, and the command that makes a model of the two.
 
     label: what the user called it. always: also beside a config.json, where no weights of a model were found. The settings of
     an adapter are what its maker wrote, and no more than a name in them is believed.
@@ -28,7 +28,7 @@ def refuse_adapter(folder: Path, label: str, *, always: bool = False) -> None:
     values = _settings(folder / ADAPTER)
     kind, base = values.get("peft_type"), values.get("base_model_name_or_path")
     word = kind.upper() if isinstance(kind, str) and kind.isascii() and kind.replace("_", "").isalnum() else ""
-    what = "a LoRA adapter" if word in ("", "LORA") else f"a PEFT adapter ({word[:40]})"
+    what = "a LoRA adapter" if word == "LORA" else "a PEFT adapter" if not word else f"a PEFT adapter ({word[:40]})"
     known = isinstance(base, str) and bool(base.strip())
     of = f"for the base model {shown(base)}" if known else "whose base model it does not name"
     if any(part in word for part in _NOT_MERGED):
@@ -36,6 +36,11 @@ def refuse_adapter(folder: Path, label: str, *, always: bool = False) -> None:
             f"{label} is {what} {of}, and no model; this kind cannot be merged into weights, so quantize its base model instead"
         )
     usable = base if known and isinstance(base, str) and len(base) <= _LONGEST else "BASE"
+    if word == "LORA":
+        raise SourceError(
+            f"{label} is {what} {of}, and no model by itself; quantize its base model with it: lowbit quantize {shlex.quote(usable)} --adapter "
+            f"{shlex.quote(label)}"
+        )
     out = f"{PurePath(label.rstrip('/')).name or 'adapter'}-merged"
     words = label if any((folder / name).is_file() for name in _TOKENIZER) else usable
     model, merged, tokenizer = (json.dumps(name) for name in (label, out, words))

@@ -162,7 +162,8 @@ class LowbitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters on packed weights are: gradients pass through these, which stay as they are."""
+        return True
 
     @property
     def is_compileable(self) -> bool:
