@@ -35,6 +35,7 @@ ROOMS = (
     "weights",
     "blockwise",
     "pipeline",
+    "training",
     "budget",
     "convert",
     "measure",

@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.report.look import doctor as doctor
     from lowbit.report.look import inspect as inspect
     from lowbit.report.recommend import recommend as recommend
+    from lowbit.training.converting import convert as convert
+    from lowbit.training.preparing import prepare_qat as prepare_qat
 
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
@@ -69,6 +71,7 @@ _HOMES = {
     "catalogue": "lowbit.report.look",
     "chat": "lowbit.engine.asking",
     "compare": "lowbit.report.api",
+    "convert": "lowbit.training.converting",
     "dequantize": "lowbit.pipeline.loading",
     "dequantize_model": "lowbit.convert.dequantizing",
     "doctor": "lowbit.report.look",
@@ -83,6 +86,7 @@ _HOMES = {
     "load_into": "lowbit.pipeline.loading",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
+    "prepare_qat": "lowbit.training.preparing",
     "quantize": "lowbit.pipeline.api",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",
