@@ -113,14 +113,11 @@ def _fresh(
         plan = make_plan(changed, wanted)
         module = model if changed is source and isinstance(model, nn.Module) else _trainable(changed)
         return module, plan, {t.name: _fitted(module, t, wanted) for t in plan.tensors if t.format is not None}
-    if scales == "recomputed" and (
-        wanted.solver is None or wanted.solver.method.needs != "nothing" or wanted.transforms
-    ):
-        if wanted.solver is not None or wanted.transforms or "calibration" in text:
-            raise RecipeError(
-                f"scales='recomputed' fits each weight on its own at every step, and would ignore what {wanted} does with "
-                "text; use 'learned' or 'fixed'"
-            )
+    if scales == "recomputed" and ("calibration" in text or wanted.solver is not None or wanted.transforms):
+        raise RecipeError(
+            f"scales='recomputed' fits each weight on its own at every step, and would ignore what {wanted} does with text; "
+            "use 'learned' or 'fixed'"
+        )
     done = quantize(model, wanted, tokenizer=tokenizer, **text)
     first = Start.of(done)
     if scales == "recomputed":  # of the text come the ranges of inputs alone
