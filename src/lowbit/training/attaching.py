@@ -1,8 +1,8 @@
 """Quantizers on the modules of a model: parameters keep their names and places, and a forward sees them rounded.
 
 A hook before the forward of a module puts the rounded weight where its parameter is, and one after it puts the parameter
-back. So optimizers, checkpoints, ties and everything that lists parameters see the float model, and the quantizers are children
-of the modules whose weights they round.
+back. The module around it does the same, as some read the weights of their children past them (Mamba). So optimizers, checkpoints,
+ties and everything that lists parameters see the float model, and the quantizers are children of the modules whose weights they round.
 """
 
 from __future__ import annotations
@@ -39,34 +39,56 @@ class Attached:
 
 
 class Swap:
-    """The hooks of one module: `weights` by the name of the parameter, `inputs` of a linear layer."""
+    """The hooks of one module: `weights` by the name of the parameter, `inputs` of a linear layer, `children` whose weights are
+    rounded as long as its forward runs."""
 
     def __init__(self) -> None:
         self.weights: dict[str, WeightQuantizer] = {}
         self.inputs: TrainedInputs | None = None
+        self.children: list[nn.Module] = []
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments with rounded inputs; the module has rounded weights from now on."""
-        if self.inputs is not None:
-            if args:
-                args = (self.inputs(args[0]), *args[1:])
-            else:
-                first = next(iter(kwargs))
-                kwargs = {**kwargs, first: self.inputs(kwargs[first])}
-        if _KEPT not in module.__dict__:
-            module.__dict__[_KEPT] = {}
-        for leaf, quantizer in self.weights.items():
-            parameter = module._parameters[leaf]
-            module.__dict__[_KEPT][leaf] = parameter
-            module._parameters[leaf] = quantizer(parameter)  # type: ignore[assignment]
+        """The arguments with rounded inputs; the module and its children have rounded weights from now on."""
+        if self.weights and args:
+            args = (self._rounded(args[0]), *args[1:])
+        elif self.weights and kwargs:
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: self._rounded(kwargs[first])}
+        for each in (module, *self.children):
+            _enter(each)
         return args, kwargs
+
+    def _rounded(self, x: Any) -> Any:
+        if self.inputs is not None:
+            x = self.inputs(x)
+        # Packed weights multiply rows under rows; of other inputs PyTorch adds products in another order.
+        return x.contiguous() if isinstance(x, Tensor) else x
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """The parameters are back, also where the forward failed."""
-        for leaf, parameter in module.__dict__.pop(_KEPT, {}).items():
-            module._parameters[leaf] = parameter
+        for each in (module, *self.children):
+            _leave(each)
+
+
+def _enter(module: nn.Module) -> None:
+    depth, kept = module.__dict__.get(_KEPT, (0, {}))
+    found = swap_of(module)
+    if depth == 0 and found is not None:
+        for leaf, quantizer in found.weights.items():
+            kept[leaf] = module._parameters[leaf]
+            module._parameters[leaf] = quantizer(kept[leaf])
+    module.__dict__[_KEPT] = depth + 1, kept
+
+
+def _leave(module: nn.Module) -> None:
+    depth, kept = module.__dict__.get(_KEPT, (0, {}))
+    if depth > 1:
+        module.__dict__[_KEPT] = depth - 1, kept
+        return
+    module.__dict__.pop(_KEPT, None)
+    module._parameters.update(kept)
 
 
 def swap_of(module: nn.Module) -> Swap | None:
@@ -106,6 +128,10 @@ def attach(
     for place in (name, *aliases):
         module, last = owner_of(model, place)
         _swap(module).weights[last] = quantizer  # of another module it is no child: it is saved once
+        path = place.rpartition(".")[0]
+        around = _swap(model.get_submodule(path.rpartition(".")[0])).children if path else []
+        if all(module is not child for child in around):
+            around.append(module)
     _swap(owner).inputs = inputs
 
 

@@ -45,7 +45,7 @@ def convert(
         weight = weight_of(inner, name)
         q = quantizer.quantize(weight)
         stored[name] = q.to("cpu"), {} if inputs is None else inputs.parts(), _error(attached.plans[name], weight, q)
-    source = ModuleSource(stripped(inner).cpu(), tokenizer if tokenizer is not None else attached.tokenizer)
+    source = ModuleSource(_float_copy(inner), tokenizer if tokenizer is not None else attached.tokenizer)
     plan = _planned(source, attached, stored)
     solved = [(_solved(t, source, stored, attached), _digest(source, t.name)) for t in plan.tensors]
     facts = {s.plan.name: solved_facts(s) for s, _ in solved}
@@ -55,6 +55,15 @@ def convert(
     if out is not None:
         result.save(out, overwrite=overwrite)
     return result
+
+
+def _float_copy(model: nn.Module) -> nn.Module:
+    """The trained model without quantizers, on the CPU, with a config that names the type that it computes in."""
+    made = stripped(model).cpu()
+    config: Any = getattr(made, "config", None)
+    if config is not None and hasattr(config, "dtype"):
+        config.dtype = next((p.dtype for p in made.parameters() if p.is_floating_point()), None)
+    return made
 
 
 def _planned(source: ModuleSource, attached: Attached, stored: Mapping[str, tuple[QTensor, Any, float]]) -> Plan:

@@ -113,7 +113,9 @@ def _fresh(
         plan = make_plan(changed, wanted)
         module = model if changed is source and isinstance(model, nn.Module) else _trainable(changed)
         return module, plan, {t.name: _fitted(module, t, wanted) for t in plan.tensors if t.format is not None}
-    if scales == "recomputed" and ("calibration" in text or wanted.solver is not None or wanted.transforms):
+    static = any(rule.inputs is not None and rule.inputs.static for rule in wanted.rules)
+    by_text = wanted.transforms or (wanted.solver is not None and wanted.solver.method.needs != "nothing")
+    if scales == "recomputed" and (by_text or wanted.tuner is not None or not static):
         raise RecipeError(
             f"scales='recomputed' fits each weight on its own at every step, and would ignore what {wanted} does with text; "
             "use 'learned' or 'fixed'"
