@@ -109,12 +109,13 @@ def _swap(module: nn.Module) -> Swap:
     return found
 
 
+QUANTIZER = "_quantizer."
+INPUTS = "input_quantizer"
+
+
 def child_name(leaf: str) -> str:
     """The quantizer of the parameter `leaf` as a child of its module."""
-    return f"{leaf}_quantizer"
-
-
-INPUTS = "input_quantizer"
+    return f"{leaf}{QUANTIZER[:-1]}"
 
 
 def attach(

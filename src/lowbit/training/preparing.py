@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowbit.errors import RecipeError, nearest
+from lowbit.errors import RecipeError, SourceError, nearest
 from lowbit.formats import Format
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.readers.module import ModuleSource
@@ -19,7 +19,7 @@ from lowbit.pipeline.api import quantize
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
-from lowbit.training.attaching import MARK, Attached, attach, prepared, weight_of
+from lowbit.training.attaching import INPUTS, MARK, QUANTIZER, Attached, attach, prepared, weight_of
 from lowbit.training.input_quantizer import Ranges, TrainedInputs
 from lowbit.training.starting import Start, Weight, is_packed
 from lowbit.training.weight_quantizer import Scales, weight_quantizer
@@ -46,7 +46,8 @@ def prepare_qat(
 
     model: a module, which is changed in place and returned, or a name or folder that is loaded in float32. A recipe that
     rotates or otherwise transforms the model gives a new module, and so does a model that is quantized already. Parameters keep their
-    names, so optimizers, `Trainer` and checkpoints work as for the float model; scales that are learned are further parameters.
+    names, so optimizers, `Trainer` and checkpoints work as for the float model; scales that are learned are further parameters. The folder of
+    a checkpoint of this training goes on with its scales.
     recipe: any that `lowbit.quantize` takes; a name such as "w4" (the default) without text is its data-free form.
 
     start: what to start from: None for the fit of the recipe, or a folder that lowbit wrote, a packed model, or what `lowbit.quantize` returned,
@@ -86,15 +87,48 @@ def prepare_qat(
             )
         if scales == "recomputed":
             raise RecipeError("scales='recomputed' would ignore those of the start; use 'learned' or 'fixed'")
-        module, plan, found = _from_start(model, wanted, Start.of(start))
+        ready = _from_start(model, wanted, Start.of(start))
     else:
         assert wanted is not None
-        module, plan, found = _fresh(model, wanted, scales, tokenizer, text)
+        ready = _fresh(model, wanted, scales, tokenizer, text)
+    plan, found = ready.plan, ready.weights
     if not found:
         raise RecipeError(f"nothing in {plan.label} can be quantized by {plan.recipe}: every tensor is kept")
     if ranges is not None and not any(w.inputs is not None and w.inputs.static for w in found.values()):
         raise RecipeError(f"ranges={ranges!r} is for static inputs, and {plan.recipe} has none; leave it out")
-    return _attached(module, plan, found, scales, ranges or "lsq", tokenizer)
+    made = _attached(ready, scales, ranges or "lsq", tokenizer)
+    if ready.source is not None:
+        _go_on(made, ready.source, plan.recipe)
+    return made
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A float model, what becomes of its tensors, how its weights start, and the files that it was read from."""
+
+    module: nn.Module
+    plan: Plan
+    weights: dict[str, Weight]
+    source: Source | None = None
+
+
+@torch.no_grad()
+def _go_on(module: nn.Module, source: Source, recipe: Recipe) -> None:
+    """What a checkpoint of this training has beside the float weights. SourceError where it was trained with another recipe."""
+    state = module.state_dict(keep_vars=True)
+    of_training = [name for name in source.extra if any(mark in name for mark in (QUANTIZER, INPUTS + "."))]
+    if of_training and recipe.transforms:
+        raise SourceError(
+            f"{source.label} is a checkpoint of training, and {recipe} would transform it once more; prepare the model that "
+            "training began with, and load the checkpoint into it"
+        )
+    for name in of_training:
+        if name not in state or state[name].shape != source.spec(name).shape:
+            raise SourceError(
+                f"{source.label} is a checkpoint of training by another recipe or other options: {name!r} does not fit; give the "
+                "recipe, scales and ranges that it was trained with"
+            )
+        state[name].copy_(source.read(name))
 
 
 def _check_choice(what: str, value: Any, known: tuple[Any, ...]) -> None:
@@ -105,14 +139,15 @@ def _check_choice(what: str, value: Any, known: tuple[Any, ...]) -> None:
 
 def _fresh(
     model: str | Path | nn.Module, wanted: Recipe, scales: Scales, tokenizer: Any, text: dict[str, Any]
-) -> tuple[nn.Module, Plan, dict[str, Weight]]:
+) -> _Ready:
     """From a float model, by the fit of each weight or, where there is text, by all that the recipe does."""
     if not text and wanted.needs_calibration is None:
         source = open_source(model, tokenizer=tokenizer)
         changed = rewritten(source, wanted)
         plan = make_plan(changed, wanted)
         module = model if changed is source and isinstance(model, nn.Module) else _trainable(changed)
-        return module, plan, {t.name: _fitted(module, t, wanted) for t in plan.tensors if t.format is not None}
+        weights = {t.name: _fitted(module, t, wanted) for t in plan.tensors if t.format is not None}
+        return _Ready(module, plan, weights, None if isinstance(model, nn.Module) else source)
     static = any(rule.inputs is not None and rule.inputs.static for rule in wanted.rules)
     by_text = wanted.transforms or (wanted.solver is not None and wanted.solver.method.needs != "nothing")
     if scales == "recomputed" and (by_text or wanted.tuner is not None or not static):
@@ -124,13 +159,11 @@ def _fresh(
     first = Start.of(done)
     if scales == "recomputed":  # of the text come the ranges of inputs alone
         module = model if isinstance(model, nn.Module) else _trainable(open_source(model, tokenizer=tokenizer))
-        return module, _planned(module, first, wanted, tokenizer), first.weights
+        return _Ready(module, _planned(module, first, wanted, tokenizer), first.weights)
     return _from_start(model, None, first)
 
 
-def _from_start(
-    model: str | Path | nn.Module | None, wanted: Recipe | None, first: Start
-) -> tuple[nn.Module, Plan, dict[str, Weight]]:
+def _from_start(model: str | Path | nn.Module | None, wanted: Recipe | None, first: Start) -> _Ready:
     """From a quantized model, with the float one where its weights are still those that were rounded."""
     if model is None or first.recipe.transforms:
         module = first.dense()
@@ -145,7 +178,7 @@ def _from_start(
                 f"the start has {t.name!r} in {own.q.format if own else 'float'}, and {wanted} asks for "
                 f"{t.format or 'float'}; leave the recipe out, or the start"
             )
-    return module, plan, first.weights
+    return _Ready(module, plan, first.weights)
 
 
 def _planned(module: nn.Module, first: Start, recipe: Recipe, tokenizer: Any = None) -> Plan:
@@ -178,12 +211,11 @@ def _fitted(module: nn.Module, t: TensorPlan, recipe: Recipe) -> Weight:
     return Weight(q.to(weight.device), t.inputs, ones, t.transposed)
 
 
-def _attached(
-    module: nn.Module, plan: Plan, found: dict[str, Weight], scales: Scales, ranges: Ranges, tokenizer: Any
-) -> nn.Module:
+def _attached(ready: _Ready, scales: Scales, ranges: Ranges, tokenizer: Any) -> nn.Module:
+    module, plan = ready.module, ready.plan
     plans = {t.name: t for t in plan.tensors if t.format is not None}
     for name, t in plans.items():
-        weight, aliases = found[name], [alias for alias, owner in plan.tied.items() if owner == name]
+        weight, aliases = ready.weights[name], [alias for alias, owner in plan.tied.items() if owner == name]
         quantizer = weight_quantizer(weight.q, t, plan.recipe, scales)
         inputs = None
         if weight.inputs is not None:
