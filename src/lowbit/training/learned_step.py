@@ -70,12 +70,13 @@ def scaled(x: Tensor, by: float, gain: Tensor | float) -> Tensor:
 
 
 def step_of(end: Tensor, fmt: Format, gains: Tensor | float) -> Tensor:
-    """The step of each block, u `end`; the gradient of `end` is (g / u) dL/ds, with g of `gains`.
+    """The step of each block, u `end`. The gradient of `end` is g dL/ds (Esser et al. 2020, section 2.2), with g of `gains`.
 
-    So gradient descent with rate r moves the step by -r g dL/ds, as in the paper (section 2.2), and an optimizer that
-    scales gradients, such as Adam, moves `end` as fast as weights.
+    With this g the gradient of a step is about as large as those of its weights, so that it does not rule the norm by which
+    gradients are clipped. Adam, which scales gradients, moves `end` as fast as weights; plain gradient descent moves the step u
+    times as fast as in the paper, whose parameter is the step itself.
     """
-    return scaled(end, unit(fmt), gains / unit(fmt))
+    return scaled(end, unit(fmt), gains)
 
 
 def residual(
