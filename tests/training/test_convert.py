@@ -304,3 +304,39 @@ def test_convert_is_a_function_and_the_room_of_that_name_a_package() -> None:
 
     assert callable(lowbit.convert) and callable(lowbit.convert.exporting.export)
     assert list(inspect.signature(lowbit.convert).parameters) == ["model", "out", "tokenizer", "overwrite"]
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes that autograd keeps from forward to backward, parameters and buffers apart."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        place = t.untyped_storage()
+        if place.data_ptr() not in own:
+            found[place.data_ptr()] = place.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(input_ids=IDS[:1, :2], labels=IDS[:1, :2]).loss
+        loss.backward()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("scales", ["learned", "recomputed", "fixed"])
+def test_training_keeps_one_more_copy_of_the_weights_and_no_second(scales: Any) -> None:
+    plain = saved_bytes(tiny_model("llama").train())
+    model = lowbit.prepare_qat(tiny_model("llama"), "int4:g32", scales=scales).train()
+    weights = sum(4 * p.numel() for n, p in model.named_parameters() if n.endswith(".weight"))
+    assert saved_bytes(model) - plain < 1.1 * weights
+
+
+def test_scales_train_alone_where_weights_are_frozen() -> None:
+    model = lowbit.prepare_qat(tiny_model("llama"), "int3:g32")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("_quantizer.range"))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    losses = train(model, 8, 1e-2)
+    assert losses[-1] < losses[0]
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(n.endswith("_quantizer.range") for n in moved)

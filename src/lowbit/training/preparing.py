@@ -96,10 +96,21 @@ def prepare_qat(
         raise RecipeError(f"nothing in {plan.label} can be quantized by {plan.recipe}: every tensor is kept")
     if ranges is not None and not any(w.inputs is not None and w.inputs.static for w in found.values()):
         raise RecipeError(f"ranges={ranges!r} is for static inputs, and {plan.recipe} has none; leave it out")
-    made = _attached(ready, scales, ranges or "lsq", tokenizer)
+    made = _attached(ready, scales, ranges or "lsq", _tokenizer(tokenizer, model, start))
     if ready.source is not None:
         _go_on(made, ready.source, plan.recipe)
     return made
+
+
+def _tokenizer(given: Any, *places: Any) -> Any:
+    """The one that was given, else that of the first folder or name among `places` that has one: `convert` writes it."""
+    for place in places if given is None else ():
+        if isinstance(place, (str, Path)):
+            try:
+                return open_source(place).tokenizer()
+            except SourceError:
+                continue
+    return given
 
 
 @dataclass(frozen=True)
