@@ -16,7 +16,7 @@ from lowbit.errors import RecipeError, WeightError
 from lowbit.nn.swap import packed_weights
 from lowbit.training.attaching import quantizers
 from tiers import mostly_nightly
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 TEXT = [torch.randint(3, 128, (64,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -340,3 +340,16 @@ def test_scales_train_alone_where_weights_are_frozen() -> None:
     assert losses[-1] < losses[0]
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all(n.endswith("_quantizer.range") for n in moved)
+
+
+@pytest.mark.parametrize("by", ["name", "start", "packed"])
+def test_the_tokenizer_of_a_folder_goes_into_the_trained_one(by: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "float")
+    lowbit.quantize(tmp_path / "float", "int4:g32", tmp_path / "packed")
+    model = {
+        "name": lambda: lowbit.prepare_qat(tmp_path / "float", "int4:g32"),
+        "start": lambda: lowbit.prepare_qat(tiny_model("llama"), start=tmp_path / "packed"),
+        "packed": lambda: lowbit.prepare_qat(tmp_path / "packed"),
+    }[by]()
+    lowbit.convert(model, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()

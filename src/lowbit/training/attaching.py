@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import RecipeError
+from lowbit.errors import RecipeError, SourceError
+from lowbit.interchange.opening import open_source
 from lowbit.interchange.tensors import TensorPlan
 from lowbit.nn.swap import owner_of
 from lowbit.recipes.recipe import Recipe
@@ -25,6 +26,23 @@ from lowbit.training.weight_quantizer import WeightQuantizer
 _KEPT = "_float_parameters"  # where a module has its parameters while a forward sees them rounded
 
 
+@dataclass(frozen=True)
+class Words:
+    """Where the tokenizer is that `convert` writes: itself, or folders and names that may have it, read when it is asked for."""
+
+    given: Any = None
+    places: tuple[str, ...] = ()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None where there is none."""
+        for place in self.places if self.given is None else ():
+            try:
+                return open_source(place).tokenizer()
+            except SourceError:
+                continue
+        return self.given
+
+
 @dataclass(frozen=True, eq=False)
 class Attached:
     """What `prepare_qat` leaves on a model: the recipe, how it learns, and what it planned of each quantized tensor."""
@@ -32,7 +50,7 @@ class Attached:
     recipe: Recipe
     how: str
     plans: dict[str, TensorPlan] = field(default_factory=dict)
-    tokenizer: Any = None
+    words: Words = Words()
 
     def __deepcopy__(self, memo: Any) -> Attached:
         return self

@@ -31,7 +31,8 @@ def convert(
 
     Codes and scales are those that the model computes with now: with the reference kernel
     (`lowbit.load(out, kernel="expand")`) its outputs in float32 are the same to the last bit. The fast kernels round inputs to 15 bits or add in another order,
-    as they do for every quantized model. The trained model is not changed and shares no memory with the result. `tokenizer` goes into the folder.
+    as they do for every quantized model. The trained model is not changed and shares no memory with the result. `tokenizer` goes into the folder; without it,
+    that of the folder or name that was prepared.
     `model` may be inside a wrapper. RecipeError for a model that was not prepared.
 
     >>> student = lowbit.prepare_qat(model, "int4:g32")
@@ -45,7 +46,7 @@ def convert(
         weight = weight_of(inner, name)
         q = quantizer.quantize(weight)
         stored[name] = q.to("cpu"), {} if inputs is None else inputs.parts(), _error(attached.plans[name], weight, q)
-    source = ModuleSource(_float_copy(inner), tokenizer if tokenizer is not None else attached.tokenizer)
+    source = ModuleSource(_float_copy(inner), tokenizer if tokenizer is not None else attached.words.tokenizer())
     plan = _planned(source, attached, stored)
     solved = [(_solved(t, source, stored, attached), _digest(source, t.name)) for t in plan.tensors]
     facts = {s.plan.name: solved_facts(s) for s, _ in solved}

@@ -19,7 +19,7 @@ from lowbit.pipeline.api import quantize
 from lowbit.planning.plan import Plan, make_plan
 from lowbit.recipes.recipe import Recipe
 from lowbit.recipes.rewriting import rewritten
-from lowbit.training.attaching import INPUTS, MARK, QUANTIZER, Attached, attach, prepared, weight_of
+from lowbit.training.attaching import INPUTS, MARK, QUANTIZER, Attached, Words, attach, prepared, weight_of
 from lowbit.training.input_quantizer import Ranges, TrainedInputs
 from lowbit.training.starting import Start, Weight, is_packed
 from lowbit.training.weight_quantizer import Scales, weight_quantizer
@@ -96,21 +96,16 @@ def prepare_qat(
         raise RecipeError(f"nothing in {plan.label} can be quantized by {plan.recipe}: every tensor is kept")
     if ranges is not None and not any(w.inputs is not None and w.inputs.static for w in found.values()):
         raise RecipeError(f"ranges={ranges!r} is for static inputs, and {plan.recipe} has none; leave it out")
-    made = _attached(ready, scales, ranges or "lsq", _tokenizer(tokenizer, model, start))
+    made = _attached(ready, scales, ranges or "lsq", Words(tokenizer, _places(model, start)))
     if ready.source is not None:
         _go_on(made, ready.source, plan.recipe)
     return made
 
 
-def _tokenizer(given: Any, *places: Any) -> Any:
-    """The one that was given, else that of the first folder or name among `places` that has one: `convert` writes it."""
-    for place in places if given is None else ():
-        if isinstance(place, (str, Path)):
-            try:
-                return open_source(place).tokenizer()
-            except SourceError:
-                continue
-    return given
+def _places(*values: Any) -> tuple[str, ...]:
+    """Those that are folders or names, folders by their full path."""
+    named = [str(value) for value in values if isinstance(value, (str, Path))]
+    return tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in named)
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,7 @@ def _fitted(module: nn.Module, t: TensorPlan, recipe: Recipe) -> Weight:
     return Weight(q.to(weight.device), t.inputs, ones, t.transposed)
 
 
-def _attached(ready: _Ready, scales: Scales, ranges: Ranges, tokenizer: Any) -> nn.Module:
+def _attached(ready: _Ready, scales: Scales, ranges: Ranges, words: Words) -> nn.Module:
     module, plan = ready.module, ready.plan
     plans = {t.name: t for t in plan.tensors if t.format is not None}
     for name, t in plans.items():
@@ -233,5 +228,5 @@ def _attached(ready: _Ready, scales: Scales, ranges: Ranges, tokenizer: Any) -> 
             inputs = TrainedInputs(weight.inputs, t.stored_shape[-1], weight.input_parts, ranges)
         device = weight_of(module, name).device
         attach(module, name, aliases, quantizer.to(device), inputs if inputs is None else inputs.to(device))
-    module.__dict__[MARK] = Attached(plan.recipe, f"scales {scales}", plans, tokenizer)
+    module.__dict__[MARK] = Attached(plan.recipe, f"scales {scales}", plans, words)
     return module
