@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -131,8 +132,8 @@ def test_python_that_is_shown_is_python_and_uses_names_that_there_are(page: Path
                 assert node.attr in dir(lowbit)
 
 
-def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny model that the engine takes, with a chat template, which stands where the demo model would."""
+def run_page(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str) -> None:
+    """The code of a page from top to bottom, on a tiny model that the engine takes, with a chat template, in the folder `model`."""
 
     def wide(make: Callable[[], Any] = TINY["llama"]) -> Any:
         config = make()
@@ -140,16 +141,25 @@ def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch:
         return config
 
     monkeypatch.setitem(TINY, "llama", wide)
-    save_tiny("llama", tmp_path / "smollm2")
-    (tmp_path / "smollm2" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    save_tiny("llama", tmp_path / model)
+    (tmp_path / model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     words = "The cat sat on the mat and looked at the moon. " * 400
     (tmp_path / "my-text.txt").write_text(words)
     monkeypatch.chdir(tmp_path)
     known: dict[str, object] = {}
-    for number, block in enumerate(blocks(ROOT / "docs" / "python.md", "python")):
+    for number, block in enumerate(blocks(ROOT / "docs" / page, "python")):
         for name, tiny in TINY_VALUES.items():
             block = block.replace(name, tiny)
-        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), known)
+        exec(compile(block, f"docs/{page}, block {number + 1}", "exec"), known)
+
+
+def test_the_page_on_python_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page("python.md", monkeypatch, tmp_path, "smollm2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="Trainer needs accelerate")
+def test_the_page_on_training_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_page("training.md", monkeypatch, tmp_path, "my-model")
 
 
 # What a tiny model can take, in place of what people give: windows of 64 tokens, and little text.
@@ -158,6 +168,7 @@ TINY_VALUES = {
     "windows=4)": 'windows=1, length=64, text="my-text.txt")',
     "windows=2)": 'windows=1, length=64, text="my-text.txt")',
     "target_bits=4.25": "target_bits=5",
+    "range(20)": "range(2)",
 }
 
 

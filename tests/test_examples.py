@@ -59,3 +59,10 @@ def test_a_comparison_is_a_line_for_each_recipe(tmp_path: Path, capsys: pytest.C
     heading, _, *lines = capsys.readouterr().out.splitlines()
     assert "KL" in heading and [line.split()[0] for line in lines] == list(recipes)
     assert found["minmax@int4:g32"] is None and "needs an offset" in lines[-1]
+
+
+def test_training_with_the_rounding_in_place_wins_back_what_rounding_lost(tmp_path: Path) -> None:
+    loss = main("training", 40, str(tmp_path))
+    assert loss["float"] < loss["trained by a loop"] < 0.9 * loss["quantized"]
+    assert loss.get("trained by Trainer", 0) < 1.2 * loss["quantized"]  # it looks at the text in another order
+    assert loss["packed"] == loss["trained by a loop"] and (tmp_path / "packed" / "lowbit.json").is_file()

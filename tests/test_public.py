@@ -37,6 +37,7 @@ ROOMS = (
     "weights",
     "blockwise",
     "pipeline",
+    "training",
     "budget",
     "convert",
     "measure",

@@ -56,6 +56,8 @@ if TYPE_CHECKING:  # for editors and type checkers: the same names, from the sam
     from lowbit.report.look import doctor as doctor
     from lowbit.report.look import inspect as inspect
     from lowbit.report.recommend import recommend as recommend
+    from lowbit.training.converting import convert as convert
+    from lowbit.training.preparing import prepare_qat as prepare_qat
 
 # Public name -> the module that has it; imported when first used, so that `import lowbit` costs nothing.
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "chat": "lowbit.engine.asking",
     "check_kv": "lowbit.measure.kv.check",
     "compare": "lowbit.report.api",
+    "convert": "lowbit.training.converting",
     "dequantize": "lowbit.pipeline.loading",
     "dequantize_model": "lowbit.convert.dequantizing",
     "doctor": "lowbit.report.look",
@@ -94,6 +97,7 @@ _HOMES = {
     "merge": "lowbit.convert.merging",
     "parse_format": "lowbit.formats",
     "plan": "lowbit.pipeline.api",
+    "prepare_qat": "lowbit.training.preparing",
     "quantize": "lowbit.measure.quantizing",
     "quantize_as": "lowbit.convert.direct",
     "quantize_tensor": "lowbit.pipeline.api",

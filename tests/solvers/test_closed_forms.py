@@ -127,6 +127,20 @@ def test_mx(grid, seed, power):
     assert bool((x.abs() <= top * scale[:, None]).all())
 
 
+@pytest.mark.parametrize("grid", ["ternary", "binary"])
+@steady(15)
+@given(SEEDS, st.sampled_from([1, 2, 7, 32, 5000]))
+def test_absmean(grid, seed, n):
+    x = normal((3, n), seed)
+    q = quantized("absmean", x, parse_format(f"{grid}:channel"))
+    mean = x.double().abs().mean(1)
+    assert q.scales()[0, :, 0].tolist() == pytest.approx(mean.tolist(), rel=1e-5)
+    if grid == "binary":  # no other scale has a smaller squared error
+        for factor in (0.9, 1.1):
+            other = q.dequantize().sign() * (mean * factor)[:, None]
+            assert float((other - x).square().sum()) >= float((q.dequantize().double() - x).square().sum()) * (1 - 1e-6)
+
+
 def nearest_rank(values: list[float], share: float) -> float:
     return sorted(values)[max(1, math.ceil(share * len(values) - 1e-9)) - 1]
 

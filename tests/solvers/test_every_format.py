@@ -33,7 +33,7 @@ def fits_of(text: str) -> list[str]:
         return ["search", "mse", "absmax"]
     offset = parse_format(text).offset
     if offset is None:
-        return ["absmax", "symmetric", "mx", "mse", "search", "percentile"]
+        return ["absmax", "absmean", "symmetric", "mx", "mse", "search", "percentile"]
     return ["minmax", "mse", "search", "percentile", "hqq"]
 
 

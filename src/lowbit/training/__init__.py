@@ -1,0 +1,1 @@
+"""Training with the rounding in place: fake-quantized models, and their exact way back to packed ones."""
