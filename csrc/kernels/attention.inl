@@ -59,7 +59,7 @@ void attend_block(const AttentionShape& a, const KeyValues& kv, std::int64_t pos
             for (int t = 0; t < kKeys / kTile; t += 2)
                 score_packed<kR, 2>(a, scratch.keys, t, scratch.folded, rows, r0, scratch.scores + t * kTile);
         }
-        if (scratch.keys.floats) score_floats<kR>(a, kv.keys.halves, scratch.keys.raw, position, q, scratch.scores);
+        if (scratch.keys.floats) score_rows_of_floats<kR>(a, kv.keys.halves, scratch.keys.raw, position, q, scratch.scores);
     } else {
         for (int t = 0; t < kKeys / kTile; t += kKeyTiles) {
             score<kR, kKeyTiles>(a, kv.keys, position / kTile + t, scratch.q.codes + std::int64_t{r0} * a.head_dim,

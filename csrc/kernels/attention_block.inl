@@ -72,6 +72,23 @@ template <int kR>
     }
 }
 
+// The same of keys in memory of their own, where each lies in one row [head_dim]: few of a block are there.
+template <int kR>
+[[gnu::noinline]] void score_rows_of_floats(const AttentionShape& a, const void* halves, const float* scales, std::int64_t position,
+                                            const float* q, float* scores) {
+    for (int key = 0; key < kKeys; ++key) {
+        if (!(scales[key] < 0)) continue;
+        const std::uint16_t* row = static_cast<const std::uint16_t*>(halves) + (position + key) * a.head_dim;
+        F sum[kR];
+        for (int r = 0; r < kR; ++r) sum[r] = Simd::zero();
+        for (int d = 0; d < a.head_dim; d += kTile) {
+            const F value = Simd::load_f16(row + d);
+            for (int r = 0; r < kR; ++r) sum[r] = Simd::fma(value, Simd::load(q + r * a.head_dim + d), sum[r]);
+        }
+        for (int r = 0; r < kR; ++r) scores[r * kKeys + key] += Simd::sum(sum[r]) * (-scales[key] * a.scale);
+    }
+}
+
 // out[r] += more[r] (apart[r] . V) of values kept as floats, in pairs of positions of a block.
 template <int kR>
 [[gnu::noinline]] void gather_floats(const AttentionShape& a, const void* values, std::int64_t position, int pairs,

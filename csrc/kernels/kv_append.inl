@@ -1,6 +1,8 @@
 // A new key and value into the cache.
 #pragma once
 
+#include <string.h>
+
 #include "kernels/kv_codes.inl"
 
 namespace lowbit {
@@ -34,9 +36,8 @@ LOWBIT_INLINE void to_codes(const KVSide& s, const float* x, int n, float finite
     const float peak = largest_magnitude(x, n);
     out.scale = by_norm && !int8 ? scale_by_norm(x, n) : int8 ? as_half(peak / s.reach).value : peak / kLargest;
     const float inverse = out.scale > 1e-35f ? 1.0f / out.scale : 0.0f;
-    // Of so many channels two are this small by chance in about one vector of a thousand; of bytes, which have few steps, less is
-    // asked, as keys of real models have channels above the others that bytes still bear.
-    const float chance = (int8 ? 0.15f * 127 / kLargest : 1.0f) * 5000 / (static_cast<float>(n) * sqrtf(static_cast<float>(n)));
+    // Of so many channels two are this small by chance in about one vector of a thousand.
+    const float chance = (int8 ? 127 / kLargest : 1.0f) * 5000 / (static_cast<float>(n) * sqrtf(static_cast<float>(n)));
     Loss loss(int8 ? 2.0f : 64.0f, chance, 0.22f * static_cast<float>(n));
     for (int i = 0; i < n; i += kTile) {
         const F v = Simd::load(x + i);
@@ -89,7 +90,12 @@ LOWBIT_INLINE void put_guarded(const KVSide& s, const CachedSide& to, const Vect
     }
     std::uint8_t* block = block_of(s, n, to.data, position);
     if (v.halves()) {
-        put_vector(v, n, static_cast<std::int16_t*>(to.halves), position, keys);
+        std::int16_t* halves = static_cast<std::int16_t*>(to.halves);
+        if (keys) {
+            memcpy(halves + std::int64_t{position} * n, v.codes, sizeof(std::int16_t) * n);  // in one row, as they are read one by one
+        } else {
+            put_vector(v, n, halves, position, keys);
+        }
     } else {
         put_vector(v, n, reinterpret_cast<std::int8_t*>(block), position % kCacheBlock, keys);
     }

@@ -153,8 +153,8 @@ class KVSide:
         bits: int = 16,
         low: int = 0,
         count: int = 0,
-        levels: Sequence[int] = ...,
-        bounds: Sequence[float] = ...,
+        levels: Sequence[int] = [],
+        bounds: Sequence[float] = [],
         unit: float = 1.0,
         group: int = 0,
         tokens: int = 1,
@@ -168,7 +168,7 @@ class KVLayer:
     def __init__(self, *, keys: KVSide, values: KVSide, sinks: int = 0, recent: int = 0) -> None: ...
 
 class KVCache:
-    def __init__(self, decoder: Decoder, sequences: int, capacity: int, layers: Sequence[KVLayer] = ...) -> None: ...
+    def __init__(self, decoder: Decoder, sequences: int, capacity: int, layers: Sequence[KVLayer] = []) -> None: ...
     @property
     def sequences(self) -> int: ...
     @property

@@ -124,8 +124,8 @@ def test_names_and_options_that_cannot_be(tmp_path: Path, tiny_folder: Callable[
     with pytest.raises(RecipeError, match="two adapters are called 'a'"):
         named_adapters([folder, str(folder)], base)
     assert list(named_adapters([folder, f"b={folder}"], base)) == ["a", "b"]
-    with pytest.raises(EngineError, match="transformers runs it, without cache"):
-        lowbit.generate(base, [5, 9], adapter=folder, cache="int8")
+    with pytest.raises(EngineError, match="transformers runs it, without activations"):
+        lowbit.generate(base, [5, 9], adapter=folder, activations="int8")
     with pytest.raises(SourceError, match="no folder 'nowhere'"):
         lowbit.generate(base, [5, 9], adapter="nowhere")
     with pytest.raises(SourceError, match="has no such tensor"):

@@ -62,7 +62,7 @@ def left() -> set[str]:
         ("int9:g32", ["position 1", "int8"]),
         ("search@int4:g32,embd=int8:channel", ["unknown option 'embd'", "'embed'"]),
         ("search(step=3)@int4:g32", ["no option 'step'", "'steps'"]),
-        ("absmax@int4:g32,kv=int8", ["no KV-cache formats"]),
+        ("absmax@int4:g32,kv=int9", ["cache 'int9'", "int8"]),
         ("no-such.toml", ["'no-such.toml'", "cannot be read"]),
         ("int4:g32,*.nothing=int8", ["'*.nothing'", "matches no tensor"]),
     ],

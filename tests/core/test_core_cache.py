@@ -11,7 +11,7 @@ import torch
 
 from lowbit.engine.cache_layout import checked, layers_of
 from lowbit.kernels.core import core
-from lowbit.kv import CacheFormat
+from lowbit.kv import CacheFormat, CacheSide
 from lowbit.kv.round_trip import round_trip
 from lowbit.kv.storing import rotated
 
@@ -97,6 +97,20 @@ def in_16_bits(x: torch.Tensor, keys: bool, turned: bool) -> torch.Tensor:
     return rotated(found, inverse=True) if turned else found
 
 
+def guarded(x: torch.Tensor, side: CacheSide, stored: torch.Tensor) -> torch.Tensor:
+    """What is read of 8 bits: vectors that they would lose too much of, for a channel far above the others, are kept in float16."""
+    if side.rotate or str(side.format) not in (
+        str(CacheFormat.of(f).keys.format) for f in ("int8", f"int8:g{x.shape[-1]}")
+    ):
+        return stored
+    n = x.shape[-1]
+    scale = (x.abs().amax(-1, keepdim=True) / 127).half().float()
+    steps = x.abs() / scale
+    small, nothing = ((1 - steps / bound).clamp_min(0) for bound in (2, 127 / 32767 * 5000 / n**1.5))
+    loses = ((small - 0.25 + 0.22 * n * nothing) * (x != 0)).sum(-1, keepdim=True) > 0
+    return torch.where(loses, (x / scale).half().float() * scale, stored)
+
+
 def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any:
     """The same in float64, over what is read back."""
     q, k, v = (
@@ -109,7 +123,7 @@ def reference(cache: CacheFormat, x: Any, head_dim: int, window: int = 0) -> Any
         in_16_bits(t, i == 0, side.rotate) if side.group > 1 else t
         for i, (t, side) in enumerate(zip((k, v), sides, strict=True))
     ]
-    stored = [round_trip(t.contiguous(), side).double() for t, side in zip(given, sides, strict=True)]
+    stored = [guarded(t, side, round_trip(t.contiguous(), side)).double() for t, side in zip(given, sides, strict=True)]
     out = torch.zeros(len(x), HEADS, head_dim, dtype=torch.float64)
     for i in range(len(x)):
         first = max(0, i + 1 - window) if window else 0

@@ -141,7 +141,7 @@ def test_few_windows_do_not_claim_to_know_more_than_they_do():
     """
     generator = np.random.default_rng(0)
     for windows in (1, 2, 4):
-        found = [quality._mean(generator.gamma(0.5, size=(windows, 1023))) for _ in range(400)]
+        found = [quality.mean_estimate(generator.gamma(0.5, size=(windows, 1023))) for _ in range(400)]
         held = np.mean([abs(each.value - 0.5) < 2 * each.stderr for each in found])
         assert held > 0.9, windows
         assert np.median([each.stderr for each in found]) < 2 * math.sqrt(0.5 / (windows * 1023))
@@ -150,9 +150,9 @@ def test_few_windows_do_not_claim_to_know_more_than_they_do():
 def test_windows_that_agree_by_chance_are_judged_by_their_blocks():
     """By hand: block means 0, 1 and 1, 0 in two windows with the same mean; the windows alone would claim no error at all."""
     ramp = np.repeat([[0.0, 1.0], [1.0, 0.0]], 64, axis=1)
-    assert quality._mean(ramp).stderr == pytest.approx(math.sqrt(1 / 3) / 2)
-    assert quality._mean(ramp[:1]).stderr == pytest.approx(math.sqrt(1 / 2) / math.sqrt(2))
-    assert quality._mean(np.tile(ramp, (4, 1))).stderr == 0.0  # eight windows are enough to go by
+    assert quality.mean_estimate(ramp).stderr == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert quality.mean_estimate(ramp[:1]).stderr == pytest.approx(math.sqrt(1 / 2) / math.sqrt(2))
+    assert quality.mean_estimate(np.tile(ramp, (4, 1))).stderr == 0.0  # eight windows are enough to go by
 
 
 @settings(max_examples=40, deadline=None)

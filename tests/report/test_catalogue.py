@@ -9,6 +9,7 @@ import pytest
 
 from lowbit.errors import RecipeError
 from lowbit.formats.parsing import NAMED
+from lowbit.kv.named import published
 from lowbit.recipes.presets import GROUPS, PRESETS
 from lowbit.recipes.recipe import Recipe
 from lowbit.report.catalogue import KINDS, METHODS, Entry, catalogue, matching, to_json
@@ -26,7 +27,7 @@ def names(found: list[Entry]) -> list[tuple[str, str]]:
 
 
 def test_everything_that_has_a_name_is_there_once(entries: list[Entry]) -> None:
-    assert len(entries) == len(PRESETS) + len(methods()) + len(estimators()) + len(NAMED)
+    assert len(entries) == len(PRESETS) + len(methods()) + len(estimators()) + len(NAMED) + len(published())
     assert len(set(names(entries))) == len(entries)
     assert {e.kind for e in entries} == set(KINDS)
 

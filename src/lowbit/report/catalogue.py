@@ -184,7 +184,7 @@ def _cache(name: str) -> Entry:
         ("stands for", cache_text(name)), ("bits", f"{method.bits[0]} to {method.bits[-1]}, {method.usual} unless given"),
         ("written as", KINDS["cache"][1].format(name=f"{name}{method.usual}")),
     ]  # fmt: skip
-    return Entry(name, "cache", summary, tuple(facts), details.strip())
+    return Entry(name, "cache", summary, tuple(facts), details.strip("\n").rstrip())
 
 
 def _steps(text: str) -> set[str]:

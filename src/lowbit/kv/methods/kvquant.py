@@ -1,11 +1,12 @@
 """KVQuant: levels learned from text, where errors that the loss feels weigh more.
 
-    keys      x ~ s_c level[code] + o_c for each channel c, with s and o from calibration
-    values    x ~ s_t level[code] for each token t, with s_t = max|x_t| / 127 when it comes
-    levels    k-means over all numbers of a layer, each with the weight g^2 s^2, where g is the gradient of the loss with
-              respect to the number: the diagonal of the Fisher information tells what an error there costs
-    outliers  the channel of largest magnitude of each head is stored as float16
-    sinks     the first token is read exactly
+    keys      x ~ s_c level[code] + o_c
+    values    x ~ s_t level[code],  s_t = max|x_t| / 127
+
+s and o of each channel c of the keys come from calibration, s of each token t of the values from the token. Levels are found by
+k-means over all numbers of a layer, each with the weight g^2 s^2, where g is the gradient of the loss with respect to the number: the
+diagonal of the Fisher information tells what an error there costs. The channel of largest magnitude of each head is stored
+as float16 (outliers), and the first token is read exactly (sinks).
 
 Source: KVQuant (Hooper et al. 2024, arXiv 2401.18079), sections 3.1, 3.3, 3.4, 3.5. What differs: a cache gets keys after they
 were rotated by their position, where the paper takes them before. Outliers are a channel, and not the largest 1 % of numbers wherever
