@@ -9,6 +9,7 @@ from lowbit.measure.verdict import THRESHOLDS, word_of_kl
 
 _WORSE = 0.05  # nats per token that a repeated sequence may lose before it is said
 _SEEN = 0.001  # nats per token, below which growth is nobody's concern
+_TELLING = 4  # facts that the float cache finds, from which on losing half of them is no chance
 _GROWS = 2.0  # times, from the first tenths of the context to the last
 
 
@@ -26,7 +27,7 @@ def judged(row: CacheFigures) -> Judged:
     """The words for what was measured."""
     worst = word_of_kl(row.worst.kl.value)
     sentences = [*_facts(row), *_repetition(row), *_drift(row)]
-    lost = row.base_found > 1 and 2 * row.found <= row.base_found
+    lost = row.base_found >= _TELLING and 2 * row.found <= row.base_found
     breaks = lost or worst is THRESHOLDS[-1]
     head = (
         f"{worst.word}: {worst.meaning}"
