@@ -252,7 +252,9 @@ class Bench:
             (facts,) = retrieval(self.runner, self.asked(), cache)
             known[str(fmt)] = drift, facts, None
             lost = sum(d.base_found - d.found for d in facts)
-            return drift.kl.value, lost <= max(1, 0.1 * sum(d.base_found for d in facts))  # a single one comes and goes by chance
+            return drift.kl.value, lost <= max(
+                1, 0.1 * sum(d.base_found for d in facts)
+            )  # a single one comes and goes by chance
 
         trials = list(search(sensitivity, self.windows.length, limit, measured))
         chosen = best(trials)
