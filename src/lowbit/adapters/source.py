@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -18,12 +16,9 @@ from lowbit.errors import SourceError
 from lowbit.interchange.files.settings import is_ours, quantization_section
 from lowbit.interchange.hf.loading import load_tokenizer
 from lowbit.interchange.hf.models import meta_model
-from lowbit.interchange.hf.text_config import text_config
-from lowbit.interchange.inventory import Param
-from lowbit.interchange.model_card import BaseFacts
 from lowbit.interchange.opening import open_source
 from lowbit.interchange.source import Source
-from lowbit.interchange.tensors import TensorSpec
+from lowbit.interchange.wrapped import WrappedSource
 from lowbit.recipes.recipe import Recipe
 
 
@@ -68,57 +63,30 @@ def check_belongs(model: Any, adapter: Adapter) -> None:
         )
 
 
-class AdaptedSource(Source):
+class AdaptedSource(WrappedSource):
     """The tensors of `inner` with those of an adapter in them. places: the folders that were named, which no output may replace."""
 
     def __init__(self, inner: Source, adapter: Adapter, places: tuple[Path, ...] = ()) -> None:
-        self.inner, self.adapter, self.places = inner, adapter, (*inner.places, *places, adapter.folder)
-        self.label = f"{inner.label} with the adapter {adapter.label}"
-        self.extra, self.dropped, self.left_out, self.remarks = (
-            inner.extra,
-            inner.dropped,
-            inner.left_out,
-            inner.remarks,
-        )
-        self.storage = inner.storage if inner.storage == "float" else f"{inner.storage}, dequantized, with an adapter"
-        tied = dict(inner.inventory.tied)
         prefix = "" if inner.config is None else meta_model(inner.config).base_model_prefix
-        changes = changes_of(adapter, inner.inventory.params, tied, prefix, inner.label)
-        self._origin: dict[str, str] = {}  # a tensor that was tied -> the one that it was tied to
-        for alias, name in inner.inventory.tied.items():
-            if _apart(adapter, changes, alias, name):
-                self._origin[alias] = tied.pop(alias)
-        for alias in set(inner.inventory.tied) - set(self._origin):
+        tied = inner.inventory.tied
+        changes = changes_of(adapter, inner.inventory.params, dict(tied), prefix, inner.label)
+        untied = [alias for alias, name in tied.items() if _apart(adapter, changes, alias, name)]
+        _check_untied(inner, adapter, untied)
+        super().__init__(inner, untied)
+        self.adapter, self.places = adapter, (*inner.places, *places, adapter.folder)
+        self.label = f"{inner.label} with the adapter {adapter.label}"
+        self.storage = inner.storage if inner.storage == "float" else f"{inner.storage}, dequantized, with an adapter"
+        for alias in self.inventory.tied:
             changes.pop(alias, None)  # the same as that of the tensor that it is tied to
         self._changes = changes
-        self._untie(tied)
         self.merged = (*inner.merged, f"the adapter {adapter.about()} is merged into the weights")
-        if self._origin:
+        if self.origin:
             self.merged += ("the head is stored apart from the embedding, as the adapter changes them differently",)
-
-    def _untie(self, tied: Mapping[str, str]) -> None:
-        """Give each tensor that was tied its own place. SourceError for others than the head, whose ties transformers cannot undo."""
-        tensors, params = dict(self.inner.tensors), dict(self.inner.inventory.params)
-        head = None if self.inner.config is None or not self._origin else _head(self.inner.config)
-        for alias, name in self._origin.items():
-            if alias != head:
-                raise SourceError(
-                    f"the adapter {self.adapter.label} changes {name!r} and {alias!r} differently, and {self.inner.label} keeps both as one tensor; "
-                    "train it with ensure_weight_tying=True"
-                )
-            tensors[alias] = dataclasses.replace(tensors[name], name=alias)
-            params[alias] = Param(alias, tensors[name].shape, "head", keep=params[name].keep)
-        self.tensors: Mapping[str, TensorSpec] = tensors
-        self.inventory = dataclasses.replace(self.inner.inventory, params=params, tied=tied)
-        self.config = copy.deepcopy(self.inner.config)
-        if self._origin and not tied and self.config is not None:
-            for part in (self.config, text_config(self.config)):
-                part.tie_word_embeddings = False
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor with the adapter in it, in its stored type."""
         self.spec(name)
-        weight, change = self.inner.read(self._origin.get(name, name)), self._changes.get(name)
+        weight, change = self.inner.read(self.origin.get(name, name)), self._changes.get(name)
         return (
             weight if change is None else merged(self.adapter, change, weight, self.inventory.params[name].transposed)
         )
@@ -128,29 +96,22 @@ class AdaptedSource(Source):
         return tuple(name for name in self.tensors if name in self._changes)
 
     def float_type(self, name: str) -> torch.dtype:
-        return self.inner.float_type(self._origin.get(name, name))
+        return self.inner.float_type(self.origin.get(name, name))
 
     def identity(self) -> dict[str, Any]:
         """That of the base, and that of the adapter."""
         return {"source": self.inner.identity(), "adapter": self.adapter.identity()}
 
-    def disk_bytes(self) -> int:
-        return self.inner.disk_bytes()
 
-    def save_assets(self, out: Path) -> None:
-        self.inner.save_assets(out)
-
-    def facts(self) -> BaseFacts:
-        return self.inner.facts()
-
-    def generation(self) -> dict[str, Any]:
-        return self.inner.generation()
-
-    def left_files(self) -> tuple[str, ...]:
-        return self.inner.left_files()
-
-    def tokenizer(self) -> Any:
-        return self.inner.tokenizer()
+def _check_untied(inner: Source, adapter: Adapter, untied: list[str]) -> None:
+    """SourceError for others than the head, whose ties transformers cannot undo."""
+    head = None if inner.config is None or not untied else _head(inner.config)
+    for alias in untied:
+        if alias != head:
+            raise SourceError(
+                f"the adapter {adapter.label} changes {inner.inventory.tied[alias]!r} and {alias!r} differently, and {inner.label} keeps both as "
+                "one tensor; train it with ensure_weight_tying=True"
+            )
 
 
 def _apart(adapter: Adapter, changes: Mapping[str, Change], alias: str, name: str) -> bool:

@@ -39,7 +39,8 @@ def generate(
     model: a folder that lowbit wrote, a float model by any of its names, what `quantize` returned, a module that the engine computes, or
     an `Engine`. Most families of decoders run in the engine, any other model in transformers. prompt: text, which goes into the chat template where the model has one and `raw` is
     not set, or token ids. stop: texts that end an answer. stream: called with (new text, index of the prompt) as it comes.
-    activations: "exact" or "int8"; cache: "int16" or "int8"; threads: all cores when None; these three are the engine's.
+    activations: "exact" or "int8"; threads: all cores when None; these two are the engine's. cache: how keys and values are stored, any
+    `lowbit.CacheFormat` such as "int8", "int16" (as they are) or "k=int8,v=int4:g32"; what the model's folder says when None.
     adapter: the folder of a LoRA adapter that stands beside the weights, float or packed, or several by name: {"french": FOLDER, ...}. Each then answers, and the
     result is a dict by these names. Transformers runs models with adapters.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty and seed, as in `lowbit.engine.generation.Sampling`.

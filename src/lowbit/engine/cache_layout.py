@@ -20,7 +20,6 @@ from lowbit.solvers.fits.norm import normal_scale
 GROUPS = (32, 64)
 """Tokens that may share the scales of channels."""
 
-_FITS = ("absmax", "symmetric", "minmax", "norm")
 _WHOLE = 127  # levels are whole numbers up to this
 
 
@@ -88,15 +87,14 @@ def _declined(side: CacheSide) -> str | None:
     reason = _levels_declined(fmt) or _scales_declined(fmt)
     if reason:
         return reason
-    if side.fit_used.name not in _FITS or side.fit_used.options:
+    if side.fit_used.name not in _REACH or side.fit_used.options:
         return f"the engine has no fit {str(side.fit_used)!r} for new tokens; use {replace(side, fit=None)}"
     return None
 
 
 def _levels_declined(fmt: Format) -> str | None:
-    if isinstance(fmt.grid, IntGrid):
-        return _nearest(fmt, "ternary codes are not packed here") if fmt.grid.cardinality == 3 else None
-    if not isinstance(fmt.grid, TableGrid) or len(fmt.grid.table) > 16 or _unit(fmt.grid) is None:
+    table = isinstance(fmt.grid, TableGrid) and len(fmt.grid.table) <= 16 and _unit(fmt.grid) is not None
+    if not table and not isinstance(fmt.grid, IntGrid):
         return _nearest(fmt, f"the levels of {fmt.grid} are not whole numbers of a byte")
     return _nearest(fmt, "ternary codes are not packed here") if fmt.grid.cardinality == 3 else None
 
@@ -162,6 +160,7 @@ def _side(core: Any, side: CacheSide, width: int) -> Any:
     )  # fmt: skip
 
 
+# The fits that the kernels have, and what each calls the reach of a grid (`csrc/kernels/kv_format.h`).
 _REACH: dict[str, Callable[[Any], float]] = {
     "absmax": lambda grid: float(grid.reach),
     "norm": lambda grid: 1 / normal_scale(grid),

@@ -61,9 +61,7 @@ def open_generator(
 ) -> Engine | Transformers:
     """What generates text with a folder that lowbit wrote, or a float model by any name that lowbit takes.
 
-    adapters: those that are to stand beside the weights, by name.
-
-    options, spelled: as for `choose`. before_transformers: called where it is not the engine, before transformers is imported.
+    adapters: those that are to stand beside the weights, by name. options, spelled: as for `choose`. before_transformers: called where it is not the engine, before transformers is imported.
     """
     engine, reason = choose(model, options, spelled=spelled, either=("cache",), adapters=adapters)
     if engine is not None:

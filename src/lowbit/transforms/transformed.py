@@ -7,21 +7,16 @@ the outermost one.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.interchange.hf.text_config import text_config
-from lowbit.interchange.inventory import Param
-from lowbit.interchange.model_card import BaseFacts
 from lowbit.interchange.source import Source
-from lowbit.interchange.tensors import TensorSpec
+from lowbit.interchange.wrapped import WrappedSource
 from lowbit.transforms.arch import Arch
 from lowbit.transforms.hadamard import Rotation
 
@@ -39,7 +34,7 @@ class Edit:
     by_rows: bool = False
 
 
-class TransformedSource(Source):
+class TransformedSource(WrappedSource):
     """A source whose tensors are rewritten on reading.
 
     arch       the facts that hold after the transform
@@ -59,25 +54,11 @@ class TransformedSource(Source):
         online: Mapping[str, Rotation] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.inner, self.transform, self._edits = inner, transform, dict(edits)
-        self.label, self.extra, self.dropped = inner.label, inner.extra, inner.dropped
-        self.left_out, self.remarks, self.merged = inner.left_out, inner.remarks, inner.merged
+        super().__init__(inner, untied)
+        self.transform, self._edits = transform, dict(edits)
         self.online = {**getattr(inner, "online", {}), **(online or {})}
         self.notes = (*getattr(inner, "notes", ()), *notes)
-        tied = dict(inner.inventory.tied)
-        self._origin = {name: tied.pop(name) for name in untied}
-        tensors, params = dict(inner.tensors), dict(inner.inventory.params)
-        for name, origin in self._origin.items():
-            tensors[name] = dataclasses.replace(inner.tensors[origin], name=name)
-            params[name] = Param(name, inner.tensors[origin].shape, "head", keep=params[origin].keep)
-        self.tensors: Mapping[str, TensorSpec] = tensors
-        self.inventory = dataclasses.replace(inner.inventory, params=params, tied=tied)
-        self.arch = dataclasses.replace(arch, tied=tied)
-        self.config = copy.deepcopy(inner.config)
-        # With other ties left (T5's embeddings) the flag must stay; a head stored with its own values is untied anyway.
-        if self._origin and not tied and self.config is not None:
-            for part in (self.config, text_config(self.config)):
-                part.tie_word_embeddings = False
+        self.arch = dataclasses.replace(arch, tied=self.inventory.tied)
 
     def read(self, name: str) -> Tensor:
         """The rewritten tensor, rounded once to its stored type. float64 for a few megabytes at a time where rows are apart."""
@@ -106,7 +87,7 @@ class TransformedSource(Source):
 
     def _chain(self, name: str) -> tuple[Callable[[], Tensor], tuple[Edit, ...]]:
         """How to read what the innermost source stores, and every edit from there to here."""
-        origin, own = self._origin.get(name, name), self._edits.get(name, ())
+        origin, own = self.origin.get(name, name), self._edits.get(name, ())
         if isinstance(self.inner, TransformedSource):
             base, before = self.inner._chain(origin)
             return base, (*before, *own)
@@ -116,24 +97,6 @@ class TransformedSource(Source):
     def identity(self) -> dict[str, Any]:
         """That of the inner source, and the transform with its options."""
         return {"source": self.inner.identity(), "transform": self.transform}
-
-    def disk_bytes(self) -> int:
-        return self.inner.disk_bytes()
-
-    def save_assets(self, out: Path) -> None:
-        self.inner.save_assets(out)
-
-    def facts(self) -> BaseFacts:
-        return self.inner.facts()
-
-    def generation(self) -> dict[str, Any]:
-        return self.inner.generation()
-
-    def left_files(self) -> tuple[str, ...]:
-        return self.inner.left_files()
-
-    def tokenizer(self) -> Any:
-        return self.inner.tokenizer()
 
 
 def exact(source: Source, name: str) -> Tensor:
